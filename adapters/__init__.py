@@ -1,0 +1,1 @@
+"""How an engine is hooked: thin, with all meaning left to the core."""

@@ -1,0 +1,72 @@
+"""The FSE_PATCH_* environment, read here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import FsePatchError
+
+ENGINES = ("vllm", "sglang")
+ENABLE = "FSE_PATCH"
+_TRUE = {"1", "true", "on", "yes"}
+_FALSE = {"", "0", "false", "off", "no"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Effective settings of this process.
+
+    Args:
+        engines: engines that FSE_PATCH switches on ("1" means all, or a comma list of names).
+        strict: FSE_PATCH_STRICT, default on: a patch that cannot be applied stops the process.
+        policy: FSE_PATCH_POLICY, path of the user's own policy file, or None.
+        allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
+    """
+
+    engines: frozenset[str] = frozenset()
+    strict: bool = True
+    policy: str | None = None
+    allow_untested: bool = False
+
+
+def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
+    value = env.get(name)
+    if value is None:
+        return default
+    if value.strip().lower() in _TRUE:
+        return True
+    if value.strip().lower() in _FALSE:
+        return False
+    raise FsePatchError(f"{name}={value!r}: use 1 or 0")
+
+
+def engines_in(value: str) -> frozenset[str]:
+    """Engines named by a value of FSE_PATCH.
+
+    Raises:
+        FsePatchError: the value is neither a switch nor a list of known engines.
+    """
+    word = value.strip().lower()
+    if word in _FALSE:
+        return frozenset()
+    if word in _TRUE:
+        return frozenset(ENGINES)
+    names = frozenset(n.strip() for n in word.split(",") if n.strip())
+    if unknown := sorted(names - set(ENGINES)):
+        raise FsePatchError(
+            f"{ENABLE}={value!r}: unknown engine {unknown[0]!r}; use 1, 0 or a list of {', '.join(ENGINES)}"
+        )
+    return names
+
+
+def load(env: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from ``env`` (default: the process environment)."""
+    env = os.environ if env is None else env
+    return Settings(
+        engines=engines_in(env.get(ENABLE, "")),
+        strict=_flag(env, "FSE_PATCH_STRICT", True),
+        policy=env.get("FSE_PATCH_POLICY") or None,
+        allow_untested=_flag(env, "FSE_PATCH_ALLOW_UNTESTED", False),
+    )

@@ -1,0 +1,1 @@
+"""One operation a file, the torch reference beside the accelerated versions."""

@@ -1,0 +1,66 @@
+"""Checkpoint tensor names of MoE layers, matched on dotted boundaries and never as substrings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from .families import FamilySpec, Role
+
+Projection = Literal["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """What a checkpoint name says: which layer, which expert, which part of it.
+
+    ``expert`` is the routed expert's number, None for the shared expert, and -1 where one
+    three-dimensional tensor holds all routed experts. ``suffix`` is the part of the projection
+    ("weight", "weight_scale_inv", ...); a bare three-dimensional tensor has the suffix "weight".
+    """
+
+    role: Role
+    layer: int
+    expert: int | None
+    projection: Projection
+    suffix: str
+
+    @property
+    def is_shared(self) -> bool:
+        return self.expert is None
+
+
+@dataclass(frozen=True)
+class TensorNaming:
+    """Reads the tensor names of one checkpoint: the family's names and its number of main layers."""
+
+    family: FamilySpec
+    num_hidden_layers: int
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        prefixes = "|".join(re.escape(p) for p in self.family.layer_prefixes)
+        draft = re.escape(self.family.draft_prefix) if self.family.draft_prefix else r"(?!)"
+        return re.compile(
+            rf"^(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>\d+)\.mlp\."
+            rf"(?:(?P<shared>{re.escape(self.family.shared_module)})\."
+            rf"|experts\.(?:(?P<expert>\d+)\.)?)"
+            rf"(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)"
+            rf"(?:[._](?P<suffix>[\w.]+))?$"
+        )
+
+    def parse(self, name: str) -> ExpertTensor | None:
+        """The expert tensor that ``name`` is, or None for every other tensor of the checkpoint."""
+        match = self._pattern.match(name)
+        if match is None:
+            return None
+        layer = int(match["layer"])
+        role: Role = "draft" if match["draft"] else "main"
+        if self.family.draft_after_main and layer >= self.num_hidden_layers:
+            role = "draft"
+        expert = None if match["shared"] else int(match["expert"]) if match["expert"] else -1
+        return ExpertTensor(
+            role, layer, expert, match["projection"], match["suffix"] or "weight"  # type: ignore[arg-type]
+        )

@@ -1,0 +1,1 @@
+"""What is patched and what may fuse, as data."""
