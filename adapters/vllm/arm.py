@@ -1,0 +1,98 @@
+"""One arm of a verification: runs checkpoints in the real vLLM, in a process of its own.
+
+    python -m fse_patch.adapters.vllm.arm REQUEST.json RESULT.json
+
+REQUEST is a list of jobs {checkpoint, prompts, new_tokens, engine_args, control_factor};
+RESULT has one entry for each, or {"error": ...}. Whether the arm is stock or fused is the
+process's FSE_PATCH alone: the code that runs is the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+EXTENSION = "fse_patch.adapters.vllm.worker.VerifyExtension"
+DEFAULTS: dict[str, Any] = {
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "worker_extension_cls": EXTENSION,
+}
+
+
+def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) -> dict[str, Any]:
+    """Teacher-forced log-probability of every prompt token but the first, and the greedy tokens."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, prompt_logprobs=0, logprobs=1, ignore_eos=True, detokenize=False
+    )
+    asked = [{"prompt_token_ids": p} for p in prompts]
+    batches = [asked] if batched else [[p] for p in asked]
+    outputs = [out for batch in batches for out in llm.generate(batch, params, use_tqdm=False)]
+    return {
+        "logprobs": [
+            [out.prompt_logprobs[i][token].logprob for i, token in enumerate(prompt) if i]
+            for prompt, out in zip(prompts, outputs, strict=True)
+        ],
+        "greedy": [list(out.outputs[0].token_ids) for out in outputs],
+    }
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Build one engine and run one job in it."""
+    from vllm import LLM
+
+    llm = None
+    try:
+        llm = LLM(model=job["checkpoint"], **{**DEFAULTS, **job["engine_args"]})
+        llm.collective_rpc("fse_reset")
+        config = llm.llm_engine.vllm_config.model_config
+        result = {
+            "dtype": str(config.dtype).removeprefix("torch."),
+            **score(llm, job["prompts"], job["new_tokens"], batched=True),
+            "workers": llm.collective_rpc("fse_report"),
+            "rebatched": score(llm, job["prompts"], 1, batched=False)["logprobs"],
+        }
+        if job.get("control_factor") is not None:
+            llm.collective_rpc("fse_control", args=(job["control_factor"],))
+            result["control"] = score(llm, job["prompts"], 1, batched=True)["logprobs"]
+        return result
+    finally:
+        shut_down(llm)
+
+
+def shut_down(llm: Any) -> None:
+    """Free one engine, so that the next one starts as in a new process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from .fusion import CONSTRUCTED
+
+    if llm is not None:
+        llm.llm_engine.engine_core.shutdown()
+    del llm
+    CONSTRUCTED.clear()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def main(request: Path, result: Path) -> None:
+    """Run all jobs; what is done is on disk after each, so a crash loses only its own job."""
+    done: list[dict[str, Any]] = []
+    for job in json.loads(request.read_text()):
+        try:
+            done.append(run_job(job))
+        except Exception as error:
+            done.append({"error": f"{type(error).__name__}: {error}"})
+            print(f"fse_patch: {job['checkpoint']}: {done[-1]['error']}", file=sys.stderr)
+        result.write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,189 @@
+"""Stock against fused on the real engine: two processes, the same tokens, one judgement for each job."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import FsePatchError
+from .fusion_core.compare import Tolerance, difference
+from .fusion_core.decision import FusionDecision
+from .settings import ENABLE
+
+ARM_MODULES = {"vllm": "fse_patch.adapters.vllm.arm"}
+# Only where the user has not said otherwise: one process where the engine allows it, no network.
+ARM_ENVIRONMENT = {
+    "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+}
+PROMPT_LENGTHS = (5, 17, 64, 100)
+# A 1 % fault drowns in the rounding of 16 bit; there the control drops the first shared slot.
+CONTROL_FACTORS = {"float32": 1.01}
+CONTROL_16_BIT = 0.0
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """One checkpoint to verify, with the decision of each of its roles that the engine will build."""
+
+    checkpoint: Path
+    decisions: tuple[FusionDecision, ...]
+    vocab_size: int
+    dtype: str
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    new_tokens: int = 12
+
+    def request(self) -> dict[str, Any]:
+        """What an arm needs to run the job."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "prompts": prompts(self.vocab_size),
+            "new_tokens": self.new_tokens,
+            "engine_args": {"dtype": self.dtype, **self.engine_args},
+            "control_factor": self.control_factor,
+        }
+
+    @property
+    def control_factor(self) -> float:
+        """What the control multiplies the weight of one shared slot by."""
+        return CONTROL_FACTORS.get(self.dtype, CONTROL_16_BIT)
+
+
+def prompts(vocab_size: int, seed: int = 3) -> list[list[int]]:
+    """Random prompts of token ids, the same in every run."""
+    draw = random.Random(seed)
+    return [[draw.randrange(3, vocab_size) for _ in range(n)] for n in PROMPT_LENGTHS]
+
+
+def run_arm(
+    engine: str, jobs: list[VerifyJob], fused: bool, env: Mapping[str, str], timeout: float
+) -> list[dict[str, Any]]:
+    """Run one arm over all jobs in one process, which is ended with its children at the timeout.
+
+    Raises:
+        FsePatchError: the arm ended without a result for each job; the end of its log is in the text.
+    """
+    with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
+        request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "log"))
+        request.write_text(json.dumps([job.request() for job in jobs]))
+        environment = {**ARM_ENVIRONMENT[engine], **env, ENABLE: engine if fused else "0"}
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-m", ARM_MODULES[engine], str(request), str(result)],
+                env=environment,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        done: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
+        if len(done) < len(jobs) or any("error" in entry for entry in done):
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+            if len(done) < len(jobs):
+                arm = "fused" if fused else "stock"
+                raise FsePatchError(f"the {arm} {engine} process ended with status {process.returncode}:\n{tail}")
+            for entry in done:
+                if "error" in entry:
+                    entry["log"] = tail
+        return done
+
+
+def verify(
+    jobs: list[VerifyJob],
+    engine: str,
+    engine_version: str,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 1800.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Run all jobs in the stock and in the fused engine and judge each.
+
+    Args:
+        engine_version: goes into the reports.
+        env: environment of both arms, default this process's.
+        timeout: seconds for one arm over all jobs.
+        progress: is told in a line what runs.
+
+    Returns:
+        A report for each job, with the keys that the README lists.
+    """
+    environment = dict(os.environ if env is None else env)
+    progress(f"stock {engine} {engine_version}: {len(jobs)} checkpoint(s)")
+    stock = run_arm(engine, jobs, False, environment, timeout)
+    progress(f"fused {engine} {engine_version}: {len(jobs)} checkpoint(s)")
+    fused = run_arm(engine, jobs, True, environment, timeout)
+    head = {"engine": engine, "engine_version": engine_version}
+    return [{**head, **judge(job, a, b)} for job, a, b in zip(jobs, stock, fused, strict=True)]
+
+
+def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
+    """Compare the arms of one job. ``failures`` says in words why it did not pass."""
+    report: dict[str, Any] = {"checkpoint": str(job.checkpoint), "passed": False}
+    for name, arm in (("stock", stock), ("fused", fused)):
+        if "error" in arm:
+            return {**report, "failures": [f"{name} engine: {arm['error']}"], "log": arm.get("log", "")}
+    found = difference(stock["logprobs"], fused["logprobs"])
+    noise = difference(stock["logprobs"], stock["rebatched"])
+    control = difference(stock["logprobs"], fused["control"])
+    tolerance = Tolerance.for_dtype(stock["dtype"], noise)
+    failures = [] if tolerance.holds(found) else [f"log-probabilities differ by {found.mean:.3g} (mean)"]
+    if not tolerance.caught(control):
+        failures.append(f"the control (one slot weight x {job.control_factor}) was not seen: {control.mean:.3g}")
+    if any(worker["roles"] for worker in stock["workers"]):
+        failures.append("the stock arm was not stock")
+    for decision in job.decisions:
+        failures += ran_as_decided(decision, fused["workers"])
+    main = [role for worker in fused["workers"] for role in worker["roles"] if role["role"] == "main"]
+    return {
+        **report,
+        "dtype": stock["dtype"],
+        "worker_pids": [worker["pid"] for worker in fused["workers"]],
+        "fused_layers": sorted({layer for role in main for layer in role["fused_layers"]}),
+        "calls_by_mode": main[0]["calls_by_mode"] if main else {},
+        "slots_loaded": main[0]["slots_loaded"] if main else 0,
+        "tokens": found.tokens,
+        "mean_abs_logprob_diff": found.mean,
+        "max_abs_logprob_diff": found.max,
+        "stock_noise": noise.mean,
+        "greedy_tokens_equal": stock["greedy"] == fused["greedy"],
+        "control_diff": control.mean,
+        "control_factor": job.control_factor,
+        "tolerance": tolerance.to_dict(),
+        "roles": fused["workers"][0]["roles"],
+        "failures": failures,
+        "passed": not failures,
+    }
+
+
+def ran_as_decided(decision: FusionDecision, workers: list[dict[str, Any]]) -> list[str]:
+    """What a role did otherwise than decided, in any worker. A patch that never fired must not pass."""
+    assert decision.layout is not None
+    problems = []
+    wanted = list(decision.fused_layers)
+    for worker in workers:
+        where = f"{decision.role} model, process {worker['pid']}"
+        role = next((r for r in worker["roles"] if r["role"] == decision.role), None)
+        if role is None:
+            problems.append(f"{where}: was not fused")
+            continue
+        if role["fused_layers"] != wanted:
+            problems.append(f"{where}: layers {role['fused_layers']} ran fused, {wanted} were decided")
+        slots = len(wanted) * decision.layout.num_shared_slots
+        if role["slots_loaded"] != slots:
+            problems.append(f"{where}: {role['slots_loaded']} of {slots} shared slots were loaded")
+    return problems

@@ -1,0 +1,93 @@
+"""Proof that every shared slot was written, once, before anything is served."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import AuditError
+from .remap import Shard, SlotTensor
+
+Key = tuple[int, int, Shard, str]
+
+
+def poison(rows: torch.Tensor) -> None:
+    """Fill slot rows with NaN, so that a part which nothing writes cannot pass for a weight.
+
+    Integer tensors and dtypes without NaN stay as they are: coverage alone guards them.
+    """
+    if rows.is_floating_point() and not rows.is_meta:
+        if rows.element_size() == 1:
+            rows.view(torch.uint8).fill_(0x7F)  # NaN in both 8-bit float formats with a NaN
+        else:
+            rows.fill_(float("nan"))
+
+
+def is_poisoned(rows: torch.Tensor) -> bool:
+    """Whether any element of the slot rows is NaN."""
+    if not rows.is_floating_point() or rows.is_meta:
+        return False
+    return bool(torch.isnan(rows.float() if rows.element_size() == 1 else rows).any())
+
+
+@dataclass
+class SlotAudit:
+    """Coverage of the shared slots of one role in this process.
+
+    Enforced on the initial load. Later loads are weight updates, which may be partial: then it
+    only counts.
+    """
+
+    role: str
+    expected: set[Key] = field(default_factory=set)
+    written: Counter[Key] = field(default_factory=Counter)
+    loads: int = 0
+
+    def expect(self, layer: int, slots: range, suffixes: set[str]) -> None:
+        """Expect w1, w2 and w3 of every slot of ``layer``, with every parameter suffix it has."""
+        shards: tuple[Shard, ...] = ("w1", "w2", "w3")
+        self.expected |= {(layer, s, shard, x) for s in slots for shard in shards for x in suffixes}
+
+    def begin(self) -> None:
+        """A load starts."""
+        self.written.clear()
+
+    def wrote(self, part: SlotTensor) -> None:
+        """One slot tensor was accepted by the engine's weight loader."""
+        self.written[part.layer, part.slot, part.shard, part.suffix] += 1
+
+    @property
+    def slots_loaded(self) -> int:
+        """Slots of which every part was written by the last load."""
+        slots = {key[:2] for key in self.expected}
+        return len(slots - {key[:2] for key in self.expected - set(self.written)})
+
+    def finish(self, poisoned_layers: list[int]) -> None:
+        """A load ended.
+
+        Raises:
+            AuditError: on the initial load, if a part is missing, was written twice, was not expected,
+                or poison is left in a layer.
+        """
+        self.loads += 1
+        if self.loads > 1:
+            return
+        problems = (
+            ("never written", self.expected - set(self.written)),
+            ("written more than once", {key for key, times in self.written.items() if times > 1}),
+            ("not expected", set(self.written) - self.expected),
+        )
+        for what, keys in problems:
+            if keys:
+                layer, slot, shard, suffix = min(keys)
+                raise AuditError(
+                    f"{self.role} model: {len(keys)} shared slot tensors {what}, first: layer {layer} "
+                    f"slot {slot} {shard}_{suffix}; the model is not served"
+                )
+        if poisoned_layers:
+            raise AuditError(
+                f"{self.role} model: unwritten values are left in the shared slots of layers "
+                f"{poisoned_layers}; the model is not served"
+            )
