@@ -1,0 +1,1 @@
+"""Tiny random checkpoints for tests: recipes, weights, layouts, permutations, headers only."""

@@ -1,0 +1,228 @@
+"""The recipes: which architecture, which config, which expert layout, with or without an MTP draft.
+
+The dimensions are the smallest that the engines' CPU kernels take: attention head_dim 32, linear-attention head
+dims 64 (32 is refused by the C++ kernel), hidden size a multiple of 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+VOCAB, HIDDEN, MOE_WIDTH, EXPERTS = 256, 64, 32, 8
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LINEAR_ATTENTION: dict[str, Any] = {
+    "head_dim": 32,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_QWEN_MOE: dict[str, Any] = {
+    "moe_intermediate_size": MOE_WIDTH,
+    "shared_expert_intermediate_size": MOE_WIDTH,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 4,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One checkpoint.
+
+    Args:
+        build: gives the transformers model (its weights are replaced afterwards).
+        layout: "per_expert" (one tensor an expert and projection) or "stacked" (3-D, all experts in one).
+        draft: "none", "mtp" (own ``mtp.`` prefix) or "after_main" (layers numbered on after the main ones).
+        dtype: the dtype a plain CPU engine can run it in; float32 needs a shim where this says bfloat16.
+        config: keys added to config.json after saving (to its text_config where there is one).
+        family: the fusible family's name, or None for a model that must stay stock.
+    """
+
+    build: Callable[[], Any]
+    layout: str = "per_expert"
+    draft: str = "none"
+    dtype: str = "float32"
+    config: dict[str, Any] = field(default_factory=dict)
+    family: str | None = None
+
+
+def _qwen2_moe(shared_times: int = 1, renormalize: bool = False) -> Any:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    dims = {**_COMMON, **_QWEN_MOE, "num_experts_per_tok": 2}
+    dims["shared_expert_intermediate_size"] = shared_times * MOE_WIDTH
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**dims, intermediate_size=128, decoder_sparse_step=1, norm_topk_prob=renormalize)
+    )
+
+
+def _qwen3_next() -> Any:
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **_COMMON,
+            **_LINEAR_ATTENTION,
+            **_QWEN_MOE,
+            intermediate_size=128,
+            decoder_sparse_step=1,
+            norm_topk_prob=True,
+        )
+    )
+
+
+def _qwen3_5_text_config() -> dict[str, Any]:
+    # Rotary part: head_dim * 0.25 = 8 numbers, so 4 frequencies; the sections must add up to 4.
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
+    return {**_COMMON, **_LINEAR_ATTENTION, **_QWEN_MOE, "rope_parameters": rope}
+
+
+def _qwen3_5_text() -> Any:
+    from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_qwen3_5_text_config()))
+
+
+def _qwen3_5_vl() -> Any:
+    from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+        "num_position_embeddings": 64,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    ids = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
+    config = Qwen3_5MoeConfig(
+        text_config=_qwen3_5_text_config(), vision_config=vision, tie_word_embeddings=False, **ids
+    )
+    return Qwen3_5MoeForConditionalGeneration(config)
+
+
+def _glm4_moe(shared: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1, draft: int = 0) -> Any:
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    return Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            **{**_COMMON, "num_hidden_layers": 3},
+            head_dim=32,
+            intermediate_size=128,
+            moe_intermediate_size=MOE_WIDTH,
+            n_routed_experts=EXPERTS,
+            n_shared_experts=shared,
+            num_experts_per_tok=2,
+            routed_scaling_factor=scale,
+            n_group=groups,
+            topk_group=top_groups,
+            first_k_dense_replace=1,
+            norm_topk_prob=True,
+            use_qk_norm=True,
+            num_nextn_predict_layers=draft,
+        )
+    )
+
+
+def _glm4_moe_lite() -> Any:
+    from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
+
+    return Glm4MoeLiteForCausalLM(
+        Glm4MoeLiteConfig(
+            **{**_COMMON, "num_key_value_heads": 2},
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=32,
+            v_head_dim=32,
+            intermediate_size=128,
+            moe_intermediate_size=MOE_WIDTH,
+            n_routed_experts=EXPERTS,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            routed_scaling_factor=1.8,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=True,
+            mlp_layer_types=["dense", "sparse"],
+        )
+    )
+
+
+def _qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    dims = {k: v for k, v in _QWEN_MOE.items() if not k.startswith("shared")}
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_COMMON, **dims, head_dim=32, intermediate_size=128, norm_topk_prob=True)
+    )
+
+
+def _qwen3_5(build: Callable[[], Any], layout: str, draft: bool = False) -> Recipe:
+    return Recipe(
+        build,
+        layout,
+        "mtp" if draft else "none",
+        "bfloat16",
+        {"mtp_num_hidden_layers": 1} if draft else {"mtp_num_hidden_layers": 0},
+        "qwen3_5_moe",
+    )
+
+
+def _glm(**changes: Any) -> Recipe:
+    draft = "after_main" if changes.get("draft") else "none"
+    # transformers names this key differently in its releases; engines read this one.
+    config = {"num_nextn_predict_layers": changes.get("draft", 0)}
+    return Recipe(lambda: _glm4_moe(**changes), draft=draft, config=config, family="glm4_moe")
+
+
+RECIPES: dict[str, Recipe] = {
+    "qwen2_moe": Recipe(_qwen2_moe, family="qwen2_moe"),
+    "qwen2_moe_renorm": Recipe(lambda: _qwen2_moe(renormalize=True), family="qwen2_moe"),
+    "qwen2_moe_wide4": Recipe(lambda: _qwen2_moe(shared_times=4), family="qwen2_moe"),
+    "qwen2_moe_wide8": Recipe(lambda: _qwen2_moe(shared_times=8), family="qwen2_moe"),
+    "qwen3_next": Recipe(_qwen3_next, dtype="bfloat16", family="qwen3_next"),
+    "qwen3_next_mtp": Recipe(
+        _qwen3_next, draft="mtp", dtype="bfloat16", config={"num_nextn_predict_layers": 1}, family="qwen3_next"
+    ),
+    "qwen3_5_text": _qwen3_5(_qwen3_5_text, "per_expert"),
+    "qwen3_5_text_3d": _qwen3_5(_qwen3_5_text, "stacked"),
+    "qwen3_5_vl": _qwen3_5(_qwen3_5_vl, "per_expert"),
+    "qwen3_5_vl_3d": _qwen3_5(_qwen3_5_vl, "stacked"),
+    "qwen3_5_mtp": _qwen3_5(_qwen3_5_text, "per_expert", draft=True),
+    "qwen3_5_mtp_3d": _qwen3_5(_qwen3_5_text, "stacked", draft=True),
+    "qwen3_5_vl_mtp": _qwen3_5(_qwen3_5_vl, "stacked", draft=True),
+    "glm4_moe": _glm(),
+    "glm4_moe_scale": _glm(scale=2.5),
+    "glm4_moe_shared2": _glm(shared=2),
+    "glm4_moe_shared2_scale": _glm(shared=2, scale=2.5),
+    "glm4_moe_grouped": _glm(scale=2.5, groups=4, top_groups=2),
+    "glm4_moe_mtp": _glm(scale=2.5, draft=1),
+    "glm4_moe_lite": Recipe(_glm4_moe_lite),
+    "qwen3_moe": Recipe(_qwen3_moe),
+}
