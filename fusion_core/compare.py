@@ -8,8 +8,8 @@ from typing import Any
 # float32 limits on the absolute log-probability difference to stock, in nats. Fusing only reorders
 # a float32 sum: 1e-6 is normal, a wrong weight moves the mean by 1e-3 and more.
 MEAN_FLOAT32, MAX_FLOAT32 = 5e-6, 1e-4
-# In 16 bit: the mean at most twice the difference of stock to itself under another batch
-# composition, and a control at least ten times that.
+# In 16 bit: the mean at most twice the noise of stock against itself (in other batches, or with one
+# more rounding where batches do not matter), and a control at least ten times that.
 NOISE_FACTOR, CONTROL_FACTOR = 2.0, 10.0
 
 
@@ -47,7 +47,7 @@ class Tolerance:
 
     @classmethod
     def for_dtype(cls, dtype: str, noise: Difference) -> Tolerance:
-        """Limits for a run in ``dtype``; ``noise`` is stock against stock in other batches."""
+        """Limits for a run in ``dtype``; ``noise`` is stock against stock."""
         if dtype == "float32":
             return cls(MEAN_FLOAT32, MAX_FLOAT32, MEAN_FLOAT32)
         return cls(NOISE_FACTOR * noise.mean, None, CONTROL_FACTOR * noise.mean)

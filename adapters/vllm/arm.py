@@ -60,9 +60,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             "workers": llm.collective_rpc("fse_report"),
             "rebatched": score(llm, job["prompts"], 1, batched=False)["logprobs"],
         }
-        if job.get("control_factor") is not None:
-            llm.collective_rpc("fse_control", args=(job["control_factor"],))
-            result["control"] = score(llm, job["prompts"], 1, batched=True)["logprobs"]
+        llm.collective_rpc("fse_control", args=(job["control_factor"],))
+        result["control"] = score(llm, job["prompts"], 1, batched=True)["logprobs"]
+        if config.dtype.itemsize == 2:
+            llm.collective_rpc("fse_control", args=(1.0,))
+            llm.collective_rpc("fse_jitter", args=(0,))
+            result["jittered"] = score(llm, job["prompts"], 1, batched=True)["logprobs"]
         return result
     finally:
         shut_down(llm)
