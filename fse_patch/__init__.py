@@ -1,3 +1,55 @@
 """Fuse the shared expert into the routed experts' kernel, in released vLLM and SGLang, from outside."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .report import Report
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "apply", "remove", "status"]
+
+# The functions import what they need when called: importing fse_patch must cost nothing.
+
+
+def apply(engine: str, *, strict: bool | None = None, allow_untested: bool | None = None) -> Report:
+    """Patch an installed engine in this process and in its child processes, before or after it is imported.
+
+    Args:
+        engine: "vllm" or "sglang".
+        strict: raise when a patch cannot be applied; otherwise the report says what was refused, and the
+            engine is untouched. Default: FSE_PATCH_STRICT, which is on unless set to 0.
+        allow_untested: try a release outside the tested list; fingerprints are still compared. Default:
+            FSE_PATCH_ALLOW_UNTESTED, which is off.
+
+    Returns:
+        What was patched, what waits for its module to be imported, and what was refused and why.
+
+    Raises:
+        RefusedError: the engine is not one that the patches were written for.
+        FsePatchError: unknown engine, engine not installed, or a patch that failed; nothing is changed.
+    """
+    from . import control
+
+    return control.apply(engine, strict=strict, allow_untested=allow_untested)
+
+
+def remove(engine: str) -> None:
+    """Put every original of ``engine`` back, by identity, and restore FSE_PATCH as it was.
+
+    Models that are already built keep running as they were built.
+
+    Raises:
+        FsePatchError: unknown engine, or a name that could not be put back.
+    """
+    from . import control
+
+    control.remove(engine)
+
+
+def status() -> dict[str, Any]:
+    """What is patched, decided and counted in this process, by engine, ready for JSON."""
+    from . import control
+
+    return control.status()

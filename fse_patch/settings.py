@@ -10,6 +10,8 @@ from .errors import FsePatchError
 
 ENGINES = ("vllm", "sglang")
 ENABLE = "FSE_PATCH"
+STRICT = "FSE_PATCH_STRICT"
+ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
 
@@ -66,7 +68,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
     env = os.environ if env is None else env
     return Settings(
         engines=engines_in(env.get(ENABLE, "")),
-        strict=_flag(env, "FSE_PATCH_STRICT", True),
+        strict=_flag(env, STRICT, True),
         policy=env.get("FSE_PATCH_POLICY") or None,
-        allow_untested=_flag(env, "FSE_PATCH_ALLOW_UNTESTED", False),
+        allow_untested=_flag(env, ALLOW_UNTESTED, False),
     )

@@ -1,0 +1,67 @@
+"""A ledger file as written in YAML, and its validation."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ..errors import FsePatchError
+from .source import split
+
+
+def _reference(text: str) -> str:
+    try:
+        split(text)
+    except FsePatchError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+def _specifier(text: str) -> str:
+    try:
+        SpecifierSet(text)
+    except InvalidSpecifier as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+Text = Annotated[str, Field(min_length=1)]
+Reference = Annotated[str, AfterValidator(_reference)]
+Versions = Annotated[list[Annotated[str, AfterValidator(_specifier)]], Field(min_length=1)]
+
+
+class Entry(BaseModel):
+    """One patch as written in the YAML; see `PatchSpec` for the fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: Text
+    target: Reference
+    versions: Versions
+    source: Reference | None = None
+    relies_on: list[Reference] = []
+    factory: Reference
+    why: Text
+    upstream: Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*)")]
+    remove_when: Text
+
+
+class EngineData(BaseModel):
+    """A ledger file as written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: Text
+    import_name: Text
+    distributions: Annotated[list[Text], Field(min_length=1)]
+    tested: list[Text]
+    patches: list[Entry]
+
+    @model_validator(mode="after")
+    def _unique(self) -> EngineData:
+        ids = [p.id for p in self.patches]
+        if twice := sorted({i for i in ids if ids.count(i) > 1}):
+            raise ValueError(f"patch id {twice[0]!r} occurs twice")
+        return self

@@ -1,0 +1,70 @@
+"""A patch as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from .source import split
+
+
+@dataclass(frozen=True)
+class Source:
+    """A definition of the engine that we replace or depend on.
+
+    Args:
+        reference: where it is defined, as ``pkg.mod:Qual.name``.
+        fingerprints: engine version to hash, for every release it was read in.
+    """
+
+    reference: str
+    fingerprints: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """One replacement of one attribute of the engine.
+
+    Args:
+        id: unique in the ledger of its engine.
+        target: the binding that is replaced, as ``pkg.mod:Qual.name``.
+        versions: releases it is for; any of the specifiers may match.
+        source: where the original is defined. Differs from the target for a name that is imported into the
+            target's module (then that binding alone is replaced) and for an inherited method.
+        relies_on: code that is not replaced but whose behaviour the replacement assumes.
+        factory: ``module:function``, called with the original, returns the replacement.
+        why: what breaks without it.
+        upstream: a link, or "none: " and the reason.
+        remove_when: what makes it unnecessary.
+    """
+
+    id: str
+    target: str
+    versions: tuple[SpecifierSet, ...]
+    source: Source
+    relies_on: tuple[Source, ...]
+    factory: str
+    why: str
+    upstream: str
+    remove_when: str
+
+    @property
+    def module(self) -> str:
+        """The module that has to be imported before the patch can be put in."""
+        return split(self.target)[0]
+
+    @property
+    def qualname(self) -> str:
+        """The attribute's name inside its module."""
+        return split(self.target)[1]
+
+    @property
+    def imported(self) -> bool:
+        """Whether the target is a name bound elsewhere than where it is defined."""
+        return self.source.reference != self.target
+
+    def is_for(self, version: Version) -> bool:
+        """Whether any of the specifiers matches ``version``; local labels such as +cpu do not count."""
+        return any(s.contains(version.public, prereleases=True) for s in self.versions)

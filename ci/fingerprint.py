@@ -1,0 +1,91 @@
+"""Regenerate patches/<engine>.fingerprints.json from installed releases, or check that it is up to date.
+
+    python ci/fingerprint.py --engine vllm --site-packages DIR [--site-packages DIR ...] [--write]
+
+The engines are read, not imported: each DIR is the site-packages folder of an environment with one release.
+Fingerprints of releases that are not given stay. Without --write, exit status 1 says that the file is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fse_patch.adapters import guards, ledger
+from fse_patch.adapters.fingerprint import fingerprint
+from packaging.version import Version
+
+from fse_patch.errors import FsePatchError
+
+Fingerprints = dict[str, dict[str, str]]
+
+
+def references(book: ledger.Ledger, version: str | None = None) -> set[str]:
+    """Sources that the ledger names, for one release or for all."""
+    patches = [p for p in book.patches if version is None or p.is_for(Version(version))]
+    return {s.reference for p in patches for s in (p.source, *p.relies_on)}
+
+
+def collect(book: ledger.Ledger, site_packages: str) -> tuple[str, dict[str, str]]:
+    """Version installed in a folder, and the hash of every source its patches name.
+
+    Raises:
+        FsePatchError: the engine or a source is not there.
+    """
+    version = Version(guards.engine_version(book, [site_packages])).public
+    found: dict[str, str] = {}
+    for reference in sorted(references(book, version)):
+        value = fingerprint(reference, [site_packages])
+        if value is None:
+            raise FsePatchError(f"{reference}: not defined in {book.engine} {version} ({site_packages})")
+        found[reference] = value
+    return version, found
+
+
+def merge(book: ledger.Ledger, old: Fingerprints, new: dict[str, dict[str, str]]) -> Fingerprints:
+    """Old fingerprints of sources that the ledger still names, with the new releases' over them."""
+    merged: Fingerprints = {}
+    for reference in sorted(references(book)):
+        values = {v: h for v, h in old.get(reference, {}).items() if v not in new}
+        values.update({v: found[reference] for v, found in new.items() if reference in found})
+        merged[reference] = dict(sorted(values.items(), key=lambda item: Version(item[0])))
+    return merged
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--engine", required=True)
+    parser.add_argument("--site-packages", required=True, action="append", metavar="DIR")
+    parser.add_argument("--patches", type=Path, default=ledger.FOLDER, help="folder of the ledger")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    path = args.patches / f"{args.engine}.fingerprints.json"
+    try:
+        book = ledger.load(args.engine, args.patches)
+        old = ledger.read_fingerprints(path)
+        new: dict[str, dict[str, str]] = {}
+        for folder in args.site_packages:
+            version, found = collect(book, folder)
+            if new.setdefault(version, found) != found:
+                raise FsePatchError(f"{folder}: another source of {book.engine} {version} than before")
+            print(f"{book.engine} {version}: {len(found)} sources read")
+    except FsePatchError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    text = json.dumps(merge(book, old, new), indent=2) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        print(f"{path}: up to date")
+        return 0
+    if not args.write:
+        print(f"{path}: out of date; run again with --write", file=sys.stderr)
+        return 1
+    path.write_text(text, encoding="utf-8")
+    print(f"{path}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""What the engines call in every process: the entry points vllm.general_plugins and sglang.srt.plugins.
+
+Standard library only until switched on: both engines log and ignore an error while importing this file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from .errors import FsePatchError
+from .settings import ENABLE, engines_in, load
+
+_announced: set[tuple[int, str]] = set()
+
+
+def vllm() -> None:
+    """Patch vLLM if FSE_PATCH names it; otherwise do nothing."""
+    _run("vllm")
+
+
+def sglang() -> None:
+    """Patch SGLang if FSE_PATCH names it; otherwise do nothing."""
+    _run("sglang")
+
+
+def _run(engine: str) -> None:
+    if not os.environ.get(ENABLE):
+        return
+    strict = True
+    try:
+        if engine not in engines_in(os.environ[ENABLE]):
+            return
+        strict = load().strict
+        from . import apply
+
+        report = apply(engine)
+    except FsePatchError as error:
+        if strict:
+            # SGLang catches Exception around plugins and would serve unpatched.
+            print(f"fse_patch: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_status) from error
+        _announce(engine, logging.WARNING, f"{engine}: off: {error}")
+        return
+    _announce(engine, logging.INFO if report.on else logging.WARNING, report.summary())
+    _logger().debug("%s", report)
+
+
+def _announce(engine: str, level: int, line: str) -> None:
+    """Say it once a process, though engines call plugins several times."""
+    if (key := (os.getpid(), engine)) not in _announced:
+        _announced.add(key)
+        _logger().log(level, "%s", line)
+
+
+def _logger() -> logging.Logger:
+    """Our logger, with a handler of its own where nobody configured one: vLLM configures "vllm" alone."""
+    logger = logging.getLogger("fse_patch")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(min(logging.INFO, logging.getLogger().level or logging.INFO))
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        line = "%(levelname)s %(asctime)s [fse_patch %(process)d] %(message)s"
+        handler.setFormatter(logging.Formatter(line))
+        logger.addHandler(handler)
+        logger.propagate = False
+    return logger
