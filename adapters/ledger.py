@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .. import patches as _data
 from ..errors import FsePatchError
-from .ledger_file import EngineData, Entry
+from .ledger_file import EVERY_ENTRY_CLASS, EngineData, Entry
 from .spec import PatchSpec, Source
 
 FOLDER = Path(_data.__file__).parent
@@ -26,13 +26,14 @@ _FINGERPRINTS = TypeAdapter(dict[str, dict[str, str]])
 
 @dataclass(frozen=True)
 class Ledger:
-    """Everything known about patching one engine."""
+    """Everything known about patching one engine. ``roles`` names the role of each entry class."""
 
     engine: str
     import_name: str
     distributions: tuple[str, ...]
     tested: tuple[str, ...]
     patches: tuple[PatchSpec, ...]
+    roles: Mapping[str, str]
 
     def is_tested(self, version: Version) -> bool:
         """Whether the release is on the tested list; local labels such as +cpu do not count."""
@@ -74,6 +75,22 @@ def read_fingerprints(path: Path) -> dict[str, dict[str, str]]:
         raise FsePatchError(f"{path}: {error}") from error
 
 
+def _expand(entry: Entry, data: EngineData) -> Iterator[Entry]:
+    """The entry itself, or one for each entry class where its target stands for all of them."""
+    if not entry.target.startswith(EVERY_ENTRY_CLASS):
+        yield entry
+        return
+    attribute = entry.target.removeprefix(EVERY_ENTRY_CLASS)
+    for owner in data.entry_classes:
+        yield entry.model_copy(
+            update={
+                "id": f"{entry.id}.{owner.model.partition(':')[2]}",
+                "target": f"{owner.model}.{attribute}",
+                "source": owner.inherits.get(attribute),
+            }
+        )
+
+
 def _patch(entry: Entry, hashes: Mapping[str, dict[str, str]]) -> PatchSpec:
     def source(reference: str) -> Source:
         return Source(reference, hashes.get(reference, {}))
@@ -103,5 +120,6 @@ def load(engine: str, folder: Path | None = None) -> Ledger:
         raise FsePatchError(f"{engine}: this version of fse_patch has no patches for it")
     data = read_yaml(path)
     hashes = read_fingerprints(folder / f"{engine}.fingerprints.json")
-    patches = tuple(_patch(e, hashes) for e in data.patches)
-    return Ledger(data.engine, data.import_name, tuple(data.distributions), tuple(data.tested), patches)
+    patches = tuple(_patch(e, hashes) for entry in data.patches for e in _expand(entry, data))
+    roles = {owner.model: owner.role for owner in data.entry_classes}
+    return Ledger(data.engine, data.import_name, tuple(data.distributions), tuple(data.tested), patches, roles)

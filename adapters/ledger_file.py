@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -27,8 +27,16 @@ def _specifier(text: str) -> str:
     return text
 
 
+def _target(text: str) -> str:
+    return text if text.startswith(EVERY_ENTRY_CLASS) else _reference(text)
+
+
+# Start of a target that stands for one attribute of every entry class.
+EVERY_ENTRY_CLASS = "*."
+
 Text = Annotated[str, Field(min_length=1)]
 Reference = Annotated[str, AfterValidator(_reference)]
+Target = Annotated[str, AfterValidator(_target)]
 Versions = Annotated[list[Annotated[str, AfterValidator(_specifier)]], Field(min_length=1)]
 
 
@@ -38,7 +46,7 @@ class Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: Text
-    target: Reference
+    target: Target
     versions: Versions
     source: Reference | None = None
     relies_on: list[Reference] = []
@@ -46,6 +54,19 @@ class Entry(BaseModel):
     why: Text
     upstream: Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*)")]
     remove_when: Text
+
+
+class EntryClass(BaseModel):
+    """A model class that an engine instantiates by itself, for one role of a family we fuse.
+
+    ``inherits`` names where a patched method is defined, if not in the class itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Reference
+    role: Literal["main", "draft"]
+    inherits: dict[str, Reference] = {}
 
 
 class EngineData(BaseModel):
@@ -57,6 +78,7 @@ class EngineData(BaseModel):
     import_name: Text
     distributions: Annotated[list[Text], Field(min_length=1)]
     tested: list[Text]
+    entry_classes: list[EntryClass] = []
     patches: list[Entry]
 
     @model_validator(mode="after")
