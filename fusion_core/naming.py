@@ -44,16 +44,16 @@ class TensorNaming:
         prefixes = "|".join(re.escape(p) for p in self.family.layer_prefixes)
         draft = re.escape(self.family.draft_prefix) if self.family.draft_prefix else r"(?!)"
         return re.compile(
-            rf"^(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>\d+)\.mlp\."
+            rf"(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>\d+)\.mlp\."
             rf"(?:(?P<shared>{re.escape(self.family.shared_module)})\."
             rf"|experts\.(?:(?P<expert>\d+)\.)?)"
             rf"(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)"
-            rf"(?:[._](?P<suffix>[\w.]+))?$"
+            rf"(?:[._](?P<suffix>[\w.]+))?"
         )
 
     def parse(self, name: str) -> ExpertTensor | None:
         """The expert tensor that ``name`` is, or None for every other tensor of the checkpoint."""
-        match = self._pattern.match(name)
+        match = self._pattern.fullmatch(name)
         if match is None:
             return None
         layer = int(match["layer"])
