@@ -27,7 +27,9 @@ class _Verdict:
     rule: str = ""
 
 
-def decide(checkpoint: Path, engine: str, role: Role = "main", policy: Policy | None = None) -> FusionDecision:
+def decide(
+    checkpoint: Path, engine: str, role: Role = "main", policy: Policy | None = None
+) -> FusionDecision:
     """Whether one role of ``checkpoint`` fuses in ``engine``; a role that it lacks is refused.
 
     Args:
@@ -55,7 +57,7 @@ def decide_evidence(
         raise FsePatchError(f"unknown engine {engine!r}; use one of {', '.join(ENGINES)}")
     policy = policy or load_policy()
     if evidence.family is None or evidence.moe is None:
-        named = f"model_type {evidence.model_type!r}" if evidence.model_type else "a config without model_type"
+        named = f"model_type {evidence.model_type!r}" if evidence.model_type else "no model_type"
         return FusionDecision(
             role=role,
             fuse=False,
@@ -144,7 +146,7 @@ def _shape_verdict(evidence: Evidence, moe: MoeConfig, found: RoleEvidence | Non
 def _storage_verdict(
     evidence: Evidence, family: FamilySpec, moe: MoeConfig, found: RoleEvidence, engine: str, policy: Policy
 ) -> _Verdict:
-    """What the tensors and the policy say: all layers of the role fuse, or the first that does not is named."""
+    """What tensors and policy say: all layers of the role fuse, or the first that does not is named."""
     quant, slots = evidence.quant, moe.num_shared_slots or 0
     rule_for = lru_cache(maxsize=None)(policy.rule_for)
     rule: Rule | None = None

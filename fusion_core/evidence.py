@@ -14,11 +14,12 @@ from typing import Literal
 from .config import ConfigFile, MoeConfig, QuantConfig
 from .families import FamilySpec, Role, family_of
 from .headers import TensorHeader, read_headers
-from .naming import TensorNaming
+from .naming import Projection, TensorNaming
 from .reasons import Reason
-from .specs import MlpSpec, SpecConflict, Tensors, mlp_spec, size_conflict
+from .specs import ALL_EXPERTS, MlpSpec, SpecConflict, Tensors, mlp_spec, size_conflict
 
 Part = Literal["routed", "shared"]
+_PARTS: tuple[Part, Part] = ("routed", "shared")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Evidence:
 
 
 # (role, layer) -> part -> (projection, suffix) -> expert -> header
-_Layers = dict[tuple[Role, int], dict[Part, Tensors]]
+_Layers = dict[tuple[Role, int], dict[Part, dict[tuple[Projection, str], dict[int, TensorHeader]]]]
 
 
 def read_evidence(checkpoint: Path) -> Evidence:
@@ -105,28 +106,39 @@ def read_evidence(checkpoint: Path) -> Evidence:
 
 def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -> _Layers:
     layers: _Layers = {}
+    # Names of one layer's routed experts differ in the expert's number alone: one of them is parsed,
+    # the others are filed beside it. Parsing all would take most of the time of a large checkpoint.
+    siblings: dict[tuple[str, str], dict[int, TensorHeader]] = {}
     for name, header in tensors.items():
+        head, _, tail = name.partition(".experts.")
+        number, _, rest = tail.partition(".")
+        routed = number.isascii() and number.isdecimal()
+        experts = siblings.get((head, rest)) if routed else None
+        if experts is not None:
+            experts[int(number)] = header
+            continue
         parsed = naming.parse(name)
         if parsed is None:
             continue
+        part: Part = "shared" if parsed.is_shared else "routed"
         parts = layers.setdefault((parsed.role, parsed.layer), {})
-        part: Part = "shared" if parsed.expert is None else "routed"
         group = parts.setdefault(part, defaultdict(dict))
         experts = group[parsed.projection, parsed.suffix]
-        experts[-1 if parsed.expert is None else parsed.expert] = header
+        experts[ALL_EXPERTS if parsed.expert is None else parsed.expert] = header
+        if routed:
+            siblings[head, rest] = experts
     return layers
 
 
 def _layer(number: int, parts: Mapping[Part, Tensors], moe: MoeConfig, quant: QuantConfig) -> LayerEvidence:
-    for part in ("routed", "shared"):
+    for part in _PARTS:
         if part not in parts:
             detail = f"layer {number}: the checkpoint has no tensors of its {part} experts"
             return LayerEvidence(number, None, None, Finding("quant.unknown", detail))
     specs: list[MlpSpec] = []
-    for part, experts, width in (
-        ("routed", moe.num_routed, moe.moe_intermediate_size),
-        ("shared", None, moe.shared_intermediate_size),
-    ):
+    for part in _PARTS:
+        experts = moe.num_routed if part == "routed" else None
+        width = moe.moe_intermediate_size if part == "routed" else moe.shared_intermediate_size
         conflict = size_conflict(parts[part], experts, width, moe.hidden_size)
         if conflict is not None:
             detail = f"layer {number}, {part}: {conflict}"

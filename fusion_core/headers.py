@@ -111,7 +111,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for file in set(map(str, weight_map.values())):
         # Engines look for shards beside the index only; anything else would leave the folder.
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise FsePatchError(f"{path}: 'weight_map' names {file!r}, which is no safetensors file beside it")
+            raise FsePatchError(f"{path}: 'weight_map' names {file!r}, no safetensors file beside it")
     return weight_map
 
 
@@ -130,7 +130,7 @@ def _read_shard(path: Path, known: _Known) -> dict[str, TensorHeader]:
                 raise FsePatchError(f"{path}: no safetensors file: header length {length}; download it again")
             if length > size - 8:
                 raise FsePatchError(
-                    f"{path}: truncated: the header needs {length} bytes, {size - 8} are there; download it again"
+                    f"{path}: truncated: header of {length} bytes, {size - 8} are there; download it again"
                 )
             raw = file.read(length)
     except OSError as error:

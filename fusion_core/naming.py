@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 from .families import FamilySpec, Role
 
@@ -48,7 +48,8 @@ class TensorNaming:
             rf"(?:(?P<shared>{re.escape(self.family.shared_module)})\."
             rf"|experts\.(?:(?P<expert>\d+)\.)?)"
             rf"(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)"
-            rf"(?:[._](?P<suffix>[\w.]+))?"
+            rf"(?:[._](?P<suffix>[\w.]+))?",
+            re.ASCII,
         )
 
     def parse(self, name: str) -> ExpertTensor | None:
@@ -61,6 +62,5 @@ class TensorNaming:
         if self.family.draft_after_main and layer >= self.num_hidden_layers:
             role = "draft"
         expert = None if match["shared"] else int(match["expert"]) if match["expert"] else -1
-        return ExpertTensor(
-            role, layer, expert, match["projection"], match["suffix"] or "weight"  # type: ignore[arg-type]
-        )
+        projection = cast(Projection, match["projection"])
+        return ExpertTensor(role, layer, expert, projection, match["suffix"] or "weight")

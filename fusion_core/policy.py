@@ -48,16 +48,18 @@ class _Strict(BaseModel):
 class When(_Strict):
     """Conditions of a rule. All that are given must hold; one on tensors never holds without headers."""
 
-    quant_methods: list[str] | None = Field(None, description="quant_method of config.json; 'none' is unquantised")
-    quant_schemes: list[str] | None = Field(None, description="the method's word for its format, such as 'block'")
-    families: list[str] | None = Field(None, description="names of model families")
-    engines: list[str] | None = Field(None, description="names of engines")
-    roles: list[Role] | None = Field(None, description="main model or MTP draft")
-    headers: bool | None = Field(None, description="whether safetensors headers were there to read")
-    dtypes: list[str] | None = Field(None, description="every expert tensor has one of these dtypes")
-    suffixes: list[str] | None = Field(None, description="every expert tensor has one of these suffixes")
-    specs_equal: bool | None = Field(None, description="routed and shared experts are stored alike")
-    max_shared_slots: int | None = Field(None, ge=1, description="largest number of shared slots")
+    quant_methods: list[str] | None = Field(default=None, description="quant_method; 'none' is unquantised")
+    quant_schemes: list[str] | None = Field(default=None, description="the method's word for its format")
+    families: list[str] | None = Field(default=None, description="names of model families")
+    engines: list[str] | None = Field(default=None, description="names of engines")
+    roles: list[Role] | None = Field(default=None, description="main model or MTP draft")
+    headers: bool | None = Field(default=None, description="whether safetensors headers were there to read")
+    dtypes: list[str] | None = Field(default=None, description="every expert tensor has one of these dtypes")
+    suffixes: list[str] | None = Field(
+        default=None, description="every expert tensor has one of these suffixes"
+    )
+    specs_equal: bool | None = Field(default=None, description="routed and shared experts are stored alike")
+    max_shared_slots: int | None = Field(default=None, ge=1, description="largest number of shared slots")
 
     @field_validator("families")
     @classmethod
@@ -91,7 +93,9 @@ class Rule(_Strict):
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="unique name, shown in reports")
     when: When = Field(description="conditions; an empty object matches everything")
     fuse: bool
-    reason: Reason = Field("ok", description="refusal code; 'ok' for a rule that fuses, and only there")
+    reason: Reason = Field(
+        default="ok", description="refusal code; 'ok' for a rule that fuses, and only there"
+    )
     why: str = Field(min_length=1, description="one line for people")
     source: str = Field(min_length=1, description="where this was learnt: a URL or a file of this project")
 

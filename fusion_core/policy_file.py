@@ -49,7 +49,9 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     for number, rule in enumerate(rules):
         line = _line(root, ["rules", number, "id"])
         if rule.id in seen:
-            raise _error(path, line, f"rules[{number}].id", f"{rule.id!r} is also the id at line {seen[rule.id]}")
+            raise _error(
+                path, line, f"rules[{number}].id", f"{rule.id!r} is the id at line {seen[rule.id]} too"
+            )
         seen[rule.id] = line
     return tuple(rules)
 

@@ -111,7 +111,7 @@ def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden:
         if num_experts is None or ALL_EXPERTS in found:
             continue
         if len(found) != num_experts or max(found) >= num_experts:
-            return f"{projection} is there for {len(found)} experts up to {max(found)}, config.json has {num_experts}"
+            return f"{projection}: {len(found)} experts up to {max(found)}, config.json has {num_experts}"
     for (projection, suffix), experts in sorted(tensors.items()):
         if suffix != "weight":
             continue

@@ -20,8 +20,8 @@ def command(
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")],
     policy: Annotated[Path | None, typer.Option(help="Your own policy file; its rules come first.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    platform: Annotated[str | None, typer.Option(help="Add what this platform means: cpu, cuda, rocm.")] = None,
-    engine_version: Annotated[str | None, typer.Option(help="Add what this release means.")] = None,
+    platform: Annotated[str | None, typer.Option(help="Add facts on a platform: cpu, cuda, rocm.")] = None,
+    engine_version: Annotated[str | None, typer.Option(help="Add facts on a release.")] = None,
 ) -> None:
     """Exit status: 0 fuses, 3 refused, 2 bad input."""
     decisions = decide_roles(checkpoint, engine, load_policy(policy))
@@ -57,5 +57,3 @@ def plan_report(decision: FusionDecision) -> dict[str, Any]:
         "routed_scaling_factor": routing.routed_scaling_factor if routing else None,
         "policy_hash": decision.policy_hash,
     }
-
-
