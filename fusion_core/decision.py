@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from .families import Role, Scoring, SharedWeight
 from .layout import ExpertLayout
 
-FUSES = "ok"
+FUSES: Final = "ok"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class FamilySpec:
         shared_size_key: config key of the shared expert's intermediate width, if it has one.
         num_shared_key: config key of the shared expert's width in routed widths, if it has one.
         renormalize_default: ``norm_topk_prob`` where the config does not name it.
+        grouped_routing: the family reads ``n_group``, ``topk_group`` and ``routed_scaling_factor``.
         sparse_step: layers are sparse by ``decoder_sparse_step`` and ``mlp_only_layers``.
         first_dense_key: config key of the number of leading dense layers, if any.
         shared_module: the shared expert's module name below ``mlp``.
@@ -43,6 +44,7 @@ class FamilySpec:
     shared_size_key: str | None = None
     num_shared_key: str | None = None
     renormalize_default: bool = True
+    grouped_routing: bool = False
     sparse_step: bool = False
     first_dense_key: str | None = None
     draft_prefix: str | None = None
@@ -95,6 +97,7 @@ FAMILIES: tuple[FamilySpec, ...] = (
         num_experts_key="n_routed_experts",
         shared_module="shared_experts",
         num_shared_key="n_shared_experts",
+        grouped_routing=True,
         first_dense_key="first_k_dense_replace",
         draft_count_keys=("num_nextn_predict_layers",),
         draft_after_main=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 from .families import FamilySpec, Role
 
@@ -44,16 +44,17 @@ class TensorNaming:
         prefixes = "|".join(re.escape(p) for p in self.family.layer_prefixes)
         draft = re.escape(self.family.draft_prefix) if self.family.draft_prefix else r"(?!)"
         return re.compile(
-            rf"^(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>\d+)\.mlp\."
+            rf"(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>\d+)\.mlp\."
             rf"(?:(?P<shared>{re.escape(self.family.shared_module)})\."
             rf"|experts\.(?:(?P<expert>\d+)\.)?)"
             rf"(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)"
-            rf"(?:[._](?P<suffix>[\w.]+))?$"
+            rf"(?:[._](?P<suffix>[\w.]+))?",
+            re.ASCII,
         )
 
     def parse(self, name: str) -> ExpertTensor | None:
         """The expert tensor that ``name`` is, or None for every other tensor of the checkpoint."""
-        match = self._pattern.match(name)
+        match = self._pattern.fullmatch(name)
         if match is None:
             return None
         layer = int(match["layer"])
@@ -61,6 +62,5 @@ class TensorNaming:
         if self.family.draft_after_main and layer >= self.num_hidden_layers:
             role = "draft"
         expert = None if match["shared"] else int(match["expert"]) if match["expert"] else -1
-        return ExpertTensor(
-            role, layer, expert, match["projection"], match["suffix"] or "weight"  # type: ignore[arg-type]
-        )
+        projection = cast(Projection, match["projection"])
+        return ExpertTensor(role, layer, expert, projection, match["suffix"] or "weight")

@@ -1,0 +1,59 @@
+"""`fse-patch plan`: the decision for a checkpoint, from config.json and safetensors headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RefusedError
+from ..fusion_core.decide import decide_roles
+from ..fusion_core.decision import FusionDecision
+from ..fusion_core.policy_file import load_policy
+from ..settings import ENGINES
+from .output import print_json, print_table
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors files.")],
+    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")],
+    policy: Annotated[Path | None, typer.Option(help="Your own policy file; its rules come first.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    platform: Annotated[str | None, typer.Option(help="Add facts on a platform: cpu, cuda, rocm.")] = None,
+    engine_version: Annotated[str | None, typer.Option(help="Add facts on a release.")] = None,
+) -> None:
+    """Exit status: 0 fuses, 3 refused, 2 bad input."""
+    decisions = decide_roles(checkpoint, engine, load_policy(policy))
+    report = plan_report(decisions["main"])
+    if "draft" in decisions:
+        report["draft"] = plan_report(decisions["draft"])
+    if platform is not None or engine_version is not None:
+        from ..fusion_core.native import runtime_report
+
+        report["runtime"] = runtime_report(decisions["main"], platform, engine_version)
+    print_json(report) if json else print_table(f"{checkpoint} in {engine}", report)
+    if not decisions["main"].fuse:
+        raise typer.Exit(RefusedError.exit_status)
+
+
+def plan_report(decision: FusionDecision) -> dict[str, Any]:
+    """One role's decision under the keys that other tools rely on; null where nothing is known."""
+    layout, routing = decision.layout, decision.routing
+    return {
+        "fuse": decision.fuse,
+        "reason": decision.reason,
+        "detail": decision.detail,
+        "rule": decision.rule,
+        "engine": decision.engine,
+        "model_type": decision.model_type,
+        "num_routed": layout.num_routed if layout else None,
+        "num_shared_slots": layout.num_shared_slots if layout else None,
+        "top_k": layout.top_k if layout else None,
+        "moe_layers": list(decision.moe_layers),
+        "fused_layers": list(decision.fused_layers),
+        "scoring": routing.scoring if routing else None,
+        "shared_weight": decision.shared_weight,
+        "routed_scaling_factor": routing.routed_scaling_factor if routing else None,
+        "policy_hash": decision.policy_hash,
+    }

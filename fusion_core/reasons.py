@@ -1,0 +1,64 @@
+"""The stable codes that say why a role fuses or does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast, get_args
+
+Reason = Literal[
+    "ok",
+    "family.unknown",
+    "width.mismatch",
+    "width.block",
+    "activation.differs",
+    "quant.mixed",
+    "quant.unknown",
+    "quant.quark",
+    "quant.mxfp4",
+    "quant.online",
+    "backend.routing",
+    "backend.topk_format",
+    "parallel.ep",
+    "parallel.eplb",
+    "lora",
+    "routing.capture",
+    "routing.simulator",
+    "version.untested",
+    "fingerprint",
+    "upstream.already",
+    "slower.measured",
+    "slower.unmeasured",
+    "disabled",
+]
+
+REASONS: Mapping[Reason, str] = {
+    "ok": "fuses",
+    "family.unknown": "the model is not of a known family, or has no layer with a shared expert",
+    "width.mismatch": "the shared expert is not a whole number of routed experts wide, "
+    "or the tensors have other sizes than config.json",
+    "width.block": "a quantisation block would lie across two slots of the shared expert",
+    "activation.differs": "the experts' activation is not SiLU, the one that splits and fuses exactly",
+    "quant.mixed": "routed and shared experts are stored in different ways",
+    "quant.unknown": "nothing proves that this quantisation fuses rightly",
+    "quant.quark": "Quark checkpoints quantise routed and shared experts apart",
+    "quant.mxfp4": "MXFP4 kernels take another layout for the shared expert",
+    "quant.online": "weights are quantised while they load",
+    "backend.routing": "the engine's kernel routes by itself",
+    "backend.topk_format": "the engine's top-k output has no room for the shared slot",
+    "parallel.ep": "experts are spread over ranks",
+    "parallel.eplb": "experts move between ranks",
+    "lora": "adapters are attached to the experts",
+    "routing.capture": "the engine records routed experts",
+    "routing.simulator": "the engine simulates routing",
+    "version.untested": "this release of the engine was not tested",
+    "fingerprint": "the engine's source is not the one that was tested",
+    "upstream.already": "this release fuses by itself, rightly",
+    "slower.measured": "fusing was measured to be slower here",
+    "slower.unmeasured": "fusing was not measured here and stock's way cannot be kept",
+    "disabled": "fse_patch is not switched on",
+}
+
+
+def is_reason(code: str) -> bool:
+    """Whether ``code`` is one of the stable codes."""
+    return code in cast(tuple[str, ...], get_args(Reason))
