@@ -12,6 +12,7 @@ ENGINES = ("vllm", "sglang")
 ENABLE = "FSE_PATCH"
 STRICT = "FSE_PATCH_STRICT"
 ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"
+ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
 
@@ -25,12 +26,14 @@ class Settings:
         strict: FSE_PATCH_STRICT, default on: a patch that cannot be applied stops the process.
         policy: FSE_PATCH_POLICY, path of the user's own policy file, or None.
         allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
+        allow_unmeasured: FSE_PATCH_ALLOW_UNMEASURED: fuse where nothing shows that it is not slower.
     """
 
     engines: frozenset[str] = frozenset()
     strict: bool = True
     policy: str | None = None
     allow_untested: bool = False
+    allow_unmeasured: bool = False
 
 
 def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
@@ -71,4 +74,5 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         strict=_flag(env, STRICT, True),
         policy=env.get("FSE_PATCH_POLICY") or None,
         allow_untested=_flag(env, ALLOW_UNTESTED, False),
+        allow_unmeasured=_flag(env, ALLOW_UNMEASURED, False),
     )
