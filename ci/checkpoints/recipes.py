@@ -223,6 +223,7 @@ RECIPES: dict[str, Recipe] = {
     "glm4_moe_shared2_scale": _glm(shared=2, scale=2.5),
     "glm4_moe_grouped": _glm(scale=2.5, groups=4, top_groups=2),
     "glm4_moe_mtp": _glm(scale=2.5, draft=1),
-    "glm4_moe_lite": Recipe(_glm4_moe_lite),
+    # Published configs have the key that engines read; this transformers class has another one for it.
+    "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}),
     "qwen3_moe": Recipe(_qwen3_moe),
 }
