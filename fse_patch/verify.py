@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import FsePatchError
 from .fusion_core.compare import Tolerance, difference
 from .fusion_core.decision import FusionDecision
 from .settings import ENABLE
@@ -24,6 +23,7 @@ ARM_MODULES = {"vllm": "fse_patch.adapters.vllm.arm"}
 ARM_ENVIRONMENT = {
     "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 }
+LOG_LINES = 60
 PROMPT_LENGTHS = (5, 17, 64, 100)
 # A 1 % fault drowns in the rounding of 16 bit; there the control drops the first shared slot.
 CONTROL_FACTORS = {"float32": 1.01}
@@ -66,10 +66,30 @@ def prompts(vocab_size: int, seed: int = 3) -> list[list[int]]:
 def run_arm(
     engine: str, jobs: list[VerifyJob], fused: bool, env: Mapping[str, str], timeout: float
 ) -> list[dict[str, Any]]:
-    """Run one arm over all jobs in one process, which is ended with its children at the timeout.
+    """Run one arm over all jobs, in one process as long as it lives.
 
-    Raises:
-        FsePatchError: the arm ended without a result for each job; the end of its log is in the text.
+    A job whose process crashed or ran out of time has {"error", "log"}; the jobs after it run in a new one.
+    """
+    done: list[dict[str, Any]] = []
+    while len(done) < len(jobs):
+        results, log, status = run_process(engine, jobs[len(done) :], fused, env, timeout)
+        if len(done) + len(results) < len(jobs):
+            arm = "fused" if fused else "stock"
+            results.append({"error": f"the {arm} {engine} process ended with status {status}"})
+        for entry in results:
+            if "error" in entry:
+                entry["log"] = log
+        done += results
+    return done
+
+
+def run_process(
+    engine: str, jobs: list[VerifyJob], fused: bool, env: Mapping[str, str], timeout: float
+) -> tuple[list[dict[str, Any]], str, int]:
+    """Start one process on ``jobs`` and end it, with its children, at the timeout.
+
+    Returns:
+        The results it left, the end of its log, and its exit status.
     """
     with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
         request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "log"))
@@ -92,15 +112,8 @@ def run_arm(
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         done: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
-        if len(done) < len(jobs) or any("error" in entry for entry in done):
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-            if len(done) < len(jobs):
-                arm = "fused" if fused else "stock"
-                raise FsePatchError(f"the {arm} {engine} process ended with status {process.returncode}:\n{tail}")
-            for entry in done:
-                if "error" in entry:
-                    entry["log"] = tail
-        return done
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return done, tail, process.returncode
 
 
 def verify(

@@ -94,7 +94,10 @@ def main(request: Path, result: Path) -> None:
         except Exception as error:
             done.append({"error": f"{type(error).__name__}: {error}"})
             print(f"fse_patch: {job['checkpoint']}: {done[-1]['error']}", file=sys.stderr)
-        result.write_text(json.dumps(done))
+        # Renamed into place: a crash while writing must not leave half a file.
+        part = result.with_suffix(".part")
+        part.write_text(json.dumps(done))
+        part.replace(result)
 
 
 if __name__ == "__main__":
