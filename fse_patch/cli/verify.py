@@ -1,0 +1,102 @@
+"""`fse-patch verify`: the real engine, stock and fused, teacher-forced on the same tokens."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..adapters import guards, ledger
+from ..errors import FsePatchError, RefusedError
+from ..fusion_core.decide import decide_roles
+from ..fusion_core.headers import read_json
+from ..fusion_core.policy_file import load_policy
+from ..settings import ENGINES
+from ..settings import load as load_settings
+from ..verify import VerifyJob
+from ..verify import verify as run_verify
+from .output import print_json, print_table
+
+MIN_VOCAB = 64
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors files.")],
+    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = "auto",
+    engine_args: Annotated[str, typer.Option(help="More engine arguments of both runs, as a JSON object.")] = "{}",
+    timeout: Annotated[float, typer.Option(help="Seconds for each of the two runs.")] = 1800,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
+    arguments = parse_engine_args(engine_args)
+    policy = load_settings().policy
+    decisions = decide_roles(checkpoint, engine, load_policy(Path(policy) if policy else None))
+    version = guards.engine_version(ledger.load(engine))
+    main = decisions["main"]
+    if not main.fuse:
+        raise RefusedError(main.reason, main.detail)
+    # A draft is built only where the engine is told to speculate.
+    roles = tuple(d for role, d in decisions.items() if role == "main" or "speculative_config" in arguments)
+    config = read_json(checkpoint / "config.json")
+    job = VerifyJob(
+        checkpoint,
+        tuple(d for d in roles if d.fuse),
+        vocab_size(config, checkpoint),
+        checkpoint_dtype(config) if dtype == "auto" else dtype,
+        arguments,
+    )
+    (report,) = run_verify([job], engine, version, timeout=timeout, progress=say)
+    log = report.pop("log", "")
+    if log:
+        print(log, file=sys.stderr)
+    print_json(report) if json else print_table(f"{checkpoint} in {engine} {version}", report)
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr: stdout is the report's."""
+    print(f"fse-patch: {line} ...", file=sys.stderr, flush=True)
+
+
+def parse_engine_args(text: str) -> dict[str, Any]:
+    """The JSON object given with --engine-args.
+
+    Raises:
+        FsePatchError: it is not one.
+    """
+    try:
+        value = json_module.loads(text)
+    except ValueError as error:
+        raise FsePatchError(f"--engine-args: not JSON ({error}); give an object such as '{{}}'") from error
+    if not isinstance(value, dict):
+        raise FsePatchError("--engine-args: give a JSON object such as '{\"tensor_parallel_size\": 2}'")
+    return value
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def vocab_size(config: dict[str, Any], checkpoint: Path) -> int:
+    """Number of token ids that prompts are drawn from.
+
+    Raises:
+        FsePatchError: config.json names none, or too few.
+    """
+    size = _text(config).get("vocab_size")
+    if type(size) is not int or size < MIN_VOCAB:
+        raise FsePatchError(f"{checkpoint / 'config.json'}: 'vocab_size' is {size!r}; expected at least {MIN_VOCAB}")
+    return size
+
+
+def checkpoint_dtype(config: dict[str, Any]) -> str:
+    """What the engines run by default: the checkpoint's dtype, and 16 bit for float32."""
+    text = _text(config)
+    named = next((c[k] for c in (text, config) for k in ("dtype", "torch_dtype") if c.get(k)), "bfloat16")
+    return str(named).removeprefix("torch.")
