@@ -22,9 +22,10 @@ PLAN_KEYS = {
 }  # fmt: skip
 
 
-def fse_patch(*arguments: object) -> subprocess.CompletedProcess[str]:
+def fse_patch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fse_patch.cli.app", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("FSE_PATCH")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean | environment)
 
 
 def plan(folder: Path, *arguments: object) -> tuple[int, dict[str, Any]]:
@@ -96,6 +97,11 @@ def test_a_users_policy(tmp_path: Path) -> None:
     )
     status, report = plan(sound(tmp_path / "c"), "--policy", own)
     assert (status, report["reason"], report["rule"]) == (3, "disabled", "never")
+    # The file that serving reads counts as well.
+    arguments = ("plan", tmp_path / "c", "--engine", "vllm", "--json")
+    assert json.loads(fse_patch(*arguments).stdout)["rule"] == "unquantised"
+    assert json.loads(fse_patch(*arguments, FSE_PATCH_POLICY=str(own)).stdout)["rule"] == "never"
+    assert_one_line(fse_patch(*arguments, FSE_PATCH_STRICT="maybe"), "FSE_PATCH_STRICT='maybe'")
 
 
 def test_people_get_a_table(tmp_path: Path) -> None:
