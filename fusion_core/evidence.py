@@ -5,8 +5,10 @@ Read from config.json and safetensors headers; judged elsewhere (policy.py, deci
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,6 +86,11 @@ def read_evidence(checkpoint: Path) -> Evidence:
     Raises:
         FsePatchError: the folder, its config.json or one of its shards is missing or malformed.
     """
+    with _collector_paused():
+        return _read(checkpoint)
+
+
+def _read(checkpoint: Path) -> Evidence:
     config = ConfigFile(checkpoint)
     family = family_of(config.model_type)
     quant = config.quantisation()
@@ -102,6 +109,18 @@ def read_evidence(checkpoint: Path) -> Evidence:
         evidence = tuple(_layer(n, layers.get((role, n), {}), moe, quant) for n in declared)
         roles[role] = RoleEvidence(role, declared, evidence if headers.files else (), bool(in_headers[role]))
     return Evidence(config.model_type, family, moe, quant, bool(headers.files), roles)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Hundreds of thousands of objects that all stay alive: the collector would only walk them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -> _Layers:

@@ -163,3 +163,7 @@ def _tensors_within(facts: PolicyFacts, field: str, allowed: list[str] | None) -
     if facts.routed is None or facts.shared is None:
         return False
     return all(getattr(t, field) in allowed for t in facts.routed.tensors + facts.shared.tensors)
+
+
+if __name__ == "__main__":
+    print(schema_text(), end="")

@@ -37,7 +37,8 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     try:
         rules = PolicyFile.model_validate(data).rules
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # A misspelt field is also a missing one: the misspelling says more.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         place = list(first["loc"])
         if first["type"] == "missing":
             line, place = _line(root, place[:-1]), place

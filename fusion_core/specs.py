@@ -72,7 +72,9 @@ def mlp_spec(tensors: Tensors, num_experts: int | None, block: tuple[int, int] |
     """
     by_projection: dict[Projection, dict[str, TensorSpec]] = {}
     experts_of = _experts_of(tensors)
-    for projection in {p for p, _ in tensors}:
+    for projection in experts_of:
+        if ALL_EXPERTS in experts_of[projection] and len(experts_of[projection]) > 1:
+            raise SpecConflict(f"{projection} is there for single experts and in one tensor for all")
         weight = _one(tensors, projection, "weight")
         specs = by_projection.setdefault(projection, {})
         for suffix in sorted(s for p, s in tensors if p == projection):
@@ -116,9 +118,9 @@ def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden:
         if suffix != "weight":
             continue
         label = f"{projection}.{suffix}"
-        for header in set(experts.values()):
-            together = num_experts is not None and ALL_EXPERTS in experts
-            expected = ((num_experts,) if together else ()) + shapes[projection]
+        for together, header in {(e == ALL_EXPERTS, h) for e, h in experts.items()}:
+            leading = (num_experts,) if together and num_experts is not None else ()
+            expected = leading + shapes[projection]
             if header.dtype in _DENSE_DTYPES and header.shape != expected:
                 return f"{label} has shape {list(header.shape)}, config.json makes it {list(expected)}"
     return None

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import settings
 from ..errors import RefusedError
 from ..fusion_core.decide import decide_roles
 from ..fusion_core.decision import FusionDecision
@@ -24,7 +25,8 @@ def command(
     engine_version: Annotated[str | None, typer.Option(help="Add facts on a release.")] = None,
 ) -> None:
     """Exit status: 0 fuses, 3 refused, 2 bad input."""
-    decisions = decide_roles(checkpoint, engine, load_policy(policy))
+    # Without --policy, the file that serving would use.
+    decisions = decide_roles(checkpoint, engine, load_policy(policy or settings.load().policy))
     report = plan_report(decisions["main"])
     if "draft" in decisions:
         report["draft"] = plan_report(decisions["draft"])

@@ -12,9 +12,10 @@ import pytest
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.headers import INDEX_NAME, TensorHeader, read_headers
 
-from .checkpoints import write_checkpoint, write_shard
+from .checkpoints import Tensors, write_checkpoint, write_shard
 
-TENSORS = {f"t{n}": ("BF16", (2, 3)) for n in range(5)} | {"scale": ("F32", ())}
+TENSORS: Tensors = {"scale": ("F32", ())}
+TENSORS |= {f"t{n}": ("BF16", (2, 3)) for n in range(5)}
 
 
 def raw_shard(path: Path, header: object, data: int = 0) -> None:

@@ -1,0 +1,253 @@
+"""Decisions on whole checkpoints, each beside the change that flips it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decide import decide, decide_roles
+from fse_patch.fusion_core.decision import FusionDecision
+from fse_patch.fusion_core.evidence import read_evidence
+
+from .checkpoints import (
+    CONFIGS,
+    MOE_LAYERS,
+    SHARED,
+    Tensors,
+    config_of,
+    mlp_tensors,
+    model_tensors,
+    with_scales,
+    write_checkpoint,
+)
+
+FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+
+
+def made(folder: Path, family: str, tensors: Tensors | None, **changes: Any) -> FusionDecision:
+    return decide(write_checkpoint(folder, config_of(family, **changes), tensors), "vllm")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_unquantised_checkpoints_fuse(tmp_path: Path, family: str, stacked: bool, dtype: str) -> None:
+    decision = made(tmp_path, family, model_tensors(family, stacked=stacked, dtype=dtype))
+    assert (decision.fuse, decision.reason, decision.rule) == (True, "ok", "unquantised")
+    assert list(decision.fused_layers) == list(decision.moe_layers) == MOE_LAYERS[family]
+    assert decision.layout is not None
+    assert decision.layout.num_experts == 5
+    assert dtype in decision.detail
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_one_shared_tensor_of_another_dtype_refuses_all_layers(tmp_path: Path, family: str) -> None:
+    tensors = model_tensors(family)
+    name = next(n for n in reversed(tensors) if f".{SHARED[family]}.down_proj" in n)
+    tensors[name] = ("F32", tensors[name][1])
+    decision = made(tmp_path, family, tensors)
+    assert (decision.fuse, decision.reason, decision.rule) == (False, "quant.mixed", "mixed")
+    assert decision.fused_layers == ()
+    assert f"layer {MOE_LAYERS[family][-1]}: " in decision.detail
+    assert "down: routed weight BF16 matrix, shared weight F32 matrix" in decision.detail
+
+
+def test_the_shared_gate_has_no_vote(tmp_path: Path) -> None:
+    tensors = model_tensors("qwen2_moe")
+    tensors["model.layers.0.mlp.shared_expert_gate.weight"] = ("F32", (1, 64))
+    assert made(tmp_path, "qwen2_moe", tensors).fuse
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "reason", "seen"),
+    [
+        ("experts.3.up_proj.weight", ("F32", (32, 64)), "quant.mixed", "F32 [32, 64] in expert 3"),
+        ("experts.3.up_proj.weight", None, "width.mismatch", "up_proj: 3 experts up to 2"),
+        ("experts.4.up_proj.weight", ("BF16", (32, 64)), "width.mismatch", "5 experts up to 4"),
+        ("experts.1.up_proj.weight", ("BF16", (64, 32)), "width.mismatch", "[64, 32]"),
+        ("experts.1.up_proj.bias", ("BF16", (32,)), "quant.mixed", "some experts only"),
+        ("experts.down_proj", ("BF16", (4, 64, 32)), "quant.mixed", "in one tensor for all"),
+        ("shared_expert.gate_proj.weight", ("BF16", (64, 64)), "width.mismatch", "[32, 64]"),
+        ("shared_expert.gate_proj.weight", ("F16", (32, 64)), "quant.mixed", "gate_proj is weight F16"),
+        ("shared_expert.gate_proj.weight", None, "quant.mixed", "has the projections down_proj, up_proj"),
+        ("shared_expert.down_proj.bias", ("BF16", (64,)), "quant.mixed", "bias BF16"),
+    ],
+)
+def test_a_layer_that_differs_is_named(
+    tmp_path: Path, name: str, header: tuple[str, tuple[int, ...]] | None, reason: str, seen: str
+) -> None:
+    tensors = model_tensors("qwen3_next")
+    full = f"model.layers.1.mlp.{name}"
+    if header is None:
+        del tensors[full]
+    else:
+        tensors[full] = header
+    decision = made(tmp_path, "qwen3_next", tensors)
+    assert (decision.fuse, decision.reason) == (False, reason)
+    assert "layer 1" in decision.detail
+    assert seen in decision.detail
+
+
+def test_stacked_experts_need_the_sizes_of_the_config(tmp_path: Path) -> None:
+    tensors = model_tensors("qwen3_5_moe", stacked=True)
+    assert made(tmp_path, "qwen3_5_moe", tensors).fuse
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    for shape in ((5, 64, 64), (4, 64, 32), (4, 32, 64)):
+        tensors[name] = ("BF16", shape)
+        decision = made(tmp_path, "qwen3_5_moe", tensors)
+        assert decision.reason == "width.mismatch"
+        assert str(list(shape)) in decision.detail
+
+
+@pytest.mark.parametrize("missing", ["shared_expert", "experts"])
+def test_a_layer_without_experts_in_the_tensors_is_no_evidence(tmp_path: Path, missing: str) -> None:
+    tensors = {n: t for n, t in model_tensors("qwen2_moe").items() if f"layers.1.mlp.{missing}." not in n}
+    decision = made(tmp_path, "qwen2_moe", tensors)
+    assert (decision.reason, decision.fuse) == ("quant.unknown", False)
+    assert "layer 1: the checkpoint has no tensors" in decision.detail
+
+
+@pytest.mark.parametrize("slots", [1, 4, 8])
+def test_a_wide_shared_expert_takes_several_slots(tmp_path: Path, slots: int) -> None:
+    tensors = model_tensors("qwen2_moe", slots=slots)
+    decision = made(tmp_path, "qwen2_moe", tensors, shared_expert_intermediate_size=32 * slots)
+    assert decision.fuse
+    assert decision.layout is not None
+    assert decision.layout.num_shared_slots == slots
+    glm = made(tmp_path / "glm", "glm4_moe", model_tensors("glm4_moe", slots=slots), n_shared_experts=slots)
+    assert glm.layout is not None
+    assert (glm.fuse, glm.layout.num_shared_slots) == (True, slots)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason", "seen"),
+    [
+        ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "width.mismatch", "48 is no multiple"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 16}, "width.mismatch", "16 is no multiple"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "width.mismatch", "width 0"),
+        ("glm4_moe", {"n_shared_experts": 0}, "width.mismatch", "width 0"),
+        ("qwen2_moe", {"hidden_act": "gelu"}, "activation.differs", "'gelu'"),
+        ("qwen2_moe", {"num_experts": 0}, "family.unknown", "no layer with routed experts"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1]}, "family.unknown", "no layer with routed experts"),
+    ],
+)
+def test_refusals_by_config_alone(
+    tmp_path: Path, family: str, changes: dict[str, Any], reason: str, seen: str
+) -> None:
+    assert made(tmp_path, family, None).fuse, "control: the unchanged config fuses"
+    decision = made(tmp_path, family, None, **changes)
+    assert (decision.fuse, decision.reason) == (False, reason)
+    assert seen in decision.detail
+
+
+def test_a_block_across_slots_is_refused(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"shared_expert_intermediate_size": 64}
+    tensors = model_tensors("qwen2_moe", slots=2)
+    for block, reason in ((16, "quant.unknown"), (24, "width.block")):
+        quant = {"quant_method": "fp8", "weight_block_size": [block, block]}
+        scaled = with_scales(tensors, block)
+        assert made(tmp_path, "qwen2_moe", scaled, quantization_config=quant, **config).reason == reason
+
+
+@pytest.mark.parametrize("model_type", ["llama", "glm4_moe_lite", "qwen3_moe", "qwen2_moe_x", ""])
+def test_unknown_families_are_refused(tmp_path: Path, model_type: str) -> None:
+    config = config_of("qwen2_moe") | {"model_type": model_type}
+    decision = decide(write_checkpoint(tmp_path, config, None), "sglang")
+    assert (decision.fuse, decision.reason, decision.model_type) == (False, "family.unknown", model_type)
+
+
+def test_without_headers_the_config_decides_and_says_so(tmp_path: Path) -> None:
+    decision = made(tmp_path, "glm4_moe", None)
+    assert (decision.fuse, decision.rule) == (True, "unquantised-config-only")
+    assert "no safetensors headers" in decision.detail
+    quantised = made(tmp_path, "glm4_moe", None, quantization_config=FP8)
+    assert (quantised.fuse, quantised.reason) == (False, "quant.unknown")
+
+
+def test_fp8_in_tensors_that_no_config_declares_is_refused(tmp_path: Path) -> None:
+    for block in (16, None):
+        decision = made(tmp_path, "qwen3_next", with_scales(model_tensors("qwen3_next"), block))
+        assert (decision.fuse, decision.reason) == (False, "quant.unknown")
+
+
+def test_routing_comes_from_the_config(tmp_path: Path) -> None:
+    glm = made(tmp_path, "glm4_moe", None, n_group=2, topk_group=1)
+    assert glm.routing is not None
+    assert (glm.routing.scoring, glm.routing.routed_scaling_factor) == ("sigmoid", 2.5)
+    assert (glm.routing.num_expert_group, glm.routing.topk_group) == (2, 1)
+    assert glm.routing.has_correction_bias
+    assert glm.shared_weight == "constant"
+    qwen = made(tmp_path / "q", "qwen2_moe", None, norm_topk_prob=True)
+    assert qwen.routing is not None
+    assert (qwen.routing.renormalize, qwen.routing.has_correction_bias) == (True, False)
+    assert qwen.shared_weight == "sigmoid_gate"
+
+
+DRAFTS = {
+    "qwen3_next": ("mtp.layers.0.", {"num_nextn_predict_layers": 1}, 0),
+    "qwen3_5_moe": ("mtp.layers.0.", {"mtp_num_hidden_layers": 1}, 0),
+    "glm4_moe": ("model.layers.3.", {"num_nextn_predict_layers": 1}, 3),
+}
+
+
+@pytest.mark.parametrize("family", DRAFTS)
+def test_the_draft_is_decided_apart(tmp_path: Path, family: str) -> None:
+    prefix, changes, layer = DRAFTS[family]
+    shared = SHARED[family]
+    tensors = model_tensors(family) | mlp_tensors(prefix, shared=shared)
+    for extra in (changes, {}):
+        roles = decide_roles(write_checkpoint(tmp_path, config_of(family, **extra), tensors), "vllm")
+        assert roles["main"].fuse
+        assert roles["draft"].fuse
+        assert roles["draft"].fused_layers == (layer,)
+        assert list(roles["main"].fused_layers) == MOE_LAYERS[family]
+    tensors[f"{prefix}mlp.{shared}.up_proj.weight"] = ("F32", (32, 64))
+    tensors[f"{prefix}mlp.{shared}.gate_proj.weight"] = ("F32", (32, 64))
+    roles = decide_roles(write_checkpoint(tmp_path, config_of(family, **changes), tensors), "vllm")
+    assert roles["main"].fuse
+    assert (roles["draft"].fuse, roles["draft"].reason) == (False, "quant.mixed")
+
+
+@pytest.mark.parametrize("family", DRAFTS)
+def test_a_declared_draft_without_tensors(tmp_path: Path, family: str) -> None:
+    _, changes, _ = DRAFTS[family]
+    folder = write_checkpoint(tmp_path, config_of(family, **changes), model_tensors(family))
+    assert read_evidence(folder).roles["draft"].in_checkpoint is False
+    assert read_evidence(folder).roles["main"].in_checkpoint is True
+    assert decide(folder, "vllm", "draft").reason == "quant.unknown"
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    assert decide(folder, "vllm", "draft").fuse
+
+
+def test_no_draft_is_a_refusal_when_asked_for(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, config_of("qwen2_moe"), model_tensors("qwen2_moe"))
+    assert set(decide_roles(folder, "vllm")) == {"main"}
+    assert decide(folder, "vllm", "draft").reason == "family.unknown"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_tensors_does_not_matter(tmp_path: Path, seed: int) -> None:
+    tensors = model_tensors("qwen3_next")
+    expected = made(tmp_path / "a", "qwen3_next", tensors)
+    names = list(tensors)
+    random.Random(seed).shuffle(names)
+    config = config_of("qwen3_next")
+    shuffled = write_checkpoint(tmp_path / "b", config, {n: tensors[n] for n in names}, shards=7)
+    assert decide(shuffled, "vllm") == expected
+
+
+def test_an_unknown_engine_is_bad_input(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, config_of("qwen2_moe"), None)
+    with pytest.raises(FsePatchError, match="unknown engine 'vlm'; use one of vllm, sglang"):
+        decide(folder, "vlm")
+
+
+def test_no_config_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(FsePatchError, match=r"has no config\.json"):
+        decide(tmp_path, "vllm")
+    with pytest.raises(FsePatchError, match="no such folder"):
+        decide(tmp_path / "gone", "vllm")
