@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+
 from fse_patch.adapters import ledger
 from fse_patch.adapters.fingerprint import fingerprint
 from fse_patch.adapters.patching import PatchSet
 from fse_patch.adapters.spec import PatchSpec, Source
-from packaging.specifiers import SpecifierSet
 
 _numbers = itertools.count()
 

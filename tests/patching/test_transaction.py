@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fse_patch.adapters.patching import APPLIED, NOT_APPLIED, WAITING
 
+from fse_patch.adapters.patching import APPLIED, NOT_APPLIED, WAITING
 from fse_patch.errors import FsePatchError, RefusedError
 
 from .conftest import Toy, everything
