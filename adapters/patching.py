@@ -113,7 +113,7 @@ class PatchSet:
 
     def _put(self) -> None:
         if self._busy:
-            return  # a factory's module, incomplete itself, imports the engine: the outer call goes on after it
+            return  # a factory's module, itself incomplete, imports the engine: the outer call goes on after
         self._busy = True
         try:
             while patch := next((p for p in self.patches if self._is_due(p)), None):
