@@ -10,7 +10,7 @@ from functools import reduce
 from types import FunctionType
 from typing import Any
 
-from ..errors import FsePatchError
+from ..errors import FsePatchError, RefusedError
 from .bindings import Binding, holders, resolve
 from .spec import PatchSpec
 
@@ -39,6 +39,16 @@ def _replacement(patch: PatchSpec, original: Any) -> Any:
     return made
 
 
+def _check_origin(patch: PatchSpec, original: Any) -> None:
+    """The fingerprint was taken of ``source``: is that what the target holds?"""
+    plain = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
+    if isinstance(plain, (FunctionType, type)):
+        origin = f"{plain.__module__}:{plain.__qualname__}"
+        if origin != patch.source.reference:
+            detail = f"patch {patch.id}: {patch.target} holds {origin}, not {patch.source.reference}"
+            raise RefusedError("fingerprint", f"{detail}; another plugin may have replaced it")
+
+
 class Change:
     """The names that one patch rebinds.
 
@@ -52,6 +62,7 @@ class Change:
         self._import_name = import_name
         target = resolve(sys.modules[patch.module], patch.qualname)
         self._old = target.original
+        _check_origin(patch, self._old)
         self._new = _replacement(patch, self._old)
         # Unless the engine holds the replacement already (a class of its own), whoever holds it later got it
         # from us, by a ``from X import Y`` after the patch.

@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 from ..errors import FsePatchError, RefusedError
 from .fingerprint import fingerprint
 from .ledger import Ledger
-from .source import nodes, nodes_in, source_file, split
+from .source import SCOPES, nodes, nodes_in, source_file, split
 from .spec import PatchSpec, Source
 
 _WHAT_TO_DO = "run `fse-patch patches --engine {engine}`, and use a tested release: {tested}"
@@ -72,11 +72,15 @@ def _problem(source: Source, site_packages: Sequence[str] | None) -> str:
 
 
 def _binding_problem(patch: PatchSpec, site_packages: Sequence[str] | None) -> str:
-    """An imported name must be bound in its module, and the class of an inherited method must be there."""
+    """A target that is not its own source must be an imported name, or a method that its class inherits."""
     module, qualname = split(patch.target)
     owner = qualname.rpartition(".")[0]
-    if patch.imported and not nodes(f"{module}:{owner or qualname}", site_packages):
+    if not patch.imported:
+        return ""
+    if not nodes(f"{module}:{owner or qualname}", site_packages):
         return f"{module} does not bind {owner or qualname}"
+    if any(isinstance(node, SCOPES) for node in nodes(patch.target, site_packages)):
+        return f"{patch.target} has a definition of its own, not that of {patch.source.reference}"
     return ""
 
 

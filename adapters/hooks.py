@@ -35,11 +35,12 @@ def unsubscribe(subscriber: Subscriber) -> None:
         _subscribers.remove(subscriber)
 
 
-def arm(module: str) -> None:
-    """Announce the import of ``module``, which is not imported yet."""
+def arm(module: str) -> bool:
+    """Announce the import of ``module``; False if it is done, and there is nothing to wait for."""
     if module not in _armed and module not in sys.modules:
         _armed.add(module)
         wrapt.register_post_import_hook(_fire, module)
+    return module in _armed
 
 
 def _fire(module: ModuleType) -> None:

@@ -108,6 +108,11 @@ def _patch(entry: Entry, hashes: Mapping[str, dict[str, str]]) -> PatchSpec:
     )
 
 
+def exists(engine: str) -> bool:
+    """Whether there are patches for ``engine``."""
+    return (FOLDER / f"{engine}.yaml").is_file()
+
+
 def load(engine: str, folder: Path | None = None) -> Ledger:
     """The ledger of ``engine``, with fingerprints.
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from ..errors import FsePatchError
 from . import hooks
@@ -28,6 +29,11 @@ class PatchSet:
         patches: those for the installed release, guards passed, in order.
         strict: an import during which a patch cannot be put in fails; otherwise the engine stays stock.
         on_failure: told of a failure, after everything was taken out.
+
+    Attributes:
+        exits: such an import ends the process: engines catch exceptions of imports, and go on with another
+            implementation of the model.
+        failure: why everything was taken out, or None.
     """
 
     def __init__(
@@ -40,9 +46,12 @@ class PatchSet:
         self.import_name = import_name
         self.patches = tuple(patches)
         self.strict = strict
+        self.exits = False
         self.failure: FsePatchError | None = None
         self._on_failure = on_failure
         self._changes: dict[str, Change] = {}
+        self._imported: set[str] = set()
+        self._busy = False
 
     def apply(self) -> None:
         """Patch the modules that are imported, and the others when they are. Twice is once.
@@ -53,11 +62,10 @@ class PatchSet:
         with lock:
             self.failure = None
             hooks.subscribe(self)
-            # Before the first factory runs: it may import modules of the engine.
-            for module in {p.module for p in self.patches}:
-                hooks.arm(module)
+            # All hooks before the first factory: it may import modules of the engine.
+            self._imported = {m for m in {p.module for p in self.patches} if not hooks.arm(m)}
             try:
-                self._put([p for p in self.patches if p.module in sys.modules])
+                self._put()
             except FsePatchError:
                 hooks.unsubscribe(self)
                 raise
@@ -69,14 +77,17 @@ class PatchSet:
             FsePatchError: in strict mode, a patch could not be put in, now or earlier.
         """
         with lock:
-            waiting = [p for p in self.patches if p.module == module]
-            if not waiting:
+            if all(p.module != module for p in self.patches):
                 return
+            self._imported.add(module)
             try:
                 if self.failure is not None:
                     raise self.failure
-                self._put(waiting)
-            except FsePatchError:
+                self._put()
+            except FsePatchError as error:
+                if self.strict and self.exits:
+                    print(f"fse_patch: {error}", file=sys.stderr, flush=True)
+                    raise SystemExit(error.exit_status) from error
                 if self.strict:
                     raise
 
@@ -97,23 +108,27 @@ class PatchSet:
             return APPLIED
         return WAITING if self.failure is None else NOT_APPLIED
 
-    def _put(self, patches: Sequence[PatchSpec]) -> None:
-        for patch in patches:
-            if patch.id in self._changes:
-                continue
-            try:
-                change = Change(patch, self.import_name)
-                self._changes[patch.id] = change
-                change.make()
-                if self.failure is not None:  # an import by the factory failed and, not being strict, went on
-                    raise self.failure
-            except Exception as error:
-                self._fail(patch, error)
+    def _is_due(self, patch: PatchSpec) -> bool:
+        return patch.module in self._imported and patch.id not in self._changes
 
-    def _fail(self, patch: PatchSpec, error: Exception) -> None:
+    def _put(self) -> None:
+        if self._busy:
+            return  # a factory's module, itself incomplete, imports the engine: the outer call goes on after
+        self._busy = True
+        try:
+            while patch := next((p for p in self.patches if self._is_due(p)), None):
+                try:
+                    change = Change(patch, self.import_name)
+                    self._changes[patch.id] = change
+                    change.make()
+                except Exception as error:
+                    self._fail(patch, error)
+        finally:
+            self._busy = False
+
+    def _fail(self, patch: PatchSpec, error: Exception) -> NoReturn:
         for name in self._take_out():
             log.error("%s could not be put back; restart the process", name)
-        first = self.failure is None
         if not isinstance(error, FsePatchError):
             text = " ".join(str(error).split())
             failure = FsePatchError(f"patch {patch.id} of {patch.target}: {type(error).__name__}: {text}")
@@ -121,7 +136,7 @@ class PatchSet:
         else:
             failure = error
         self.failure = failure
-        if first and self._on_failure is not None:
+        if self._on_failure is not None:
             self._on_failure(failure)
         raise failure
 

@@ -13,10 +13,10 @@ import json
 import sys
 from pathlib import Path
 
-from fse_patch.adapters import guards, ledger
-from fse_patch.adapters.fingerprint import fingerprint
 from packaging.version import Version
 
+from fse_patch.adapters import guards, ledger
+from fse_patch.adapters.fingerprint import fingerprint
 from fse_patch.errors import FsePatchError
 
 Fingerprints = dict[str, dict[str, str]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from .adapters.patching import NOT_APPLIED, PatchSet, lock
 from .adapters.spec import PatchSpec
 from .errors import FsePatchError
 from .report import REFUSED, PatchReport, Report
+
+log = logging.getLogger("fse_patch")
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,25 @@ def _declined(
     return Report(engine, version, reports, str(error))
 
 
-def apply(engine: str, *, strict: bool | None = None, allow_untested: bool | None = None) -> Report:
-    """See `fse_patch.apply`."""
+def _failed(engine: str, failure: FsePatchError) -> None:
+    environment.switch_off(engine)
+    if engine in _active:  # while a module was imported, where nobody has an answer to read
+        log.warning("%s: off: %s", engine, failure)
+
+
+def apply(
+    engine: str, *, strict: bool | None = None, allow_untested: bool | None = None, serving: bool = False
+) -> Report:
+    """See `fse_patch.apply`.
+
+    ``serving``: called by the engine itself. In strict mode, a patch that fails later, while a module is
+    imported, then ends the process: engines catch exceptions there.
+    """
     _known(engine)
     with lock:
         if engine in _active:
             if _active[engine].patches.failure is None:
+                _active[engine].patches.exits |= serving
                 return _active[engine].report()
             _active.pop(engine).patches.revert()
         effective = settings.load()
@@ -87,8 +103,9 @@ def apply(engine: str, *, strict: bool | None = None, allow_untested: bool | Non
                 book.import_name,
                 chosen,
                 effective.strict if strict is None else strict,
-                on_failure=lambda _: environment.switch_off(engine),
+                on_failure=lambda failure: _failed(engine, failure),
             )
+            patches.exits = serving
             patches.apply()
         except FsePatchError as error:
             _refused[engine] = _declined(engine, version, chosen, error, errors)

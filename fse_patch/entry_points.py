@@ -33,15 +33,17 @@ def _run(engine: str) -> None:
         if engine not in engines_in(os.environ[ENABLE]):
             return
         strict = load().strict
-        from . import apply
+        from . import control
 
-        report = apply(engine)
-    except FsePatchError as error:
+        report = control.apply(engine, serving=True)
+    except Exception as error:  # also a bug of ours must not leave a server that looks patched
+        known = isinstance(error, FsePatchError)
+        line = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
         if strict:
             # SGLang catches Exception around plugins and would serve unpatched.
-            print(f"fse_patch: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(error.exit_status) from error
-        _announce(engine, logging.WARNING, f"{engine}: off: {error}")
+            print(f"fse_patch: {line}", file=sys.stderr, flush=True)
+            raise SystemExit(getattr(error, "exit_status", FsePatchError.exit_status)) from error
+        _announce(engine, logging.WARNING, f"{engine}: off: {line}")
         return
     _announce(engine, logging.INFO if report.on else logging.WARNING, report.summary())
     _logger().debug("%s", report)

@@ -1,0 +1,85 @@
+"""``fse-patch patches``: the ledger, and whether its guards hold on the installed engines."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from typing import Annotated, Any
+
+import typer
+
+from .. import settings
+from ..errors import FsePatchError
+
+
+def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
+    """The ledger of one engine, or of every engine that has one, ready for JSON.
+
+    Raises:
+        FsePatchError: unknown engine, no ledger for it, or a malformed one.
+    """
+    from ..adapters import ledger
+
+    if engine is not None and engine not in settings.ENGINES:
+        raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(settings.ENGINES)}")
+    chosen = [e for e in settings.ENGINES if ledger.exists(e)] if engine is None else [engine]
+    return [_describe(ledger.load(name)) for name in chosen]
+
+
+def _describe(book: Any) -> dict[str, Any]:
+    from packaging.version import Version
+
+    from ..adapters import guards
+
+    try:
+        installed: str | None = guards.engine_version(book)
+    except FsePatchError:
+        installed = None
+
+    def state(patch: Any) -> str:
+        if installed is None:
+            return "not installed"
+        if not patch.is_for(Version(installed)):
+            return f"not for {installed}"
+        return guards.guard(patch) or "ok"
+
+    return {
+        "engine": book.engine,
+        "installed": installed,
+        "tested": list(book.tested),
+        "patches": [
+            {
+                "id": p.id,
+                "target": p.target,
+                "source": p.source.reference,
+                "relies_on": [s.reference for s in p.relies_on],
+                "versions": [str(v) for v in p.versions],
+                "factory": p.factory,
+                "why": p.why,
+                "upstream": p.upstream,
+                "remove_when": p.remove_when,
+                "guard": state(p),
+            }
+            for p in book.patches
+        ],
+    }
+
+
+def command(
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="vllm or sglang; default: every ledger")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Every patch: its target, versions, why, upstream link, when it goes away, and its guard."""
+    found = ledgers(engine)
+    if json:
+        typer.echo(jsonlib.dumps({"engines": found}, indent=2))
+        return
+    for book in found:
+        installed = f"{book['installed']} installed" if book["installed"] else "not installed"
+        typer.echo(f"{book['engine']}: {installed}; tested: {', '.join(book['tested'])}")
+        for patch in book["patches"]:
+            typer.echo(f"\n  {patch['id']}: {patch['guard']}")
+            for key in ("target", "versions", "why", "upstream", "remove_when"):
+                value = patch[key]
+                typer.echo(f"    {key:12} {', '.join(value) if isinstance(value, list) else value}")

@@ -1,0 +1,76 @@
+"""Every entry of the shipped ledgers, against real installed engines, read and not imported.
+
+Engines come from FSE_PATCH_ENGINE_SITE (site-packages folders) and from the environment that runs the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+from packaging.version import Version
+
+from fse_patch.adapters import guards, ledger
+from fse_patch.errors import FsePatchError
+from fse_patch.settings import ENGINES
+
+BOOKS = {engine: ledger.load(engine) for engine in ENGINES if ledger.exists(engine)}
+
+
+def installed() -> list[tuple[str, str, tuple[str, ...]]]:
+    """Engine, version and folders of every installation that can be seen."""
+    given = os.environ.get("FSE_PATCH_ENGINE_SITE", "")
+    sites = [(s,) for s in given.split(os.pathsep) if s]
+    found = []
+    for site in [*sites, tuple(sys.path)]:
+        for engine, book in BOOKS.items():
+            try:
+                found.append((engine, guards.engine_version(book, site), site))
+            except FsePatchError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("engine", BOOKS)
+def test_factories_are_there(engine: str) -> None:
+    for patch in BOOKS[engine].patches:
+        guards.check_factory(patch)
+
+
+@pytest.mark.parametrize("engine", BOOKS)
+def test_every_tested_release_has_patches_and_fingerprints(engine: str) -> None:
+    book = BOOKS[engine]
+    for version in book.tested:
+        patches = guards.check_version(book, version)
+        for source in {s.reference: s for p in patches for s in (p.source, *p.relies_on)}.values():
+            assert version in source.fingerprints, f"{source.reference}: run ci/fingerprint.py on {version}"
+
+
+@pytest.mark.skipif(not installed(), reason="no engine here and none in FSE_PATCH_ENGINE_SITE")
+@pytest.mark.parametrize(
+    ("engine", "version", "site"), [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in installed()]
+)
+def test_guards_pass_on_installed_engines(engine: str, version: str, site: tuple[str, ...]) -> None:
+    book = BOOKS[engine]
+    patches = guards.check_version(book, version)
+    assert {p.id: guards.guard(p, site) for p in patches} == {p.id: "" for p in patches}
+
+
+@pytest.mark.parametrize(("engine", "version", "site"), installed() or [pytest.param("", "", (), id="none")])
+def test_guards_notice_another_release(engine: str, version: str, site: tuple[str, ...]) -> None:
+    """The control: with the fingerprints of that release taken out, some guard must object."""
+    if not engine:
+        pytest.skip("no engine here and none in FSE_PATCH_ENGINE_SITE")
+    problems = []
+    for patch in guards.check_version(BOOKS[engine], version):
+        known = patch.source.fingerprints
+        mine = known[Version(version).public]
+        others = {v: h for v, h in known.items() if h != mine}
+        known_before = dict(known)
+        known.clear()
+        known.update(others)
+        problems.append(guards.guard(patch, site))
+        known.clear()
+        known.update(known_before)
+    assert any(problems)
