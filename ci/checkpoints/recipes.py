@@ -156,9 +156,10 @@ def _glm4_moe_lite() -> Any:
         Glm4MoeLiteConfig(
             **{**_COMMON, "num_key_value_heads": 2},
             q_lora_rank=32,
-            kv_lora_rank=32,
+            # The CPU kernel of latent attention takes 512 + 64 and nothing else.
+            kv_lora_rank=512,
             qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
+            qk_rope_head_dim=64,
             v_head_dim=32,
             intermediate_size=128,
             moe_intermediate_size=MOE_WIDTH,
@@ -214,9 +215,10 @@ RECIPES: dict[str, Recipe] = {
     "qwen3_5_text_3d": _qwen3_5(_qwen3_5_text, "stacked"),
     "qwen3_5_vl": _qwen3_5(_qwen3_5_vl, "per_expert"),
     "qwen3_5_vl_3d": _qwen3_5(_qwen3_5_vl, "stacked"),
-    "qwen3_5_mtp": _qwen3_5(_qwen3_5_text, "per_expert", draft=True),
-    "qwen3_5_mtp_3d": _qwen3_5(_qwen3_5_text, "stacked", draft=True),
-    "qwen3_5_vl_mtp": _qwen3_5(_qwen3_5_vl, "stacked", draft=True),
+    "qwen3_5_mtp": _qwen3_5(_qwen3_5_vl, "per_expert", draft=True),
+    "qwen3_5_mtp_3d": _qwen3_5(_qwen3_5_vl, "stacked", draft=True),
+    # To load only: stock vLLM crashes when it decodes speculatively with the text-only class on a CPU.
+    "qwen3_5_text_mtp": _qwen3_5(_qwen3_5_text, "per_expert", draft=True),
     "glm4_moe": _glm(),
     "glm4_moe_scale": _glm(scale=2.5),
     "glm4_moe_shared2": _glm(shared=2),
