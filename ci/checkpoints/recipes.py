@@ -1,7 +1,7 @@
 """The recipes: which architecture, which config, which expert layout, with or without an MTP draft.
 
-The dimensions are the smallest that the engines' CPU kernels take: attention head_dim 32, linear-attention head
-dims 64 (32 is refused by the C++ kernel), hidden size a multiple of 32.
+The dimensions are the smallest that the engines' CPU kernels take: attention head_dim 32, linear-attention
+head dims 64 (32 is refused by the C++ kernel), hidden size a multiple of 32.
 """
 
 from __future__ import annotations
@@ -119,14 +119,21 @@ def _qwen3_5_vl() -> Any:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    ids = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
+    ids = {
+        "image_token_id": 250,
+        "video_token_id": 251,
+        "vision_start_token_id": 252,
+        "vision_end_token_id": 253,
+    }
     config = Qwen3_5MoeConfig(
         text_config=_qwen3_5_text_config(), vision_config=vision, tie_word_embeddings=False, **ids
     )
     return Qwen3_5MoeForConditionalGeneration(config)
 
 
-def _glm4_moe(shared: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1, draft: int = 0) -> Any:
+def _glm4_moe(
+    shared: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1, draft: int = 0
+) -> Any:
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
     return Glm4MoeForCausalLM(
@@ -209,7 +216,11 @@ RECIPES: dict[str, Recipe] = {
     "qwen2_moe_wide8": Recipe(lambda: _qwen2_moe(shared_times=8), family="qwen2_moe"),
     "qwen3_next": Recipe(_qwen3_next, dtype="bfloat16", family="qwen3_next"),
     "qwen3_next_mtp": Recipe(
-        _qwen3_next, draft="mtp", dtype="bfloat16", config={"num_nextn_predict_layers": 1}, family="qwen3_next"
+        _qwen3_next,
+        draft="mtp",
+        dtype="bfloat16",
+        config={"num_nextn_predict_layers": 1},
+        family="qwen3_next",
     ),
     "qwen3_5_text": _qwen3_5(_qwen3_5_text, "per_expert"),
     "qwen3_5_text_3d": _qwen3_5(_qwen3_5_text, "stacked"),
