@@ -3,8 +3,9 @@
     python3 ci/envs.py [NAME ...]        all of them, or the named ones
     python3 ci/envs.py --list            their names, one a line
 
-Every step looks at what the environment really holds and does only what is missing, so a build that was cut off goes
-on where it stopped and a complete one costs a second. Needs a Python with venv and pip, and nothing else.
+Every step looks at what the environment really holds and does only what is missing, so a build that was cut
+off goes on where it stopped and a complete one costs a second. Needs a Python with venv and pip, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ VENVS = ROOT / ".venvs"
 SHIM = "fse_patch_torchvision_shim"
 STARTED = time.monotonic()
 
-_INSTALLED = "import importlib.metadata as m,json;print(json.dumps({d.name:d.version for d in m.distributions()}))"
+_INSTALLED = (
+    "import importlib.metadata as m,json;print(json.dumps({d.name:d.version for d in m.distributions()}))"
+)
 # Runs in the environment: its own pip knows its own markers.
 _REQUIRED = """
 import importlib.metadata as m, json, sys
@@ -258,7 +261,9 @@ def build_engine(spec: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the names and build nothing")
     parser.add_argument("--engine", help="only the environments of this engine")

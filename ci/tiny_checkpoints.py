@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, for tests and the demo. Needs torch and transformers; downloads nothing.
+"""Tiny random checkpoints of every family, for tests and the demo. Needs transformers; downloads nothing.
 
     python ci/tiny_checkpoints.py OUT [NAME ...] [--dtype float32|bfloat16] [--seed N]
 
@@ -11,16 +11,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from checkpoints.headers import huge_headers
 from checkpoints.make import make
 from checkpoints.permute import permute
 from checkpoints.recipes import RECIPES, Recipe
-from checkpoints.headers import huge_headers
 
 __all__ = ["RECIPES", "Recipe", "huge_headers", "make", "permute"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RECIPES))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -18,7 +18,8 @@ _PER_LAYER = 3 + 1 + 2 + 6  # shared projections, shared gate, router and its ne
 def huge_headers(out: str | Path, tensors: int = 60000, shards: int = 40) -> Path:
     """Write a qwen3_next-shaped checkpoint of exactly ``tensors`` tensors whose data are holes.
 
-    The number of experts is set so that it fits; the last layer's attention gets padding tensors for the rest.
+    The number of experts is set so that it fits; the last layer's attention gets padding tensors for the
+    rest.
     """
     folder = Path(out)
     if folder.exists():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from . import weights
 from .recipes import RECIPES, VOCAB
 
+
 def make(recipe: str, out: str | Path, dtype: str = "float32", seed: int = 0) -> Path:
     """Write the checkpoint ``recipe`` to the folder ``out`` and return it.
 

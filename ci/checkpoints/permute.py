@@ -22,9 +22,9 @@ def permute(
 ) -> Path:
     """Rewrite ``checkpoint`` to ``out`` with its tensors dealt over ``shards`` files.
 
-    Loaders read files in the order of their names, and within a file either by name (``safe_open().keys()`` sorts)
-    or by offset. So the order between files is what counts: shared-expert tensors get files of their own, before,
-    between or after those of the routed experts. "shuffled" deals every tensor at random.
+    Loaders read files in the order of their names, and within a file either by name (``safe_open().keys()``
+    sorts) or by offset. So the order between files is what counts: shared-expert tensors get files of their
+    own, before, between or after those of the routed experts. "shuffled" deals every tensor at random.
 
     Args:
         order: where the shared experts' tensors come, seen from the routed experts of the same layer.
@@ -43,7 +43,9 @@ def permute(
     placed = {name: pick(name) for name in names}
     if folder.exists():
         shutil.rmtree(folder)
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
+    shutil.copytree(
+        source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
+    )
     files: dict[str, str] = {}
     for number in range(shards):
         chosen = [n for n in names if placed[n] == number]
@@ -59,7 +61,9 @@ def _dealer(order: Order, shards: int, names: list[str], rng: random.Random) -> 
     if order == "shuffled":
         return lambda name: rng.randrange(shards)
     alone = {"shared_first": 0, "shared_last": shards - 1, "shared_between": shards // 2}[order]
-    others = [s for s in range(shards) if s != alone]
+    # From the outside in, so that even the two tensors of a 3-D layer lie on both sides of a shared file
+    # between them.
+    others = sorted((s for s in range(shards) if s != alone), key=lambda s: (min(s, shards - 1 - s), s))
     counter: dict[str, int] = {}
 
     def pick(name: str) -> int:

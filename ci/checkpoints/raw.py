@@ -1,4 +1,4 @@
-"""Safetensors files written by hand, for what the library does not offer: chosen offsets and headers without data."""
+"""Safetensors files written by hand: chosen offsets, and headers without data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 
 
 def header_bytes(entries: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[bytes, int]:
-    """The length-prefixed header for (name, dtype, shape) in this order, and the length of the data after it."""
+    """The length-prefixed header for (name, dtype, shape) in this order, and the data's length."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in entries:
@@ -25,7 +25,7 @@ def header_bytes(entries: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[byt
 
 
 def write_sparse(path: Path, entries: Sequence[tuple[str, str, Sequence[int]]]) -> int:
-    """A file whose header is real and whose data is a hole of the full declared length; returns that length."""
+    """A file with a real header and a hole of the full declared length for data; returns that length."""
     head, length = header_bytes(entries)
     with path.open("wb") as file:
         file.write(head)
@@ -44,7 +44,7 @@ def read_raw(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def write_raw(path: Path, tensors: Mapping[str, tuple[str, list[int], bytes]]) -> None:
-    """The tensors in the mapping's order: in the header and, unlike the library's own writer, by offset too."""
+    """The tensors in the mapping's order, in the header and by offset (the library's own writer sorts)."""
     head, _ = header_bytes([(n, d, s) for n, (d, s, _) in tensors.items()])
     with path.open("wb") as file:
         file.write(head)

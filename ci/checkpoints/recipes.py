@@ -1,7 +1,7 @@
 """The recipes: which architecture, which config, which expert layout, with or without an MTP draft.
 
-The dimensions are the smallest that the engines' CPU kernels take: attention head_dim 32, linear-attention head
-dims 64 (32 is refused by the C++ kernel), hidden size a multiple of 32.
+The dimensions are the smallest that the engines' CPU kernels take: attention head_dim 32, linear-attention
+head dims 64 (32 is refused by the C++ kernel), hidden size a multiple of 32.
 """
 
 from __future__ import annotations
@@ -119,14 +119,21 @@ def _qwen3_5_vl() -> Any:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    ids = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
+    ids = {
+        "image_token_id": 250,
+        "video_token_id": 251,
+        "vision_start_token_id": 252,
+        "vision_end_token_id": 253,
+    }
     config = Qwen3_5MoeConfig(
         text_config=_qwen3_5_text_config(), vision_config=vision, tie_word_embeddings=False, **ids
     )
     return Qwen3_5MoeForConditionalGeneration(config)
 
 
-def _glm4_moe(shared: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1, draft: int = 0) -> Any:
+def _glm4_moe(
+    shared: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1, draft: int = 0
+) -> Any:
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
     return Glm4MoeForCausalLM(
@@ -156,9 +163,10 @@ def _glm4_moe_lite() -> Any:
         Glm4MoeLiteConfig(
             **{**_COMMON, "num_key_value_heads": 2},
             q_lora_rank=32,
-            kv_lora_rank=32,
+            # The CPU kernel of latent attention takes 512 + 64 and nothing else.
+            kv_lora_rank=512,
             qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
+            qk_rope_head_dim=64,
             v_head_dim=32,
             intermediate_size=128,
             moe_intermediate_size=MOE_WIDTH,
@@ -208,15 +216,20 @@ RECIPES: dict[str, Recipe] = {
     "qwen2_moe_wide8": Recipe(lambda: _qwen2_moe(shared_times=8), family="qwen2_moe"),
     "qwen3_next": Recipe(_qwen3_next, dtype="bfloat16", family="qwen3_next"),
     "qwen3_next_mtp": Recipe(
-        _qwen3_next, draft="mtp", dtype="bfloat16", config={"num_nextn_predict_layers": 1}, family="qwen3_next"
+        _qwen3_next,
+        draft="mtp",
+        dtype="bfloat16",
+        config={"num_nextn_predict_layers": 1},
+        family="qwen3_next",
     ),
     "qwen3_5_text": _qwen3_5(_qwen3_5_text, "per_expert"),
     "qwen3_5_text_3d": _qwen3_5(_qwen3_5_text, "stacked"),
     "qwen3_5_vl": _qwen3_5(_qwen3_5_vl, "per_expert"),
     "qwen3_5_vl_3d": _qwen3_5(_qwen3_5_vl, "stacked"),
-    "qwen3_5_mtp": _qwen3_5(_qwen3_5_text, "per_expert", draft=True),
-    "qwen3_5_mtp_3d": _qwen3_5(_qwen3_5_text, "stacked", draft=True),
-    "qwen3_5_vl_mtp": _qwen3_5(_qwen3_5_vl, "stacked", draft=True),
+    "qwen3_5_mtp": _qwen3_5(_qwen3_5_vl, "per_expert", draft=True),
+    "qwen3_5_mtp_3d": _qwen3_5(_qwen3_5_vl, "stacked", draft=True),
+    # To load only: stock vLLM crashes when it decodes speculatively with the text-only class on a CPU.
+    "qwen3_5_text_mtp": _qwen3_5(_qwen3_5_text, "per_expert", draft=True),
     "glm4_moe": _glm(),
     "glm4_moe_scale": _glm(scale=2.5),
     "glm4_moe_shared2": _glm(shared=2),

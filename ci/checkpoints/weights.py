@@ -10,7 +10,8 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 
-# The usual 0.02 leaves a net this narrow nearly linear, its logits almost tied and its routing blind to the token.
+# The usual 0.02 leaves a net this narrow nearly linear, its logits almost tied and its routing blind to the
+# token.
 INIT_STD = 0.2
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 
@@ -54,7 +55,7 @@ def unstack(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def stack(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Three-dimensional tensors, ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I], for per-expert ones."""
+    """``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I] in place of per-expert tensors."""
     out: Tensors = {}
     experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
     for name, tensor in tensors.items():

@@ -1,8 +1,9 @@
 """Lets a torchvision that was built for CUDA import beside a CPU torch.
 
-Its extension cannot load there, and torchvision then dies while it registers fake kernels for operators that nobody
-has declared. So they are declared just before its own code runs, and only where the extension really cannot load.
-Image operations work, box operations do not. ci/envs.py puts this file and a .pth line into engine environments.
+Its extension cannot load there, and torchvision then dies while it registers fake kernels for operators that
+nobody has declared. So they are declared just before its own code runs, and only where the extension really
+cannot load. Image operations work, box operations do not. ci/envs.py puts this file and a .pth line into
+engine environments.
 """
 
 import importlib.machinery

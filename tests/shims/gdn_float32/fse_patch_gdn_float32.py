@@ -1,8 +1,9 @@
-"""Tests only: Qwen's gated delta-rule attention in float32 on the CPU engine, whose own kernels take bfloat16 alone.
+"""Tests only: Qwen's gated delta-rule attention in float32 on the CPU engine, whose own kernels take bfloat16
+alone.
 
-Put this folder on PYTHONPATH: the dist-info beside this file makes the engine call ``install`` in every process that
-it starts, workers included. bfloat16 still goes to the engine's kernels; only float32, which they refuse, comes here.
-Plain torch, one token at a time: written to be right, not fast.
+Put this folder on PYTHONPATH: the dist-info beside this file makes the engine call ``install`` in every
+process that it starts, workers included. bfloat16 still goes to the engine's kernels; only float32, which
+they refuse, comes here. Plain torch, one token at a time: written to be right, not fast.
 """
 
 MODULE = "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention"
@@ -62,7 +63,7 @@ class Sequence:
         self.slots, self.offset, self.speculative = slots, offset, speculative
 
     def convolution_input(self, x):
-        """History and new inputs [channels, width - 1 + tokens]; leaves the buffer ready for the next step."""
+        """History and new inputs [channels, width - 1 + tokens]; readies the buffer for the next step."""
         import torch
 
         keep = self.width - 1
