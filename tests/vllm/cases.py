@@ -1,0 +1,57 @@
+"""What is verified on the real engine."""
+
+from __future__ import annotations
+
+from .engine import LINEAR_ATTENTION, SPECULATIVE, TEXT_OF_VL, Case
+
+FLOAT32 = [
+    Case("qwen2_moe"),
+    Case("qwen2_moe_renorm"),
+    Case("qwen2_moe_wide4"),
+    Case("qwen2_moe_wide8"),
+    Case("qwen3_next"),
+    Case("qwen3_5_text"),
+    Case("qwen3_5_text_3d"),
+    Case("qwen3_5_vl", engine_args=TEXT_OF_VL),
+    Case("qwen3_5_vl_3d", engine_args=TEXT_OF_VL),
+    Case("glm4_moe"),
+    Case("glm4_moe_scale"),
+    Case("glm4_moe_shared2"),
+    Case("glm4_moe_shared2_scale"),
+    Case("glm4_moe_grouped"),
+]
+DRAFTS = [
+    Case("qwen3_next_mtp", engine_args=SPECULATIVE),
+    Case("qwen3_5_mtp", engine_args=TEXT_OF_VL | SPECULATIVE),
+    Case("qwen3_5_mtp_3d", engine_args=TEXT_OF_VL | SPECULATIVE),
+    Case("glm4_moe_mtp", engine_args=SPECULATIVE),
+]
+# Families whose linear attention has no float32 kernel on a CPU, as they are served there.
+BFLOAT16 = [
+    Case("qwen3_next", "bfloat16", LINEAR_ATTENTION),
+    Case("qwen3_5_text_3d", "bfloat16", LINEAR_ATTENTION),
+    Case("qwen3_5_vl", "bfloat16", TEXT_OF_VL | LINEAR_ATTENTION),
+]
+TENSOR_PARALLEL = [
+    Case(recipe, engine_args={"tensor_parallel_size": 2}) for recipe in ("qwen2_moe_wide4", "glm4_moe_shared2_scale")
+]
+# Models that build a family's block, or none of them: nobody remaps their weights.
+STOCK = [Case("glm4_moe_lite"), Case("qwen3_moe")]
+ORDERS = ("shared_first", "shared_between", "shared_last", "shuffled")
+PERMUTED = [
+    Case(case.recipe, engine_args=case.engine_args, order=order)
+    for case in FLOAT32
+    if case.recipe in ("qwen3_5_vl_3d", "glm4_moe_shared2_scale")
+    for order in ORDERS
+]
+# Deliberate faults, and the words with which each must be refused.
+FAULTS = {
+    "shared_weight_1_percent": ("qwen2_moe", "log-probabilities differ"),
+    "gate_and_up_swapped": ("glm4_moe_scale", "log-probabilities differ"),
+    "down_proj_dropped": ("qwen2_moe", "never written"),
+    "slot_written_twice": ("qwen2_moe_wide4", "written more than once"),
+    "scale_applied_twice": ("glm4_moe_scale", "log-probabilities differ"),
+    "shared_expert_scaled": ("glm4_moe_scale", "log-probabilities differ"),
+    "patch_never_fired": ("qwen2_moe", "was not fused"),
+    "control_without_effect": ("qwen2_moe", "the control"),
+}

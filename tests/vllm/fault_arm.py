@@ -1,0 +1,84 @@
+"""An arm whose jobs can ask for a deliberate fault in our own code: the controls of the verification."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from fse_patch.adapters.vllm import arm, construct
+from fse_patch.adapters.vllm.fusion import ModelFusion
+from fse_patch.adapters.vllm.worker import VerifyExtension
+from fse_patch.fusion_core import routing
+from fse_patch.fusion_core.remap import Remap, SlotTensor
+
+honest_slots, honest_write, honest_route = Remap._slots, ModelFusion._write, routing.route
+
+
+def changed_slots(change: Any) -> Any:
+    """Replace every slot tensor of the stream by ``change`` of it."""
+
+    def slots(self: Remap, *args: Any) -> Iterator[SlotTensor]:
+        return (change(part) for part in honest_slots(self, *args))
+
+    return patch.object(Remap, "_slots", slots)
+
+
+def off_by_1_percent(part: SlotTensor) -> SlotTensor:
+    first = part.layer == 0 and part.shard == "w2"
+    return dataclasses.replace(part, tensor=part.tensor * 1.01) if first else part
+
+
+def swapped(part: SlotTensor) -> SlotTensor:
+    other = {"w1": "w3", "w3": "w1", "w2": "w2"}
+    return dataclasses.replace(part, shard=other[part.shard])
+
+
+def without_down(self: ModelFusion, part: SlotTensor) -> None:
+    if part.shard != "w2":
+        honest_write(self, part)
+
+
+def twice(self: ModelFusion, part: SlotTensor) -> None:
+    for _ in range(2):
+        honest_write(self, part)
+
+
+def scaled_twice(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Any:
+    weights, ids = honest_route(logits, top_k, spec, bias)
+    return weights * spec.routed_scaling_factor, ids
+
+
+def shared_scaled(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
+    return honest_append(weights, ids, slots, slot_weight * 2.5)
+
+
+honest_append = routing.append_shared_slots
+FAULTS = {
+    None: nullcontext,
+    "shared_weight_1_percent": lambda: changed_slots(off_by_1_percent),
+    "gate_and_up_swapped": lambda: changed_slots(swapped),
+    "down_proj_dropped": lambda: patch.object(ModelFusion, "_write", without_down),
+    "slot_written_twice": lambda: patch.object(ModelFusion, "_write", twice),
+    "scale_applied_twice": lambda: patch.object(routing, "route", scaled_twice),
+    "shared_expert_scaled": lambda: patch.object(routing, "append_shared_slots", shared_scaled),
+    "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: None),
+    "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),
+}
+honest_run = arm.run_job
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    fault = job["engine_args"].pop("fault", None)
+    with ExitStack() as stack:
+        stack.enter_context(FAULTS[fault]())
+        return honest_run(job)
+
+
+if __name__ == "__main__":
+    arm.run_job = run_job
+    arm.main(Path(sys.argv[1]), Path(sys.argv[2]))
