@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 
 from fse_patch.adapters.patching import APPLIED, NOT_APPLIED, WAITING
+from fse_patch.adapters.spec import PatchSpec
 from fse_patch.errors import FsePatchError, RefusedError
 
 from .conftest import Toy, everything
@@ -51,7 +55,7 @@ def core(toy: Toy) -> Toy:
 
 
 class TestEveryKindOfAttribute:
-    def specs(self, toy: Toy) -> list:
+    def specs(self, toy: Toy) -> list[PatchSpec]:
         return [
             toy.spec("core:function"),
             toy.spec("core:Child.method"),
@@ -184,7 +188,7 @@ class TestFailureLeavesNothing:
         patches = core.patches(core.spec("core:function", "added_later"))
         with pytest.raises(FsePatchError):
             patches.apply()
-        factories = __import__(core.factories)
+        factories: Any = importlib.import_module(core.factories)
         factories.added_later = factories.louder
         patches.apply()
         assert module.function() == "function!"
