@@ -13,6 +13,7 @@ from .adapters import guards, ledger
 from .adapters.patching import NOT_APPLIED, PatchSet, lock
 from .adapters.spec import PatchSpec
 from .errors import FsePatchError
+from .fusion_core.policy_file import load_policy
 from .report import REFUSED, PatchReport, Report
 
 log = logging.getLogger("fse_patch")
@@ -89,6 +90,7 @@ def apply(
                 return _active[engine].report()
             _active.pop(engine).patches.revert()
         effective = settings.load()
+        load_policy(effective.policy_file)  # a malformed one must stop here, not in a worker
         book = ledger.load(engine)
         version = guards.engine_version(book)
         chosen = book.patches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import FsePatchError
 
@@ -34,6 +35,11 @@ class Settings:
     policy: str | None = None
     allow_untested: bool = False
     allow_unmeasured: bool = False
+
+    @property
+    def policy_file(self) -> Path | None:
+        """``policy`` as a path."""
+        return Path(self.policy) if self.policy else None
 
 
 def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:

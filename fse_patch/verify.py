@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,13 @@ ARM_ENVIRONMENT = {
     "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 }
 LOG_LINES = 60
+POLL = 0.3  # seconds between looks at a running arm
 PROMPT_LENGTHS = (5, 17, 64, 100)
 # A 1 % fault drowns in the rounding of 16 bit; there the control drops the first shared slot.
 CONTROL_FACTORS = {"float32": 1.01}
 CONTROL_16_BIT = 0.0
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -64,17 +68,28 @@ def prompts(vocab_size: int, seed: int = 3) -> list[list[int]]:
 
 
 def run_arm(
-    engine: str, jobs: list[VerifyJob], fused: bool, env: Mapping[str, str], timeout: float
+    engine: str,
+    jobs: list[VerifyJob],
+    fused: bool,
+    env: Mapping[str, str],
+    timeout: float,
+    progress: Progress = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Run one arm over all jobs, in one process as long as it lives.
 
     A job whose process crashed or ran out of time has {"error", "log"}; the jobs after it run in a new one.
     """
+    arm = "fused" if fused else "stock"
     done: list[dict[str, Any]] = []
     while len(done) < len(jobs):
-        results, log, status = run_process(engine, jobs[len(done) :], fused, env, timeout)
+        left = jobs[len(done) :]
+
+        def tell(running: int, left: list[VerifyJob] = left) -> None:
+            number = len(jobs) - len(left) + running + 1
+            progress(f"{arm} {engine}: {left[running].checkpoint.name} ({number} of {len(jobs)})")
+
+        results, log, status = run_process(engine, left, fused, env, timeout, tell)
         if len(done) + len(results) < len(jobs):
-            arm = "fused" if fused else "stock"
             results.append({"error": f"the {arm} {engine} process ended with status {status}"})
         for entry in results:
             if "error" in entry:
@@ -84,9 +99,17 @@ def run_arm(
 
 
 def run_process(
-    engine: str, jobs: list[VerifyJob], fused: bool, env: Mapping[str, str], timeout: float
+    engine: str,
+    jobs: list[VerifyJob],
+    fused: bool,
+    env: Mapping[str, str],
+    timeout: float,
+    tell: Callable[[int], None],
 ) -> tuple[list[dict[str, Any]], str, int]:
     """Start one process on ``jobs`` and end it, with its children, at the timeout.
+
+    Args:
+        tell: is called with the index of each job that starts.
 
     Returns:
         The results it left, the end of its log, and its exit status.
@@ -104,16 +127,37 @@ def run_process(
                 start_new_session=True,
             )
             try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                pass
+                watch(process, result, len(jobs), timeout, tell)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        done: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
+        done = read_results(result)
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         return done, tail, process.returncode
+
+
+def read_results(result: Path) -> list[dict[str, Any]]:
+    """What an arm has left so far: it writes after each job."""
+    done: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
+    return done
+
+
+def watch(
+    process: subprocess.Popen[bytes], result: Path, jobs: int, timeout: float, tell: Callable[[int], None]
+) -> None:
+    """Wait for an arm, up to ``timeout`` seconds, and tell of each job that starts."""
+    end = time.monotonic() + timeout
+    told = -1
+    while process.poll() is None and time.monotonic() < end:
+        done = len(read_results(result))
+        while told < min(done, jobs - 1):
+            told += 1
+            tell(told)
+        try:
+            process.wait(POLL)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def verify(
@@ -122,7 +166,7 @@ def verify(
     engine_version: str,
     env: Mapping[str, str] | None = None,
     timeout: float = 1800.0,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Run all jobs in the stock and in the fused engine and judge each.
 
@@ -136,10 +180,8 @@ def verify(
         A report for each job, with the keys that the README lists.
     """
     environment = dict(os.environ if env is None else env)
-    progress(f"stock {engine} {engine_version}: {len(jobs)} checkpoint(s)")
-    stock = run_arm(engine, jobs, False, environment, timeout)
-    progress(f"fused {engine} {engine_version}: {len(jobs)} checkpoint(s)")
-    fused = run_arm(engine, jobs, True, environment, timeout)
+    stock = run_arm(engine, jobs, False, environment, timeout, progress)
+    fused = run_arm(engine, jobs, True, environment, timeout, progress)
     head = {"engine": engine, "engine_version": engine_version}
     return [{**head, **judge(job, a, b)} for job, a, b in zip(jobs, stock, fused, strict=True)]
 

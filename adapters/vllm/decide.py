@@ -54,10 +54,9 @@ def decide_for(cls: type, vllm_config: Any) -> ModelFusion | None:
 
 def from_checkpoint(model_config: Any, load_config: Any, role: Role) -> FusionDecision:
     """The decision that the checkpoint leads to; one that cannot be read is refused."""
+    policy = load_policy(settings.load().policy_file)
     try:
-        folder = checkpoint_folder(model_config, load_config)
-        policy = settings.load().policy
-        return decide(folder, ENGINE, role, load_policy(Path(policy) if policy else None))
+        return decide(checkpoint_folder(model_config, load_config), ENGINE, role, policy)
     except FsePatchError as error:
         return FusionDecision(role, False, "evidence.unreadable", str(error), "", ENGINE, "")
 

@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Exit status: 0 fuses, 3 refused, 2 bad input."""
     # Without --policy, the file that serving would use.
-    decisions = decide_roles(checkpoint, engine, load_policy(policy or settings.load().policy))
+    decisions = decide_roles(checkpoint, engine, load_policy(policy or settings.load().policy_file))
     report = plan_report(decisions["main"])
     if "draft" in decisions:
         report["draft"] = plan_report(decisions["draft"])

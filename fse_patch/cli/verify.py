@@ -33,8 +33,7 @@ def command(
 ) -> None:
     """Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
     arguments = parse_engine_args(engine_args)
-    policy = load_settings().policy
-    decisions = decide_roles(checkpoint, engine, load_policy(Path(policy) if policy else None))
+    decisions = decide_roles(checkpoint, engine, load_policy(load_settings().policy_file))
     version = guards.engine_version(ledger.load(engine))
     main = decisions["main"]
     if not main.fuse:
