@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..errors import FsePatchError
 from .config import ConfigFile, MoeConfig, QuantConfig
 from .families import FamilySpec, Role, family_of
 from .headers import TensorHeader, read_headers
@@ -134,18 +135,21 @@ def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -
         routed = number.isascii() and number.isdecimal()
         experts = siblings.get((head, rest)) if routed else None
         if experts is not None:
-            experts[int(number)] = header
-            continue
-        parsed = naming.parse(name)
-        if parsed is None:
-            continue
-        part: Part = "shared" if parsed.is_shared else "routed"
-        parts = layers.setdefault((parsed.role, parsed.layer), {})
-        group = parts.setdefault(part, defaultdict(dict))
-        experts = group[parsed.projection, parsed.suffix]
-        experts[ALL_EXPERTS if parsed.expert is None else parsed.expert] = header
-        if routed:
-            siblings[head, rest] = experts
+            expert = int(number)
+        else:
+            parsed = naming.parse(name)
+            if parsed is None:
+                continue
+            expert = ALL_EXPERTS if parsed.expert is None else parsed.expert
+            part: Part = "shared" if parsed.is_shared else "routed"
+            parts = layers.setdefault((parsed.role, parsed.layer), {})
+            experts = parts.setdefault(part, defaultdict(dict))[parsed.projection, parsed.suffix]
+            if routed:
+                siblings[head, rest] = experts
+        if expert in experts:
+            # Two prefixes in one checkpoint: which of the two an engine loads, nobody can say here.
+            raise FsePatchError(f"tensor {name!r} is there under a second name as well; keep one of the two")
+        experts[expert] = header
     return layers
 
 

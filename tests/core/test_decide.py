@@ -103,6 +103,23 @@ def test_stacked_experts_need_the_sizes_of_the_config(tmp_path: Path) -> None:
         assert str(list(shape)) in decision.detail
 
 
+def test_experts_are_numbered_from_zero(tmp_path: Path) -> None:
+    renamed = {n.replace("experts.0.", "experts.4."): t for n, t in model_tensors("qwen3_next").items()}
+    decision = made(tmp_path, "qwen3_next", renamed)
+    assert (decision.reason, decision.fuse) == ("width.mismatch", False)
+    assert "4 experts up to 4" in decision.detail
+
+
+def test_one_tensor_under_two_names_is_bad_input(tmp_path: Path) -> None:
+    tensors = model_tensors("qwen3_5_moe")
+    again = "model.layers.1.mlp.experts.2.up_proj.weight"
+    with pytest.raises(FsePatchError, match=f"'{again}' is there under a second name"):
+        made(tmp_path, "qwen3_5_moe", tensors | {again: ("F32", (32, 64))})
+    # Control: the other prefix alone is as good.
+    only = {n.replace("model.language_model.", "model."): t for n, t in tensors.items()}
+    assert made(tmp_path, "qwen3_5_moe", only).fuse
+
+
 @pytest.mark.parametrize("missing", ["shared_expert", "experts"])
 def test_a_layer_without_experts_in_the_tensors_is_no_evidence(tmp_path: Path, missing: str) -> None:
     tensors = {n: t for n, t in model_tensors("qwen2_moe").items() if f"layers.1.mlp.{missing}." not in n}
@@ -151,6 +168,9 @@ def test_a_block_across_slots_is_refused(tmp_path: Path) -> None:
         quant = {"quant_method": "fp8", "weight_block_size": [block, block]}
         scaled = with_scales(tensors, block)
         assert made(tmp_path, "qwen2_moe", scaled, quantization_config=quant, **config).reason == reason
+        # One slot is never cut, so no block can lie across its edge.
+        whole = with_scales(model_tensors("qwen2_moe"), block)
+        assert made(tmp_path, "qwen2_moe", whole, quantization_config=quant).reason == "quant.unknown"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "glm4_moe_lite", "qwen3_moe", "qwen2_moe_x", ""])
