@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .. import patches as _data
 from ..errors import FsePatchError
+from ..fusion_core.families import Role
 from .ledger_file import EVERY_ENTRY_CLASS, EngineData, Entry
 from .spec import PatchSpec, Source
 
@@ -33,7 +34,7 @@ class Ledger:
     distributions: tuple[str, ...]
     tested: tuple[str, ...]
     patches: tuple[PatchSpec, ...]
-    roles: Mapping[str, str]
+    roles: Mapping[str, Role]
 
     def is_tested(self, version: Version) -> bool:
         """Whether the release is on the tested list; local labels such as +cpu do not count."""
@@ -126,5 +127,7 @@ def load(engine: str, folder: Path | None = None) -> Ledger:
     data = read_yaml(path)
     hashes = read_fingerprints(folder / f"{engine}.fingerprints.json")
     patches = tuple(_patch(e, hashes) for entry in data.patches for e in _expand(entry, data))
-    roles = {owner.model: owner.role for owner in data.entry_classes}
-    return Ledger(data.engine, data.import_name, tuple(data.distributions), tuple(data.tested), patches, roles)
+    roles: dict[str, Role] = {owner.model: owner.role for owner in data.entry_classes}
+    return Ledger(
+        data.engine, data.import_name, tuple(data.distributions), tuple(data.tested), patches, roles
+    )

@@ -2,7 +2,8 @@
 
     .venvs/<engine environment>/bin/python ci/demo.py
 
-Makes random checkpoints, runs each in the stock and in the fused engine on the same tokens, and prints one table.
+Makes random checkpoints, runs each in the stock and in the fused engine on the same tokens, and prints one
+table.
 Exit status 1 if any of them does not pass.
 """
 
@@ -14,12 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from fse_patch import verify
-from fse_patch.adapters import guards, ledger
-from fse_patch.fusion_core.decide import decide_roles
 from rich.console import Console
 from rich.table import Table
 from tiny_checkpoints import make
+
+from fse_patch import verify
+from fse_patch.adapters import guards, ledger
+from fse_patch.fusion_core.decide import decide_roles
 
 ENGINE = "vllm"
 VOCAB = 256
@@ -57,7 +59,16 @@ def main() -> int:
         reports = verify.verify(jobs, ENGINE, version, {**os.environ, **ENVIRONMENT}, progress=say)
 
     table = Table(title=f"vLLM {version}, CPU: fused against stock, teacher-forced", title_justify="left")
-    for column in ("family", "dtype", "layers fused", "slots loaded", "log-prob difference", "noise", "control", "verdict"):
+    for column in (
+        "family",
+        "dtype",
+        "layers fused",
+        "slots loaded",
+        "log-prob difference",
+        "noise",
+        "control",
+        "verdict",
+    ):
         table.add_column(column, justify="left" if column in ("family", "dtype", "verdict") else "right")
     for (family, _, dtype, _), job, report in zip(MODELS, jobs, reports, strict=True):
         if "mean_abs_logprob_diff" not in report:
@@ -75,8 +86,8 @@ def main() -> int:
         )
     console.print(table)
     console.print(
-        "difference: mean over tokens, in nats. noise: stock against itself. control: one slot weight changed on\n"
-        "purpose, which must be seen (x 1.01 in float32, x 0 in bfloat16).",
+        "difference: mean over tokens, in nats. noise: stock against itself. control: one slot weight\n"
+        "changed on purpose, which must be seen (x 1.01 in float32, x 0 in bfloat16).",
         markup=False,
     )
     for report in reports:

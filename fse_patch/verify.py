@@ -200,7 +200,9 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     tolerance = Tolerance.for_dtype(stock["dtype"], noise)
     failures = [] if tolerance.holds(found) else [f"log-probabilities differ by {found.mean:.3g} (mean)"]
     if not tolerance.caught(control):
-        failures.append(f"the control (one slot weight x {job.control_factor}) was not seen: {control.mean:.3g}")
+        failures.append(
+            f"the control (one slot weight x {job.control_factor}) was not seen: {control.mean:.3g}"
+        )
     if any(worker["roles"] for worker in stock["workers"]):
         failures.append("the stock arm was not stock")
     for decision in job.decisions:

@@ -51,7 +51,9 @@ def split(tensor: torch.Tensor, projection: Projection, layout: ExpertLayout) ->
     if tensor.numel() == 1 or tensor.ndim <= axis or tensor.shape[axis] == 1:
         return [tensor] * slots
     if tensor.shape[axis] % slots:
-        raise AuditError(f"shared {projection} of shape {list(tensor.shape)} does not split into {slots} slots")
+        raise AuditError(
+            f"shared {projection} of shape {list(tensor.shape)} does not split into {slots} slots"
+        )
     return list(tensor.chunk(slots, dim=axis))
 
 
@@ -93,7 +95,9 @@ class Remap:
         shard = SHARD_OF.get(ref.projection)
         if shard is None:
             raise AuditError(f"{name}: a shared expert with a merged {ref.projection} is not known")
-        for slot, part in zip(self.layout.shared_slots, split(tensor, ref.projection, self.layout), strict=True):
+        for slot, part in zip(
+            self.layout.shared_slots, split(tensor, ref.projection, self.layout), strict=True
+        ):
             self.emitted += 1
             yield SlotTensor(ref.layer, slot, shard, ref.suffix, part)
 
@@ -101,6 +105,6 @@ class Remap:
         slots = self.layout.num_shared_slots
         if self.passed + self.shared != self.read or self.emitted != self.shared * slots:
             raise AuditError(
-                f"weights were lost in the remap: {self.read} read, {self.passed} passed, {self.shared} shared, "
-                f"{self.emitted} slot tensors for {slots} slots"
+                f"weights were lost in the remap: {self.read} read, {self.passed} passed, "
+                f"{self.shared} shared, {self.emitted} slot tensors for {slots} slots"
             )

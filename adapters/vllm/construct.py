@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ...errors import FsePatchError
 from ...fusion_core.routing import FusedRouter
 from .decide import decide_for
-from .fusion import ACTIVE, CONSTRUCTED, ModelFusion
+from .fusion import ACTIVE, CONSTRUCTED
+from .handshake import check_arguments, check_complete, key_compile_cache
 
 # Arguments of the layer factory whose work the fused router does.
 ROUTED_BY_US = (
@@ -24,20 +24,13 @@ ROUTED_BY_US = (
     "e_score_correction_bias",
 )
 # Arguments that describe the unfused shared expert.
-SHARED = ("shared_experts", "shared_expert_gate", "n_shared_experts", "fuse_shared_experts", "shared_expert_prefix")
-# Arguments that change what a layer computes; fused layers know their neutral values only.
-NEUTRAL = {
-    "router": None,
-    "custom_routing_function": None,
-    "zero_expert_type": None,
-    "hash_indices_table": None,
-    "routed_input_transform": None,
-    "routed_output_transform": None,
-    "apply_router_weight_on_input": False,
-    "has_bias": False,
-    "num_redundant_experts": 0,
-    "activation": "silu",
-}
+SHARED = (
+    "shared_experts",
+    "shared_expert_gate",
+    "n_shared_experts",
+    "fuse_shared_experts",
+    "shared_expert_prefix",
+)
 
 
 def entry_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -113,52 +106,3 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
             fusion.unstripped = None
 
     return __init__
-
-
-def check_arguments(fusion: ModelFusion, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Stop where the engine builds another layer than the one that was decided on.
-
-    Raises:
-        FsePatchError: an argument contradicts the decision.
-    """
-    layout, routing = fusion.layout, fusion.decision.routing
-    assert routing is not None
-    expected = NEUTRAL | {
-        "num_experts": layout.num_routed,
-        "top_k": layout.top_k,
-        "hidden_size": layout.hidden_size,
-        "intermediate_size": layout.moe_intermediate_size,
-        "renormalize": routing.renormalize,
-        "scoring_func": routing.scoring,
-        "routed_scaling_factor": routing.routed_scaling_factor,
-        "num_expert_group": routing.num_expert_group,
-        "topk_group": routing.topk_group,
-    }
-    wrong = [f"{n}={kwargs[n]!r}, expected {v!r}" for n, v in expected.items() if n in kwargs and kwargs[n] != v]
-    if args or kwargs.get("shared_experts") is None or fusion.unstripped is not None:
-        wrong.append("its construction is not the known one")
-    if wrong:
-        raise FsePatchError(f"layer {layer}: the engine does not build what was decided: {'; '.join(wrong)}")
-
-
-def check_complete(fusion: ModelFusion, vllm_config: Any) -> None:
-    """Stop if a layer that was to fuse was built another way.
-
-    Raises:
-        FsePatchError: fewer fused layers than decided, with no other pipeline stage to hold them.
-    """
-    missing = sorted(set(fusion.decision.fused_layers) - set(fusion.routers))
-    if fusion.unstripped is not None or (missing and vllm_config.parallel_config.pipeline_parallel_size == 1):
-        raise FsePatchError(f"{fusion.decision.role} model: layers {missing} were decided to fuse and did not")
-
-
-def key_compile_cache(vllm_config: Any, fusion: ModelFusion) -> None:
-    """Put version and policy into vLLM's compile-cache key, through ``additional_config``."""
-    from ... import __version__
-
-    mark = f"fse_patch {__version__} {fusion.decision.policy_hash} {fusion.decision.role}"
-    known = vllm_config.additional_config
-    if isinstance(known, dict):
-        vllm_config.additional_config = {**known, mark: fusion.layout.to_dict()}
-    else:
-        vllm_config.additional_config = {mark: fusion.layout.to_dict(), "additional_config": known.compute_hash()}

@@ -106,7 +106,10 @@ def refusals(decision: FusionDecision, vllm_config: Any) -> Iterator[tuple[Reaso
     if vllm_config.load_config.load_format not in LOAD_FORMATS:
         yield "load.format", f"load_format is {vllm_config.load_config.load_format}; use auto or safetensors"
     if vllm_config.quant_config is not None and decision.rule.startswith("unquantised"):
-        yield "quant.online", f"the checkpoint is quantised on the fly ({model.quantization}); load it as it is"
+        yield (
+            "quant.online",
+            f"the checkpoint is quantised on the fly ({model.quantization}); load it as it is",
+        )
     if not current_platform.is_cpu() and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"
 
@@ -114,7 +117,9 @@ def refusals(decision: FusionDecision, vllm_config: Any) -> Iterator[tuple[Reaso
 def config_difference(decision: FusionDecision, config: Any) -> str:
     """How the configuration that runs differs from the one that was decided on, or ""."""
     family, layout, routing = family_of(decision.model_type), decision.layout, decision.routing
-    assert family is not None and layout is not None and routing is not None
+    assert family is not None
+    assert layout is not None
+    assert routing is not None
     expected = {
         family.num_experts_key: layout.num_routed,
         family.top_k_key: layout.top_k,
@@ -124,7 +129,9 @@ def config_difference(decision: FusionDecision, config: Any) -> str:
         "routed_scaling_factor": routing.routed_scaling_factor,
     }
     seen = {name: getattr(config, name, value) for name, value in expected.items()}
-    return "; ".join(f"{n} is {seen[n]!r}, config.json says {v!r}" for n, v in expected.items() if seen[n] != v)
+    return "; ".join(
+        f"{n} is {seen[n]!r}, config.json says {v!r}" for n, v in expected.items() if seen[n] != v
+    )
 
 
 def announce(decision: FusionDecision) -> None:

@@ -26,8 +26,12 @@ MIN_VOCAB = 64
 def command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors files.")],
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = "auto",
-    engine_args: Annotated[str, typer.Option(help="More engine arguments of both runs, as a JSON object.")] = "{}",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
+    ] = "auto",
+    engine_args: Annotated[
+        str, typer.Option(help="More engine arguments of both runs, as a JSON object.")
+    ] = "{}",
     timeout: Annotated[float, typer.Option(help="Seconds for each of the two runs.")] = 1800,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -90,7 +94,9 @@ def vocab_size(config: dict[str, Any], checkpoint: Path) -> int:
     """
     size = _text(config).get("vocab_size")
     if type(size) is not int or size < MIN_VOCAB:
-        raise FsePatchError(f"{checkpoint / 'config.json'}: 'vocab_size' is {size!r}; expected at least {MIN_VOCAB}")
+        raise FsePatchError(
+            f"{checkpoint / 'config.json'}: 'vocab_size' is {size!r}; expected at least {MIN_VOCAB}"
+        )
     return size
 
 

@@ -33,7 +33,8 @@ BFLOAT16 = [
     Case("qwen3_5_vl", "bfloat16", TEXT_OF_VL | LINEAR_ATTENTION),
 ]
 TENSOR_PARALLEL = [
-    Case(recipe, engine_args={"tensor_parallel_size": 2}) for recipe in ("qwen2_moe_wide4", "glm4_moe_shared2_scale")
+    Case(recipe, engine_args={"tensor_parallel_size": 2})
+    for recipe in ("qwen2_moe_wide4", "glm4_moe_shared2_scale")
 ]
 # Models that build a family's block, or none of them: nobody remaps their weights.
 STOCK = [Case("glm4_moe_lite"), Case("qwen3_moe")]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_checkpoints
+
 from fse_patch import verify
 from fse_patch.fusion_core.decide import decide_roles
 
@@ -64,8 +65,8 @@ class Checkpoints:
         )
 
 
-def run(
-    jobs: list[verify.VerifyJob], fused: bool, env: dict[str, str] | None = None
-) -> list[dict[str, Any]]:
+def run(jobs: list[verify.VerifyJob], fused: bool, env: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """One arm over the jobs, without multiprocessing unless ``env`` says so."""
-    return verify.run_arm("vllm", jobs, fused, {**os.environ, **(IN_PROCESS if env is None else env)}, ARM_TIMEOUT)
+    return verify.run_arm(
+        "vllm", jobs, fused, {**os.environ, **(IN_PROCESS if env is None else env)}, ARM_TIMEOUT
+    )

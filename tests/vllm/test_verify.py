@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from fse_patch import verify
 
 from . import cases
@@ -77,9 +78,8 @@ def test_other_models_stay_stock(runs: Runs, case: Case) -> None:
 
 def test_a_refused_checkpoint_is_bit_identical_to_stock(runs: Runs, tmp_path) -> None:
     policy = tmp_path / "policy.yaml"
-    policy.write_text(
-        "version: 1\nrules:\n  - {id: none-here, when: {}, fuse: false, reason: disabled, why: test, source: 'none: test'}\n"
-    )
+    rule = "{id: none-here, when: {}, fuse: false, reason: disabled, why: test, source: 'none: test'}"
+    policy.write_text(f"version: 1\nrules:\n  - {rule}\n")
     batch = [Case("qwen2_moe"), Case("glm4_moe_scale")]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "FSE_PATCH_POLICY": str(policy)}
     refused = runs.batch("refused", batch, True, env)
