@@ -186,6 +186,17 @@ def _glm4_moe_lite() -> Any:
     )
 
 
+def _qwen4_exp() -> Any:
+    from transformers.models.qwen4_exp import Qwen4ExpForCausalLM, Qwen4ExpTextConfig
+
+    config = _qwen3_5_text_config() | {"layer_types": ["linear_attention"] * 2}
+    rope = config["rope_parameters"]
+    config["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
+    return Qwen4ExpForCausalLM(
+        Qwen4ExpTextConfig(**config, hc_count=2, hc_lowrank=32, norm_topk_prob=True, output_gate_type="silu")
+    )
+
+
 def _qwen3_moe() -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -243,5 +254,8 @@ RECIPES: dict[str, Recipe] = {
     "glm4_moe_mtp": _glm(scale=2.5, draft=1),
     # Published configs have the key that engines read; this transformers class has another one for it.
     "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}),
+    # Inherits Qwen3-Next's block. To build and load only: on a CPU vLLM 0.32 stops in the first forward pass,
+    # whose hyper-connections have no kernel but Triton's; earlier releases do not know the model.
+    "qwen4_exp": Recipe(_qwen4_exp, dtype="bfloat16"),
     "qwen3_moe": Recipe(_qwen3_moe),
 }
