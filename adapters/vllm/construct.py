@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...fusion_core.routing import FusedRouter
-from .decide import decide_for
+from .decide import announce_other, decide_for
 from .fusion import ACTIVE, CONSTRUCTED
 from .handshake import check_arguments, check_complete, key_compile_cache
 
@@ -31,6 +31,20 @@ SHARED = (
     "fuse_shared_experts",
     "shared_expert_prefix",
 )
+
+
+def initialize(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``initialize_model``: a model that nothing decided for is named too, so silence never means on."""
+
+    @functools.wraps(original)
+    def initialize_model(*args: Any, **kwargs: Any) -> Any:
+        model = original(*args, **kwargs)
+        # Parts of a model are initialised through here as well, with a prefix.
+        if not kwargs.get("prefix"):
+            announce_other(type(model))
+        return model
+
+    return initialize_model
 
 
 def entry_init(original: Callable[..., None]) -> Callable[..., None]:

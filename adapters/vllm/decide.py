@@ -43,7 +43,6 @@ def decide_for(cls: type, vllm_config: Any) -> ModelFusion | None:
     if decision.fuse and (refusal := next(refusals(decision, vllm_config), None)):
         reason, detail = refusal
         decision = dataclasses.replace(decision, fuse=False, reason=reason, detail=detail, fused_layers=())
-    runtime.record_decision(decision.to_dict())
     announce(decision)
     if not decision.fuse:
         return None
@@ -134,8 +133,16 @@ def config_difference(decision: FusionDecision, config: Any) -> str:
     )
 
 
+def announce_other(cls: type) -> None:
+    """Say of a model that is not an entry class that it stays stock."""
+    if f"{cls.__module__}:{cls.__qualname__}" not in entry_roles():
+        detail = f"{cls.__name__} is not a model class that fse_patch knows"
+        announce(FusionDecision("main", False, "family.unknown", detail, "", ENGINE, ""))
+
+
 def announce(decision: FusionDecision) -> None:
-    """One line a role: on and where, or why not."""
+    """Record a decision, and say in one line a role: on and where, or why not."""
+    runtime.record_decision(decision.to_dict())
     if decision.fuse:
         log.info("vllm, %s model: shared expert fused: %s", decision.role, decision.detail)
     else:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 240.0
 # vLLM's own note that it has called its plugins.
 NOTED = {"vllm.plugins.plugins_loaded"}
+OFF = (None, "0", "sglang")
 HEAVY = ("adapters", "fusion_core", "patches", "control", "runtime", "report")
 ABSENT = object()
 Places = dict[tuple[int, str], tuple[Any, Any]]
@@ -38,7 +40,7 @@ def in_process(place: str, *arguments: str, **env: str | None) -> Any:
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
-        env={**clean, **{k: v for k, v in env.items() if v is not None}},
+        env={**clean, "PYTHONPATH": str(ROOT / "ci"), **{k: v for k, v in env.items() if v is not None}},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -56,20 +58,27 @@ def in_process(place: str, *arguments: str, **env: str | None) -> Any:
     return json.loads(found[-1].removeprefix("RESULT "))
 
 
-def book() -> Any:
-    from fse_patch.adapters import ledger
+def patches() -> list[Any]:
+    """Those of the ledger for the installed release."""
+    from packaging.version import Version
 
-    return ledger.load("vllm")
+    from fse_patch.adapters import guards, ledger
+
+    book = ledger.load("vllm")
+    version = Version(guards.engine_version(book))
+    return [p for p in book.patches if p.is_for(version)]
 
 
-def import_models() -> None:
-    """Every module of the ledger: its targets and where their originals are defined."""
+def import_models(modules: str) -> None:
+    """Import every module of the ledger, and whatever vLLM and its other plugins load at their start."""
     from vllm.platforms import current_platform
 
-    current_platform.is_cpu()  # vLLM finds its platform out at the first question
-    references = {r for p in book().patches for r in (p.target, p.source.reference)}
-    for module in sorted({r.partition(":")[0] for r in references}):
+    current_platform.is_cpu()  # found out at the first question
+    for module in json.loads(modules):
         importlib.import_module(module)
+    for plugin in entry_points(group="vllm.general_plugins"):
+        if plugin.name != "fse_patch":
+            plugin.load()()
 
 
 def snapshot() -> Places:
@@ -110,73 +119,45 @@ def call_plugins() -> None:
     plugins.load_general_plugins()
 
 
-def ours_loaded() -> list[str]:
-    return sorted(m for m in sys.modules if m.startswith(tuple(f"fse_patch.{h}" for h in HEAVY)))
-
-
-def targets() -> list[str]:
-    from packaging.version import Version
-
-    from fse_patch.adapters import guards
-
-    version = Version(guards.engine_version(book()))
-    return sorted(p.target.replace(":", ".") for p in book().patches if p.is_for(version))
-
-
-def probe_off(value: str) -> dict[str, Any]:
-    """The process reads the ledger in another one, or our modules would be loaded by the test itself."""
-    for module in json.loads(value):
-        importlib.import_module(module)
-    from vllm.platforms import current_platform
-
-    current_platform.is_cpu()
-    finders, before = list(sys.meta_path), snapshot()
-    call_plugins()
-    called = "fse_patch.entry_points" in sys.modules
-    return {
-        "changed": sorted(changed(before, snapshot())),
-        "finders": sys.meta_path == finders,
-        "ours": ours_loaded(),
-        "called": called,
+def probe_after_import(modules: str) -> dict[str, Any]:
+    """Everything is imported, then the entry point is called: off, on, removed."""
+    import_models(modules)
+    finders, before, off = list(sys.meta_path), snapshot(), {}
+    for value in OFF:
+        os.environ.update({"FSE_PATCH": value} if value else {})
+        call_plugins()
+        off[str(value)] = sorted(changed(before, snapshot()))
+    found = {
         "attributes": len(before),
+        "called": "fse_patch.entry_points" in sys.modules,
+        "off": off,
+        "ours": sorted(m for m in sys.modules if m.startswith(tuple(f"fse_patch.{h}" for h in HEAVY))),
+        "finders": sys.meta_path == finders,
     }
-
-
-def probe_modules() -> list[str]:
-    references = {r for p in book().patches for r in (p.target, p.source.reference)}
-    return sorted({r.partition(":")[0] for r in references})
-
-
-def probe_after_import() -> dict[str, Any]:
-    """Switched on after the import of everything, through the entry point; then removed."""
-    import fse_patch
-
-    import_models()
-    before = snapshot()
+    os.environ["FSE_PATCH"] = "vllm"
     call_plugins()
-    on = changed(before, snapshot())
-    fse_patch.remove("vllm")
-    return {"on": sorted(on), "removed": sorted(changed(before, snapshot())), "targets": targets()}
+    found["on"] = sorted(changed(before, snapshot()))
+    importlib.import_module("fse_patch").remove("vllm")
+    found["removed"] = sorted(changed(before, snapshot()))
+    return found
 
 
-def probe_before_import() -> dict[str, Any]:
-    """Applied before the import of anything; a child of each state; then removed."""
+def probe_before_import(modules: str) -> dict[str, Any]:
+    """Applied before the import of anything, then everything is imported, then removed; a child of each."""
     import fse_patch
 
     states = {p.state for p in fse_patch.apply("vllm").patches}
     loaded = any(m.startswith("vllm.") for m in sys.modules)
-    import_models()
+    import_models(modules)
     on = snapshot()
     child_on = child()
     fse_patch.remove("vllm")
-    off = snapshot()
     return {
         "states": sorted(states),
         "loaded": loaded,
-        "changed": sorted(changed(off, on)),
+        "changed": sorted(changed(snapshot(), on)),
         "child": child_on,
         "child_after_remove": child(),
-        "targets": targets(),
     }
 
 
@@ -203,36 +184,47 @@ def in_child(send: Any) -> None:
     send.send({"replaced": replaced, "on": fse_patch.status().get("vllm", {}).get("on")})
 
 
-HERE = "tests.vllm.test_off"
+@pytest.fixture(scope="module")
+def targets() -> set[str]:
+    return {p.target.replace(":", ".") for p in patches()}
 
 
 @pytest.fixture(scope="module")
-def modules() -> list[str]:
-    return in_process(f"{HERE}:probe_modules")
+def modules() -> str:
+    references = {r for p in patches() for r in (p.target, p.source.reference)}
+    return json.dumps(sorted({r.partition(":")[0] for r in references}))
 
 
-@pytest.mark.parametrize("value", [None, "0", "sglang"])
-def test_not_switched_on_nothing_changes(modules: list[str], value: str | None) -> None:
-    found = in_process(f"{HERE}:probe_off", json.dumps(modules), FSE_PATCH=value)
-    assert found["called"]
-    assert found["attributes"] > 10_000
-    assert set(found["changed"]) == NOTED
-    assert found["ours"] == []
-    assert found["finders"]
+@pytest.fixture(scope="module")
+def after_import(modules: str) -> dict[str, Any]:
+    return in_process(f"{__name__}:probe_after_import", modules)
 
 
-def test_switched_on_the_targets_change_and_nothing_else() -> None:
-    found = in_process(f"{HERE}:probe_after_import", FSE_PATCH="vllm")
-    assert len(found["targets"]) > 20
-    assert set(found["on"]) == {*found["targets"], *NOTED}
-    # Every original is back by identity, and what was inherited is in no class of its own any more.
-    assert set(found["removed"]) == NOTED
+@pytest.mark.parametrize("value", OFF)
+def test_not_switched_on_nothing_changes(after_import: dict[str, Any], value: str | None) -> None:
+    assert after_import["called"]
+    assert after_import["attributes"] > 10_000
+    assert set(after_import["off"][str(value)]) == NOTED
+    assert after_import["ours"] == []
+    assert after_import["finders"]
 
 
-def test_before_and_after_import_are_the_same_and_children_follow() -> None:
-    found = in_process(f"{HERE}:probe_before_import")
+def test_switched_on_the_targets_change_and_nothing_else(
+    after_import: dict[str, Any], targets: set[str]
+) -> None:
+    assert len(targets) > 20
+    assert set(after_import["on"]) == targets | NOTED
+
+
+def test_removed_every_original_is_back(after_import: dict[str, Any]) -> None:
+    # Also what was inherited: it would be an attribute of the class itself otherwise.
+    assert set(after_import["removed"]) == NOTED
+
+
+def test_before_import_is_the_same_and_children_follow(targets: set[str], modules: str) -> None:
+    found = in_process(f"{__name__}:probe_before_import", modules)
     assert not found["loaded"]
     assert found["states"] == ["waiting for import"]
-    assert found["changed"] == found["targets"]
+    assert set(found["changed"]) == targets
     assert found["child"] == {"replaced": True, "on": True}
     assert found["child_after_remove"] == {"replaced": False, "on": None}
