@@ -20,7 +20,8 @@ def poison(rows: torch.Tensor) -> None:
     """
     if rows.is_floating_point() and not rows.is_meta:
         if rows.element_size() == 1:
-            nan = torch.full((1,), float("nan"), device="cpu").to(rows.dtype)  # another byte in each 8-bit format
+            # NaN is another byte in each 8-bit format.
+            nan = torch.full((1,), float("nan"), device="cpu").to(rows.dtype)
             rows.view(torch.uint8).fill_(int(nan.view(torch.uint8)))
         else:
             rows.fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""Arms of a verification as processes: a crash or a hang costs its own job only and leaves nothing running."""
+"""Arms of a verification as processes: a crash or a hang costs its own job, and nothing is left running."""
 
 from __future__ import annotations
 
