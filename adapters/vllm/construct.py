@@ -52,7 +52,9 @@ def entry_init(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        fusion = None if ACTIVE.get() else decide_for(type(self), kwargs.get("vllm_config"))
+        # A prefix makes it a part of another model, whose weights nobody remaps.
+        part = ACTIVE.get() or kwargs.get("prefix")
+        fusion = None if part else decide_for(type(self), kwargs.get("vllm_config"))
         if fusion is None:
             return original(self, *args, **kwargs)
         key_compile_cache(kwargs["vllm_config"], fusion)
@@ -63,7 +65,7 @@ def entry_init(original: Callable[..., None]) -> Callable[..., None]:
             ACTIVE.reset(token)
         check_complete(fusion, kwargs["vllm_config"])
         self._fse_patch = fusion
-        CONSTRUCTED.append(fusion)
+        CONSTRUCTED.add(fusion)
 
     return __init__
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .fusion import CONSTRUCTED
+from ... import runtime
+from .fusion import constructed
 
 
 class VerifyExtension:
@@ -15,16 +16,20 @@ class VerifyExtension:
 
     def fse_report(self) -> dict[str, Any]:
         """The process and what each role really ran in it."""
-        return {"pid": os.getpid(), "roles": [fusion.report() for fusion in CONSTRUCTED]}
+        return {
+            "pid": os.getpid(),
+            "roles": [fusion.report() for fusion in constructed()],
+            "refused": [decision for decision in runtime.decisions() if not decision["fuse"]],
+        }
 
     def fse_reset(self) -> None:
         """Forget the calls of the engine's own warm-up."""
-        for fusion in CONSTRUCTED:
+        for fusion in constructed():
             fusion.counter.reset()
 
     def fse_control(self, factor: float) -> None:
         """Multiply the weight of the first shared slot of the main model by ``factor``."""
-        for fusion in CONSTRUCTED:
+        for fusion in constructed():
             if fusion.decision.role == "main":
                 for router in fusion.routers.values():
                     router.control_factor = factor
