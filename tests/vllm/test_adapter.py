@@ -1,0 +1,191 @@
+"""The adapter on vLLM's real configuration, model classes and loaders, without an engine around them:
+what is refused before anything is built, and what stops a model that is not what was decided."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from .engine import Checkpoints
+from .test_inherited import building, load
+from .test_off import in_process
+
+ENTRY = "vllm.model_executor.models.qwen2_moe:Qwen2MoeForCausalLM"
+# Code, attribute of the configuration, value. An attribute that a release lacks is an error of this test.
+REFUSED: list[tuple[str, str, Any]] = [
+    ("parallel.ep", "parallel_config.enable_expert_parallel", True),
+    ("parallel.eplb", "parallel_config.enable_eplb", True),
+    ("parallel.dp", "parallel_config.data_parallel_size", 2),
+    ("lora", "lora_config", "any"),
+    ("load.format", "load_config.load_format", "sharded_state"),
+    ("quant.online", "quant_config", "any"),
+    ("quant.online", "model_config.quantization", "fp8"),
+    ("config.differs", "model_config.hf_text_config.num_experts_per_tok", 1),
+    ("config.differs", "model_config.hf_text_config.norm_topk_prob", True),
+    ("config.differs", "model_config.hf_text_config.num_hidden_layers", 1),
+]
+CAPTURE = ("aux_output_config.enable_return_routed_experts", "model_config.enable_return_routed_experts")
+
+
+@contextmanager
+def put(config: Any, path: str, value: Any) -> Iterator[None]:
+    """The configuration with one existing attribute changed."""
+    *owners, name = path.split(".")
+    for owner in owners:
+        config = getattr(config, owner)
+    old = getattr(config, name)
+    object.__setattr__(config, name, value)
+    try:
+        yield
+    finally:
+        object.__setattr__(config, name, old)
+
+
+def reason(config: Any) -> str:
+    """The code of the decision for the entry class."""
+    from fse_patch import runtime
+    from fse_patch.adapters.vllm.decide import decide_for
+
+    runtime.clear()
+    made = decide_for(load(ENTRY), config)
+    (recorded,) = runtime.decisions()
+    assert (made is not None) == recorded["fuse"]
+    return str(recorded["reason"])
+
+
+def probe_refusals(checkpoint: str) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    with building(checkpoint) as config:
+        found: dict[str, Any] = {"plain": reason(config)}
+        for _, path, value in REFUSED:
+            with put(config, path, value):
+                found[path] = reason(config)
+        owners = {p: getattr(config, p.partition(".")[0], None) for p in CAPTURE}
+        capture = next(p for p, owner in owners.items() if hasattr(owner, p.partition(".")[2]))
+        with put(config, capture, True):
+            found["capture"] = reason(config)
+        with patch.dict(os.environ, VLLM_MOE_ROUTING_SIMULATION_STRATEGY="uniform_random"):
+            found["simulator"] = reason(config)
+        with patch.object(type(current_platform), "is_cpu", lambda self: False):
+            found["other device"] = reason(config)
+            with patch.dict(os.environ, FSE_PATCH_ALLOW_UNMEASURED="1"):
+                found["other device, allowed"] = reason(config)
+        with put(config, "model_config.model", f"{checkpoint}-is-not-there"):
+            found["no such folder"] = reason(config)
+        return found | {"plain again": reason(config)}
+
+
+def attempt(action: Callable[[], object]) -> str:
+    """What an action raises, as text, or "" if nothing."""
+    from fse_patch.errors import FsePatchError
+
+    try:
+        action()
+    except FsePatchError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def probe_model(checkpoint: str) -> dict[str, Any]:
+    """Build and load the real model, rightly and wrongly."""
+    import gc
+
+    from safetensors.torch import load_file
+    from vllm.plugins import load_general_plugins
+
+    from fse_patch.adapters.vllm.fusion import ACTIVE, constructed
+
+    load_general_plugins()
+    tensors = list(load_file(f"{checkpoint}/model.safetensors").items())
+    cls = load(ENTRY)
+
+    def build(prefix: str = "") -> Any:
+        # Layers register by name, once in a configuration.
+        with building(checkpoint) as config:
+            return cls(vllm_config=config, prefix=prefix)
+
+    def built_otherwise() -> None:
+        honest = load("vllm.model_executor.models.qwen2_moe:Qwen2MoeSparseMoeBlock").__init__
+
+        def other(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+            with put(config, "num_experts_per_tok", 1):
+                honest(self, config, *args, **kwargs)
+
+        with patch(f"{ENTRY.partition(':')[0]}.Qwen2MoeSparseMoeBlock.__init__", other):
+            build()
+
+    found, experts = probe_loads(build(), tensors)
+    found |= {
+        "a part": hasattr(build("language_model"), "_fse_patch"),
+        "built otherwise": attempt(built_otherwise),
+        "left active": ACTIVE.get() is not None,
+    }
+    gc.collect()
+    return found | {"kept": experts() is not None, "constructed": len(constructed())}
+
+
+def probe_loads(model: Any, tensors: list[tuple[str, Any]]) -> tuple[dict[str, Any], Any]:
+    """What the audit says of loads, wrong ones first; and a weak reference to the experts."""
+    import weakref
+
+    fusion = model._fse_patch
+    shared = [item for item in tensors if ".shared_expert." in item[0]]
+    slot = fusion.layout.num_routed
+    found: dict[str, Any] = {
+        "poisoned": all(bool(e.w13_weight[slot:].isnan().all()) for e in fusion.experts.values()),
+        "shared MLP": [layer.mlp.shared_expert is not None for layer in model.model.layers],
+        "one missing": attempt(lambda: model.load_weights(t for t in tensors if t[0] != shared[0][0])),
+        "one twice": attempt(lambda: model.load_weights([*tensors, shared[0]])),
+        "none read": attempt(lambda: fusion.load(lambda stream: None, tensors)),
+        "whole": attempt(lambda: model.load_weights(tensors)),
+    }
+    down = dict(tensors)["model.layers.0.mlp.shared_expert.down_proj.weight"]
+    found["slot holds the weight"] = bool((fusion.experts[0].w2_weight[slot] == down).all())
+    found["finite"] = all(bool(e.w13_weight[slot:].isfinite().all()) for e in fusion.experts.values())
+    # An update may be partial: it is counted, not enforced.
+    found["partial update"] = attempt(lambda: model.load_weights(shared[:1]))
+    return found, weakref.ref(fusion.experts[0])
+
+
+@pytest.fixture
+def checkpoint(checkpoints: Checkpoints, tmp_path: Path) -> str:
+    """A path of the test's own: its rendezvous file lies beside it."""
+    path = tmp_path / "qwen2_moe"
+    path.symlink_to(checkpoints.path("qwen2_moe"))
+    return str(path)
+
+
+def test_what_is_not_proven_is_refused_before_it_is_built(checkpoint: str) -> None:
+    found = in_process(f"{__name__}:probe_refusals", checkpoint, FSE_PATCH="vllm")
+    assert found["plain"] == found["plain again"] == "ok"
+    assert {path: found[path] for _, path, _ in REFUSED} == {path: code for code, path, _ in REFUSED}
+    assert found["capture"] == "routing.capture"
+    assert found["simulator"] == "routing.simulator"
+    assert found["other device"] == "slower.unmeasured"
+    assert found["other device, allowed"] == "ok"
+    assert found["no such folder"] == "evidence.unreadable"
+
+
+def test_what_is_not_as_decided_is_not_served(checkpoint: str) -> None:
+    found = in_process(f"{__name__}:probe_model", checkpoint, FSE_PATCH="vllm")
+    assert found["poisoned"]
+    assert found["shared MLP"] == [False, False]
+    assert not found["a part"]
+    assert "the engine does not build what was decided: top_k=1, expected 2" in found["built otherwise"]
+    assert not found["left active"]
+    assert found["one missing"].startswith("AuditError: main model: 1 shared slot tensors never written")
+    assert "twice" in found["one twice"]
+    assert "never written" in found["none read"]
+    assert found["whole"] == ""
+    assert found["slot holds the weight"]
+    assert found["finite"]
+    assert found["partial update"] == ""
+    assert not found["kept"]
+    assert found["constructed"] == 0
