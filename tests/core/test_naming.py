@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,9 @@ NEAR_MISSES = (
     "mlp", "xmlp", "mlp2", "gate", "layers", "model", "language_model", "mtp", "visual", "0", "3", "12", "-1",
     "weight", *PROJECTIONS, "gate_projx", "gate_proj2", "xgate_proj",
 )  # fmt: skip
+
+
+WORD = set(string.ascii_letters + string.digits + "_.")
 
 
 def split_reader(family: FamilySpec, name: str) -> ExpertTensor | None:
@@ -44,6 +49,8 @@ def split_reader(family: FamilySpec, name: str) -> ExpertTensor | None:
             continue
         after_main = family.draft_after_main and int(layer) >= MAIN_LAYERS
         suffix = ".".join(rest[1:]) or "weight"
+        if not set(suffix) <= WORD:
+            continue
         role = "draft" if is_draft or after_main else "main"
         return ExpertTensor(role, int(layer), expert, rest[0], suffix)  # type: ignore[arg-type]
     return None
