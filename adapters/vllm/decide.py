@@ -1,26 +1,19 @@
-"""The decision for one role, made when vLLM starts to build its model: checkpoint first, then runtime."""
+"""The decision for one role, made when vLLM starts to build its model."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from ... import runtime, settings
-from ...errors import FsePatchError
-from ...fusion_core.decide import decide
+from ... import settings
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.families import Role, family_of
 from ...fusion_core.naming import TensorNaming
-from ...fusion_core.policy_file import load_policy
-from ...fusion_core.reasons import Reason
 from .. import ledger
+from ..deciding import Refusal, checkpoint_folder, config_difference, settle
 from .fusion import ModelFusion
 
-log = logging.getLogger("fse_patch")
 ENGINE = "vllm"
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
@@ -37,14 +30,14 @@ def decide_for(cls: type, vllm_config: Any) -> ModelFusion | None:
     role = entry_roles().get(f"{cls.__module__}:{cls.__qualname__}")
     if role is None or vllm_config is None:
         return None
-    model_config = vllm_config.model_config
+    model_config, load_config = vllm_config.model_config, vllm_config.load_config
     source = model_config if role == "main" else vllm_config.speculative_config.draft_model_config
-    decision = from_checkpoint(source, vllm_config.load_config, role)
-    if decision.fuse and (refusal := next(refusals(decision, vllm_config), None)):
-        reason, detail = refusal
-        decision = dataclasses.replace(decision, fuse=False, reason=reason, detail=detail, fused_layers=())
-    runtime.record_decision(decision.to_dict())
-    announce(decision)
+    decision = settle(
+        ENGINE,
+        role,
+        lambda: checkpoint_folder(source.model, source.revision, load_config.download_dir),
+        lambda decision: refusals(decision, vllm_config),
+    )
     if not decision.fuse:
         return None
     family = family_of(decision.model_type)
@@ -52,37 +45,7 @@ def decide_for(cls: type, vllm_config: Any) -> ModelFusion | None:
     return ModelFusion(decision, TensorNaming(family, model_config.hf_text_config.num_hidden_layers))
 
 
-def from_checkpoint(model_config: Any, load_config: Any, role: Role) -> FusionDecision:
-    """The decision that the checkpoint leads to; one that cannot be read is refused."""
-    policy = load_policy(settings.load().policy_file)
-    try:
-        return decide(checkpoint_folder(model_config, load_config), ENGINE, role, policy)
-    except FsePatchError as error:
-        return FusionDecision(role, False, "evidence.unreadable", str(error), "", ENGINE, "")
-
-
-def checkpoint_folder(model_config: Any, load_config: Any) -> Path:
-    """The folder that vLLM loads from; a hub name is looked up in the local cache alone."""
-    if Path(model_config.model).is_dir():
-        return Path(model_config.model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                model_config.model,
-                revision=model_config.revision,
-                cache_dir=load_config.download_dir,
-                local_files_only=True,
-            )
-        )
-    except Exception as error:
-        raise FsePatchError(
-            f"{model_config.model}: not a folder and not in the local hub cache; download it first"
-        ) from error
-
-
-def refusals(decision: FusionDecision, vllm_config: Any) -> Iterator[tuple[Reason, str]]:
+def refusals(decision: FusionDecision, vllm_config: Any) -> Iterator[Refusal]:
     """What of the runtime configuration forbids to fuse, first reason first."""
     from vllm import envs
     from vllm.platforms import current_platform
@@ -112,31 +75,3 @@ def refusals(decision: FusionDecision, vllm_config: Any) -> Iterator[tuple[Reaso
         )
     if not current_platform.is_cpu() and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"
-
-
-def config_difference(decision: FusionDecision, config: Any) -> str:
-    """How the configuration that runs differs from the one that was decided on, or ""."""
-    family, layout, routing = family_of(decision.model_type), decision.layout, decision.routing
-    assert family is not None
-    assert layout is not None
-    assert routing is not None
-    expected = {
-        family.num_experts_key: layout.num_routed,
-        family.top_k_key: layout.top_k,
-        "hidden_size": layout.hidden_size,
-        "moe_intermediate_size": layout.moe_intermediate_size,
-        "norm_topk_prob": routing.renormalize,
-        "routed_scaling_factor": routing.routed_scaling_factor,
-    }
-    seen = {name: getattr(config, name, value) for name, value in expected.items()}
-    return "; ".join(
-        f"{n} is {seen[n]!r}, config.json says {v!r}" for n, v in expected.items() if seen[n] != v
-    )
-
-
-def announce(decision: FusionDecision) -> None:
-    """One line a role: on and where, or why not."""
-    if decision.fuse:
-        log.info("vllm, %s model: shared expert fused: %s", decision.role, decision.detail)
-    else:
-        log.warning("vllm, %s model: not fused: %s: %s", decision.role, decision.reason, decision.detail)

@@ -1,0 +1,155 @@
+"""Replacements where SGLang builds a model: the one place that instantiates it, the MoE blocks, their experts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...errors import FsePatchError
+from ...fusion_core.routing import SlotAppender
+from ..handshake import check_arguments, check_complete
+from ..model_fusion import ACTIVE, CONSTRUCTED
+from .decide import decide_for
+from .fusion import AppendHook, ModelFusion
+
+# Arguments that change what a layer computes; fused layers know their neutral values only.
+NEUTRAL = {
+    "num_fused_shared_experts": 0,
+    "activation": "silu",
+    "apply_router_weight_on_input": False,
+    "with_bias": False,
+    "swiglu_limit": None,
+}
+
+
+def active() -> ModelFusion | None:
+    """The role under construction in this context."""
+    fusion = ACTIVE.get()
+    assert fusion is None or isinstance(fusion, ModelFusion)
+    return fusion
+
+
+def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The loader's model instantiation: decide, then build below the decision."""
+
+    @functools.wraps(original)
+    def build(model_config: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        fusion = None if ACTIVE.get() else decide_for(model_config, load_config, args, kwargs)
+        if fusion is None:
+            return original(model_config, load_config, *args, **kwargs)
+        token = ACTIVE.set(fusion)
+        try:
+            model = original(model_config, load_config, *args, **kwargs)
+        finally:
+            ACTIVE.reset(token)
+        check_complete(fusion, all_here=True)  # pipeline parallelism is refused
+        model._fse_patch = fusion
+        CONSTRUCTED.append(fusion)
+        return model
+
+    return build
+
+
+def moe_class(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``get_moe_impl_class``, as one model module sees it: experts are built with E+S slots and top-(k+S)."""
+
+    @functools.wraps(original)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        cls = original(*args, **kwargs)
+        return cls if active() is None else functools.partial(build_experts, cls)
+
+    return choose
+
+
+def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Build the experts of a block, with room for the shared slots where its layer fuses."""
+    fusion = active()
+    layer = fusion.layer_at(kwargs.get("layer_id", -1)) if fusion else None
+    if fusion is None or layer is None:
+        return cls(*args, **kwargs)
+    layout, routing = fusion.layout, fusion.decision.routing
+    assert routing is not None
+    expected = NEUTRAL | {
+        "num_experts": layout.num_routed,
+        "top_k": layout.top_k,
+        "hidden_size": layout.hidden_size,
+        "intermediate_size": layout.moe_intermediate_size,
+        "routed_scaling_factor": routing.routed_scaling_factor,
+    }
+    known = not args and cls.__name__ == "FusedMoE"
+    check_arguments(fusion, layer, kwargs, expected, known)
+    experts = cls(
+        **{
+            **kwargs,
+            "num_experts": layout.num_experts,
+            "top_k": layout.fused_top_k,
+            "num_fused_shared_experts": layout.num_shared_slots,
+        }
+    )
+    fusion.building = layer, experts
+    fusion.unstripped = layer
+    return experts
+
+
+def block_init(original: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` of a MoE block: append the slots to its top-k, drop the MLP that they replace."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        fusion = active()
+        if fusion is None or fusion.building is None:
+            return
+        layer, experts = fusion.building
+        check_topk(fusion, layer, self.topk)
+        appender = SlotAppender(
+            layer, fusion.decision, fusion.counter, shared_gate(self), output_scale(fusion, experts)
+        )
+        fusion.add_layer(layer, appender, experts)
+        experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
+        setattr(self, fusion.naming.family.shared_module, None)
+        # Tells GLM's forward that there is no shared MLP; the model's own attribute, which loading reads, stays.
+        self.num_fused_shared_experts = fusion.layout.num_shared_slots
+        fusion.building = fusion.unstripped = None
+
+    return __init__
+
+
+def shared_gate(block: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The block's gate, as logits; a linear layer of the engine returns a bias beside them."""
+    gate = getattr(block, "shared_expert_gate", None)
+    if gate is None:
+        return None
+
+    def logits(hidden_states: torch.Tensor) -> torch.Tensor:
+        out = gate(hidden_states)
+        return out[0] if isinstance(out, tuple) else out
+
+    return logits
+
+
+def output_scale(fusion: ModelFusion, experts: Any) -> float:
+    """What the engine multiplies the layer's output by: the scale, unless it is in the top-k already."""
+    assert fusion.decision.routing is not None
+    inside = experts.should_fuse_routed_scaling_factor_in_topk
+    return 1.0 if inside else fusion.decision.routing.routed_scaling_factor
+
+
+def check_topk(fusion: ModelFusion, layer: int, topk: Any) -> None:
+    """Stop where the engine routes otherwise than decided: its top-k is used as it is.
+
+    Raises:
+        FsePatchError: a setting contradicts the decision.
+    """
+    routing, config = fusion.decision.routing, topk.topk_config
+    assert routing is not None
+    grouped = routing.scoring == "sigmoid"
+    expected = {"top_k": fusion.layout.top_k, "renormalize": routing.renormalize, "use_grouped_topk": grouped}
+    if grouped:
+        expected |= {"num_expert_group": routing.num_expert_group, "topk_group": routing.topk_group}
+    seen = {name: getattr(config, name) for name in expected}
+    if seen != expected or (config.correction_bias is None) == routing.has_correction_bias:
+        raise FsePatchError(f"layer {layer}: the engine routes by {seen}, {expected} was decided")
