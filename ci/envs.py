@@ -211,7 +211,7 @@ def shims(env: Env) -> None:
 def folders(env: Env, names: list[str]) -> None:
     """Folders of tests/shims on the environment's path, where the engine cannot start without them.
 
-    A shim's ``_start`` module, where it has one, runs in every process, as the engine's children must have it.
+    A shim's ``_start`` module runs in every process: the engine's children must have it too.
     """
     if not names:
         return

@@ -1,4 +1,4 @@
-"""Replacements where SGLang builds a model: the one place that instantiates it, the MoE blocks, their experts."""
+"""Replacements where SGLang builds a model: its instantiation, the MoE blocks, their experts."""
 
 from __future__ import annotations
 
@@ -111,20 +111,35 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
         fusion.add_layer(layer, appender, experts)
         experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
         setattr(self, fusion.naming.family.shared_module, None)
-        # Tells GLM's forward that there is no shared MLP; the model's own attribute, which loading reads, stays.
-        self.num_fused_shared_experts = fusion.layout.num_shared_slots
         fusion.building = fusion.unstripped = None
 
     return __init__
 
 
-def shared_gate(block: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def glm_block_init(original: Callable[..., None]) -> Callable[..., None]:
+    """`block_init` for GLM's block, whose forward asks this number whether there is a shared MLP to run.
+
+    The model's attribute of that name, which its loader reads, stays 0. Qwen's model copies the number of its
+    blocks, and takes 1 at most: its blocks keep theirs.
+    """
+    build = block_init(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if self.shared_experts is None:
+            self.num_fused_shared_experts = self.experts.num_fused_shared_experts
+
+    return __init__
+
+
+def shared_gate(block: Any) -> Callable[[torch.Tensor], Any] | None:
     """The block's gate, as logits; a linear layer of the engine returns a bias beside them."""
     gate = getattr(block, "shared_expert_gate", None)
     if gate is None:
         return None
 
-    def logits(hidden_states: torch.Tensor) -> torch.Tensor:
+    def logits(hidden_states: torch.Tensor) -> Any:
         out = gate(hidden_states)
         return out[0] if isinstance(out, tuple) else out
 

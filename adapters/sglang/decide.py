@@ -18,7 +18,7 @@ from .fusion import ModelFusion
 ENGINE = "sglang"
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
-# Backends whose top-k comes in the standard format; the others route by themselves or take no appended column.
+# Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
 RUNNERS = {"auto", "triton"}
 # Reasons that are the user's own arguments: in strict mode the server stops, as its fusing was asked for.
 CONTRADICTIONS = {
@@ -95,7 +95,10 @@ def refusals(
         yield "lora", "LoRA is enabled; run without --enable-lora and --lora-paths"
     runner = get_moe_runner_backend().value
     if runner not in RUNNERS:
-        yield "backend.topk_format", f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}"
+        yield (
+            "backend.topk_format",
+            f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}",
+        )
     if server.enable_return_routed_experts or server.expert_distribution_recorder_mode:
         yield (
             "routing.capture",

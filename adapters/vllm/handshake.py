@@ -6,7 +6,7 @@ from typing import Any
 
 from ... import __version__
 from .. import handshake
-from .fusion import ModelFusion
+from ..model_fusion import ModelFusion
 
 # Arguments that change what a layer computes; fused layers know their neutral values only.
 NEUTRAL = {

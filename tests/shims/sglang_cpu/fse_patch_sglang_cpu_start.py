@@ -1,7 +1,7 @@
 """Tests only: what SGLang needs in every process to run on a CPU without its kernel package.
 
-A .pth line of the environment imports this at start-up (ci/envs.py), so that no variable has to be set by hand.
-Whatever is set already stays.
+A .pth line of the environment imports this at start-up (ci/envs.py), so that no variable has to be set by
+hand. Whatever is set already stays.
 """
 
 import os
