@@ -44,8 +44,8 @@ def _check_origin(patch: PatchSpec, original: Any) -> None:
     plain = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
     if isinstance(plain, (FunctionType, type)):
         origin = f"{plain.__module__}:{plain.__qualname__}"
-        if origin != patch.source.reference:
-            detail = f"patch {patch.id}: {patch.target} holds {origin}, not {patch.source.reference}"
+        if origin != patch.holds:
+            detail = f"patch {patch.id}: {patch.target} holds {origin}, not {patch.holds}"
             raise RefusedError("fingerprint", f"{detail}; another plugin may have replaced it")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..fusion_core.decision import FusionDecision
 from ..fusion_core.families import Role, family_of
 from ..fusion_core.policy_file import load_policy
 from ..fusion_core.reasons import Reason
+from . import ledger
 
 log = logging.getLogger("fse_patch")
 Refusal = tuple[Reason, str]
@@ -36,7 +38,6 @@ def settle(
     if decision.fuse and (refusal := next(iter(refusals(decision)), None)):
         reason, detail = refusal
         decision = dataclasses.replace(decision, fuse=False, reason=reason, detail=detail, fused_layers=())
-    runtime.record_decision(decision.to_dict())
     announce(decision)
     return decision
 
@@ -79,15 +80,37 @@ def config_difference(decision: FusionDecision, config: Any) -> str:
         "routed_scaling_factor": routing.routed_scaling_factor,
     }
     seen = {name: getattr(config, name, value) for name, value in expected.items()}
-    return "; ".join(
-        f"{n} is {seen[n]!r}, config.json says {v!r}" for n, v in expected.items() if seen[n] != v
-    )
+    differing = [f"{n} is {seen[n]!r}, config.json says {v!r}" for n, v in expected.items() if seen[n] != v]
+    first, last, built = decision.moe_layers[0], decision.moe_layers[-1], config.num_hidden_layers
+    fits = last < built if decision.role == "main" else first == built or not family.draft_after_main
+    if not fits:
+        differing.append(f"num_hidden_layers is {built}, config.json says otherwise")
+    return "; ".join(differing)
 
 
 def announce(decision: FusionDecision) -> None:
-    """One line a role: on and where, or why not."""
+    """Record a decision, and say in one line a role: on and where, or why not."""
+    runtime.record_decision(decision.to_dict())
     head = f"{decision.engine}, {decision.role} model"
     if decision.fuse:
         log.info("%s: shared expert fused: %s", head, decision.detail)
     else:
         log.warning("%s: not fused: %s: %s", head, decision.reason, decision.detail)
+
+
+@cache
+def entry_roles(engine: str) -> dict[str, Role]:
+    """Role of each entry class of an engine, by ``module:class``."""
+    return dict(ledger.load(engine).roles)
+
+
+def role_of(engine: str, cls: type) -> Role | None:
+    """The role of an entry class; None for every other class."""
+    return entry_roles(engine).get(f"{cls.__module__}:{cls.__qualname__}")
+
+
+def announce_other(engine: str, cls: type) -> None:
+    """Say of a model that is not an entry class that it stays stock: silence never means on."""
+    if role_of(engine, cls) is None:
+        detail = f"{cls.__name__} is not a model class that fse_patch knows"
+        announce(FusionDecision("main", False, "family.unknown", detail, "", engine, ""))

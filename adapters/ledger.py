@@ -88,6 +88,7 @@ def _expand(entry: Entry, data: EngineData) -> Iterator[Entry]:
                 "id": f"{entry.id}.{owner.model.partition(':')[2]}",
                 "target": f"{owner.model}.{attribute}",
                 "source": owner.inherits.get(attribute),
+                "holds": owner.decorated.get(attribute),
             }
         )
 
@@ -101,6 +102,7 @@ def _patch(entry: Entry, hashes: Mapping[str, dict[str, str]]) -> PatchSpec:
         target=entry.target,
         versions=tuple(SpecifierSet(v) for v in entry.versions),
         source=source(entry.source or entry.target),
+        holds=entry.holds or entry.source or entry.target,
         relies_on=tuple(source(r) for r in entry.relies_on),
         factory=entry.factory,
         why=entry.why,

@@ -49,6 +49,7 @@ class Entry(BaseModel):
     target: Target
     versions: Versions
     source: Reference | None = None
+    holds: Text | None = None
     relies_on: list[Reference] = []
     factory: Reference
     why: Text
@@ -59,7 +60,8 @@ class Entry(BaseModel):
 class EntryClass(BaseModel):
     """A model class that an engine instantiates by itself, for one role of a family we fuse.
 
-    ``inherits`` names where a patched method is defined, if not in the class itself.
+    ``inherits`` names where a patched method is defined, if not in the class itself; ``decorated`` names
+    the function that a class decorator has put in a method's place.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,6 +69,7 @@ class EntryClass(BaseModel):
     model: Reference
     role: Literal["main", "draft"]
     inherits: dict[str, Reference] = {}
+    decorated: dict[str, Text] = {}
 
 
 class EngineData(BaseModel):

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -114,4 +115,10 @@ class ModelFusion(ABC):
 # The outermost entry class under construction in this context: blocks are inherited by models
 # whose loaders nobody remapped, so a block fuses only below a class of the family's list.
 ACTIVE: ContextVar[ModelFusion | None] = ContextVar("fse_patch_active", default=None)
-CONSTRUCTED: list[ModelFusion] = []
+# Weak: a model that is gone must not keep its experts in memory.
+CONSTRUCTED: WeakSet[ModelFusion] = WeakSet()
+
+
+def constructed() -> list[ModelFusion]:
+    """What lives in this process, the main model first."""
+    return sorted(CONSTRUCTED, key=lambda fusion: fusion.decision.role != "main")

@@ -33,6 +33,7 @@ class PatchSpec:
         versions: releases it is for; any of the specifiers may match.
         source: where the original is defined. Differs from the target for a name that is imported into the
             target's module (then that binding alone is replaced) and for an inherited method.
+        holds: what the target holds at run time; differs from the source where a class decorator replaced it.
         relies_on: code that is not replaced but whose behaviour the replacement assumes.
         factory: ``module:function``, called with the original, returns the replacement.
         why: what breaks without it.
@@ -44,6 +45,7 @@ class PatchSpec:
     target: str
     versions: tuple[SpecifierSet, ...]
     source: Source
+    holds: str
     relies_on: tuple[Source, ...]
     factory: str
     why: str

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .model_fusion import CONSTRUCTED
+from .. import runtime
+from .model_fusion import constructed
 
 
 def report() -> dict[str, Any]:
@@ -20,20 +21,21 @@ def report() -> dict[str, Any]:
     stand_in = sys.modules.get("sgl_kernel")
     return {
         "pid": os.getpid(),
-        "roles": [fusion.report() for fusion in CONSTRUCTED],
+        "roles": [fusion.report() for fusion in constructed()],
+        "refused": [decision for decision in runtime.decisions() if not decision["fuse"]],
         "replaced_operations": sorted(vars(stand_in).get("REPLACED", ())) if stand_in else [],
     }
 
 
 def reset() -> None:
     """Forget the calls of the engine's own warm-up."""
-    for fusion in CONSTRUCTED:
+    for fusion in constructed():
         fusion.counter.reset()
 
 
 def control(factor: float) -> None:
     """Multiply the weight of the first shared slot of the main model by ``factor``."""
-    for fusion in CONSTRUCTED:
+    for fusion in constructed():
         if fusion.decision.role == "main":
             for router in fusion.routers.values():
                 router.control_factor = factor

@@ -45,7 +45,9 @@ def _run(engine: str) -> None:
             raise SystemExit(getattr(error, "exit_status", FsePatchError.exit_status)) from error
         _announce(engine, logging.WARNING, f"{engine}: off: {line}")
         return
-    _announce(engine, logging.INFO if report.on else logging.WARNING, report.summary())
+    if not report.on:
+        _announce(engine, logging.WARNING, report.summary())
+    # Patches that are in say nothing yet: the line that counts is the decision for the model.
     _logger().debug("%s", report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -130,12 +131,17 @@ def run_process(
             try:
                 watch(process, result, len(jobs), timeout, tell)
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                end(process)
         done = read_results(result)
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         return done, tail, process.returncode
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group: children of an engine that crashed would keep its memory."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def read_results(result: Path) -> list[dict[str, Any]]:
@@ -206,6 +212,8 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         )
     if any(worker["roles"] for worker in stock["workers"]):
         failures.append("the stock arm was not stock")
+    if not (stock["workers"] and fused["workers"]):
+        failures.append("no worker told what it ran")
     for decision in job.decisions:
         failures += ran_as_decided(decision, fused["workers"])
     main = [role for worker in fused["workers"] for role in worker["roles"] if role["role"] == "main"]
@@ -224,9 +232,11 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "control_diff": control.mean,
         "control_factor": job.control_factor,
         "tolerance": tolerance.to_dict(),
-        "roles": fused["workers"][0]["roles"],
+        "roles": fused["workers"][0]["roles"] if fused["workers"] else [],
         # Kernels that stand-ins ran in their place: the proof does not cover them.
-        "replaced_operations": sorted({op for w in fused["workers"] for op in w["replaced_operations"]}),
+        "replaced_operations": sorted(
+            {op for worker in fused["workers"] for op in worker.get("replaced_operations", ())}
+        ),
         "failures": failures,
         "passed": not failures,
     }
@@ -241,7 +251,9 @@ def ran_as_decided(decision: FusionDecision, workers: list[dict[str, Any]]) -> l
         where = f"{decision.role} model, process {worker['pid']}"
         role = next((r for r in worker["roles"] if r["role"] == decision.role), None)
         if role is None:
-            problems.append(f"{where}: was not fused")
+            refused = [d for d in worker.get("refused", ()) if d["role"] == decision.role]
+            why = "".join(f": {d['reason']}: {d['detail']}" for d in refused)
+            problems.append(f"{where}: was not fused{why}")
             continue
         if role["fused_layers"] != wanted:
             problems.append(f"{where}: layers {role['fused_layers']} ran fused, {wanted} were decided")

@@ -20,7 +20,9 @@ def poison(rows: torch.Tensor) -> None:
     """
     if rows.is_floating_point() and not rows.is_meta:
         if rows.element_size() == 1:
-            rows.view(torch.uint8).fill_(0x7F)  # NaN in both 8-bit float formats with a NaN
+            # NaN is another byte in each 8-bit format.
+            nan = torch.full((1,), float("nan"), device="cpu").to(rows.dtype)
+            rows.view(torch.uint8).fill_(int(nan.view(torch.uint8)))
         else:
             rows.fill_(float("nan"))
 
@@ -36,8 +38,8 @@ def is_poisoned(rows: torch.Tensor) -> bool:
 class SlotAudit:
     """Coverage of the shared slots of one role in this process.
 
-    Enforced on the initial load. Later loads are weight updates, which may be partial: then it
-    only counts.
+    Enforced until a load has passed. Later loads are weight updates, which may be partial: then it
+    only counts. ``loads`` are those that passed.
     """
 
     role: str
@@ -68,11 +70,11 @@ class SlotAudit:
         """A load ended.
 
         Raises:
-            AuditError: on the initial load, if a part is missing, was written twice, was not expected,
+            AuditError: before any load has passed, if a part is missing, was written twice, was not expected,
                 or poison is left in a layer.
         """
-        self.loads += 1
-        if self.loads > 1:
+        if self.loads:
+            self.loads += 1
             return
         problems = (
             ("never written", self.expected - set(self.written)),
@@ -91,3 +93,4 @@ class SlotAudit:
                 f"{self.role} model: unwritten values are left in the shared slots of layers "
                 f"{poisoned_layers}; the model is not served"
             )
+        self.loads = 1

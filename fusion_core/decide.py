@@ -67,6 +67,7 @@ def decide_evidence(
             engine=engine,
             model_type=evidence.model_type,
             policy_hash=policy.hash,
+            quant_method=evidence.quant.method,
         )
     family, moe, found = evidence.family, evidence.moe, evidence.roles.get(role)
     verdict = _shape_verdict(evidence, moe, found)
@@ -84,6 +85,7 @@ def decide_evidence(
         engine=engine,
         model_type=evidence.model_type,
         policy_hash=policy.hash,
+        quant_method=evidence.quant.method,
         layout=_layout(moe),
         routing=_routing(family, moe),
         shared_weight=family.shared_weight,

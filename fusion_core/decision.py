@@ -38,6 +38,7 @@ class FusionDecision:
         moe_layers: sparse layers of the role that have a shared expert, by checkpoint number.
         fused_layers: those of them that fuse: all or none.
         policy_hash: short hash of the effective policy, part of compile-cache keys.
+        quant_method: what the checkpoint declares, "none" where nothing; "" where nothing was read.
     """
 
     role: Role
@@ -48,6 +49,7 @@ class FusionDecision:
     engine: str
     model_type: str
     policy_hash: str = ""
+    quant_method: str = ""
     layout: ExpertLayout | None = None
     routing: RoutingSpec | None = None
     shared_weight: SharedWeight | None = None

@@ -76,7 +76,7 @@ class Remap:
 
     def __call__(self, stream: Iterable[Named]) -> Iterator[Named | SlotTensor]:
         """(name, tensor) in; the same pair, or a SlotTensor for each slot, out. One tensor at a time."""
-        seen: set[str] = set()
+        seen: set[ExpertTensor] = set()
         for name, tensor in stream:
             self.read += 1
             ref = self.naming.parse(name)
@@ -84,9 +84,9 @@ class Remap:
                 self.passed += 1
                 yield name, tensor
                 continue
-            if name in seen:
+            if ref in seen:
                 raise AuditError(f"{name}: the checkpoint holds this shared-expert tensor twice")
-            seen.add(name)
+            seen.add(ref)
             self.shared += 1
             yield from self._slots(ref, name, tensor)
         self._conserve()

@@ -58,7 +58,7 @@ def route(
 
 def _mask_groups(choice: torch.Tensor, spec: RoutingSpec, best: int) -> torch.Tensor:
     """-inf for all experts outside the ``topk_group`` groups with the best expert(s)."""
-    groups = choice.view(choice.shape[0], spec.num_expert_group, -1)
+    groups = choice.reshape(choice.shape[0], spec.num_expert_group, choice.shape[1] // spec.num_expert_group)
     group_scores = groups.topk(best, dim=-1).values.sum(dim=-1)
     kept = group_scores.topk(spec.topk_group, dim=-1).indices
     dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)

@@ -47,7 +47,7 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
             ACTIVE.reset(token)
         check_complete(fusion, all_here=True)  # pipeline parallelism is refused
         model._fse_patch = fusion
-        CONSTRUCTED.append(fusion)
+        CONSTRUCTED.add(fusion)
         return model
 
     return build

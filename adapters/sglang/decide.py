@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 from ... import settings
+from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
-from ...fusion_core.families import Role, family_of
+from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
-from .. import ledger
-from ..deciding import Refusal, checkpoint_folder, config_difference, settle
+from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, role_of, settle
 from .fusion import ModelFusion
 
 ENGINE = "sglang"
@@ -33,12 +32,6 @@ CONTRADICTIONS = {
 }
 
 
-@cache
-def entry_roles() -> dict[str, Role]:
-    """Role of each entry class, by ``module:class``."""
-    return dict(ledger.load(ENGINE).roles)
-
-
 def decide_for(
     model_config: Any, load_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ModelFusion | None:
@@ -50,8 +43,9 @@ def decide_for(
     from sglang.srt.model_loader.utils import get_model_architecture
 
     cls = get_model_architecture(model_config)[0]
-    role = entry_roles().get(f"{cls.__module__}:{cls.__qualname__}")
+    role = role_of(ENGINE, cls)
     if role is None:
+        announce_other(ENGINE, cls)
         return None
     quantised = args[0] if args else kwargs.get("quant_config")
     decision = settle(
@@ -108,7 +102,7 @@ def refusals(
     load_format = getattr(load_config.load_format, "value", load_config.load_format)
     if load_format not in LOAD_FORMATS:
         yield "load.format", f"--load-format is {load_format}; use auto or safetensors"
-    if quantised is not None and decision.rule.startswith("unquantised"):
+    if quantised is not None and decision.quant_method == UNQUANTISED:
         yield "quant.online", "the checkpoint is quantised on the fly; load it as it is"
     if not is_cpu() and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"

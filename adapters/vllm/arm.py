@@ -75,12 +75,14 @@ def shut_down(llm: Any) -> None:
     """Free one engine, so that the next one starts as in a new process."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    from ... import runtime
     from .fusion import CONSTRUCTED
 
     if llm is not None:
         llm.llm_engine.engine_core.shutdown()
     del llm
     CONSTRUCTED.clear()
+    runtime.clear()
     gc.collect()
     cleanup_dist_env_and_memory()
 

@@ -10,7 +10,7 @@ import torch
 
 from ...fusion_core.routing import FusedRouter
 from ..handshake import check_complete
-from .decide import decide_for
+from .decide import announce_other, decide_for
 from .fusion import ACTIVE, CONSTRUCTED
 from .handshake import check_arguments, key_compile_cache
 
@@ -34,12 +34,28 @@ SHARED = (
 )
 
 
+def initialize(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``initialize_model``: a model that nothing decided for is named too, so silence never means on."""
+
+    @functools.wraps(original)
+    def initialize_model(*args: Any, **kwargs: Any) -> Any:
+        model = original(*args, **kwargs)
+        # Parts of a model are initialised through here as well, with a prefix.
+        if not kwargs.get("prefix"):
+            announce_other(type(model))
+        return model
+
+    return initialize_model
+
+
 def entry_init(original: Callable[..., None]) -> Callable[..., None]:
     """``__init__`` of an entry class: decide, then build below the decision."""
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        fusion = None if ACTIVE.get() else decide_for(type(self), kwargs.get("vllm_config"))
+        # A prefix makes it a part of another model, whose weights nobody remaps.
+        part = ACTIVE.get() or kwargs.get("prefix")
+        fusion = None if part else decide_for(type(self), kwargs.get("vllm_config"))
         if fusion is None:
             return original(self, *args, **kwargs)
         key_compile_cache(kwargs["vllm_config"], fusion)
@@ -50,7 +66,7 @@ def entry_init(original: Callable[..., None]) -> Callable[..., None]:
             ACTIVE.reset(token)
         check_complete(fusion, kwargs["vllm_config"].parallel_config.pipeline_parallel_size == 1)
         self._fse_patch = fusion
-        CONSTRUCTED.append(fusion)
+        CONSTRUCTED.add(fusion)
 
     return __init__
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from ...fusion_core.remap import SlotTensor
 from .. import model_fusion
-from ..model_fusion import ACTIVE, CONSTRUCTED
+from ..model_fusion import ACTIVE, CONSTRUCTED, constructed
 
-__all__ = ["ACTIVE", "CONSTRUCTED", "ModelFusion"]
+__all__ = ["ACTIVE", "CONSTRUCTED", "ModelFusion", "constructed"]
 
 
 class ModelFusion(model_fusion.ModelFusion):

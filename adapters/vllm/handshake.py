@@ -19,6 +19,8 @@ NEUTRAL = {
     "apply_router_weight_on_input": False,
     "has_bias": False,
     "num_redundant_experts": 0,
+    "enable_eplb": False,
+    "is_sequence_parallel": False,
     "activation": "silu",
 }
 

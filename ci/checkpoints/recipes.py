@@ -99,10 +99,14 @@ def _qwen3_5_text_config() -> dict[str, Any]:
     return {**_COMMON, **_LINEAR_ATTENTION, **_QWEN_MOE, "rope_parameters": rope}
 
 
-def _qwen3_5_text() -> Any:
+def _qwen3_5_text(sections: bool = True) -> Any:
     from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_qwen3_5_text_config()))
+    config = _qwen3_5_text_config()
+    if not sections:
+        rope = config["rope_parameters"]
+        config["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**config))
 
 
 def _qwen3_5_vl() -> Any:
@@ -182,6 +186,17 @@ def _glm4_moe_lite() -> Any:
     )
 
 
+def _qwen4_exp() -> Any:
+    from transformers.models.qwen4_exp import Qwen4ExpForCausalLM, Qwen4ExpTextConfig
+
+    config = _qwen3_5_text_config() | {"layer_types": ["linear_attention"] * 2}
+    rope = config["rope_parameters"]
+    config["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
+    return Qwen4ExpForCausalLM(
+        Qwen4ExpTextConfig(**config, hc_count=2, hc_lowrank=32, norm_topk_prob=True, output_gate_type="silu")
+    )
+
+
 def _qwen3_moe() -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -228,8 +243,9 @@ RECIPES: dict[str, Recipe] = {
     "qwen3_5_vl_3d": _qwen3_5(_qwen3_5_vl, "stacked"),
     "qwen3_5_mtp": _qwen3_5(_qwen3_5_vl, "per_expert", draft=True),
     "qwen3_5_mtp_3d": _qwen3_5(_qwen3_5_vl, "stacked", draft=True),
-    # To load only: stock vLLM crashes when it decodes speculatively with the text-only class on a CPU.
-    "qwen3_5_text_mtp": _qwen3_5(_qwen3_5_text, "per_expert", draft=True),
+    # Stock vLLM on a CPU corrupts its heap when the draft of the text-only class has rotary sections. Text
+    # positions are the same in every section, so the model is the same without them.
+    "qwen3_5_text_mtp": _qwen3_5(lambda: _qwen3_5_text(sections=False), "per_expert", draft=True),
     "glm4_moe": _glm(),
     "glm4_moe_scale": _glm(scale=2.5),
     "glm4_moe_shared2": _glm(shared=2),
@@ -238,5 +254,8 @@ RECIPES: dict[str, Recipe] = {
     "glm4_moe_mtp": _glm(scale=2.5, draft=1),
     # Published configs have the key that engines read; this transformers class has another one for it.
     "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}),
+    # Inherits Qwen3-Next's block. To build and load only: on a CPU vLLM 0.32 stops in the first forward pass,
+    # whose hyper-connections have no kernel but Triton's; earlier releases do not know the model.
+    "qwen4_exp": Recipe(_qwen4_exp, dtype="bfloat16"),
     "qwen3_moe": Recipe(_qwen3_moe),
 }

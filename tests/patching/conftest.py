@@ -85,7 +85,12 @@ class Toy:
         return f"{self.name}.{module}" in sys.modules
 
     def spec(
-        self, target: str, factory: str = "louder", source: str | None = None, id: str = ""
+        self,
+        target: str,
+        factory: str = "louder",
+        source: str | None = None,
+        id: str = "",
+        holds: str | None = None,
     ) -> PatchSpec:
         target = f"{self.name}.{target}"
         reference = f"{self.name}.{source}" if source else target
@@ -94,6 +99,7 @@ class Toy:
             target=target,
             versions=(SpecifierSet(">=1"),),
             source=Source(reference, {"1": fingerprint(reference) or ""}),
+            holds=f"{self.name}.{holds}" if holds else reference,
             relies_on=(),
             factory=f"{self.factories}:{factory}",
             why="a test",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 from fse_patch import verify
 
 from . import cases
-from .engine import IN_PROCESS, Case, Checkpoints, run
+from .engine import Case, Checkpoints, run
 
 Results = dict[str, dict[str, Any]]
 
@@ -20,43 +23,59 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Results of both arms, by case name."""
+
+    stock: Results
+    fused: Results
+
+
 class Runs:
-    """Results of both arms by case name; each batch runs when a test first asks for it."""
+    """Both arms of each batch, run when a test first asks for them, each arm on a core of its own."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self.done: dict[tuple[str, bool], Results] = {}
+        self.done: dict[str, Pair] = {}
 
-    def batch(self, name: str, batch: list[Case], fused: bool, env: dict[str, str] | None = None) -> Results:
-        if (name, fused) not in self.done:
-            results = run([self.checkpoints.job(c) for c in batch], fused, env)
-            self.done[name, fused] = {c.name: r for c, r in zip(batch, results, strict=True)}
-        return self.done[name, fused]
+    def pair(self, name: str, stock: list[Case], fused: list[Case], env: dict[str, str]) -> Pair:
+        if name not in self.done:
+            arms = [([self.checkpoints.job(c) for c in batch], batch) for batch in (stock, fused)]
+            with ThreadPoolExecutor() as pool:
+                futures = [
+                    pool.submit(run, jobs, bool(number), {"VLLM_CPU_OMP_THREADS_BIND": str(number), **env})
+                    for number, (jobs, _) in enumerate(arms)
+                ]
+            results = (
+                {c.name: r for c, r in zip(batch, future.result(), strict=True)}
+                for future, (_, batch) in zip(futures, arms, strict=True)
+            )
+            self.done[name] = Pair(*results)
+        return self.done[name]
 
-    def report(self, case: Case, stock: Results, fused: Results) -> dict[str, Any]:
-        return verify.judge(self.checkpoints.job(case), stock[case.name], fused[case.name])
+    def report(self, case: Case, stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
+        return verify.judge(self.checkpoints.job(case), stock, fused)
 
-    def float32(self, fused: bool) -> Results:
-        alone = cases.PERMUTED if fused else []
-        return self.batch("float32", [*cases.FLOAT32, *cases.STOCK, *alone], fused)
-
-    def bfloat16(self, fused: bool) -> Results:
-        # Without the float32 shim of the linear attention: as users run it.
-        return self.batch("bfloat16", cases.BFLOAT16, fused, {**IN_PROCESS, "PYTHONPATH": ""})
-
-    def drafts(self, fused: bool) -> Results:
-        return self.batch("drafts", cases.DRAFTS, fused)
-
-    def tensor_parallel(self, fused: bool) -> Results:
-        env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        return self.batch("tensor_parallel", cases.TENSOR_PARALLEL, fused, env)
-
-    def faults(self) -> Results:
-        faulty = [Case(recipe, fault=fault) for fault, (recipe, _) in cases.FAULTS.items()]
+    @property
+    def float32(self) -> Pair:
+        """With the float32 shim of linear attention, and an arm that can be told to make a fault."""
+        both = [*cases.FLOAT32, *cases.STOCK, *cases.DRAFTS]
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(verify.ARM_MODULES, "vllm", "tests.vllm.fault_arm")
-            patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-            return self.batch("faults", faulty, True)
+            root = str(Path(__file__).parents[2])
+            path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+            fused = [*both, *cases.PERMUTED, *cases.REFUSED, *cases.FAULTY]
+            return self.pair("float32", both, fused, {"PYTHONPATH": path})
+
+    @property
+    def bfloat16(self) -> Pair:
+        """Without the shim: as users run it."""
+        return self.pair("bfloat16", cases.BFLOAT16, cases.BFLOAT16, {"PYTHONPATH": ""})
+
+    @property
+    def tensor_parallel(self) -> Pair:
+        env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        return self.pair("tensor_parallel", [], cases.TENSOR_PARALLEL, env)
 
 
 @pytest.fixture(scope="session")

@@ -65,8 +65,6 @@ class Checkpoints:
         )
 
 
-def run(jobs: list[verify.VerifyJob], fused: bool, env: dict[str, str] | None = None) -> list[dict[str, Any]]:
+def run(jobs: list[verify.VerifyJob], fused: bool, env: dict[str, str]) -> list[dict[str, Any]]:
     """One arm over the jobs, without multiprocessing unless ``env`` says so."""
-    return verify.run_arm(
-        "vllm", jobs, fused, {**os.environ, **(IN_PROCESS if env is None else env)}, ARM_TIMEOUT
-    )
+    return verify.run_arm("vllm", jobs, fused, {**os.environ, **IN_PROCESS, **env}, ARM_TIMEOUT)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -57,6 +59,17 @@ def shared_scaled(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any
     return honest_append(weights, ids, slots, slot_weight * 2.5)
 
 
+@contextmanager
+def refused_by_policy() -> Iterator[None]:
+    """No fault of ours: the user's policy says no."""
+    rule = "{id: not-here, when: {}, fuse: false, reason: disabled, why: a test, source: 'none: a test'}"
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "policy.yaml"
+        file.write_text(f"version: 1\nrules:\n  - {rule}\n")
+        with patch.dict(os.environ, FSE_PATCH_POLICY=str(file)):
+            yield
+
+
 honest_append = routing.append_shared_slots
 FAULTS = {
     None: nullcontext,
@@ -67,6 +80,7 @@ FAULTS = {
     "scale_applied_twice": lambda: patch.object(routing, "route", scaled_twice),
     "shared_expert_scaled": lambda: patch.object(routing, "append_shared_slots", shared_scaled),
     "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: None),
+    "refused_by_policy": refused_by_policy,
     "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),
 }
 honest_run = arm.run_job

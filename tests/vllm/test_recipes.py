@@ -30,7 +30,7 @@ def test_transformers_loads_it(tmp_path, recipe):
     with torch.no_grad():
         logits = model.eval()(torch.tensor([[5, 9, 77, 31, 200]]), use_cache=False).logits[0]
     # Logits that hardly differ would make every comparison of log-probabilities pass.
-    assert logits.std() > 1
+    assert logits.std() > 0.5
 
 
 def test_the_same_bytes_each_time(tmp_path):

@@ -1,0 +1,51 @@
+"""What of vLLM's runtime configuration forbids to fuse a checkpoint that could."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ... import settings
+from ...fusion_core.config import UNQUANTISED
+from ...fusion_core.decision import FusionDecision
+from ..deciding import Refusal, config_difference
+
+# Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
+LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
+
+
+def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any) -> Iterator[Refusal]:
+    """What of the runtime configuration forbids to fuse, first reason first.
+
+    Args:
+        source, load_config: of the role's own checkpoint, see `checkpoint_of`.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if differing := config_difference(decision, model.hf_text_config):
+        yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
+    if parallel.enable_expert_parallel:
+        yield "parallel.ep", "expert parallelism is on; run without --enable-expert-parallel"
+    if parallel.enable_eplb:
+        yield "parallel.eplb", "the expert load balancer is on; run without --enable-eplb"
+    if parallel.data_parallel_size > 1:
+        yield "parallel.dp", f"data_parallel_size is {parallel.data_parallel_size}; run with 1"
+    if vllm_config.lora_config is not None:
+        yield "lora", "LoRA is enabled; run without --enable-lora"
+    outputs = getattr(vllm_config, "aux_output_config", model)
+    if getattr(outputs, "enable_return_routed_experts", False):
+        yield "routing.capture", "routed experts are captured; run without --enable-return-routed-experts"
+    if envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY:
+        yield "routing.simulator", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set; unset it"
+    if load_config.load_format not in LOAD_FORMATS:
+        yield "load.format", f"load_format is {load_config.load_format}; use auto or safetensors"
+    online = vllm_config.quant_config is not None or source.quantization is not None
+    if online and decision.quant_method == UNQUANTISED:
+        yield (
+            "quant.online",
+            f"the checkpoint is quantised on the fly ({source.quantization}); load it as it is",
+        )
+    if not current_platform.is_cpu() and not settings.load().allow_unmeasured:
+        yield "slower.unmeasured", "no measurement shows that fusing is not slower here"
