@@ -21,6 +21,8 @@ from .fusion_core.decision import FusionDecision
 from .settings import ENABLE
 
 ARM_MODULES = {"vllm": "fse_patch.adapters.vllm.arm", "sglang": "fse_patch.adapters.sglang.arm"}
+# The engine argument that makes it build a draft.
+SPECULATION = {"vllm": "speculative_config", "sglang": "speculative_algorithm"}
 # Only where the user has not said otherwise: one process where the engine allows it, no network.
 ARM_ENVIRONMENT = {
     "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
