@@ -1,7 +1,7 @@
 """SGLang's own launcher with the patches on: python -m fse_patch.launch_sglang <any SGLang server arguments>.
 
 Arguments, help text and exit status are those of ``python -m sglang.launch_server``. Processes that SGLang
-spawns run this module again, under the name ``__mp_main__``: that patches them in releases without plugins too.
+spawns run this module again, under the name ``__mp_main__``: so they are patched without plugins too.
 """
 
 from __future__ import annotations
