@@ -8,21 +8,12 @@ from typing import Any
 
 import torch
 
-from ...errors import FsePatchError
 from ...fusion_core.routing import SlotAppender
-from ..handshake import check_arguments, check_complete
+from ..handshake import check_complete
 from ..model_fusion import ACTIVE, CONSTRUCTED
 from .decide import decide_for
 from .fusion import AppendHook, ModelFusion
-
-# Arguments that change what a layer computes; fused layers know their neutral values only.
-NEUTRAL = {
-    "num_fused_shared_experts": 0,
-    "activation": "silu",
-    "apply_router_weight_on_input": False,
-    "with_bias": False,
-    "swiglu_limit": None,
-}
+from .handshake import check_experts, check_topk, output_scale
 
 
 def active() -> ModelFusion | None:
@@ -70,17 +61,8 @@ def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
     layer = fusion.layer_at(kwargs.get("layer_id", -1)) if fusion else None
     if fusion is None or layer is None:
         return cls(*args, **kwargs)
-    layout, routing = fusion.layout, fusion.decision.routing
-    assert routing is not None
-    expected = NEUTRAL | {
-        "num_experts": layout.num_routed,
-        "top_k": layout.top_k,
-        "hidden_size": layout.hidden_size,
-        "intermediate_size": layout.moe_intermediate_size,
-        "routed_scaling_factor": routing.routed_scaling_factor,
-    }
-    known = not args and cls.__name__ == "FusedMoE"
-    check_arguments(fusion, layer, kwargs, expected, known)
+    check_experts(fusion, layer, cls, args, kwargs)
+    layout = fusion.layout
     experts = cls(
         **{
             **kwargs,
@@ -144,27 +126,3 @@ def shared_gate(block: Any) -> Callable[[torch.Tensor], Any] | None:
         return out[0] if isinstance(out, tuple) else out
 
     return logits
-
-
-def output_scale(fusion: ModelFusion, experts: Any) -> float:
-    """What the engine multiplies the layer's output by: the scale, unless it is in the top-k already."""
-    assert fusion.decision.routing is not None
-    inside = experts.should_fuse_routed_scaling_factor_in_topk
-    return 1.0 if inside else fusion.decision.routing.routed_scaling_factor
-
-
-def check_topk(fusion: ModelFusion, layer: int, topk: Any) -> None:
-    """Stop where the engine routes otherwise than decided: its top-k is used as it is.
-
-    Raises:
-        FsePatchError: a setting contradicts the decision.
-    """
-    routing, config = fusion.decision.routing, topk.topk_config
-    assert routing is not None
-    grouped = routing.scoring == "sigmoid"
-    expected = {"top_k": fusion.layout.top_k, "renormalize": routing.renormalize, "use_grouped_topk": grouped}
-    if grouped:
-        expected |= {"num_expert_group": routing.num_expert_group, "topk_group": routing.topk_group}
-    seen = {name: getattr(config, name) for name in expected}
-    if seen != expected or (config.correction_bias is None) == routing.has_correction_bias:
-        raise FsePatchError(f"layer {layer}: the engine routes by {seen}, {expected} was decided")
