@@ -109,7 +109,7 @@ def glm_block_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        if self.shared_experts is None:
+        if getattr(self, "shared_experts", self) is None:  # stock may have no such attribute
             self.num_fused_shared_experts = self.experts.num_fused_shared_experts
 
     return __init__
