@@ -43,12 +43,11 @@ def source_file(module: str, site_packages: Sequence[str] | None = None) -> Path
             return None
     else:
         spec = PathFinder.find_spec(top, site_packages)
-    name = top
     for part in rest:
-        name = f"{name}.{part}"
         if spec is None or spec.submodule_search_locations is None:
             return None
-        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+        # By its last name alone: a namespace package, such as sglang.srt, looks its parent up in sys.modules.
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     if spec is None or not spec.has_location or spec.origin is None or not spec.origin.endswith(".py"):
         return None
     return Path(spec.origin)

@@ -37,7 +37,7 @@ _REQUIRED = """
 import importlib.metadata as m, json, sys
 from pip._vendor.packaging.requirements import Requirement
 out = []
-for line in m.requires(sys.argv[1]) or []:
+for line in sys.argv[2:] or m.requires(sys.argv[1]) or []:
     r = Requirement(line)
     if r.marker is None or r.marker.evaluate({"extra": ""}):
         r.marker = None
@@ -208,6 +208,26 @@ def shims(env: Env) -> None:
     env.step("torchvision shim", source, lambda: line.exists() and module.read_text() == source, write)
 
 
+def folders(env: Env, names: list[str]) -> None:
+    """Folders of tests/shims on the environment's path, where the engine cannot start without them.
+
+    A shim's ``_start`` module runs in every process: the engine's children must have it too.
+    """
+    if not names:
+        return
+    site = Path(env.run("-c", "import sysconfig;print(sysconfig.get_path('purelib'))").strip())
+    file = site / "fse_patch_shims.pth"
+    paths = [ROOT / "tests" / "shims" / name for name in names]
+    starts = [f"import {module.stem}" for path in paths for module in sorted(path.glob("*_start.py"))]
+    text = "\n".join([*map(str, paths), *starts]) + "\n"
+    env.step(
+        "shims",
+        text,
+        lambda: file.exists() and file.read_text() == text,
+        lambda: [None, file.write_text(text)][0],
+    )
+
+
 def build_core(spec: dict[str, Any]) -> None:
     env = Env("core")
     base(env)
@@ -229,8 +249,10 @@ def build_engine(spec: dict[str, Any]) -> None:
     skip = {normal(s) for s in spec.get("skip", [])}
     vision = str(spec.get("torchvision", ""))
 
+    listed = [str(r) for r in spec.get("requirements", [])]
+
     def required() -> list[tuple[str, bool]]:
-        rows = json.loads(env.run("-c", _REQUIRED, name))
+        rows = json.loads(env.run("-c", _REQUIRED, "" if listed else name, *listed))
         return [(line, bool(met)) for r, line, met in rows if normal(r) not in skip]
 
     def holds(package: str, wanted: str) -> bool:
@@ -245,7 +267,7 @@ def build_engine(spec: dict[str, Any]) -> None:
     )
     env.step(
         "its requirements",
-        repr((version, sorted(skip))),
+        repr((version, sorted(skip), listed)),
         lambda: all(met for _, met in required()),
         lambda: env.pip("install", *(line for line, _ in required())),
     )
@@ -257,6 +279,7 @@ def build_engine(spec: dict[str, Any]) -> None:
             lambda: env.pip("install", "--no-deps", f"torchvision=={vision}"),
         )
         shims(env)
+    folders(env, [str(s) for s in spec.get("shims", [])])
     project(env)
 
 

@@ -71,7 +71,7 @@ def engine(row: dict[str, object]) -> Step:
     name, kind = str(row["name"]), str(row["engine"])
     environment = {
         # Linear attention in float32; bfloat16 runs do not notice it. See docs/development.md.
-        "PYTHONPATH": str(ROOT / "tests" / "shims" / "gdn_float32"),
+        "PYTHONPATH": str(ROOT / "tests" / "shims" / "gdn_float32") if kind == "vllm" else "",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",

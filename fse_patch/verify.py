@@ -20,10 +20,13 @@ from .fusion_core.compare import Tolerance, difference
 from .fusion_core.decision import FusionDecision
 from .settings import ENABLE
 
-ARM_MODULES = {"vllm": "fse_patch.adapters.vllm.arm"}
+ARM_MODULES = {"vllm": "fse_patch.adapters.vllm.arm", "sglang": "fse_patch.adapters.sglang.arm"}
+# The engine argument that makes it build a draft.
+SPECULATION = {"vllm": "speculative_config", "sglang": "speculative_algorithm"}
 # Only where the user has not said otherwise: one process where the engine allows it, no network.
 ARM_ENVIRONMENT = {
-    "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+    "sglang": {},
 }
 LOG_LINES = 60
 POLL = 0.3  # seconds between looks at a running arm
@@ -232,6 +235,10 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "control_factor": job.control_factor,
         "tolerance": tolerance.to_dict(),
         "roles": fused["workers"][0]["roles"] if fused["workers"] else [],
+        # Kernels that stand-ins ran in their place: the proof does not cover them.
+        "replaced_operations": sorted(
+            {op for worker in fused["workers"] for op in worker.get("replaced_operations", ())}
+        ),
         "failures": failures,
         "passed": not failures,
     }

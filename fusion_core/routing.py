@@ -91,15 +91,61 @@ def append_shared_slots(
     )
 
 
-class FusedRouter:
-    """Routes one fused layer, as its decision says. An engine calls it with what it has at hand.
+class SlotAppender:
+    """Appends the shared slots of one layer to a top-k that the engine or `route` has made.
 
     Args:
         layer: checkpoint number of the layer.
         shared_gate: hidden_states [num_tokens, H] -> gate logits [num_tokens, 1]; needed where the
             shared weight is a sigmoid gate. Called, not read: some backends empty a gate's weight.
-        correction_bias: [E], where the family has one.
         counter: counts the calls of this process by layer and mode.
+        output_scale: what the engine multiplies the layer's output by afterwards; the shared expert's net
+            weight stays as the family says.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        decision: FusionDecision,
+        counter: ModeCounter,
+        shared_gate: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        output_scale: float = 1.0,
+    ) -> None:
+        assert decision.layout is not None
+        self.layer = layer
+        self.layout = decision.layout
+        self.counter = counter
+        self.shared_gate = shared_gate
+        self.output_scale = output_scale
+        # Weight of the first slot is multiplied by this: the positive control of `verify`.
+        self.control_factor = 1.0
+        if (shared_gate is None) == (decision.shared_weight == "sigmoid_gate"):
+            raise ValueError(f"layer {layer}: shared weight {decision.shared_weight!r} and its gate disagree")
+
+    def append(
+        self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], from [num_tokens, k] of both."""
+        # Under Dynamo this would be traced once and its effect frozen into the graph.
+        if not torch.compiler.is_compiling():
+            self.counter.add(self.layer, "fused")
+        slot_weight: torch.Tensor | float = 1.0
+        if self.shared_gate is not None:
+            slot_weight = self.shared_gate(hidden_states).to(weights.dtype).sigmoid()
+        if self.output_scale != 1.0:
+            slot_weight = slot_weight / self.output_scale
+        weights, ids = append_shared_slots(weights, ids, self.layout.shared_slots, slot_weight)
+        if self.control_factor != 1.0:
+            weights[:, self.layout.top_k] *= self.control_factor
+        return weights, ids
+
+
+class FusedRouter(SlotAppender):
+    """Routes one fused layer, as its decision says. An engine calls it with what it has at hand.
+
+    Args:
+        layer, shared_gate, counter: as of `SlotAppender`.
+        correction_bias: [E], where the family has one.
     """
 
     def __init__(
@@ -110,18 +156,10 @@ class FusedRouter:
         shared_gate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         correction_bias: torch.Tensor | None = None,
     ) -> None:
-        assert decision.layout is not None
+        super().__init__(layer, decision, counter, shared_gate)
         assert decision.routing is not None
-        self.layer = layer
-        self.layout = decision.layout
         self.routing = decision.routing
-        self.counter = counter
-        self.shared_gate = shared_gate
         self.correction_bias = correction_bias
-        # Weight of the first slot is multiplied by this: the positive control of `verify`.
-        self.control_factor = 1.0
-        if (shared_gate is None) == (decision.shared_weight == "sigmoid_gate"):
-            raise ValueError(f"layer {layer}: shared weight {decision.shared_weight!r} and its gate disagree")
         if (correction_bias is None) == self.routing.has_correction_bias:
             raise ValueError(f"layer {layer}: the correction bias and the decision disagree")
 
@@ -129,14 +167,5 @@ class FusedRouter:
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], for ``hidden_states`` [num_tokens, H]."""
-        # Under Dynamo this would be traced once and its effect frozen into the graph.
-        if not torch.compiler.is_compiling():
-            self.counter.add(self.layer, "fused")
         weights, ids = route(router_logits, self.layout.top_k, self.routing, self.correction_bias)
-        slot_weight: torch.Tensor | float = 1.0
-        if self.shared_gate is not None:
-            slot_weight = self.shared_gate(hidden_states).to(weights.dtype).sigmoid()
-        weights, ids = append_shared_slots(weights, ids, self.layout.shared_slots, slot_weight)
-        if self.control_factor != 1.0:
-            weights[:, self.layout.top_k] *= self.control_factor
-        return weights, ids
+        return self.append(hidden_states, weights, ids)

@@ -2,18 +2,18 @@
 
     python -m fse_patch.adapters.vllm.arm REQUEST.json RESULT.json
 
-REQUEST is a list of jobs {checkpoint, prompts, new_tokens, engine_args, control_factor};
-RESULT has one entry for each, or {"error": ...}. Whether the arm is stock or fused is the
-process's FSE_PATCH alone: the code that runs is the same.
+Request and result as of `run_jobs`. Whether the arm is stock or fused is the process's FSE_PATCH alone: the
+code that runs is the same.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from fse_patch.adapters.arm import run_jobs
 
 EXTENSION = "fse_patch.adapters.vllm.worker.VerifyExtension"
 DEFAULTS: dict[str, Any] = {
@@ -88,18 +88,8 @@ def shut_down(llm: Any) -> None:
 
 
 def main(request: Path, result: Path) -> None:
-    """Run all jobs; what is done is on disk after each, so a crash loses only its own job."""
-    done: list[dict[str, Any]] = []
-    for job in json.loads(request.read_text()):
-        try:
-            done.append(run_job(job))
-        except Exception as error:
-            done.append({"error": f"{type(error).__name__}: {error}"})
-            print(f"fse_patch: {job['checkpoint']}: {done[-1]['error']}", file=sys.stderr)
-        # Renamed into place: a crash while writing must not leave half a file.
-        part = result.with_suffix(".part")
-        part.write_text(json.dumps(done))
-        part.replace(result)
+    """Run all jobs."""
+    run_jobs(request, result, run_job)
 
 
 if __name__ == "__main__":

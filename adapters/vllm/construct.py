@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ...fusion_core.routing import FusedRouter
+from ..handshake import check_complete
 from .decide import announce_other, decide_for
 from .fusion import ACTIVE, CONSTRUCTED
-from .handshake import check_arguments, check_complete, key_compile_cache
+from .handshake import check_arguments, key_compile_cache
 
 # Arguments of the layer factory whose work the fused router does.
 ROUTED_BY_US = (
@@ -63,7 +64,7 @@ def entry_init(original: Callable[..., None]) -> Callable[..., None]:
             original(self, *args, **kwargs)
         finally:
             ACTIVE.reset(token)
-        check_complete(fusion, kwargs["vllm_config"])
+        check_complete(fusion, kwargs["vllm_config"].parallel_config.pipeline_parallel_size == 1)
         self._fse_patch = fusion
         CONSTRUCTED.add(fusion)
 

@@ -2,118 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
 from typing import Any
-from weakref import WeakSet
 
-import torch
+from ...fusion_core.remap import SlotTensor
+from .. import model_fusion
+from ..model_fusion import ACTIVE, CONSTRUCTED, constructed
 
-from ...errors import AuditError, FsePatchError
-from ...fusion_core.audit import SlotAudit, is_poisoned, poison
-from ...fusion_core.decision import FusionDecision
-from ...fusion_core.dispatch import ModeCounter
-from ...fusion_core.naming import TensorNaming
-from ...fusion_core.remap import Named, Remap, SlotTensor
-from ...fusion_core.routing import FusedRouter
-
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
+__all__ = ["ACTIVE", "CONSTRUCTED", "ModelFusion", "constructed"]
 
 
-class ModelFusion:
-    """What constructor, loader and router of one role share: its decision, its layers, its audit."""
+class ModelFusion(model_fusion.ModelFusion):
+    """Writes slots with vLLM's own weight loader."""
 
-    def __init__(self, decision: FusionDecision, naming: TensorNaming) -> None:
-        assert decision.layout is not None
-        self.decision = decision
-        self.layout = decision.layout
-        self.naming = naming
-        self.counter = ModeCounter()
-        self.audit = SlotAudit(decision.role)
-        self.routers: dict[int, FusedRouter] = {}
-        self.experts: dict[int, torch.nn.Module] = {}
-        # Layer whose block is under construction and still holds its unfused shared MLP.
-        self.unstripped: int | None = None
-
-    def layer_of(self, prefix: str) -> int | None:
-        """The fused layer that a module prefix lies in, or None."""
-        match = LAYER.search(prefix)
-        layer = int(match[1]) if match else -1
-        return layer if layer in self.decision.fused_layers else None
-
-    def add_layer(self, layer: int, router: FusedRouter, experts: torch.nn.Module) -> None:
-        """A fused layer was built: poison its shared slots and expect them to be written."""
-        if layer in self.routers:
-            raise FsePatchError(f"layer {layer} of the {self.decision.role} model was built twice")
-        self.routers[layer] = router
-        self.experts[layer] = experts
-        suffixes = set()
-        for name, parameter in self._fused_parameters(layer):
-            poison(parameter.data[self.layout.num_routed :])
-            suffixes.add(name)
-        self.audit.expect(layer, self.layout.shared_slots, suffixes)
-
-    def _fused_parameters(self, layer: int) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for name, parameter in self.experts[layer].named_parameters(recurse=False):
-            if match := WEIGHT.fullmatch(name):
-                yield match[1], parameter
-
-    def load(self, original: Callable[..., Any], weights: Iterable[Named]) -> Any:
-        """Run the engine's ``load_weights`` on the routed stream; shared slots are written here."""
-        self.audit.begin()
-        loaded = original(self._routed_only(weights))
-        # Kernels may repack after the initial load; only that load's layout is known here.
-        first = self.audit.loads == 0
-        left = [n for n in self.experts if first and self._is_poisoned(n)]
-        self.audit.finish(left)
-        return loaded
-
-    def _is_poisoned(self, layer: int) -> bool:
-        rows = slice(self.layout.num_routed, None)
-        return any(is_poisoned(p.data[rows]) for _, p in self._fused_parameters(layer))
-
-    def _routed_only(self, weights: Iterable[Named]) -> Iterator[Named]:
-        for item in Remap(self.decision, self.naming, self.routers)(weights):
-            if isinstance(item, SlotTensor):
-                self._write(item)
-            else:
-                yield item
-
-    def _write(self, part: SlotTensor) -> None:
-        parameter = getattr(self.experts[part.layer], part.parameter, None)
-        if parameter is None:
-            raise AuditError(f"layer {part.layer}: the fused experts have no parameter {part.parameter}")
-        if parameter.weight_loader(
-            parameter,
-            part.tensor,
-            f"layers.{part.layer}.mlp.experts.{part.parameter}",
-            shard_id=part.shard,
-            expert_id=part.slot,
-            return_success=True,
-        ):
-            self.audit.wrote(part)
-
-    def report(self) -> dict[str, Any]:
-        """What this process really did, for `verify` and `status`."""
-        return {
-            "role": self.decision.role,
-            "built_layers": sorted(self.routers),
-            "fused_layers": self.counter.layers(),
-            "calls_by_mode": self.counter.by_mode(),
-            "slots_loaded": self.audit.slots_loaded,
-            "loads": self.audit.loads,
-        }
-
-
-# The outermost entry class under construction in this context: blocks are inherited by models
-# whose loaders nobody remapped, so a block fuses only below a class of the family's list.
-ACTIVE: ContextVar[ModelFusion | None] = ContextVar("fse_patch_vllm_active", default=None)
-# Weak: a model that is gone must not keep its experts in memory.
-CONSTRUCTED: WeakSet[ModelFusion] = WeakSet()
-
-
-def constructed() -> list[ModelFusion]:
-    """What lives in this process, the main model first."""
-    return sorted(CONSTRUCTED, key=lambda fusion: fusion.decision.role != "main")
+    def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
+        return bool(
+            parameter.weight_loader(
+                parameter,
+                part.tensor,
+                name,
+                shard_id=part.shard,
+                expert_id=part.slot,
+                return_success=True,
+            )
+        )

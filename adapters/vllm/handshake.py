@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ... import __version__
-from ...errors import FsePatchError
-from .fusion import ModelFusion
+from .. import handshake
+from ..model_fusion import ModelFusion
 
 # Arguments that change what a layer computes; fused layers know their neutral values only.
 NEUTRAL = {
@@ -44,26 +44,8 @@ def check_arguments(fusion: ModelFusion, layer: int, args: tuple[Any, ...], kwar
         "num_expert_group": routing.num_expert_group,
         "topk_group": routing.topk_group,
     }
-    wrong = [
-        f"{n}={kwargs[n]!r}, expected {v!r}" for n, v in expected.items() if n in kwargs and kwargs[n] != v
-    ]
-    if args or kwargs.get("shared_experts") is None or fusion.unstripped is not None:
-        wrong.append("its construction is not the known one")
-    if wrong:
-        raise FsePatchError(f"layer {layer}: the engine does not build what was decided: {'; '.join(wrong)}")
-
-
-def check_complete(fusion: ModelFusion, vllm_config: Any) -> None:
-    """Stop if a layer that was to fuse was built another way.
-
-    Raises:
-        FsePatchError: fewer fused layers than decided, with no other pipeline stage to hold them.
-    """
-    missing = sorted(set(fusion.decision.fused_layers) - set(fusion.routers))
-    if fusion.unstripped is not None or (missing and vllm_config.parallel_config.pipeline_parallel_size == 1):
-        raise FsePatchError(
-            f"{fusion.decision.role} model: layers {missing} were decided to fuse and did not"
-        )
+    known = not args and kwargs.get("shared_experts") is not None
+    handshake.check_arguments(fusion, layer, kwargs, expected, known)
 
 
 def key_compile_cache(vllm_config: Any, fusion: ModelFusion) -> None:

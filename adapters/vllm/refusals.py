@@ -8,16 +8,13 @@ from typing import Any
 from ... import settings
 from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
-from ...fusion_core.families import family_of
-from ...fusion_core.reasons import Reason
+from ..deciding import Refusal, config_difference
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
 
 
-def refusals(
-    decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any
-) -> Iterator[tuple[Reason, str]]:
+def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any) -> Iterator[Refusal]:
     """What of the runtime configuration forbids to fuse, first reason first.
 
     Args:
@@ -52,26 +49,3 @@ def refusals(
         )
     if not current_platform.is_cpu() and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"
-
-
-def config_difference(decision: FusionDecision, config: Any) -> str:
-    """How the configuration that runs differs from the one that was decided on, or ""."""
-    family, layout, routing = family_of(decision.model_type), decision.layout, decision.routing
-    assert family is not None
-    assert layout is not None
-    assert routing is not None
-    expected = {
-        family.num_experts_key: layout.num_routed,
-        family.top_k_key: layout.top_k,
-        "hidden_size": layout.hidden_size,
-        "moe_intermediate_size": layout.moe_intermediate_size,
-        "norm_topk_prob": routing.renormalize,
-        "routed_scaling_factor": routing.routed_scaling_factor,
-    }
-    seen = {name: getattr(config, name, value) for name, value in expected.items()}
-    differing = [f"{n} is {seen[n]!r}, config.json says {v!r}" for n, v in expected.items() if seen[n] != v]
-    first, last, built = decision.moe_layers[0], decision.moe_layers[-1], config.num_hidden_layers
-    fits = last < built if decision.role == "main" else first == built or not family.draft_after_main
-    if not fits:
-        differing.append(f"num_hidden_layers is {built}, config.json says otherwise")
-    return "; ".join(differing)

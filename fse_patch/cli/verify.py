@@ -16,7 +16,7 @@ from ..fusion_core.headers import read_json
 from ..fusion_core.policy_file import load_policy
 from ..settings import ENGINES
 from ..settings import load as load_settings
-from ..verify import VerifyJob
+from ..verify import SPECULATION, VerifyJob
 from ..verify import verify as run_verify
 from .output import print_json, print_table
 
@@ -43,7 +43,7 @@ def command(
     if not main.fuse:
         raise RefusedError(main.reason, main.detail)
     # A draft is built only where the engine is told to speculate.
-    roles = tuple(d for role, d in decisions.items() if role == "main" or "speculative_config" in arguments)
+    roles = tuple(d for role, d in decisions.items() if role == "main" or SPECULATION[engine] in arguments)
     config = read_json(checkpoint / "config.json")
     job = VerifyJob(
         checkpoint,

@@ -20,7 +20,7 @@ Results = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"), "vllm")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Replacement for ``load_weights`` of the entry classes."""
+"""Replacement for ``load_weights`` of the entry classes, of either engine."""
 
 from __future__ import annotations
 

@@ -1,0 +1,31 @@
+"""What the arms of a verification share: jobs in, results out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Job = dict[str, Any]
+
+
+def run_jobs(request: Path, result: Path, run_job: Callable[[Job], dict[str, Any]]) -> None:
+    """Run all jobs; what is done is on disk after each, so a crash loses only its own job.
+
+    Args:
+        request: a list of jobs {checkpoint, prompts, new_tokens, engine_args, control_factor}.
+        result: gets one entry for each, or {"error": ...}.
+    """
+    done: list[dict[str, Any]] = []
+    for job in json.loads(request.read_text()):
+        try:
+            done.append(run_job(job))
+        except Exception as error:
+            done.append({"error": f"{type(error).__name__}: {error}"})
+            print(f"fse_patch: {job['checkpoint']}: {done[-1]['error']}", file=sys.stderr)
+        # Renamed into place: a crash while writing must not leave half a file.
+        part = result.with_suffix(".part")
+        part.write_text(json.dumps(done))
+        part.replace(result)

@@ -1,0 +1,108 @@
+"""The decision for one role, made when SGLang instantiates its model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ... import settings
+from ...fusion_core.config import UNQUANTISED
+from ...fusion_core.decision import FusionDecision
+from ...fusion_core.families import family_of
+from ...fusion_core.naming import TensorNaming
+from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, role_of, settle
+from .fusion import ModelFusion
+
+ENGINE = "sglang"
+# Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
+LOAD_FORMATS = {"auto", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
+# Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
+RUNNERS = {"auto", "triton"}
+# Reasons that are the user's own arguments: in strict mode the server stops, as its fusing was asked for.
+CONTRADICTIONS = {
+    "parallel.ep",
+    "parallel.eplb",
+    "parallel.dp",
+    "parallel.pp",
+    "lora",
+    "backend.topk_format",
+    "routing.capture",
+    "load.format",
+}
+
+
+def decide_for(
+    model_config: Any, load_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelFusion | None:
+    """Decide for the model that is about to be instantiated; None where it must stay stock.
+
+    Raises:
+        SystemExit: in strict mode, the server's arguments contradict fusing; nothing has been read yet.
+    """
+    from sglang.srt.model_loader.utils import get_model_architecture
+
+    cls = get_model_architecture(model_config)[0]
+    role = role_of(ENGINE, cls)
+    if role is None:
+        announce_other(ENGINE, cls)
+        return None
+    quantised = args[0] if args else kwargs.get("quant_config")
+    decision = settle(
+        ENGINE,
+        role,
+        lambda: checkpoint_folder(model_config.model_path, model_config.revision, load_config.download_dir),
+        lambda decision: refusals(decision, model_config, load_config, quantised),
+    )
+    if decision.reason in CONTRADICTIONS and settings.load().strict:
+        print(f"fse_patch: {ENGINE}: {decision.reason}: {decision.detail}", file=sys.stderr, flush=True)
+        raise SystemExit(3)
+    if not decision.fuse:
+        return None
+    family = family_of(decision.model_type)
+    assert family is not None
+    return ModelFusion(decision, TensorNaming(family, model_config.hf_text_config.num_hidden_layers))
+
+
+def refusals(
+    decision: FusionDecision, model_config: Any, load_config: Any, quantised: object
+) -> Iterator[Refusal]:
+    """What of the runtime configuration forbids to fuse, first reason first."""
+    from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
+    from sglang.srt.runtime_context import get_server_args
+    from sglang.srt.utils import is_cpu
+
+    server = get_server_args()
+    if server.disable_shared_experts_fusion:
+        yield "disabled", "--disable-shared-experts-fusion is given"
+    if differing := config_difference(decision, model_config.hf_text_config):
+        yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
+    if server.ep_size > 1 or not get_moe_a2a_backend().is_none():
+        yield "parallel.ep", "expert parallelism is on; run without --ep-size and --moe-a2a-backend"
+    if server.enable_eplb or server.ep_num_redundant_experts:
+        yield "parallel.eplb", "the expert load balancer is on; run without --enable-eplb"
+    if server.dp_size > 1 or server.enable_dp_attention:
+        yield "parallel.dp", f"data parallelism is on (--dp-size {server.dp_size}); run without it"
+    if server.pp_size > 1:
+        yield "parallel.pp", f"pipeline parallelism is on (--pp-size {server.pp_size}); run without it"
+    if server.enable_lora or server.lora_paths:
+        yield "lora", "LoRA is enabled; run without --enable-lora and --lora-paths"
+    runner = get_moe_runner_backend().value
+    if runner not in RUNNERS:
+        yield (
+            "backend.topk_format",
+            f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}",
+        )
+    if server.enable_return_routed_experts or server.expert_distribution_recorder_mode:
+        yield (
+            "routing.capture",
+            "routed experts are recorded; run without --enable-return-routed-experts "
+            "and --expert-distribution-recorder-mode",
+        )
+    load_format = getattr(load_config.load_format, "value", load_config.load_format)
+    if load_format not in LOAD_FORMATS:
+        yield "load.format", f"--load-format is {load_format}; use auto or safetensors"
+    if quantised is not None and decision.quant_method == UNQUANTISED:
+        yield "quant.online", "the checkpoint is quantised on the fly; load it as it is"
+    if not is_cpu() and not settings.load().allow_unmeasured:
+        yield "slower.unmeasured", "no measurement shows that fusing is not slower here"

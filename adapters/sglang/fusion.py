@@ -1,0 +1,57 @@
+"""One role of one SGLang model while it is built, loaded and run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import FsePatchError
+from ...fusion_core.decision import FusionDecision
+from ...fusion_core.naming import TensorNaming
+from ...fusion_core.remap import SlotTensor
+from ...fusion_core.routing import SlotAppender
+from .. import model_fusion
+
+
+class ModelFusion(model_fusion.ModelFusion):
+    """Numbers layers and writes slots as SGLang does."""
+
+    def __init__(self, decision: FusionDecision, naming: TensorNaming) -> None:
+        super().__init__(decision, naming)
+        # The layer whose block is under construction, and its experts.
+        self.building: tuple[int, torch.nn.Module] | None = None
+
+    def layer_at(self, index: int) -> int | None:
+        """The fused layer that the engine calls ``index``, or None. A draft counts its layers from 0."""
+        layers = self.decision.fused_layers
+        if self.decision.role == "draft":
+            return layers[index] if index < len(layers) else None
+        return index if index in layers else None
+
+    def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
+        # It returns nothing; what it leaves out shows as poison.
+        parameter.weight_loader(parameter, part.tensor, name, shard_id=part.shard, expert_id=part.slot)
+        return True
+
+
+class AppendHook:
+    """Forward pre-hook of the fused experts: the engine's top-k goes in with the shared slots appended."""
+
+    def __init__(self, appender: SlotAppender) -> None:
+        self.appender = appender
+
+    def __call__(
+        self, experts: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = {**dict(zip(("hidden_states", "topk_output"), args, strict=False)), **kwargs}
+        topk = given["topk_output"]
+        # Without the slots the shared expert would be left out in silence.
+        if topk.format.name != "STANDARD" or len(topk) != 3:
+            raise FsePatchError(
+                f"layer {self.appender.layer}: the engine's top-k came as {type(topk).__name__}; "
+                "only the standard one has room for the shared slots"
+            )
+        weights, ids = self.appender.append(given["hidden_states"], topk.topk_weights, topk.topk_ids)
+        given["topk_output"] = topk._replace(topk_weights=weights, topk_ids=ids)
+        return (), given

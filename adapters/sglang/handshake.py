@@ -1,0 +1,62 @@
+"""What must hold between the decision and what SGLang builds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import FsePatchError
+from ..handshake import check_arguments
+from .fusion import ModelFusion
+
+# Arguments that change what a layer computes; fused layers know their neutral values only.
+NEUTRAL = {
+    "num_fused_shared_experts": 0,
+    "activation": "silu",
+    "apply_router_weight_on_input": False,
+    "with_bias": False,
+    "swiglu_limit": None,
+}
+
+
+def check_experts(
+    fusion: ModelFusion, layer: int, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Stop where the engine builds other experts than those that were decided on.
+
+    Raises:
+        FsePatchError: the class or an argument contradicts the decision.
+    """
+    layout, routing = fusion.layout, fusion.decision.routing
+    assert routing is not None
+    expected = NEUTRAL | {
+        "num_experts": layout.num_routed,
+        "top_k": layout.top_k,
+        "hidden_size": layout.hidden_size,
+        "intermediate_size": layout.moe_intermediate_size,
+        "routed_scaling_factor": routing.routed_scaling_factor,
+    }
+    check_arguments(fusion, layer, kwargs, expected, known=not args and cls.__name__ == "FusedMoE")
+
+
+def output_scale(fusion: ModelFusion, experts: Any) -> float:
+    """What the engine multiplies the layer's output by: the scale, unless it is in the top-k already."""
+    assert fusion.decision.routing is not None
+    inside = experts.should_fuse_routed_scaling_factor_in_topk
+    return 1.0 if inside else fusion.decision.routing.routed_scaling_factor
+
+
+def check_topk(fusion: ModelFusion, layer: int, topk: Any) -> None:
+    """Stop where the engine routes otherwise than decided: its top-k is used as it is.
+
+    Raises:
+        FsePatchError: a setting contradicts the decision.
+    """
+    routing, config = fusion.decision.routing, topk.topk_config
+    assert routing is not None
+    grouped = routing.scoring == "sigmoid"
+    expected = {"top_k": fusion.layout.top_k, "renormalize": routing.renormalize, "use_grouped_topk": grouped}
+    if grouped:
+        expected |= {"num_expert_group": routing.num_expert_group, "topk_group": routing.topk_group}
+    seen = {name: getattr(config, name) for name in expected}
+    if seen != expected or (config.correction_bias is None) == routing.has_correction_bias:
+        raise FsePatchError(f"layer {layer}: the engine routes by {seen}, {expected} was decided")

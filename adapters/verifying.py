@@ -1,0 +1,59 @@
+"""What `fse-patch verify` does inside the process that holds the model, whichever engine runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .. import runtime
+from .model_fusion import constructed
+
+
+def report() -> dict[str, Any]:
+    """The process, what each role really ran in it, and which kernels were replaced by stand-ins.
+
+    A stand-in for a kernel package says of itself, in REPLACED, which of its operations ran.
+    """
+    stand_in = sys.modules.get("sgl_kernel")
+    return {
+        "pid": os.getpid(),
+        "roles": [fusion.report() for fusion in constructed()],
+        "refused": [decision for decision in runtime.decisions() if not decision["fuse"]],
+        "replaced_operations": sorted(vars(stand_in).get("REPLACED", ())) if stand_in else [],
+    }
+
+
+def reset() -> None:
+    """Forget the calls of the engine's own warm-up."""
+    for fusion in constructed():
+        fusion.counter.reset()
+
+
+def control(factor: float) -> None:
+    """Multiply the weight of the first shared slot of the main model by ``factor``."""
+    for fusion in constructed():
+        if fusion.decision.role == "main":
+            for router in fusion.routers.values():
+                router.control_factor = factor
+
+
+def jitter(modules: Iterable[Any], seed: int) -> None:
+    """Give the 16-bit embedding among ``modules`` the noise of one more rounding.
+
+    Rounding is uniform within half a unit in the last place, variance 1/12; so each weight moves
+    to a neighbouring value with probability 1/12. How far a model carries that is the yardstick
+    where the kernels give the same bits for every batch composition, as they do on CPU.
+    """
+    for module in modules:
+        if type(module).__name__ == "VocabParallelEmbedding":
+            weight = module.weight.data
+            draw = torch.Generator().manual_seed(seed)
+            moved = torch.rand(weight.shape, generator=draw) < 1 / 12
+            step = torch.randint(0, 2, weight.shape, generator=draw) * 2 - 1
+            # Adding 1 to the bits of a float gives its neighbour; zero has none below.
+            step = (step * moved * (weight != 0).cpu()).to(weight.device, torch.int16)
+            weight.view(torch.int16).add_(step)

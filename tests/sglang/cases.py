@@ -1,0 +1,41 @@
+"""What is verified on the real engine."""
+
+from __future__ import annotations
+
+from ..running import Case
+
+TEXT_OF_VL = {"enable_multimodal": False}
+FLOAT32 = [
+    Case("qwen2_moe"),
+    Case("qwen2_moe_renorm"),
+    Case("qwen2_moe_wide4"),
+    Case("glm4_moe_scale"),
+    Case("glm4_moe_shared2_scale"),
+    Case("glm4_moe_grouped"),
+]
+# Linear attention runs in the stand-in operations of tests/shims/sglang_cpu, and the report has to say so.
+REPLACED = [
+    Case("qwen3_next"),
+    Case("qwen3_5_text"),
+    Case("qwen3_5_text_3d"),
+    Case("qwen3_5_vl", engine_args=TEXT_OF_VL),
+    Case("qwen3_5_vl_3d", engine_args=TEXT_OF_VL),
+]
+# Compared with stock without tensor parallelism: a shard in the wrong place shows too.
+TENSOR_PARALLEL = [
+    Case(recipe, engine_args={"tp_size": 2}) for recipe in ("qwen2_moe_wide4", "glm4_moe_shared2_scale")
+]
+# A model that nobody patches.
+STOCK = [Case("qwen3_moe")]
+PERMUTED = [Case("glm4_moe_shared2_scale", order=order) for order in ("shared_first", "shuffled")]
+# Deliberate faults, and the words with which each must be refused.
+FAULTS: dict[str, tuple[str, str]] = {
+    "shared_weight_1_percent": ("qwen2_moe", "log-probabilities differ"),
+    "gate_and_up_swapped": ("glm4_moe_scale", "log-probabilities differ"),
+    "down_proj_dropped": ("qwen2_moe", "never written"),
+    "slot_written_twice": ("qwen2_moe_wide4", "written more than once"),
+    "scale_in_the_slot": ("glm4_moe_scale", "log-probabilities differ"),
+    "patch_never_fired": ("qwen2_moe", "was not fused"),
+    "control_without_effect": ("qwen2_moe", "the control"),
+}
+FAULTY = [Case(recipe, fault=fault) for fault, (recipe, _) in FAULTS.items()]

@@ -1,0 +1,147 @@
+"""The launch wrapper: SGLang's own arguments and answers, with the model fused; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fse_patch import verify
+from fse_patch.adapters.sglang.arm import CPU_DEFAULTS, DEFAULTS, free_port
+
+from ..running import VOCAB, Case
+from .conftest import Runs
+
+WRAPPER, STOCK = "fse_patch.launch_sglang", "sglang.launch_server"
+LIMIT = 300.0
+
+
+def arguments(checkpoint: Path) -> list[str]:
+    """The server arguments that the arms of a verification give to the engine."""
+    given = {**DEFAULTS, **CPU_DEFAULTS, "model_path": str(checkpoint), "dtype": "float32"}
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in given.items()]
+    return [*flags, "--skip-server-warmup"]
+
+
+def start(module: str, args: list[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as sink:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *args],
+            env={**{k: v for k, v in os.environ.items() if not k.startswith("FSE_PATCH")}, **env},
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def post(port: int, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@contextmanager
+def server(args: list[str], log: Path, **env: str) -> Iterator[int]:
+    """A server that answers; its port."""
+    port = free_port()
+    process = start(WRAPPER, [*args, f"--port={port}", f"--nccl-port={free_port()}"], log, **env)
+    try:
+        end_of_wait = time.monotonic() + LIMIT
+        while True:
+            assert process.poll() is None, log.read_text(errors="replace")[-4000:]
+            assert time.monotonic() < end_of_wait, log.read_text(errors="replace")[-4000:]
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                break
+            time.sleep(0.5)
+        yield port
+    finally:
+        end(process)
+
+
+def prompt_logprobs(port: int) -> list[list[float]]:
+    body = {
+        "input_ids": verify.prompts(VOCAB),
+        "sampling_params": {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    return [[v for v, *_ in out["meta_info"]["input_token_logprobs"][1:]] for out in post(port, body)]
+
+
+def test_served_equals_the_engine(runs: Runs, tmp_path: Path) -> None:
+    case, log = Case("glm4_moe_scale"), tmp_path / "log"
+    with server(arguments(runs.checkpoints.path(case.recipe)), log) as port:
+        served = prompt_logprobs(port)
+    assert "main model: shared expert fused" in log.read_text()
+    fused, stock = runs.float32.fused[case.name]["logprobs"], runs.float32.stock[case.name]["logprobs"]
+    assert served == fused
+    assert served != stock  # the control: stock's differ in the last bits
+
+
+CONTRADICTIONS = {
+    "parallel.ep": ["--tp-size=2", "--ep-size=2"],
+    "lora": ["--enable-lora", "--max-lora-rank=8", "--lora-target-modules=q_proj"],
+    "backend.topk_format": ["--moe-runner-backend=triton_kernel"],
+}
+
+
+@pytest.mark.parametrize("reason", CONTRADICTIONS)
+def test_contradicting_arguments_stop_a_strict_server(runs: Runs, tmp_path: Path, reason: str) -> None:
+    log, checkpoint = tmp_path / "log", runs.checkpoints.path("qwen2_moe")
+    extra = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if reason == "parallel.ep" else {}
+    process = start(WRAPPER, [*arguments(checkpoint), *CONTRADICTIONS[reason]], log, **extra)
+    try:
+        status = process.wait(LIMIT)
+    finally:
+        end(process)
+    text = log.read_text(errors="replace")
+    assert status != 0
+    assert f"fse_patch: sglang: {reason}: " in text
+    assert "Multi-thread loading shards" not in text
+
+
+def test_without_strict_it_serves_unfused(runs: Runs, tmp_path: Path) -> None:
+    case, log = Case("qwen2_moe"), tmp_path / "log"
+    args = [*arguments(runs.checkpoints.path(case.recipe)), "--enable-return-routed-experts"]
+    with server(args, log, FSE_PATCH_STRICT="0") as port:
+        served = prompt_logprobs(port)
+    assert log.read_text().count("not fused: routing.capture") == 1
+    assert served == runs.float32.stock[case.name]["logprobs"]
+
+
+def test_the_help_text_is_sglangs() -> None:
+    # Some choices are printed in the order of a set.
+    env = {**os.environ, "PYTHONHASHSEED": "0"}
+    texts = [
+        subprocess.run(
+            [sys.executable, "-m", module, "--help"], env=env, capture_output=True, check=True
+        ).stdout
+        for module in (WRAPPER, STOCK)
+    ]
+    assert texts[0] == texts[1] != b""
+
+
+def test_bad_arguments_have_sglangs_status() -> None:
+    runs = [
+        subprocess.run([sys.executable, "-m", module, "--no-such-argument"], capture_output=True)
+        for module in (WRAPPER, STOCK)
+    ]
+    assert runs[0].returncode == runs[1].returncode != 0

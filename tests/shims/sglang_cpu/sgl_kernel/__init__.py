@@ -1,0 +1,48 @@
+"""Tests only: stands in for SGLang's kernel package, of which no build for CPUs is on the package index.
+
+Linear attention is done in plain torch (mamba.py); every other name exists and refuses to be called, so that
+SGLang takes its own paths in torch. REPLACED lists the operations of mamba.py that ran in this process: a
+verification that used them says so.
+"""
+
+__version__ = "0+tests"
+REPLACED = set()
+
+
+def replacement(function):
+    """Note when a stand-in runs."""
+    import functools
+
+    @functools.wraps(function)
+    def noted(*args, **kwargs):
+        REPLACED.add(function.__name__)
+        return function(*args, **kwargs)
+
+    return noted
+
+
+def _one_core(module):
+    # It asks CUDA for the number of multiprocessors, which only sets how a kernel is cut up.
+    module._get_sm_count = lambda device: 1
+
+
+def _prepare():
+    import wrapt
+
+    wrapt.register_post_import_hook(_one_core, "sglang.kernels.ops.attention.fla.layernorm_gated")
+
+
+_prepare()
+
+# Before __getattr__ exists: it would answer for the submodule.
+from . import mamba  # noqa: E402, F401
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError(f"sgl_kernel.{name}: there is no such kernel on this machine")
+
+    return refuse
