@@ -235,6 +235,8 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "control_factor": job.control_factor,
         "tolerance": tolerance.to_dict(),
         "roles": fused["workers"][0]["roles"] if fused["workers"] else [],
+        # What the engine's own configuration refused, though the checkpoint fuses.
+        "refused": [entry for worker in fused["workers"][:1] for entry in worker.get("refused", ())],
         # Kernels that stand-ins ran in their place: the proof does not cover them.
         "replaced_operations": sorted(
             {op for worker in fused["workers"] for op in worker.get("replaced_operations", ())}

@@ -50,6 +50,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
     llm = None
+    # The engine collects garbage several times a start; what is loaded by now need not be walked each time.
+    gc.freeze()
     try:
         llm = LLM(model=job["checkpoint"], **{**DEFAULTS, **job["engine_args"]})
         llm.collective_rpc("fse_reset")
@@ -83,8 +85,7 @@ def shut_down(llm: Any) -> None:
     del llm
     CONSTRUCTED.clear()
     runtime.clear()
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    cleanup_dist_env_and_memory()  # collects what is left of it
 
 
 def main(request: Path, result: Path) -> None:

@@ -38,10 +38,12 @@ def command(
     """Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
     arguments = parse_engine_args(engine_args)
     decisions = decide_roles(checkpoint, engine, load_policy(load_settings().policy_file))
-    version = guards.engine_version(ledger.load(engine))
+    book = ledger.load(engine)
+    version = guards.engine_version(book)
     main = decisions["main"]
     if not main.fuse:
         raise RefusedError(main.reason, main.detail)
+    guards.check_version(book, version, load_settings().allow_untested)
     # A draft is built only where the engine is told to speculate.
     roles = tuple(d for role, d in decisions.items() if role == "main" or SPECULATION[engine] in arguments)
     config = read_json(checkpoint / "config.json")
@@ -57,6 +59,8 @@ def command(
     if log:
         print(log, file=sys.stderr)
     print_json(report) if json else print_table(f"{checkpoint} in {engine} {version}", report)
+    for refused in report.get("refused", ()):
+        raise RefusedError(refused["reason"], refused["detail"])
     if not report["passed"]:
         raise typer.Exit(1)
 
