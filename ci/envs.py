@@ -1,6 +1,6 @@
 """Builds the environments of ci/matrix.yaml under .venvs/, resumably.
 
-    python3 ci/envs.py [NAME ...]        all of them, or the named ones
+    python3 ci/envs.py [NAME ...]        all of them (but those on request), or the named ones
     python3 ci/envs.py --list            their names, one a line
 
 Every step looks at what the environment really holds and does only what is missing, so a build that was cut
@@ -301,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if unknown := [n for n in args.names if n not in builds]:
         parser.error(f"no environment {unknown[0]!r}; there are {', '.join(builds)}")
-    for name in args.names or builds:
+    asked_for = {row["name"] for row in spec["engines"] if row.get("on_request")}
+    for name in args.names or [name for name in builds if name not in asked_for]:
         try:
             builds[name]()
         except BuildError as error:

@@ -151,7 +151,8 @@ def last_line(log: Path) -> str:
 def main() -> int:
     rows = envs.matrix()["engines"]
     kinds = list(dict.fromkeys(str(r["engine"]) for r in rows))
-    wanted = sys.argv[1:] or ["lint", "core", *kinds]
+    usual = dict.fromkeys(str(r["engine"]) for r in rows if not r.get("on_request"))
+    wanted = sys.argv[1:] or ["lint", "core", *usual]
     steps: list[Step] = []
     for name in wanted:
         if name == "lint":
