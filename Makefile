@@ -15,7 +15,7 @@ demo: ## serve tiny checkpoints of the four families with stock and fused vLLM, 
 	@$(PYTHON) ci/envs.py $(DEMO_ENV)
 	@.venvs/$(DEMO_ENV)/bin/python ci/demo.py
 
-test: envs ## everything: lint, core tests, every engine release one after another
+test: envs ## everything: lint, core tests, every engine release
 	@$(PYTHON) ci/testing.py
 
 test-core: ## the tests that need no engine

@@ -37,7 +37,8 @@ def make(recipe: str, out: str | Path, dtype: str = "float32", seed: int = 0) ->
         config = json.loads((Path(scratch) / "config.json").read_text())
     text = config.get("text_config", config)
     text.update(spec.config)
-    if "linear_attention" in (kinds := text.get("layer_types") or ()):
+    kinds = text.get("layer_types") or ()
+    if {"linear_attention", "full_attention"} <= set(kinds):
         # The published key, from which SGLang counts; transformers writes the list alone.
         text["full_attention_interval"] = kinds.index("full_attention") + 1
     last = text["num_hidden_layers"] - 1

@@ -40,7 +40,9 @@ class Runs:
 
     def pair(self, name: str, stock: list[Case], fused: list[Case], env: dict[str, str]) -> Pair:
         if name not in self.done:
-            arms = [([self.checkpoints.job(c) for c in batch], batch) for batch in (stock, fused)]
+            # In opposite orders: an engine inspects every new model class for ten seconds, and keeps what
+            # it found for the other arm.
+            arms = [([self.checkpoints.job(c) for c in batch], batch) for batch in (stock, fused[::-1])]
             with ThreadPoolExecutor() as pool:
                 futures = [
                     pool.submit(run, jobs, bool(number), {"VLLM_CPU_OMP_THREADS_BIND": str(number), **env})

@@ -10,7 +10,7 @@ from fse_patch import verify
 from ..running import VOCAB, Case, Checkpoints
 
 __all__ = ["VOCAB", "Case", "Checkpoints"]
-ARM_TIMEOUT = 900.0
+ARM_TIMEOUT = 1500.0
 SPECULATIVE = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
 TEXT_OF_VL = {"language_model_only": True}
 # The CPU kernels of linear attention take their state in float32.
