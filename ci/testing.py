@@ -24,7 +24,7 @@ ROOT = envs.ROOT
 LOGS = ROOT / ".cache" / "logs"
 CORE = envs.VENVS / "core" / "bin"
 HEARTBEAT = 30
-# Releases tested side by side: most of an engine's tests wait for one core; its processes take 1 to 2 GiB each.
+# Releases tested side by side: most of an engine's tests wait for one core, and a process takes 1 to 2 GiB.
 AT_ONCE = 2
 
 
