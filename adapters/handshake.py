@@ -16,11 +16,22 @@ def check_arguments(
 
     Args:
         seen: what the engine passes; names that it leaves out are not compared.
+        expected: what this engine passes besides the sizes and the scale, which both call alike.
         known: whether the construction has the shape that the adapter was written for.
 
     Raises:
         FsePatchError: an argument contradicts the decision.
     """
+    layout, routing = fusion.layout, fusion.decision.routing
+    assert routing is not None
+    expected = {
+        **expected,
+        "num_experts": layout.num_routed,
+        "top_k": layout.top_k,
+        "hidden_size": layout.hidden_size,
+        "intermediate_size": layout.moe_intermediate_size,
+        "routed_scaling_factor": routing.routed_scaling_factor,
+    }
     wrong = [f"{n}={seen[n]!r}, expected {v!r}" for n, v in expected.items() if n in seen and seen[n] != v]
     if not known or fusion.unstripped is not None:
         wrong.append("its construction is not the known one")

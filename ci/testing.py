@@ -36,7 +36,6 @@ class Step:
     command: list[str]
     limit: int
     environment: dict[str, str] = field(default_factory=dict)
-    tests: bool = False
     engine: bool = False
 
 
@@ -67,7 +66,7 @@ def lint() -> list[Step]:
 def core(engines: list[str]) -> list[Step]:
     """Every test folder that is not an engine's."""
     leave = [f"--ignore=tests/{e}" for e in engines]
-    return [Step("core tests", [str(CORE / "python"), "-m", "pytest", "tests", *leave], 900, tests=True)]
+    return [Step("core tests", [str(CORE / "python"), "-m", "pytest", "tests", *leave], 900)]
 
 
 def engine(row: dict[str, object]) -> Step:
@@ -83,7 +82,7 @@ def engine(row: dict[str, object]) -> Step:
         "VLLM_CACHE_ROOT": str(ROOT / ".cache" / name),
     }
     command = [str(envs.VENVS / name / "bin" / "python"), "-m", "pytest", f"tests/{kind}"]
-    return Step(f"{name} tests", command, 2700, environment, tests=True, engine=True)
+    return Step(f"{name} tests", command, 2700, environment, engine=True)
 
 
 def run(step: Step) -> Result:

@@ -31,16 +31,11 @@ def check_arguments(fusion: ModelFusion, layer: int, args: tuple[Any, ...], kwar
     Raises:
         FsePatchError: an argument contradicts the decision.
     """
-    layout, routing = fusion.layout, fusion.decision.routing
+    routing = fusion.decision.routing
     assert routing is not None
     expected = NEUTRAL | {
-        "num_experts": layout.num_routed,
-        "top_k": layout.top_k,
-        "hidden_size": layout.hidden_size,
-        "intermediate_size": layout.moe_intermediate_size,
         "renormalize": routing.renormalize,
         "scoring_func": routing.scoring,
-        "routed_scaling_factor": routing.routed_scaling_factor,
         "num_expert_group": routing.num_expert_group,
         "topk_group": routing.topk_group,
     }
