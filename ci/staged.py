@@ -25,7 +25,8 @@ def stage() -> None:
     """Copy the package; copies keep their times, so that caches hold."""
     package = STAGED / "fse_patch"
     shutil.rmtree(package, ignore_errors=True)
-    leave = shutil.ignore_patterns("__pycache__", "*.pyc")
+    # A second checkout may link the parts into the package, to run its own ones beside this environment.
+    leave = shutil.ignore_patterns("__pycache__", "*.pyc", *PARTS)
     shutil.copytree(ROOT / "fse_patch", package, ignore=leave)
     for part in PARTS:
         shutil.copytree(ROOT / part, package / part, ignore=leave)
