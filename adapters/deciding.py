@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .. import runtime, settings
-from ..errors import FsePatchError
+from ..errors import FsePatchError, RefusedError
 from ..fusion_core.decide import decide
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.families import Role, family_of
@@ -20,6 +21,21 @@ from . import ledger
 
 log = logging.getLogger("fse_patch")
 Refusal = tuple[Reason, str]
+# What the user's own arguments ask for: where strictness was asked for too, they stop the process.
+CONTRADICTIONS: frozenset[Reason] = frozenset(
+    {
+        "parallel.ep",
+        "parallel.eplb",
+        "parallel.dp",
+        "parallel.pp",
+        "lora",
+        "backend.topk_format",
+        "routing.capture",
+        "routing.simulator",
+        "load.format",
+        "quant.online",
+    }
+)
 
 
 def settle(
@@ -27,17 +43,26 @@ def settle(
     role: Role,
     locate: Callable[[], Path],
     refusals: Callable[[FusionDecision], Iterable[Refusal]],
+    remark: Callable[[FusionDecision], str] = lambda _: "",
 ) -> FusionDecision:
     """Decide, record the decision and say it in a line.
 
     Args:
         locate: the checkpoint's folder; an FsePatchError is a refusal.
         refusals: what of the runtime configuration forbids to fuse, first reason first.
+        remark: what else is done about a decision; goes into its line.
+
+    Raises:
+        SystemExit: the arguments contradict fusing, and FSE_PATCH_STRICT is set: nothing has been read yet.
     """
     decision = from_checkpoint(engine, role, locate)
     if decision.fuse and (refusal := next(iter(refusals(decision)), None)):
         reason, detail = refusal
         decision = dataclasses.replace(decision, fuse=False, reason=reason, detail=detail, fused_layers=())
+        if reason in CONTRADICTIONS and settings.load().strict_arguments:
+            print(f"fse_patch: {engine}: {reason}: {detail}", file=sys.stderr, flush=True)
+            raise SystemExit(RefusedError.exit_status)
+    decision = dataclasses.replace(decision, detail=decision.detail + remark(decision))
     announce(decision)
     return decision
 

@@ -25,6 +25,7 @@ class Settings:
     Args:
         engines: engines that FSE_PATCH switches on ("1" means all, or a comma list of names).
         strict: FSE_PATCH_STRICT, default on: a patch that cannot be applied stops the process.
+        strict_arguments: FSE_PATCH_STRICT is set and on: engine arguments that forbid to fuse stop it too.
         policy: FSE_PATCH_POLICY, path of the user's own policy file, or None.
         allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
         allow_unmeasured: FSE_PATCH_ALLOW_UNMEASURED: fuse where nothing shows that it is not slower.
@@ -32,6 +33,7 @@ class Settings:
 
     engines: frozenset[str] = frozenset()
     strict: bool = True
+    strict_arguments: bool = False
     policy: str | None = None
     allow_untested: bool = False
     allow_unmeasured: bool = False
@@ -78,6 +80,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         engines=engines_in(env.get(ENABLE, "")),
         strict=_flag(env, STRICT, True),
+        strict_arguments=_flag(env, STRICT, False),
         policy=env.get("FSE_PATCH_POLICY") or None,
         allow_untested=_flag(env, ALLOW_UNTESTED, False),
         allow_unmeasured=_flag(env, ALLOW_UNMEASURED, False),

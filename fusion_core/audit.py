@@ -45,6 +45,7 @@ class SlotAudit:
     role: str
     expected: set[Key] = field(default_factory=set)
     written: Counter[Key] = field(default_factory=Counter)
+    covered: set[Key] = field(default_factory=set)
     loads: int = 0
 
     def expect(self, layer: int, slots: range, suffixes: set[str]) -> None:
@@ -58,13 +59,15 @@ class SlotAudit:
 
     def wrote(self, part: SlotTensor) -> None:
         """One slot tensor was accepted by the engine's weight loader."""
-        self.written[part.layer, part.slot, part.shard, part.suffix] += 1
+        key = part.layer, part.slot, part.shard, part.suffix
+        self.written[key] += 1
+        self.covered.add(key)
 
     @property
     def slots_loaded(self) -> int:
-        """Slots of which every part was written by the last load."""
+        """Slots of which every part was written, by whichever load."""
         slots = {key[:2] for key in self.expected}
-        return len(slots - {key[:2] for key in self.expected - set(self.written)})
+        return len(slots - {key[:2] for key in self.expected - self.covered})
 
     def finish(self, poisoned_layers: list[int]) -> None:
         """A load ended.

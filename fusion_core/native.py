@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def runtime_report(
         version = None if engine_version is None else Version(engine_version)
     except InvalidVersion:
         raise FsePatchError(f"{engine_version!r} is no version number; use one like 1.2.3") from None
-    known = yaml.safe_load(NATIVE_FILE.read_bytes())["engines"][decision.engine]
+    known = _known(decision.engine)
     report: dict[str, Any] = {
         "platform": platform,
         "engine_version": engine_version,
@@ -50,23 +51,45 @@ def runtime_report(
     if version is None or platform is None:
         return report
     family = family_of(decision.model_type)
-    here = [
-        entry
-        for entry in known["fuses"]
-        if family is not None
-        and family.name in entry["families"]
-        and platform in entry["platforms"]
-        and SpecifierSet(entry["versions"]).contains(version, prereleases=True)
-    ]
-    report["upstream.already"] = any(entry["by_default"] for entry in here)
+    here = [] if family is None else fusing(decision.engine, family.name, platform, str(version))
+    right = [entry for entry in here if "wrong" not in entry]
+    report["upstream.already"] = any(entry["by_default"] for entry in right)
     report["upstream.detail"] = (
         "; ".join(
             f"{'on by default' if entry['by_default'] else 'off by default'}, needs {entry['condition']}"
+            + (f"; wrong: {entry['wrong']}" if "wrong" in entry else "")
             for entry in here
         )
         or "this release does not fuse this model here"
     )
     return report
+
+
+def fusing(
+    engine: str, family: str, platform: str, version: str, model: str | None = None
+) -> list[dict[str, Any]]:
+    """Entries of native.yaml that hold here.
+
+    Args:
+        model: name of the model class; None stands for any of the family.
+
+    Returns:
+        Mappings with the keys by_default, condition and, where the release gets it wrong, wrong.
+    """
+    return [
+        entry
+        for entry in _known(engine)["fuses"]
+        if family in entry["families"]
+        and platform in entry["platforms"]
+        and SpecifierSet(entry["versions"]).contains(version, prereleases=True)
+        and (model is None or model in entry.get("models", [model]))
+    ]
+
+
+@cache
+def _known(engine: str) -> dict[str, Any]:
+    known: dict[str, Any] = yaml.safe_load(NATIVE_FILE.read_bytes())["engines"][engine]
+    return known
 
 
 def _standing(known: dict[str, Any], version: Version) -> str:

@@ -1,7 +1,9 @@
-"""What the tests of both engines run: cases, and the checkpoints that they need."""
+"""What the tests of both engines run: cases, their checkpoints, and both arms of a comparison."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from fse_patch import verify
 from fse_patch.fusion_core.decide import decide_roles
 
 VOCAB = 256
+ROOT = Path(__file__).parent.parent
+Results = dict[str, dict[str, Any]]
+# Jobs, whether they are fused, environment: results in their order.
+RunArm = Callable[[list[verify.VerifyJob], bool, dict[str, str]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,13 @@ class Checkpoints:
         self.folder = folder
         self.engine = engine
 
-    def path(self, recipe: str, dtype: str = "float32", order: str | None = None) -> Path:
-        plain = self.folder / dtype / recipe
+    def path(self, recipe: str, dtype: str = "float32", order: str | None = None, seed: int = 0) -> Path:
+        plain = self.folder / f"{dtype}-{seed}" / recipe
         if not plain.exists():
-            tiny_checkpoints.make(recipe, plain, dtype)
+            tiny_checkpoints.make(recipe, plain, dtype, seed)
         if order is None:
             return plain
-        permuted = self.folder / dtype / f"{recipe}-{order}"
+        permuted = plain.with_name(f"{recipe}-{order}")
         return permuted if permuted.exists() else tiny_checkpoints.permute(plain, permuted, order)
 
     def job(self, case: Case) -> verify.VerifyJob:
@@ -57,3 +63,51 @@ class Checkpoints:
             case.dtype,
             case.engine_args if case.fault is None else {**case.engine_args, "fault": case.fault},
         )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Results of both arms, by case name."""
+
+    stock: Results
+    fused: Results
+
+
+class Runs:
+    """Both arms of each batch, run side by side when a test first asks for them."""
+
+    def __init__(self, checkpoints: Checkpoints, run: RunArm) -> None:
+        self.checkpoints = checkpoints
+        self.run = run
+        self.done: dict[str, Pair] = {}
+
+    def arm(self, cases: list[Case], fused: bool, env: dict[str, str]) -> Results:
+        """Results of one arm, by case name."""
+        results = self.run([self.checkpoints.job(case) for case in cases], fused, env)
+        return {case.name: result for case, result in zip(cases, results, strict=True)}
+
+    def steps(self, case: Case, fused: bool) -> list[Any]:
+        """What each step of a case gave; an arm that failed fails the test with its log."""
+        (result,) = self.arm([case], fused, {}).values()
+        assert "steps" in result, f"{result['error']}\n{result['log']}"
+        found: list[Any] = result["steps"]
+        return found
+
+    def pair(self, name: str, stock: list[Case], fused: list[Case], env: dict[str, str]) -> Pair:
+        """Both arms; a pair of that name is run once a session."""
+        if name not in self.done:
+            for case in {case.name: case for case in (*stock, *fused)}.values():
+                self.checkpoints.job(case)  # made here: both arms would write the same files
+            # In opposite orders: vLLM inspects every new model class for ten seconds, and keeps what it found
+            # for the other arm.
+            with ThreadPoolExecutor() as pool:
+                arms = [
+                    pool.submit(self.arm, stock, False, env),
+                    pool.submit(self.arm, fused[::-1], True, env),
+                ]
+            self.done[name] = Pair(*(arm.result() for arm in arms))
+        return self.done[name]
+
+    def report(self, case: Case, stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
+        """The verdict of `verify` on two results of a case."""
+        return verify.judge(self.checkpoints.job(case), stock, fused)

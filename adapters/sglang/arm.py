@@ -69,17 +69,21 @@ def free_port() -> int:
     raise RuntimeError("no free port from 20000 to 32000")
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Build one engine and run one job in it."""
+def start(job: dict[str, Any]) -> Any:
+    """The engine of a job."""
     import sglang
     import torch
 
     defaults = DEFAULTS if torch.cuda.is_available() else DEFAULTS | CPU_DEFAULTS
-    engine = None
+    return sglang.Engine(
+        model_path=job["checkpoint"], **{**defaults, "nccl_port": free_port(), **job["engine_args"]}
+    )
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Build one engine and run one job in it."""
+    engine = start(job)
     try:
-        engine = sglang.Engine(
-            model_path=job["checkpoint"], **{**defaults, "nccl_port": free_port(), **job["engine_args"]}
-        )
         dtype = job["engine_args"]["dtype"]
         engine.collective_rpc("fse_reset")
         result = {
@@ -96,8 +100,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             result["jittered"] = score(engine, job["prompts"], 1, batched=True)["logprobs"]
         return result
     finally:
-        if engine is not None:
-            engine.shutdown()
+        engine.shutdown()
 
 
 def main(request: Path, result: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..model_fusion import ACTIVE, CONSTRUCTED
 from .decide import decide_for
 from .fusion import AppendHook, ModelFusion
 from .handshake import check_experts, check_topk, output_scale
+from .native import ARGUMENT, SWITCHED_OFF, switched_off
 
 
 def active() -> ModelFusion | None:
@@ -28,14 +30,17 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def build(model_config: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
-        fusion = None if ACTIVE.get() else decide_for(model_config, load_config, args, kwargs)
-        if fusion is None:
+        if ACTIVE.get():
             return original(model_config, load_config, *args, **kwargs)
+        fusion, off = decide_for(model_config, load_config, args, kwargs)
         token = ACTIVE.set(fusion)
         try:
-            model = original(model_config, load_config, *args, **kwargs)
+            with nullcontext() if off is None else switched_off(off):
+                model = original(model_config, load_config, *args, **kwargs)
         finally:
             ACTIVE.reset(token)
+        if fusion is None:
+            return model
         check_complete(fusion, all_here=True)  # pipeline parallelism is refused
         model._fse_patch = fusion
         CONSTRUCTED.add(fusion)
@@ -81,6 +86,8 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if SWITCHED_OFF.get() and ARGUMENT in kwargs:
+            kwargs[ARGUMENT] = False
         original(self, *args, **kwargs)
         fusion = active()
         if fusion is None or fusion.building is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,33 +11,24 @@ from ...fusion_core.decision import FusionDecision
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
 from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, role_of, settle
+from . import native
 from .fusion import ModelFusion
+from .native import ENGINE
 
-ENGINE = "sglang"
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
 RUNNERS = {"auto", "triton"}
-# Reasons that are the user's own arguments: in strict mode the server stops, as its fusing was asked for.
-CONTRADICTIONS = {
-    "parallel.ep",
-    "parallel.eplb",
-    "parallel.dp",
-    "parallel.pp",
-    "lora",
-    "backend.topk_format",
-    "routing.capture",
-    "load.format",
-}
 
 
 def decide_for(
     model_config: Any, load_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ModelFusion | None:
-    """Decide for the model that is about to be instantiated; None where it must stay stock.
+) -> tuple[ModelFusion | None, type | None]:
+    """Decide for the model that is about to be instantiated.
 
-    Raises:
-        SystemExit: in strict mode, the server's arguments contradict fusing; nothing has been read yet.
+    Returns:
+        How it is fused, or None where it stays as SGLang builds it; and its class, if SGLang's own fusion
+        has to be switched off for it.
     """
     from sglang.srt.model_loader.utils import get_model_architecture
 
@@ -46,37 +36,49 @@ def decide_for(
     role = role_of(ENGINE, cls)
     if role is None:
         announce_other(ENGINE, cls)
-        return None
+        return None, None
     quantised = args[0] if args else kwargs.get("quant_config")
+    family = family_of(model_config.hf_text_config.model_type)
+    own = None if family is None else native.live(cls, family.name, model_config, quantised)
+
+    def must_go(decision: FusionDecision) -> bool:
+        return own is not None and ("wrong" in own or decision.reason == "quant.mixed")
+
     decision = settle(
         ENGINE,
         role,
         lambda: checkpoint_folder(model_config.model_path, model_config.revision, load_config.download_dir),
-        lambda decision: refusals(decision, model_config, load_config, quantised),
+        lambda decision: refusals(decision, model_config, load_config, quantised, own),
+        lambda decision: "; SGLang's own fusion is switched off" if must_go(decision) else "",
     )
-    if decision.reason in CONTRADICTIONS and settings.load().strict:
-        print(f"fse_patch: {ENGINE}: {decision.reason}: {decision.detail}", file=sys.stderr, flush=True)
-        raise SystemExit(3)
+    off = cls if must_go(decision) else None
     if not decision.fuse:
-        return None
-    family = family_of(decision.model_type)
+        return None, off
     assert family is not None
-    return ModelFusion(decision, TensorNaming(family, model_config.hf_text_config.num_hidden_layers))
+    return ModelFusion(decision, TensorNaming(family, model_config.hf_text_config.num_hidden_layers)), off
 
 
 def refusals(
-    decision: FusionDecision, model_config: Any, load_config: Any, quantised: object
+    decision: FusionDecision,
+    model_config: Any,
+    load_config: Any,
+    quantised: object,
+    own: dict[str, Any] | None,
 ) -> Iterator[Refusal]:
-    """What of the runtime configuration forbids to fuse, first reason first."""
+    """What of the runtime configuration forbids to fuse, first reason first.
+
+    Args:
+        own: SGLang's own fusion, where it is live; see `native.live`.
+    """
     from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
     from sglang.srt.runtime_context import get_server_args
-    from sglang.srt.utils import is_cpu
+    from sglang.srt.utils import cpu_has_amx_support
 
     server = get_server_args()
     if server.disable_shared_experts_fusion:
         yield "disabled", "--disable-shared-experts-fusion is given"
-    if differing := config_difference(decision, model_config.hf_text_config):
-        yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
+    if own is not None and "wrong" not in own:
+        yield "upstream.already", "SGLang fuses this model by itself here"
     if server.ep_size > 1 or not get_moe_a2a_backend().is_none():
         yield "parallel.ep", "expert parallelism is on; run without --ep-size and --moe-a2a-backend"
     if server.enable_eplb or server.ep_num_redundant_experts:
@@ -104,5 +106,8 @@ def refusals(
         yield "load.format", f"--load-format is {load_format}; use auto or safetensors"
     if quantised is not None and decision.quant_method == UNQUANTISED:
         yield "quant.online", "the checkpoint is quantised on the fly; load it as it is"
-    if not is_cpu() and not settings.load().allow_unmeasured:
+    if differing := config_difference(decision, model_config.hf_text_config):
+        yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
+    proven = native.platform() == "cpu" and not cpu_has_amx_support()
+    if not proven and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"

@@ -39,6 +39,8 @@ _QWEN_MOE: dict[str, Any] = {
     "num_experts": EXPERTS,
     "num_experts_per_tok": 4,
 }
+# Sizes that two ranks share without padding, which SGLang would add on a CPU.
+_FOR_TWO_RANKS: dict[str, Any] = {"num_key_value_heads": 2, "moe_intermediate_size": 2 * MOE_WIDTH}
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Recipe:
     family: str | None = None
 
 
-def _qwen2_moe(shared_times: int = 1, renormalize: bool = False) -> Any:
+def _qwen2_moe(shared_times: int = 1, renormalize: bool = False, two_ranks: bool = False) -> Any:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-    dims = {**_COMMON, **_QWEN_MOE, "num_experts_per_tok": 2}
-    dims["shared_expert_intermediate_size"] = shared_times * MOE_WIDTH
+    dims = {**_COMMON, **_QWEN_MOE, "num_experts_per_tok": 2, **(_FOR_TWO_RANKS if two_ranks else {})}
+    dims["shared_expert_intermediate_size"] = shared_times * dims["moe_intermediate_size"]
     return Qwen2MoeForCausalLM(
         Qwen2MoeConfig(**dims, intermediate_size=128, decoder_sparse_step=1, norm_topk_prob=renormalize)
     )
@@ -136,16 +138,21 @@ def _qwen3_5_vl() -> Any:
 
 
 def _glm4_moe(
-    shared: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1, draft: int = 0
+    shared: int = 1,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    draft: int = 0,
+    two_ranks: bool = False,
 ) -> Any:
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
+    dims = {**_COMMON, "moe_intermediate_size": MOE_WIDTH, **(_FOR_TWO_RANKS if two_ranks else {})}
     return Glm4MoeForCausalLM(
         Glm4MoeConfig(
-            **{**_COMMON, "num_hidden_layers": 3},
+            **{**dims, "num_hidden_layers": 3},
             head_dim=32,
             intermediate_size=128,
-            moe_intermediate_size=MOE_WIDTH,
             n_routed_experts=EXPERTS,
             n_shared_experts=shared,
             num_experts_per_tok=2,
@@ -227,7 +234,7 @@ def _glm(**changes: Any) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "qwen2_moe": Recipe(_qwen2_moe, family="qwen2_moe"),
     "qwen2_moe_renorm": Recipe(lambda: _qwen2_moe(renormalize=True), family="qwen2_moe"),
-    "qwen2_moe_wide4": Recipe(lambda: _qwen2_moe(shared_times=4), family="qwen2_moe"),
+    "qwen2_moe_wide4": Recipe(lambda: _qwen2_moe(shared_times=4, two_ranks=True), family="qwen2_moe"),
     "qwen2_moe_wide8": Recipe(lambda: _qwen2_moe(shared_times=8), family="qwen2_moe"),
     "qwen3_next": Recipe(_qwen3_next, dtype="bfloat16", family="qwen3_next"),
     "qwen3_next_mtp": Recipe(
@@ -249,7 +256,7 @@ RECIPES: dict[str, Recipe] = {
     "glm4_moe": _glm(),
     "glm4_moe_scale": _glm(scale=2.5),
     "glm4_moe_shared2": _glm(shared=2),
-    "glm4_moe_shared2_scale": _glm(shared=2, scale=2.5),
+    "glm4_moe_shared2_scale": _glm(shared=2, scale=2.5, two_ranks=True),
     "glm4_moe_grouped": _glm(scale=2.5, groups=4, top_groups=2),
     "glm4_moe_mtp": _glm(scale=2.5, draft=1),
     # Published configs have the key that engines read; this transformers class has another one for it.

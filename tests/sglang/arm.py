@@ -1,4 +1,4 @@
-"""An arm whose jobs can ask for a deliberate fault in our own code: the controls of the verification.
+"""The arm of the tests: its jobs can ask for a deliberate fault in our own code, or for steps; see `live`.
 
 The model is in a process that SGLang spawns. It runs this module too, and finds the fault in its environment.
 """
@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import wrapt
+
 from fse_patch.adapters import verifying
 from fse_patch.adapters.sglang import arm, construct, worker
 from fse_patch.adapters.sglang.fusion import ModelFusion
 from fse_patch.fusion_core.remap import Remap, SlotTensor
+
+from . import live
 
 VARIABLE = "FSE_PATCH_TEST_FAULT"
 honest_slots, honest_write, honest_run = Remap._slots, ModelFusion._write, arm.run_job
@@ -50,12 +54,21 @@ def twice(self: ModelFusion, part: SlotTensor) -> None:
         honest_write(self, part)
 
 
+def deaf(self: ModelFusion, part: SlotTensor) -> None:
+    """An update leaves the slots as they are."""
+    if self.audit.loads == 0:
+        honest_write(self, part)
+    else:
+        self.audit.wrote(part)
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "shared_weight_1_percent": lambda: change_slots(off_by_1_percent),
     "gate_and_up_swapped": lambda: change_slots(swapped),
     "down_proj_dropped": lambda: setattr(ModelFusion, "_write", without_down),
     "slot_written_twice": lambda: setattr(ModelFusion, "_write", twice),
     "scale_in_the_slot": lambda: setattr(construct, "output_scale", lambda *_: 1.0),
+    "deaf_to_updates": lambda: setattr(ModelFusion, "_write", deaf),
     "patch_never_fired": lambda: setattr(construct, "decide_for", lambda *_: None),
     "control_without_effect": lambda: setattr(verifying, "control", lambda _: None),
 }
@@ -63,11 +76,12 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     os.environ[VARIABLE] = job["engine_args"].pop("fault", "")
-    return honest_run(job)
+    return live.run_steps(job) if "steps" in job["engine_args"] else honest_run(job)
 
 
 if __name__ == "__mp_main__":
     worker.install()
+    wrapt.register_post_import_hook(live.extend, worker.SCHEDULER)
     if fault := os.environ.get(VARIABLE):
         FAULTS[fault]()
 if __name__ == "__main__":

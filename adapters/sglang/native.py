@@ -1,0 +1,60 @@
+"""SGLang's own fusion of the shared expert: where it is live, whether it is right, how it is switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from ...fusion_core.native import fusing
+from .. import guards, ledger
+
+ENGINE = "sglang"
+# Every release asks this of the class before it builds a layer; a text is a no.
+GATE = "shared_experts_fusion_disable_reason"
+# Blocks that do not ask it take the answer as this argument.
+ARGUMENT = "support_shared_expert_fusion"
+SWITCHED_OFF: ContextVar[bool] = ContextVar("fse_patch_native_off", default=False)
+
+
+def platform() -> str:
+    """Name of the platform, as `fse-patch plan` takes it; "" for one that nobody has looked at."""
+    from sglang.srt.utils import is_cpu, is_cuda, is_hip
+
+    return next((name for name, on in (("cpu", is_cpu), ("cuda", is_cuda), ("rocm", is_hip)) if on()), "")
+
+
+def live(cls: type, family: str, model_config: Any, quantised: object) -> dict[str, Any] | None:
+    """What is known of SGLang's own fusion, if it would build ``cls`` with it in this process."""
+    from sglang.srt.models import qwen2_moe
+    from sglang.srt.runtime_context import get_server_args
+
+    if get_server_args().disable_shared_experts_fusion:
+        return None
+    version = guards.engine_version(ledger.load(ENGINE))
+    here = fusing(ENGINE, family, platform(), version, cls.__name__)
+    entry = next((e for e in here if e["by_default"] or qwen2_moe._use_aiter), None)
+    gate = getattr(cls, GATE, None)
+    if entry is None or (gate is not None and gate(model_config.hf_config, quantised)):
+        return None
+    block_decides = family.startswith("qwen")
+    if block_decides and not qwen2_moe.can_fuse_shared_expert(model_config.hf_text_config, quantised):
+        return None
+    return entry
+
+
+@contextmanager
+def switched_off(cls: type) -> Iterator[None]:
+    """Build ``cls`` without the native fusion, whatever SGLang would decide."""
+    own = vars(cls).get(GATE)
+    setattr(cls, GATE, staticmethod(lambda *_: "fse_patch decides for this model."))
+    token = SWITCHED_OFF.set(True)
+    try:
+        yield
+    finally:
+        SWITCHED_OFF.reset(token)
+        if own is None:
+            delattr(cls, GATE)
+        else:
+            setattr(cls, GATE, own)

@@ -1,0 +1,143 @@
+"""What a job's ``steps`` do to a running engine: update its weights, build further models in its scheduler.
+
+A step is a name in STEPS and its arguments; the result has what each gave.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file
+
+from fse_patch import runtime
+from fse_patch.adapters.sglang import arm, native
+
+TOKENS = 16
+
+
+def logprobs(engine: Any, job: dict[str, Any]) -> Any:
+    scored = arm.score(engine, job["prompts"], 1, batched=True)["logprobs"]
+    # An update flushes the cache, and SGLang ends when it finds the last answer not wound up yet.
+    for _ in range(100):
+        if engine.flush_cache().success:
+            return scored
+        time.sleep(0.05)
+    raise TimeoutError("the engine does not come to rest")
+
+
+def from_disk(engine: Any, job: dict[str, Any], folder: str) -> Any:
+    """A user's full update."""
+    done, message = engine.update_weights_from_disk(folder)[:2]
+    assert done, message
+
+
+def from_tensors(engine: Any, job: dict[str, Any], folder: str, names: str) -> int:
+    """A user's partial update: the tensors of a checkpoint whose names match, handed over in memory."""
+    held = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
+    chosen = [(name, tensor) for name, tensor in held.items() if re.search(names, name)]
+    done, message = engine.update_weights_from_tensor(chosen)[:2]
+    assert done, message
+    return len(chosen)
+
+
+def build(engine: Any, job: dict[str, Any], folder: str, draft: bool, platform: str = "") -> Any:
+    """A further model, built and loaded by SGLang's own loader in its scheduler."""
+    with tempfile.TemporaryDirectory() as out:
+        file = Path(out) / "result.json"
+        engine.collective_rpc("fse_build", file=str(file), folder=folder, draft=draft, platform=platform)
+        return json.loads(file.read_text())
+
+
+def reports(engine: Any, job: dict[str, Any]) -> Any:
+    return arm.reports(engine)
+
+
+STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, build, reports)}
+
+
+@contextmanager
+def pretend(platform: str) -> Iterator[None]:
+    """Let the models' modules believe that they are on a GPU that SGLang fuses on by itself."""
+    from sglang.srt.models import glm4_moe, qwen2_moe
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(native, "platform", lambda: platform))
+        if platform == "cuda":
+            for module in (glm4_moe, qwen2_moe):
+                stack.enter_context(patch.object(module, "_is_cuda", True))
+            stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
+        yield
+
+
+def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> None:
+    """Runs in the scheduler."""
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
+    from sglang.srt.layers.moe.utils import draft_model_build_scope
+    from sglang.srt.model_loader import get_model
+
+    args = self.tp_worker.model_runner.server_args
+    config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=draft)
+    config = adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), 1)  # as its own runner does
+    with ExitStack() as stack:
+        if draft:
+            stack.enter_context(draft_model_build_scope())
+        if platform:
+            stack.enter_context(pretend(platform))
+        model = get_model(
+            model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu")
+        ).eval()
+    blocks = [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "topk")]
+    fusion = getattr(model, "_fse_patch", None)
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "blocks": [
+            {
+                "slots": block.experts.num_fused_shared_experts,
+                "num_experts": block.experts.num_experts,
+                "shared_mlp": any(
+                    getattr(block, name, None) is not None for name in ("shared_expert", "shared_experts")
+                ),
+            }
+            for block in blocks
+        ],
+        "decisions": runtime.decisions(),
+        "report": fusion.report() if fusion else None,
+    }
+    if not platform:
+        draw = torch.Generator().manual_seed(1)
+        hidden = torch.randn(TOKENS, config.hf_text_config.hidden_size, generator=draw)
+        with torch.no_grad():
+            found["output"] = [block(hidden.clone()).tolist() for block in blocks]
+            if fusion:
+                for router in fusion.routers.values():
+                    router.control_factor = 1.01
+                found["control"] = [block(hidden.clone()).tolist() for block in blocks]
+    runtime.clear()
+    Path(file).write_text(json.dumps(found))
+
+
+def extend(scheduler: Any) -> None:
+    """Give the Scheduler class what a step calls."""
+    scheduler.Scheduler.fse_build = fse_build
+
+
+def run_steps(job: dict[str, Any]) -> dict[str, Any]:
+    """Start the job's engine and do its steps."""
+    steps = job["engine_args"].pop("steps")
+    engine = arm.start(job)
+    try:
+        return {"steps": [STEPS[name](engine, job, **given) for name, given in steps]}
+    finally:
+        engine.shutdown()

@@ -1,0 +1,86 @@
+"""Models that SGLang's loader builds besides the main one: MTP drafts, and models that it fuses by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..running import Case, Checkpoints
+from .conftest import Runs
+
+DRAFTS = ("qwen3_next_mtp", "qwen3_5_mtp", "qwen3_5_mtp_3d", "qwen3_5_text_mtp", "glm4_moe_mtp")
+# What SGLang fuses by itself on CUDA, told to these models only: the engine's own model is a CPU's.
+NATIVE = ("glm4_moe_scale", "qwen3_next")
+LIMIT = 5e-6
+
+
+def with_other_shared_dtype(source: Path, out: Path) -> Path:
+    """A copy whose shared experts are stored as bfloat16: routed and shared specs differ."""
+    out.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())
+            continue
+        held = load_file(file)
+        narrow = {k: v.to(torch.bfloat16) if ".shared_expert" in k else v for k, v in held.items()}
+        save_file(narrow, out / file.name, {"format": "pt"})
+    return out
+
+
+def builds(checkpoints: Checkpoints, folder: Path) -> dict[str, dict[str, Any]]:
+    """What is built in one engine, by a name."""
+    wanted: dict[str, dict[str, Any]] = {
+        name: {"folder": str(checkpoints.path(name)), "draft": True} for name in DRAFTS
+    }
+    for name in NATIVE:
+        plain = checkpoints.path(name)
+        mixed = with_other_shared_dtype(plain, folder / name)
+        wanted[f"{name} native"] = {"folder": str(plain), "draft": False, "platform": "cuda"}
+        wanted[f"{name} mixed"] = {"folder": str(mixed), "draft": False, "platform": "cuda"}
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def built(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By arm and name."""
+    wanted = builds(runs.checkpoints, tmp_path_factory.mktemp("mixed"))
+    case = Case("qwen2_moe", engine_args={"steps": [("build", given) for given in wanted.values()]})
+    results = {}
+    for arm in ("stock", "fused"):
+        steps = runs.steps(case, arm == "fused")
+        results |= {f"{arm} {name}": found for name, found in zip(wanted, steps, strict=True)}
+    return results
+
+
+@pytest.mark.parametrize("recipe", DRAFTS)
+def test_a_draft_is_built_loaded_and_right(built: dict[str, dict[str, Any]], recipe: str) -> None:
+    stock, fused = built[f"stock {recipe}"], built[f"fused {recipe}"]
+    assert [block["shared_mlp"] for block in stock["blocks"]] == [True]
+    assert [block["shared_mlp"] for block in fused["blocks"]] == [False]
+    assert fused["report"]["role"] == "draft"
+    assert fused["report"]["slots_loaded"] == len(fused["report"]["built_layers"]) == 1
+    wanted, got, control = (torch.tensor(x) for x in (stock["output"], fused["output"], fused["control"]))
+    scale = wanted.abs().mean()
+    assert (got - wanted).abs().mean() <= LIMIT * scale
+    assert (control - wanted).abs().mean() > 100 * LIMIT * scale
+
+
+@pytest.mark.parametrize("recipe", NATIVE)
+def test_native_fusion_that_is_right_is_left_alone(built: dict[str, dict[str, Any]], recipe: str) -> None:
+    stock, fused = built[f"stock {recipe} native"], built[f"fused {recipe} native"]
+    assert fused["decisions"][-1]["reason"] == "upstream.already"
+    assert fused["blocks"] == stock["blocks"]
+    assert {(block["slots"], block["shared_mlp"]) for block in fused["blocks"]} == {(1, False)}
+
+
+@pytest.mark.parametrize("recipe", NATIVE)
+def test_native_fusion_of_other_specs_is_switched_off(built: dict[str, dict[str, Any]], recipe: str) -> None:
+    stock, fused = built[f"stock {recipe} mixed"], built[f"fused {recipe} mixed"]
+    assert {block["slots"] for block in stock["blocks"]} == {1}  # what SGLang would serve
+    assert fused["decisions"][-1]["reason"] == "quant.mixed"
+    assert "switched off" in fused["decisions"][-1]["detail"]
+    assert {(block["slots"], block["shared_mlp"]) for block in fused["blocks"]} == {(0, True)}

@@ -1,0 +1,70 @@
+"""Weight updates of a running engine reach the shared slots; a partial one is no error."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fse_patch.fusion_core.compare import difference
+
+from ..running import Case
+from .conftest import Runs
+
+RECIPES = ("qwen2_moe_wide4", "glm4_moe_scale")
+SHARED, ROUTED = r"\.mlp\.shared_experts?\.", r"\.mlp\.experts\."
+ONE = r"layers\.1\.mlp\.shared_experts?\.down_proj\."
+LIMIT = 5e-6
+
+
+def steps(new: Path, old: Path) -> list[Any]:
+    """Change everything by tensors of the new checkpoint, in three parts, and then back at once."""
+    return [
+        ("logprobs", {}),
+        ("from_disk", {"folder": str(new)}),
+        ("logprobs", {}),
+        ("from_disk", {"folder": str(old)}),
+        ("from_tensors", {"folder": str(new), "names": ONE}),
+        ("logprobs", {}),
+        ("from_tensors", {"folder": str(new), "names": SHARED}),
+        ("from_tensors", {"folder": str(new), "names": ROUTED}),
+        ("logprobs", {}),
+        ("reports", {}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(runs: Runs) -> dict[str, list[Any]]:
+    """By arm and recipe; "deaf" leaves the slots as they are from the second load on."""
+    found = {}
+    for recipe in RECIPES:
+        new, old = runs.checkpoints.path(recipe, seed=1), runs.checkpoints.path(recipe)
+        for arm, fault in (("stock", None), ("fused", None), ("deaf", "deaf_to_updates")):
+            case = Case(recipe, engine_args={"steps": steps(new, old)}, fault=fault)
+            found[f"{arm} {recipe}"] = runs.steps(case, arm != "stock")
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_updates_change_the_output_as_in_stock(results: dict[str, list[Any]], recipe: str) -> None:
+    fused, stock = results[f"fused {recipe}"], results[f"stock {recipe}"]
+    scored = [i for i, step in enumerate(steps(Path(), Path())) if step[0] == "logprobs"]
+    for i in scored:
+        assert difference(stock[i], fused[i]).mean <= LIMIT
+    for before, after in pairwise(scored):
+        assert difference(fused[before], fused[after]).mean > 100 * LIMIT
+    assert fused[4] == 1  # one tensor is a partial update, and no error
+    role = fused[-1][0]["roles"][0]
+    assert role["loads"] == 6
+    assert role["slots_loaded"] == len(role["built_layers"]) * (4 if recipe == "qwen2_moe_wide4" else 1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_slots_that_stay_old_are_seen(results: dict[str, list[Any]], recipe: str) -> None:
+    """The control of the test above."""
+    deaf, stock = results[f"deaf {recipe}"], results[f"stock {recipe}"]
+    assert difference(stock[0], deaf[0]).mean <= LIMIT
+    for i in (2, 5, 8):
+        assert difference(stock[i], deaf[i]).mean > 100 * LIMIT
