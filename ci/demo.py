@@ -24,7 +24,7 @@ from envs import build, matrix
 from testing import LOGS, end
 
 HERE = Path(__file__).resolve().parent
-# Seconds for an engine with all its models; a run takes a tenth of it.
+# Seconds for an engine with all its models, many times what a run takes.
 LIMIT = 1800
 LOG_LINES = 40
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ from fse_patch.fusion_core.decide import decide_roles
 
 VOCAB = 256
 # For one arm over all models. Less than the demo allows the engine: then the rows that ended are shown.
-LIMIT = 600
+LIMIT = 800
 
 
 def say(line: str) -> None:

@@ -57,7 +57,7 @@ def draw(rows: list[dict[str, Any]], console: Console) -> None:
         if replaced := [row["family"] for row in group if row.get("replaced_operations")]:
             console.print(
                 f"{NAMES[engine]} {', '.join(replaced)}: linear attention ran through\n"
-                "replacement operations: there are no kernels for it here to be compared.",
+                "replacement operations: the package index has no build of its kernels for CPUs.",
                 markup=False,
                 highlight=False,
             )

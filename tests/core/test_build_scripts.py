@@ -34,31 +34,25 @@ def stacked(tmp_path_factory):
     """An environment, and one on top of it; "thing" is in both, "other" in the lower one alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environment, "VENVS", tmp_path_factory.mktemp("venvs"))
-        yield from make_stacked()
-
-
-def make_stacked():
-    lower = environment.Env("lower")
-    lower.create()
-    upper = environment.Env("upper", lower)
-    upper.create()
-    for env, name, version in ((lower, "thing", 1), (lower, "other", 1), (upper, "thing", 2)):
-        folder = env.site_packages() / f"{name}-{version}.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (folder / "entry_points.txt").write_text(f"[group]\n{name} = {name}:run\n")
-        (env.site_packages() / f"{name}.py").write_text(f"version = {version}\n")
-    (lower.site_packages() / "a_shim.pth").write_text("import sys; sys.shim = 'started'\n")
-    yield lower, upper
+        lower = environment.Env("lower")
+        upper = environment.Env("upper", lower)
+        lower.create()
+        upper.create()
+        for env, name, version in ((lower, "thing", 1), (lower, "other", 1), (upper, "thing", 2)):
+            folder = env.site_packages() / f"{name}-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            (folder / "entry_points.txt").write_text(f"[group]\n{name} = {name}:run\n")
+            (env.site_packages() / f"{name}.py").write_text(f"version = {version}\n")
+        (lower.site_packages() / "a_shim.pth").write_text("import sys; sys.shim = 'started'\n")
+        yield lower, upper
 
 
 def test_a_base_is_behind_an_environments_own_packages(stacked):
     lower, upper = stacked
     assert upper.installed() == lower.installed() | {"thing": "2"}
-    assert (
-        upper.run("-c", "import thing,other,sys;print(thing.version,other.version,sys.shim)")
-        == "2 1 started\n"
-    )
+    code = "import thing,other,sys;print(thing.version,other.version,sys.shim)"
+    assert upper.run("-c", code) == "2 1 started\n"
     code = "import importlib.metadata as m;print([e.name for e in m.entry_points(group='group')])"
     assert upper.run("-c", code) == "['thing', 'other']\n"
     assert lower.run("-c", "import thing;print(thing.version)") == "1\n"
