@@ -73,7 +73,6 @@ def run(command: list[str], log: Path, limit: float = LIMIT) -> str:
             stdout=subprocess.PIPE,
             stderr=sink,
             stdin=subprocess.DEVNULL,
-            text=True,
             env=os.environ | ENVIRONMENT,
             start_new_session=True,
         )
@@ -88,7 +87,7 @@ def run(command: list[str], log: Path, limit: float = LIMIT) -> str:
     try:
         assert process.stdout
         for line in process.stdout:
-            say(line)
+            say(line.decode(errors="replace"))
         status = process.wait()
     except BaseException:
         end(process)
