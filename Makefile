@@ -1,19 +1,19 @@
 # Every verb builds the environments it needs, and only what is missing of them.
 
 PYTHON ?= python3
-DEMO_ENV ?= vllm-0.32.0
+# What `make demo` shows: vllm, sglang, or nothing for both.
+ENGINE ?=
 
-.PHONY: help envs demo test test-core test-vllm lint format
+.PHONY: help envs demo test test-core test-vllm test-sglang lint format
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 envs: ## build every environment of ci/matrix.yaml under .venvs/ (resumes where it stopped)
 	@$(PYTHON) ci/envs.py
 
-demo: ## serve tiny checkpoints of the four families with stock and fused vLLM, and compare
-	@$(PYTHON) ci/envs.py $(DEMO_ENV)
-	@.venvs/$(DEMO_ENV)/bin/python ci/demo.py
+demo: ## tiny models of four families, stock against fused, in both engines (or ENGINE=vllm, ENGINE=sglang)
+	@$(PYTHON) ci/demo.py $(ENGINE)
 
 test: envs ## everything: lint, core tests, every engine release
 	@$(PYTHON) ci/testing.py
@@ -25,6 +25,10 @@ test-core: ## the tests that need no engine
 test-vllm: ## the tests on the real vLLM, every release of the matrix
 	@$(PYTHON) ci/envs.py --engine vllm
 	@$(PYTHON) ci/testing.py vllm
+
+test-sglang: ## the tests on the real SGLang, every release of the matrix
+	@$(PYTHON) ci/envs.py --engine sglang
+	@$(PYTHON) ci/testing.py sglang
 
 lint: ## ruff, mypy (python ci/staged.py mypy -p fse_patch) and the import contracts
 	@$(PYTHON) ci/envs.py core

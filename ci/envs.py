@@ -1,6 +1,6 @@
 """Builds the environments of ci/matrix.yaml under .venvs/, resumably.
 
-    python3 ci/envs.py [NAME ...]        all of them (but those on request), or the named ones
+    python3 ci/envs.py [NAME ...]        all of them, or the named ones
     python3 ci/envs.py --list            their names, one a line
 
 Every step looks at what the environment really holds and does only what is missing, so a build that was cut
@@ -11,27 +11,16 @@ else.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
-import shutil
-import subprocess
 import sys
-import threading
-import time
 import venv
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-VENVS = ROOT / ".venvs"
-SHIM = "fse_patch_torchvision_shim"
-STARTED = time.monotonic()
+from environment import ROOT, VENVS, BuildError, Env, normal, say
 
-_INSTALLED = (
-    "import importlib.metadata as m,json;print(json.dumps({d.name:d.version for d in m.distributions()}))"
-)
+SHIM = "fse_patch_torchvision_shim"
+
 # Runs in the environment: its own pip knows its own markers.
 _REQUIRED = """
 import importlib.metadata as m, json, sys
@@ -48,94 +37,6 @@ for line in sys.argv[2:] or m.requires(sys.argv[1]) or []:
         out.append([r.name, str(r), held is not None and r.specifier.contains(held, prereleases=True)])
 print(json.dumps(out))
 """
-
-
-class BuildError(Exception):
-    """A step failed; the text holds what the user needs."""
-
-
-def normal(name: str) -> str:
-    """A distribution's name as registries compare it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-class Env:
-    """One environment: its folder, its log and the record of finished steps."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.path = VENVS / name
-        self.python = self.path / "bin" / "python"
-        self.log = VENVS / f"{name}.log"
-        self.stamp = self.path / "fse-patch-stamp.json"
-
-    def run(self, *args: str) -> str:
-        """Run the environment's Python and return its output."""
-        done = subprocess.run([self.python, *args], capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(done.stderr.strip())
-        return done.stdout
-
-    def pip(self, *args: str) -> None:
-        """Run pip; its output goes to the log, whose end is shown if it fails."""
-        with self.log.open("a") as log:
-            log.write(f"\n$ pip {' '.join(args)}\n")
-            log.flush()
-            command = [self.python, "-m", "pip", "--disable-pip-version-check", "--no-input", *args]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
-        if code:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
-            raise BuildError(f"pip failed (status {code}); the end of {self.log.relative_to(ROOT)}:\n{tail}")
-
-    def installed(self) -> dict[str, str]:
-        """Version of every distribution, by normalised name."""
-        return {normal(n): v for n, v in json.loads(self.run("-c", _INSTALLED)).items() if n}
-
-    def stamped(self) -> dict[str, str]:
-        try:
-            return dict(json.loads(self.stamp.read_text()))
-        except (OSError, ValueError):
-            return {}
-
-    def step(self, title: str, inputs: str, holds: Callable[[], bool], do: Callable[[], None]) -> None:
-        """Do a step unless its inputs are those of the stamp or the environment holds its result anyway."""
-        key = hashlib.sha256(inputs.encode()).hexdigest()[:16]
-        if self.stamped().get(title) == key and holds():
-            return
-        if title not in self.stamped() and holds():
-            self._record(title, key)
-            say(f"{self.name}: {title}: already there\n")
-            return
-        begun = time.monotonic()
-        say(f"{self.name}: {title} ")
-        with Dots():
-            do()
-        self._record(title, key)
-        print(f" {time.monotonic() - begun:.0f} s", flush=True)
-
-    def _record(self, title: str, key: str) -> None:
-        self.stamp.write_text(json.dumps(self.stamped() | {title: key}, indent=1) + "\n")
-
-
-class Dots:
-    """A dot every 5 seconds, so that a long step does not look dead."""
-
-    def __enter__(self) -> None:
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        while not self.done.wait(5):
-            print(".", end="", flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-
-def say(text: str) -> None:
-    print(f"[{time.monotonic() - STARTED:4.0f} s] {text}", end="", flush=True)
 
 
 def matrix() -> dict[str, Any]:
@@ -160,24 +61,6 @@ def matrix() -> dict[str, Any]:
     return dict(json.loads(tools.run("-c", code, str(file))))
 
 
-def base(env: Env) -> None:
-    """The bare environment, remade if its interpreter is gone or broken."""
-
-    def works() -> bool:
-        try:
-            return env.python.exists() and bool(env.run("-m", "pip", "--version"))
-        except (BuildError, OSError):
-            return False
-
-    if not works():
-        shutil.rmtree(env.path, ignore_errors=True)
-        VENVS.mkdir(exist_ok=True)
-        begun = time.monotonic()
-        say(f"{env.name}: virtual environment ")
-        venv.create(env.path, with_pip=True)
-        print(f" {time.monotonic() - begun:.0f} s", flush=True)
-
-
 def project(env: Env) -> None:
     """The project with its tools; editable, so that the environment follows the source."""
     pyproject = (ROOT / "pyproject.toml").read_text()
@@ -198,7 +81,7 @@ def project(env: Env) -> None:
 def shims(env: Env) -> None:
     """The torchvision shim, as a .pth line: it must reach every child process, with no variable set."""
     source = (ROOT / "ci" / "shims" / f"{SHIM}.py").read_text()
-    site = Path(env.run("-c", "import sysconfig;print(sysconfig.get_path('purelib'))").strip())
+    site = env.site_packages()
     module, line = site / f"{SHIM}.py", site / f"{SHIM}.pth"
 
     def write() -> None:
@@ -215,7 +98,7 @@ def folders(env: Env, names: list[str]) -> None:
     """
     if not names:
         return
-    site = Path(env.run("-c", "import sysconfig;print(sysconfig.get_path('purelib'))").strip())
+    site = env.site_packages()
     file = site / "fse_patch_shims.pth"
     paths = [ROOT / "tests" / "shims" / name for name in names]
     starts = [f"import {module.stem}" for path in paths for module in sorted(path.glob("*_start.py"))]
@@ -230,7 +113,7 @@ def folders(env: Env, names: list[str]) -> None:
 
 def build_core(spec: dict[str, Any]) -> None:
     env = Env("core")
-    base(env)
+    env.create()
     wanted = [str(r) for r in spec["requirements"]]
     names = {normal(re.split(r"[=<>!~\[]", r)[0]): r.partition("==")[2] for r in wanted}
 
@@ -244,7 +127,7 @@ def build_core(spec: dict[str, Any]) -> None:
 
 def build_engine(spec: dict[str, Any]) -> None:
     env = Env(spec["name"])
-    base(env)
+    env.create()
     name, version = spec["distribution"], str(spec["version"])
     skip = {normal(s) for s in spec.get("skip", [])}
     vision = str(spec.get("torchvision", ""))
@@ -283,6 +166,56 @@ def build_engine(spec: dict[str, Any]) -> None:
     project(env)
 
 
+def build_release(spec: dict[str, Any], base: Env) -> None:
+    """One more release of an engine on the packages of another environment, which are much larger than it."""
+    env = Env(spec["name"], base)
+    env.create()
+    name, version = spec["distribution"], str(spec["version"])
+    env.step(
+        f"{name} {version}",
+        version,
+        lambda: env.installed().get(normal(name)) == version,
+        # Beside the installed one: pip would look for a way to remove the base's.
+        lambda: env.pip("install", "--no-deps", "--ignore-installed", f"{name}=={version}"),
+    )
+    # Everything else of the project comes with the base's packages.
+    command = env.path / "bin" / "fse-patch"
+    text = f"#!/bin/sh\nexec '{env.python}' -m fse_patch.cli.app \"$@\"\n"
+
+    def write() -> None:
+        command.write_text(text)
+        command.chmod(0o755)
+
+    env.step("fse-patch", text, lambda: command.exists() and command.read_text() == text, write)
+
+
+def build(names: list[str], spec: dict[str, Any]) -> int:
+    """Build environments, each after the one it stands on; returns an exit status."""
+    rows = {row["name"]: row for row in spec["engines"]}
+    ready: set[str] = set()
+
+    def one(name: str) -> None:
+        if name in ready:
+            return
+        if name == "core":
+            build_core(spec["core"])
+        elif base := rows[name].get("base"):
+            one(base)
+            build_release(rows[name], Env(base))
+        else:
+            build_engine(rows[name])
+        ready.add(name)
+        say(f"{name}: ready\n")
+
+    for name in names:
+        try:
+            one(name)
+        except BuildError as error:
+            print(f"\n{name}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -292,24 +225,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", help="only the environments of this engine")
     args = parser.parse_args(argv)
     spec = matrix()
-    builds: dict[str, Callable[[], None]] = {} if args.engine else {"core": lambda: build_core(spec["core"])}
-    for row in spec["engines"]:
-        if args.engine in (None, row["engine"]):
-            builds[row["name"]] = lambda row=row: build_engine(row)  # type: ignore[misc]
+    names = [] if args.engine else ["core"]
+    names += [row["name"] for row in spec["engines"] if args.engine in (None, row["engine"])]
     if args.list:
-        print("\n".join(builds))
+        print("\n".join(names))
         return 0
-    if unknown := [n for n in args.names if n not in builds]:
-        parser.error(f"no environment {unknown[0]!r}; there are {', '.join(builds)}")
-    asked_for = {row["name"] for row in spec["engines"] if row.get("on_request")}
-    for name in args.names or [name for name in builds if name not in asked_for]:
-        try:
-            builds[name]()
-        except BuildError as error:
-            print(f"\n{name}: {error}", file=sys.stderr)
-            return 1
-        say(f"{name}: ready\n")
-    return 0
+    if unknown := [n for n in args.names if n not in names]:
+        parser.error(f"no environment {unknown[0]!r}; there are {', '.join(names)}")
+    return build(args.names or names, spec)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs the checks and tests in the environments of ci/matrix.yaml; two releases of an engine at once.
+"""Runs the checks and tests in the environments of ci/matrix.yaml, engine after engine.
 
     python3 ci/testing.py [lint] [core] [vllm] ...      default: all of them
 
@@ -16,16 +16,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
-import envs
+from environment import ROOT, VENVS, say
+from envs import matrix
 
-ROOT = envs.ROOT
 LOGS = ROOT / ".cache" / "logs"
-CORE = envs.VENVS / "core" / "bin"
+CORE = VENVS / "core" / "bin"
 HEARTBEAT = 30
-# Releases tested side by side: most of an engine's tests wait for one core, and a process takes 1 to 2 GiB.
-AT_ONCE = 2
+# Releases tested side by side: most of vLLM's tests wait for one core, and a process takes 1 to 2 GiB.
+# SGLang's run the stock and the fused engine at once, and each is several processes: one release at a time.
+AT_ONCE = {"vllm": 2}
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Step:
     command: list[str]
     limit: int
     environment: dict[str, str] = field(default_factory=dict)
-    engine: bool = False
+    engine: str = ""
 
 
 @dataclass
@@ -81,8 +83,8 @@ def engine(row: dict[str, object]) -> Step:
         # Kept between runs: without it every model class is inspected anew, 10 seconds each.
         "VLLM_CACHE_ROOT": str(ROOT / ".cache" / name),
     }
-    command = [str(envs.VENVS / name / "bin" / "python"), "-m", "pytest", f"tests/{kind}"]
-    return Step(f"{name} tests", command, 2700, environment, engine=True)
+    command = [str(VENVS / name / "bin" / "python"), "-m", "pytest", f"tests/{kind}"]
+    return Step(f"{name} tests", command, 2700, environment, kind)
 
 
 def run(step: Step) -> Result:
@@ -90,7 +92,7 @@ def run(step: Step) -> Result:
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / (step.name.replace(" ", "-") + ".log")
     begun = time.monotonic()
-    envs.say(f"{step.name}\n")
+    say(f"{step.name}\n")
     with log.open("w") as out:
         try:
             process = subprocess.Popen(
@@ -112,7 +114,7 @@ def run(step: Step) -> Result:
     if status:
         tail = log.read_text(errors="replace").splitlines()[-80:]
         print("\n".join(f"    | {line}" for line in tail), flush=True)
-    envs.say(f"{step.name}: {'ok' if status == 0 else f'FAILED ({status})'} in {seconds:.0f} s: {closing}\n")
+    say(f"{step.name}: {'ok' if status == 0 else f'FAILED ({status})'} in {seconds:.0f} s: {closing}\n")
     return Result(step, seconds, status, closing)
 
 
@@ -153,10 +155,9 @@ def last_line(log: Path) -> str:
 
 
 def main() -> int:
-    rows = envs.matrix()["engines"]
+    rows = matrix()["engines"]
     kinds = list(dict.fromkeys(str(r["engine"]) for r in rows))
-    usual = dict.fromkeys(str(r["engine"]) for r in rows if not r.get("on_request"))
-    wanted = sys.argv[1:] or ["lint", "core", *usual]
+    wanted = sys.argv[1:] or ["lint", "core", *kinds]
     steps: list[Step] = []
     for name in wanted:
         if name == "lint":
@@ -168,10 +169,13 @@ def main() -> int:
         else:
             print(f"no tests {name!r}; there are lint, core, {', '.join(kinds)}", file=sys.stderr)
             return 2
-    engines = [step for step in steps if step.engine]
-    results = [run(step) for step in steps if not step.engine]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        results += pool.map(run, engines)
+    results: list[Result] = []
+    for kind, group in groupby(steps, lambda step: step.engine):
+        if kind not in AT_ONCE:
+            results += map(run, group)
+            continue
+        with ThreadPoolExecutor(AT_ONCE[kind]) as pool:
+            results += pool.map(run, group)
     print("\nsummary")
     for r in results:
         print(f"  {'ok    ' if r.status == 0 else 'FAILED'} {r.seconds:5.0f} s  {r.step.name:20} {r.closing}")

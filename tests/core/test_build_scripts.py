@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import environment
 import envs
+import pytest
 import testing
 
 
@@ -17,6 +19,54 @@ def test_matrix_names_say_engine_and_version():
     for row in rows:
         assert row["name"] == f"{row['engine']}-{row['version']}"
         assert re.fullmatch(r"\d+\.\d+\.\d+", str(row["version"]))
+
+
+def test_a_base_is_an_environment_of_its_own():
+    rows = {row["name"]: row for row in envs.matrix()["engines"]}
+    for row in rows.values():
+        if base := row.get("base"):
+            assert rows[base]["engine"] == row["engine"]
+            assert "base" not in rows[base]
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory):
+    """An environment, and one on top of it; "thing" is in both, "other" in the lower one alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "VENVS", tmp_path_factory.mktemp("venvs"))
+        lower = environment.Env("lower")
+        upper = environment.Env("upper", lower)
+        lower.create()
+        upper.create()
+        for env, name, version in ((lower, "thing", 1), (lower, "other", 1), (upper, "thing", 2)):
+            folder = env.site_packages() / f"{name}-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            (folder / "entry_points.txt").write_text(f"[group]\n{name} = {name}:run\n")
+            (env.site_packages() / f"{name}.py").write_text(f"version = {version}\n")
+        (lower.site_packages() / "a_shim.pth").write_text("import sys; sys.shim = 'started'\n")
+        yield lower, upper
+
+
+def test_a_base_is_behind_an_environments_own_packages(stacked):
+    lower, upper = stacked
+    assert upper.installed() == lower.installed() | {"thing": "2"}
+    code = "import thing,other,sys;print(thing.version,other.version,sys.shim)"
+    assert upper.run("-c", code) == "2 1 started\n"
+    code = "import importlib.metadata as m;print([e.name for e in m.entry_points(group='group')])"
+    assert upper.run("-c", code) == "['thing', 'other']\n"
+    assert lower.run("-c", "import thing;print(thing.version)") == "1\n"
+
+
+def test_an_environment_is_kept_as_long_as_its_base_is_there(stacked):
+    _, upper = stacked
+    upper.create()
+    assert upper.installed()["thing"] == "2"
+    link = upper.site_packages() / "fse_patch_base.pth"
+    link.write_text("")
+    upper.create()
+    assert upper.installed()["thing"] == "1"
+    assert link.read_text()
 
 
 def test_a_step_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
