@@ -76,7 +76,8 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     os.environ[VARIABLE] = job["engine_args"].pop("fault", "")
-    return live.run_steps(job) if "steps" in job["engine_args"] else honest_run(job)
+    result = live.run_steps(job) if "steps" in job["engine_args"] else honest_run(job)
+    return {**result, "arm_pid": os.getpid()}
 
 
 if __name__ == "__mp_main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from fse_patch import verify
 from fse_patch.adapters.sglang.arm import CPU_DEFAULTS, DEFAULTS, free_port
 
-from ..running import VOCAB, Case
+from ..running import ROOT, VOCAB, Case
 from .conftest import Runs
 
 WRAPPER, STOCK = "fse_patch.launch_sglang", "sglang.launch_server"
@@ -59,8 +60,8 @@ def post(port: int, body: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def server(args: list[str], log: Path, **env: str) -> Iterator[int]:
-    """A server that answers; its port."""
+def server(args: list[str], log: Path, **env: str) -> Iterator[tuple[int, int]]:
+    """A server that answers; its port and process id."""
     port = free_port()
     process = start(WRAPPER, [*args, f"--port={port}", f"--nccl-port={free_port()}"], log, **env)
     try:
@@ -71,9 +72,19 @@ def server(args: list[str], log: Path, **env: str) -> Iterator[int]:
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
                 break
             time.sleep(0.5)
-        yield port
+        yield port, process.pid
     finally:
         end(process)
+
+
+def ended(module: str, args: list[str], log: Path, **env: str) -> tuple[int, str]:
+    """Exit status and log of a server that must not come up."""
+    process = start(module, args, log, **env)
+    try:
+        status = process.wait(LIMIT)
+    finally:
+        end(process)
+    return status, log.read_text(errors="replace")
 
 
 def prompt_logprobs(port: int) -> list[list[float]]:
@@ -88,9 +99,12 @@ def prompt_logprobs(port: int) -> list[list[float]]:
 
 def test_served_equals_the_engine(runs: Runs, tmp_path: Path) -> None:
     case, log = Case("glm4_moe_scale"), tmp_path / "log"
-    with server(arguments(runs.checkpoints.path(case.recipe)), log) as port:
+    # Without SGLang's plugins, as in releases that have none.
+    with server(arguments(runs.checkpoints.path(case.recipe)), log, SGLANG_PLUGINS="none") as (port, pid):
         served = prompt_logprobs(port)
-    assert "main model: shared expert fused" in log.read_text()
+    patched = re.findall(r"\[fse_patch (\d+)\] sglang, main model: shared expert fused", log.read_text())
+    assert len(patched) == 1
+    assert int(patched[0]) != pid  # the scheduler's process
     fused, stock = runs.float32.fused[case.name]["logprobs"], runs.float32.stock[case.name]["logprobs"]
     assert served == fused
     assert served != stock  # the control: stock's differ in the last bits
@@ -103,28 +117,46 @@ CONTRADICTIONS = {
 }
 
 
+@pytest.mark.one_release
 @pytest.mark.parametrize("reason", CONTRADICTIONS)
 def test_contradicting_arguments_stop_a_strict_server(runs: Runs, tmp_path: Path, reason: str) -> None:
-    log, checkpoint = tmp_path / "log", runs.checkpoints.path("qwen2_moe")
-    extra = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if reason == "parallel.ep" else {}
-    process = start(WRAPPER, [*arguments(checkpoint), *CONTRADICTIONS[reason]], log, **extra)
-    try:
-        status = process.wait(LIMIT)
-    finally:
-        end(process)
-    text = log.read_text(errors="replace")
+    args = [*arguments(runs.checkpoints.path("qwen2_moe_wide4")), *CONTRADICTIONS[reason]]
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if reason == "parallel.ep" else {}
+    status, log = ended(WRAPPER, args, tmp_path / "log", FSE_PATCH_STRICT="1", **env)
     assert status != 0
-    assert f"fse_patch: sglang: {reason}: " in text
-    assert "Multi-thread loading shards" not in text
+    assert f"fse_patch: sglang: {reason}: " in log
+    assert "loading shards" not in log
 
 
-def test_without_strict_it_serves_unfused(runs: Runs, tmp_path: Path) -> None:
+def test_contradicting_arguments_are_served_unfused(runs: Runs, tmp_path: Path) -> None:
+    """And this is the control of the test above: the weights are read, and the log says so."""
     case, log = Case("qwen2_moe"), tmp_path / "log"
     args = [*arguments(runs.checkpoints.path(case.recipe)), "--enable-return-routed-experts"]
-    with server(args, log, FSE_PATCH_STRICT="0") as port:
+    with server(args, log) as (port, _):
         served = prompt_logprobs(port)
     assert log.read_text().count("not fused: routing.capture") == 1
+    assert "loading shards" in log.read_text()
     assert served == runs.float32.stock[case.name]["logprobs"]
+
+
+def test_sglangs_own_switch_is_respected(runs: Runs, tmp_path: Path) -> None:
+    case, log = Case("glm4_moe_scale"), tmp_path / "log"
+    args = [*arguments(runs.checkpoints.path(case.recipe)), "--disable-shared-experts-fusion"]
+    with server(args, log, FSE_PATCH_STRICT="1") as (port, _):
+        served = prompt_logprobs(port)
+    assert log.read_text().count("not fused: disabled: --disable-shared-experts-fusion is given") == 1
+    assert served == runs.float32.stock[case.name]["logprobs"]
+
+
+def test_a_patch_that_fails_in_a_child_stops_the_server(runs: Runs, tmp_path: Path) -> None:
+    """SGLang itself logs what a plugin raises, and serves."""
+    args = arguments(runs.checkpoints.path("qwen2_moe"))
+    status, log = ended("tests.sglang.broken_child", args, tmp_path / "log", PYTHONPATH=str(ROOT))
+    assert status != 0
+    assert re.search(
+        "^fse_patch: patch initialize-model .*: a factory that fails in the child alone$", log, re.M
+    )
+    assert "loading shards" not in log
 
 
 def test_the_help_text_is_sglangs() -> None:

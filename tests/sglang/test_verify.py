@@ -27,6 +27,14 @@ def test_float32(runs: Runs, case: Case) -> None:
     assert bool(report["replaced_operations"]) == (case in cases.REPLACED)
 
 
+@pytest.mark.parametrize("case", [*cases.FLOAT32, *cases.REPLACED], ids=ids)
+def test_the_patches_fired_in_the_scheduler(runs: Runs, case: Case) -> None:
+    fused = runs.float32.fused[case.name]
+    assert fused["workers"][0]["roles"]
+    assert fused["workers"][0]["pid"] != fused["arm_pid"]
+
+
+@pytest.mark.one_release
 @pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=ids)
 def test_tensor_parallel(runs: Runs, case: Case) -> None:
     report = runs.report(case, runs.float32.stock[case.name], runs.tensor_parallel.fused[case.name])
@@ -45,6 +53,7 @@ def test_a_fault_is_caught(runs: Runs, fault: str) -> None:
     assert any(words in text for text in [*report["failures"], report.get("log", "")]), report
 
 
+@pytest.mark.one_release
 @pytest.mark.parametrize("case", cases.PERMUTED, ids=ids)
 def test_weight_order_does_not_matter(runs: Runs, case: Case) -> None:
     fused = runs.float32.fused
