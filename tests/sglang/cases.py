@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from ..running import Case
 
-# All cases run on this release; on its neighbours, one or two of each family, and no test marked `one_release`.
+# All cases run on this release; its neighbours run one or two of each family, no test marked `one_release`.
 WHOLE = version("sglang") == "0.5.20"
 TEXT_OF_VL = {"enable_multimodal": False}
 FLOAT32 = [Case("qwen2_moe"), Case("glm4_moe_scale")]
