@@ -38,8 +38,8 @@ class ModelFusion(ABC):
         self.experts: dict[int, torch.nn.Module] = {}
         # Layer whose block is under construction and still holds its unfused shared MLP.
         self.unstripped: int | None = None
-        # What of the weight update under way could not be taken.
-        self.not_updated: list[str] = []
+        # Why layers could not take their part of the weight update under way.
+        self.not_updated: dict[int, str] = {}
         self._loading = False
         # Whether the first load found the slots poisoned; otherwise the engine has filled and packed them.
         self._fresh: bool | None = None

@@ -34,9 +34,9 @@ def process_layer(original: Callable[..., None]) -> Callable[..., None]:
         unsent, problem = _unsent(layer, info, fusion.layout.num_experts)
         if problem:
             _leave(layer, info)
-            role = fusion.decision.role
-            fusion.not_updated.append(f"layer {number} of the {role} model was not updated: {problem}")
+            fusion.not_updated[number] = problem
             return
+        fusion.not_updated.pop(number, None)
         rows = [(p, unsent[_stem(name)]) for name, p in running.items()]
         kept = [(p, experts, p.data[experts].clone()) for p, experts in rows if experts]
         _pack_again(layer)
@@ -53,11 +53,14 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def finalize_layerwise_processing(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
-        problems = [problem for fusion in constructed() for problem in fusion.not_updated]
+        problems = []
         for fusion in constructed():
+            where = f"of the {fusion.decision.role} model was not updated"
+            problems += [f"layer {n} {where}: {why}" for n, why in fusion.not_updated.items()]
             fusion.not_updated.clear()
         if problems:
-            raise FsePatchError("; ".join(problems))
+            more = f" (and {len(problems) - 1} more layers)" if problems[1:] else ""
+            raise FsePatchError(problems[0] + more)
 
     return finalize_layerwise_processing
 

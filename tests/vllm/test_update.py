@@ -68,7 +68,7 @@ class Engine:
 
     def write(self, tensors: Tensors) -> str:
         """Into the parameters as they are, as many trainers do."""
-        return self._error(lambda worker: worker.model_runner.model.load_weights(tensors.items()) and None)
+        return self._error(lambda worker: worker.model_runner.model.load_weights(tensors.items()))
 
     def _error(self, method: Any, kwargs: dict[str, Any] | None = None) -> str:
         from fse_patch.errors import FsePatchError
