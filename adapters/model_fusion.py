@@ -18,6 +18,7 @@ from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
+from .as_loaded import AsLoaded
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
@@ -37,7 +38,12 @@ class ModelFusion(ABC):
         self.experts: dict[int, torch.nn.Module] = {}
         # Layer whose block is under construction and still holds its unfused shared MLP.
         self.unstripped: int | None = None
+        # Why layers could not take their part of the weight update under way.
+        self.not_updated: dict[int, str] = {}
         self._loading = False
+        # Whether the first load found the slots poisoned; otherwise the engine has filled and packed them.
+        self._fresh: bool | None = None
+        self._as_loaded = AsLoaded()
 
     def layer_of(self, prefix: str) -> int | None:
         """The fused layer that a module prefix lies in, or None."""
@@ -66,6 +72,10 @@ class ModelFusion(ABC):
         """Run the engine's ``load_weights`` on the routed stream; shared slots are written here."""
         if self._loading:
             return original(weights)  # an entry class calls the one it inherits from
+        if self._fresh is None:
+            self._fresh = any(map(self._is_poisoned, self.experts))
+        # Without a checkpoint at the start, the first load may be an update as well.
+        update = self.audit.loads > 0 or self._is_collected()
         self._loading = True
         try:
             self.audit.begin()
@@ -73,10 +83,19 @@ class ModelFusion(ABC):
         finally:
             self._loading = False
         # Kernels may repack after the initial load; only that load's layout is known here.
-        first = self.audit.loads == 0
-        left = [n for n in self.experts if first and self._is_poisoned(n)]
-        self.audit.finish(left)
+        self.audit.finish([] if update else [n for n in self.experts if self._is_poisoned(n)], update)
+        if not update:
+            self._as_loaded.note(self._first_slot())
         return loaded
+
+    def _is_collected(self) -> bool:
+        """Whether the engine collects what is loaded, to process it later as it did at its start."""
+        return any(p.is_meta for n in self.experts for _, p in self._fused_parameters(n))
+
+    def _first_slot(self) -> dict[str, torch.Tensor]:
+        """The first shared slot of the first layer, of each parameter."""
+        slot, found = self.layout.num_routed, (self._fused_parameters(n) for n in sorted(self.experts)[:1])
+        return {name: p.data[slot : slot + 1] if p.ndim else p.data for layer in found for name, p in layer}
 
     def _is_poisoned(self, layer: int) -> bool:
         rows = slice(self.layout.num_routed, None)
@@ -93,8 +112,15 @@ class ModelFusion(ABC):
         parameter = getattr(self.experts[part.layer], part.parameter, None)
         if parameter is None:
             raise AuditError(f"layer {part.layer}: the fused experts have no parameter {part.parameter}")
-        if self._take(parameter, part, f"layers.{part.layer}.mlp.experts.{part.parameter}"):
-            self.audit.wrote(part)
+        written_in_place = not parameter.is_meta and (self.audit.loads or not self._fresh)
+        if written_in_place and not self._as_loaded.holds(self._first_slot()):
+            raise FsePatchError(
+                f"{self.decision.role} model: load_weights alone cannot update the shared expert: the "
+                "experts do not lie in memory as in a checkpoint; use the engine's own reload of weights"
+            )
+        if not self._take(parameter, part, f"layers.{part.layer}.mlp.experts.{part.parameter}"):
+            raise AuditError(f"layer {part.layer}: the engine did not take {part.shard} of slot {part.slot}")
+        self.audit.wrote(part)
 
     @abstractmethod
     def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:

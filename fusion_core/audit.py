@@ -38,8 +38,8 @@ def is_poisoned(rows: torch.Tensor) -> bool:
 class SlotAudit:
     """Coverage of the shared slots of one role in this process.
 
-    Enforced until a load has passed. Later loads are weight updates, which may be partial: then it
-    only counts. ``loads`` are those that passed.
+    Enforced until a load has passed, but for weight updates, which may be partial: of those it only
+    counts. ``loads`` are those that passed.
     """
 
     role: str
@@ -69,14 +69,14 @@ class SlotAudit:
         slots = {key[:2] for key in self.expected}
         return len(slots - {key[:2] for key in self.expected - self.covered})
 
-    def finish(self, poisoned_layers: list[int]) -> None:
-        """A load ended.
+    def finish(self, poisoned_layers: list[int], update: bool = False) -> None:
+        """A load ended; after the first that passed, every load is an update.
 
         Raises:
-            AuditError: before any load has passed, if a part is missing, was written twice, was not expected,
+            AuditError: it was not an update and a part is missing, was written twice, was not expected,
                 or poison is left in a layer.
         """
-        if self.loads:
+        if self.loads or update:
             self.loads += 1
             return
         problems = (

@@ -12,6 +12,8 @@ from ..deciding import Refusal, config_difference
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
+# Backends that pass weight updates through `load_weights`, within a layer-wise reload.
+TRANSFERS = {"nccl", "ipc"}
 
 
 def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any) -> Iterator[Refusal]:
@@ -41,6 +43,9 @@ def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_confi
         yield "routing.simulator", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set; unset it"
     if load_config.load_format not in LOAD_FORMATS:
         yield "load.format", f"load_format is {load_config.load_format}; use auto or safetensors"
+    transfer = vllm_config.weight_transfer_config
+    if transfer is not None and transfer.backend not in TRANSFERS:
+        yield "load.format", f"weights are updated by {transfer.backend}; use nccl or ipc"
     online = vllm_config.quant_config is not None or source.quantization is not None
     if online and decision.quant_method == UNQUANTISED:
         yield (

@@ -165,3 +165,10 @@ def test_tensors_without_data_are_left_alone(dtype: torch.dtype) -> None:
 def test_control_zeros_are_no_poison() -> None:
     assert not is_poisoned(torch.zeros(2, 3))
     assert not is_poisoned(torch.full((2,), float("inf")))
+
+
+def test_an_update_before_any_load_is_counted_and_not_enforced() -> None:
+    made = audit()
+    made.begin()
+    made.finish([], update=True)
+    assert made.loads == 1

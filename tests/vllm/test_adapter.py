@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ REFUSED: list[tuple[str, str, Any]] = [
     ("parallel.dp", "parallel_config.data_parallel_size", 2),
     ("lora", "lora_config", "any"),
     ("load.format", "load_config.load_format", "sharded_state"),
+    ("load.format", "weight_transfer_config", SimpleNamespace(backend="sparse_nccl")),
     ("quant.online", "quant_config", "any"),
     ("quant.online", "model_config.quantization", "fp8"),
     ("config.differs", "model_config.hf_text_config.num_experts_per_tok", 1),
@@ -123,12 +125,21 @@ def probe_model(checkpoint: str) -> dict[str, Any]:
 
     found, experts = probe_loads(build(), tensors)
     found |= {
+        "filled otherwise": attempt(lambda: filled_otherwise(build()).load_weights(tensors)),
         "a part": hasattr(build("language_model"), "_fse_patch"),
         "built otherwise": attempt(built_otherwise),
         "left active": ACTIVE.get() is not None,
     }
     gc.collect()
     return found | {"kept": experts() is not None, "constructed": len(constructed())}
+
+
+def filled_otherwise(model: Any) -> Any:
+    """As a dummy loader leaves it, which loads nothing and lets the engine pack what it made up."""
+    for experts in model._fse_patch.experts.values():
+        for parameter in experts.parameters():
+            parameter.data.normal_()
+    return model
 
 
 def probe_loads(model: Any, tensors: list[tuple[str, Any]]) -> tuple[dict[str, Any], Any]:
@@ -187,5 +198,6 @@ def test_what_is_not_as_decided_is_not_served(checkpoint: str) -> None:
     assert found["slot holds the weight"]
     assert found["finite"]
     assert found["partial update"] == ""
+    assert "load_weights alone cannot update" in found["filled otherwise"]
     assert not found["kept"]
     assert found["constructed"] == 0

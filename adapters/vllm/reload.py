@@ -1,0 +1,107 @@
+"""Replacements in vLLM's layer-wise reload: the shared expert is a part of a module now.
+
+vLLM rebuilds every module of which an update sends anything, and what the update does not send of it is left
+uninitialised. The shared expert's tensors were modules of their own, so stock vLLM keeps them, and the routed
+experts, apart. Fused they are rows of one module: rows that nothing was sent for keep their values here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...errors import FsePatchError
+from ..model_fusion import ModelFusion
+from .fusion import CONSTRUCTED, constructed
+
+SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
+
+
+def process_layer(original: Callable[..., None]) -> Callable[..., None]:
+    """``_layerwise_process``: fill a layer with what was sent, then copy it over the running one."""
+
+    @functools.wraps(original)
+    def process(layer: torch.nn.Module, info: Any) -> None:
+        found = _fused(layer)
+        if found is None or info.kernel_tensors is None:
+            return original(layer, info)
+        fusion, number = found
+        running = info.kernel_tensors[0]
+        unsent, problem = _unsent(layer, info, fusion.layout.num_experts)
+        if problem:
+            _leave(layer, info)
+            fusion.not_updated[number] = problem
+            return
+        fusion.not_updated.pop(number, None)
+        rows = [(p, unsent[_stem(name)]) for name, p in running.items()]
+        kept = [(p, experts, p.data[experts].clone()) for p, experts in rows if experts]
+        _pack_again(layer)
+        original(layer, info)
+        for parameter, experts, values in kept:
+            parameter.data[experts] = values
+
+    return process
+
+
+def finalize(original: Callable[..., None]) -> Callable[..., None]:
+    """``finalize_layerwise_processing``: the update has ended; say which part of it could not be taken."""
+
+    @functools.wraps(original)
+    def finalize_layerwise_processing(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        problems = []
+        for fusion in constructed():
+            where = f"of the {fusion.decision.role} model was not updated"
+            problems += [f"layer {n} {where}: {why}" for n, why in fusion.not_updated.items()]
+            fusion.not_updated.clear()
+        if problems:
+            more = f" (and {len(problems) - 1} more layers)" if problems[1:] else ""
+            raise FsePatchError(problems[0] + more)
+
+    return finalize_layerwise_processing
+
+
+def _fused(layer: torch.nn.Module) -> tuple[ModelFusion, int] | None:
+    found = ((f, n) for f in CONSTRUCTED for n, experts in f.experts.items() if experts is layer)
+    return next(found, None)
+
+
+def _stem(name: str) -> str:
+    return name.partition("_")[0]
+
+
+def _unsent(layer: torch.nn.Module, info: Any, total: int) -> tuple[dict[str, list[int]], str]:
+    """Experts whose w13, and whose w2, was not sent; and why they cannot be kept, or nothing."""
+    sent = defaultdict(set)
+    for name, call in info.loaded_weights:
+        sent[_stem(name), call.arguments["expert_id"]].add((name, call.arguments["shard_id"]))
+    unsent: dict[str, list[int]] = defaultdict(list)
+    for stem, shards in SHARDS.items():
+        names = [name for name, _ in layer.named_parameters(recurse=False) if _stem(name) == stem]
+        whole = {(name, shard) for name in names for shard in shards}
+        unsent[stem] = [expert for expert in range(total) if sent[stem, expert] != whole]
+        if part := [expert for expert in unsent[stem] if sent[stem, expert]]:
+            return unsent, f"only a part of {stem} of expert {part[0]} was sent; send gate and up together"
+    if any(unsent.values()) and any(p.shape[:1] != (total,) for p in info.kernel_tensors[0].values()):
+        return unsent, "only some experts were sent, and they are packed together; send all of the layer"
+    return unsent, ""
+
+
+def _leave(layer: torch.nn.Module, info: Any) -> None:
+    """Put the layer back as it runs."""
+    from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors
+
+    _place_kernel_tensors(layer, info)
+    info.reset()
+
+
+def _pack_again(layer: Any) -> None:
+    """On a CPU vLLM packs the experts with a new kernel only, and would copy plain rows over packed ones."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        layer.quant_method.moe_kernel = None

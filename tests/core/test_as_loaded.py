@@ -1,0 +1,33 @@
+"""Rows that an engine has packed since they were loaded are told from rows that it has left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fse_patch.adapters.as_loaded import AsLoaded
+
+ROWS = torch.arange(1.0, 9.0).reshape(1, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int32])
+def test_rows_that_are_left_hold_and_packed_ones_do_not(dtype: torch.dtype) -> None:
+    loaded = {"weight": ROWS.to(dtype), "scale": torch.tensor(0.5)}
+    seen = AsLoaded()
+    seen.note(loaded)
+    packed = ROWS.transpose(1, 2).contiguous().reshape(1, 2, 4).to(dtype)
+    assert not seen.holds({**loaded, "weight": packed})
+    assert not seen.holds({"weight": loaded["weight"]})
+    assert seen.holds(loaded)
+
+
+def test_what_was_left_once_may_be_updated_again() -> None:
+    seen = AsLoaded()
+    seen.note({"weight": ROWS})
+    assert seen.holds({"weight": ROWS})
+    assert seen.holds({"weight": ROWS * 2})
+
+
+def test_nothing_holds_before_a_load() -> None:
+    assert not AsLoaded().holds({"weight": ROWS})
+    assert not AsLoaded().holds({})
