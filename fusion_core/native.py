@@ -56,8 +56,9 @@ def runtime_report(
     report["upstream.already"] = any(entry["by_default"] for entry in right)
     report["upstream.detail"] = (
         "; ".join(
-            f"{'on by default' if entry['by_default'] else 'off by default'}, needs {entry['condition']}"
-            + (f"; wrong: {entry['wrong']}" if "wrong" in entry else "")
+            (f"{', '.join(entry['models'])}: " if "models" in entry else "")
+            + f"{'on by default' if entry['by_default'] else 'off by default'}, needs {entry['condition']}"
+            + (f", wrong: {entry['wrong']}" if "wrong" in entry else "")
             for entry in here
         )
         or "this release does not fuse this model here"
