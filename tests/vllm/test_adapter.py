@@ -13,9 +13,8 @@ from unittest.mock import patch
 
 import pytest
 
-from .engine import Checkpoints
+from .engine import Checkpoints, in_process
 from .test_inherited import building, load
-from .test_off import in_process
 
 ENTRY = "vllm.model_executor.models.qwen2_moe:Qwen2MoeForCausalLM"
 # Code, attribute of the configuration, value. An attribute that a release lacks is an error of this test.

@@ -6,56 +6,21 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import subprocess
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 240.0
+from .engine import TIMEOUT, in_process
+
 # vLLM's own note that it has called its plugins.
 NOTED = {"vllm.plugins.plugins_loaded"}
 OFF = (None, "0", "sglang")
 HEAVY = ("adapters", "fusion_core", "patches", "control", "runtime", "report")
 ABSENT = object()
 Places = dict[tuple[int, str], tuple[Any, Any]]
-
-
-def in_process(place: str, *arguments: str, **env: str | None) -> Any:
-    """Result of ``module:function`` of this folder in a new process, whose children end with it.
-
-    An environment variable that is None is not set; our own and those of other plugins never are.
-    """
-    module, function = place.split(":")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("FSE_PATCH") and k != "PYTHONPATH"}
-    code = (
-        f"import json, sys; from {module} import {function} as probe; found = probe(*sys.argv[1:]); "
-        "sys.stdout.write('\\nRESULT ' + json.dumps(found) + '\\n')"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        env={**clean, "PYTHONPATH": str(ROOT / "ci"), **{k: v for k, v in env.items() if v is not None}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    found = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    assert process.returncode == 0, output
-    assert found, output
-    return json.loads(found[-1].removeprefix("RESULT "))
 
 
 def patches() -> list[Any]:

@@ -14,8 +14,7 @@ from unittest.mock import patch
 import pytest
 import tiny_checkpoints
 
-from . import test_off
-from .engine import IN_PROCESS, VOCAB
+from .engine import IN_PROCESS, VOCAB, in_process
 
 RECIPES = ("qwen2_moe_wide4", "glm4_moe_scale")
 Tensors = dict[str, Any]
@@ -168,10 +167,8 @@ def probe_updates(
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("updates"))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(test_off, "TIMEOUT", 600.0)  # eight engines, one after the other
-        found = test_off.in_process(f"{__name__}:probe", folder, FSE_PATCH="vllm", **IN_PROCESS)
-    return dict(found)
+    # Eight engines, one after the other.
+    return dict(in_process(f"{__name__}:probe", folder, timeout=600.0, FSE_PATCH="vllm", **IN_PROCESS))
 
 
 @pytest.fixture(params=RECIPES)
