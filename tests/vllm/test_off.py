@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .engine import TIMEOUT, in_process
+from .processes import TIMEOUT, in_process
 
 # vLLM's own note that it has called its plugins.
 NOTED = {"vllm.plugins.plugins_loaded"}

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from .engine import IN_PROCESS, Checkpoints, in_process
+from .engine import IN_PROCESS, Checkpoints
+from .processes import in_process
 
 
 def probe(folder: str) -> dict[str, Any]:

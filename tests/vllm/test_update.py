@@ -14,7 +14,8 @@ from unittest.mock import patch
 import pytest
 import tiny_checkpoints
 
-from .engine import IN_PROCESS, VOCAB, in_process
+from .engine import IN_PROCESS, VOCAB
+from .processes import in_process
 
 RECIPES = ("qwen2_moe_wide4", "glm4_moe_scale")
 Tensors = dict[str, Any]
