@@ -31,6 +31,8 @@ DEFAULTS: dict[str, Any] = {
     "max_total_tokens": 2048,
     "mem_fraction_static": 0.3,
     "log_level": "warning",
+    # Its scheduler otherwise holds a core while it waits.
+    "sleep_on_idle": True,
 }
 CPU_DEFAULTS = {"device": "cpu", "attention_backend": "torch_native"}
 

@@ -69,7 +69,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "slot_written_twice": lambda: setattr(ModelFusion, "_write", twice),
     "scale_in_the_slot": lambda: setattr(construct, "output_scale", lambda *_: 1.0),
     "deaf_to_updates": lambda: setattr(ModelFusion, "_write", deaf),
-    "patch_never_fired": lambda: setattr(construct, "decide_for", lambda *_: None),
+    "patch_never_fired": lambda: setattr(construct, "decide_for", lambda *_: (None, None)),
     "control_without_effect": lambda: setattr(verifying, "control", lambda _: None),
 }
 
