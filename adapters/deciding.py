@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..fusion_core.decide import decide
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.families import Role, family_of
 from ..fusion_core.policy_file import load_policy
+from ..fusion_core.proven import unproven
 from ..fusion_core.reasons import Reason
 from . import ledger
 
@@ -86,6 +87,18 @@ def config_difference(decision: FusionDecision, config: Any) -> str:
     if not fits:
         differing.append(f"num_hidden_layers is {built}, config.json says otherwise")
     return "; ".join(differing)
+
+
+def proof(decision: FusionDecision, **platforms: bool) -> Iterator[Refusal]:
+    """Refuse a quantised format that was not proven here; of cpu, cuda and rocm one is true."""
+    platform = next((name for name, here in platforms.items() if here), "")
+    form = unproven(decision.formats, decision.engine, platform)
+    if form and not settings.load().allow_unproven:
+        where = f"{decision.engine} on {platform or 'this platform'}"
+        yield (
+            "quant.unproven",
+            f"{form} would fuse, but was never run fused in {where} and compared with stock",
+        )
 
 
 def announce(decision: FusionDecision) -> None:

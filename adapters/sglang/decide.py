@@ -11,7 +11,7 @@ from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
-from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, role_of, settle
+from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, proof, role_of, settle
 from .fusion import ModelFusion
 
 ENGINE = "sglang"
@@ -70,7 +70,7 @@ def refusals(
     """What of the runtime configuration forbids to fuse, first reason first."""
     from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
     from sglang.srt.runtime_context import get_server_args
-    from sglang.srt.utils import is_cpu
+    from sglang.srt.utils import is_cpu, is_cuda, is_hip
 
     server = get_server_args()
     if server.disable_shared_experts_fusion:
@@ -104,5 +104,6 @@ def refusals(
         yield "load.format", f"--load-format is {load_format}; use auto or safetensors"
     if quantised is not None and decision.quant_method == UNQUANTISED:
         yield "quant.online", "the checkpoint is quantised on the fly; load it as it is"
+    yield from proof(decision, cpu=is_cpu(), cuda=is_cuda(), rocm=is_hip())
     if not is_cpu() and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"

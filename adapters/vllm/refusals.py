@@ -8,7 +8,7 @@ from typing import Any
 from ... import settings
 from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
-from ..deciding import Refusal, config_difference
+from ..deciding import Refusal, config_difference, proof
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
@@ -47,5 +47,7 @@ def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_confi
             "quant.online",
             f"the checkpoint is quantised on the fly ({source.quantization}); load it as it is",
         )
-    if not current_platform.is_cpu() and not settings.load().allow_unmeasured:
+    here = current_platform
+    yield from proof(decision, cpu=here.is_cpu(), cuda=here.is_cuda(), rocm=here.is_rocm())
+    if not here.is_cpu() and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"
