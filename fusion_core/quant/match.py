@@ -115,7 +115,7 @@ def ways(pattern: str) -> int:
     """A bound on how many ways there are to try ``pattern`` on one module name.
 
     Raises:
-        Doubt: it is no regex, or repeats inside a repeat, where the ways are beyond counting.
+        Doubt: it is no regex, or has choices inside a repeat, where the ways are beyond counting.
     """
     try:
         with warnings.catch_warnings():
@@ -138,14 +138,16 @@ def _ways(tree: Iterable[Any], repeated: bool = False) -> int:
     for operation, argument in tree:
         if operation in (sre_constants.MAX_REPEAT, sre_constants.MIN_REPEAT):
             low, high, body = argument
-            if high > 1 and repeated:
+            if repeated and low != high:
                 raise Doubt
             length = _NUMBER_LENGTH if _digits_only(list(body)) else _NAME_LENGTH
             total *= _ways(body, repeated or high > 1) * (min(high, length) - min(low, length) + 1)
         elif operation is sre_constants.BRANCH:
-            branches = [_ways(branch, repeated) for branch in argument[1]]
+            if repeated:
+                raise Doubt
+            branches = [_ways(branch) for branch in argument[1]]
             # Of plain words at most one is there; what repeats adds its ways to the others'.
-            total *= sum(branches) if max(branches) > 1 or repeated else 1
+            total *= sum(branches) if max(branches) > 1 else 1
         elif operation is sre_constants.SUBPATTERN:
             total *= _ways(argument[-1], repeated)
         elif operation in (sre_constants.ASSERT, sre_constants.ASSERT_NOT):
