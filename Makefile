@@ -2,8 +2,10 @@
 
 PYTHON ?= python3
 DEMO_ENV ?= vllm-0.32.0
+CASES ?= 1000000
+JOBS ?= 2
 
-.PHONY: help envs demo test test-core test-vllm lint format
+.PHONY: help envs demo test test-core test-vllm fuzz lint format
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +27,10 @@ test-core: ## the tests that need no engine
 test-vllm: ## the tests on the real vLLM, every release of the matrix
 	@$(PYTHON) ci/envs.py --engine vllm
 	@$(PYTHON) ci/testing.py vllm
+
+fuzz: ## CASES (a million) random checkpoints and policies through the decision
+	@$(PYTHON) ci/envs.py core
+	@.venvs/core/bin/python -m tests.core.fuzz --cases $(CASES) --seconds 86400 --jobs $(JOBS)
 
 lint: ## ruff, mypy (python ci/staged.py mypy -p fse_patch) and the import contracts
 	@$(PYTHON) ci/envs.py core

@@ -84,10 +84,11 @@ class Evidence:
 
 @dataclass
 class _LayerTensors:
-    """Expert tensors of one layer, and the modules that hold them."""
+    """Expert tensors of one layer, the modules that hold them, and one more tensor of theirs, if any."""
 
     parts: dict[Part, dict[tuple[Projection, str], dict[int, TensorHeader]]] = field(default_factory=dict)
     modules: dict[Part, set[str]] = field(default_factory=lambda: {part: set() for part in PARTS})
+    unknown: str = ""
 
 
 _Layers = dict[tuple[Role, int], _LayerTensors]
@@ -167,6 +168,8 @@ def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -
         else:
             parsed = naming.parse(name)
             if parsed is None:
+                if (place := naming.layer_of_unknown(name)) is not None:
+                    layers.setdefault(place, _LayerTensors()).unknown = name
                 continue
             expert = ALL_EXPERTS if parsed.expert is None else parsed.expert
             part: Part = "shared" if parsed.is_shared else "routed"
@@ -197,6 +200,8 @@ def _layer(
     def refuse(reason: Reason, detail: str) -> LayerEvidence:
         return LayerEvidence(number, None, None, Finding(reason, f"layer {number}{detail}"))
 
+    if tensors.unknown:
+        return refuse("quant.unknown", f": {tensors.unknown!r} lies within the experts and is not known")
     for part in PARTS:
         if part not in parts:
             return refuse("quant.unknown", f": the checkpoint has no tensors of its {part} experts")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -153,7 +154,7 @@ class Policy:
         """The rule that decides ``facts``."""
         return next((rule for rule in self.rules if rule.when.matches(facts)), DEFAULT_DENY)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """12 hex digits that change with what the rules decide, not with how they are worded."""
         effect = [rule.model_dump(include={"id", "when", "fuse", "reason"}) for rule in self.rules]
