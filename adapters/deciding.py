@@ -92,7 +92,7 @@ def config_difference(decision: FusionDecision, config: Any) -> str:
 def proof(decision: FusionDecision, **platforms: bool) -> Iterator[Refusal]:
     """Refuse a quantised format that was not proven here; of cpu, cuda and rocm one is true."""
     platform = next((name for name, here in platforms.items() if here), "")
-    form = unproven(decision.formats, decision.engine, platform)
+    form = unproven(decision, platform)
     if form and not settings.load().allow_unproven:
         where = f"{decision.engine} on {platform or 'this platform'}"
         yield (

@@ -11,11 +11,12 @@ import yaml
 from .. import patches
 from ..errors import FsePatchError
 from ..settings import ENGINES
+from .config import UNQUANTISED
+from .decision import FusionDecision
 from .native import PLATFORMS
 from .quant.resolve import FORMATS
 
 PROVEN_FILE = Path(patches.__file__).with_name("proven.yaml")
-_UNQUANTISED = "plain"
 Proven = Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
@@ -36,13 +37,19 @@ def read_proven(path: Path = PROVEN_FILE) -> Proven:
     return proven
 
 
-def unproven(formats: tuple[str, ...], engine: str, platform: str, proven: Proven | None = None) -> str:
-    """The first of ``formats`` that was not proven there, or ""; unquantised weights need no row."""
+def unproven(decision: FusionDecision, platform: str, proven: Proven | None = None) -> str:
+    """The first format of ``decision`` that was not proven on its engine there, or "".
+
+    A checkpoint that declares no quantisation needs no row. Plain experts of one that does need one: the
+    engine's quantisation code builds them.
+    """
+    if decision.quant_method == UNQUANTISED:
+        return ""
     proven = read_proven() if proven is None else proven
-    quantised = (f for f in formats if f != _UNQUANTISED)
-    return next((f for f in quantised if platform not in proven.get(f, {}).get(engine, ())), "")
+    places = ((f, proven.get(f, {}).get(decision.engine, ())) for f in decision.formats)
+    return next((f for f, platforms in places if platform not in platforms), "")
 
 
-def proven_places(formats: tuple[str, ...]) -> list[str]:
-    """Where all quantised formats of ``formats`` were proven, as "engine/platform", for reports."""
-    return [f"{e}/{p}" for e in ENGINES for p in PLATFORMS if not unproven(formats, e, p)]
+def proven_platforms(decision: FusionDecision) -> list[str]:
+    """Platforms on which all formats of ``decision`` were proven on its engine, for reports."""
+    return [platform for platform in PLATFORMS if not unproven(decision, platform)]

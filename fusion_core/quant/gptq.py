@@ -44,10 +44,10 @@ def gptq(section: Section) -> Resolver:
     # What the whole list may cost.
     match.regexes(_regex(pattern) for pattern in mapping(section, "dynamic"))
     listed = names(section, "modules_in_block_to_quantize")
-    inside = tuple(f".{entry}" for entry in listed)
+    inside = match.ending(listed)
 
     def resolve(name: str) -> Claim:
-        if inside and not name.endswith(inside):
+        if listed and not inside(name):
             return PLAIN
         return next((claim for matches, claim in overrides if matches(name)), default)
 

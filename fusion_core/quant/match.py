@@ -53,6 +53,20 @@ def dotted(entries: Iterable[str]) -> Matcher:
     return below if wanted else never
 
 
+def ending(entries: Iterable[str]) -> Matcher:
+    """Whether an entry is the last whole components of the name."""
+    wanted = {entry.strip(".") for entry in entries} - {""}
+
+    def ends(name: str) -> bool:
+        while name:
+            if name in wanted:
+                return True
+            name = name.partition(".")[2]
+        return False
+
+    return ends
+
+
 def exact(entries: Iterable[str]) -> Matcher:
     """Whether the name is one of the entries."""
     return frozenset(entries).__contains__

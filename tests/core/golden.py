@@ -134,7 +134,11 @@ def layer_tensors(row: Mapping[str, Any], prefix: str, stored: Mapping[str, str]
     hidden, width = model["hidden"], model["width"]
     mlp = f"{prefix}mlp."
     tensors: Tensors = {f"{mlp}gate.weight": ("BF16", (EXPERTS, hidden))}
-    if stored["routed"] == "stacked":
+    if stored["routed"] == "stacked-fp8":
+        for name, out, inner in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width)):
+            tensors[f"{mlp}experts.{name}"] = ("F8_E4M3", (EXPERTS, out, inner))
+            tensors[f"{mlp}experts.{name}_scale_inv"] = ("F32", (EXPERTS, out // 128, inner // 128))
+    elif stored["routed"] == "stacked":
         tensors[f"{mlp}experts.gate_up_proj"] = ("BF16", (EXPERTS, 2 * width, hidden))
         tensors[f"{mlp}experts.down_proj"] = ("BF16", (EXPERTS, hidden, width))
     else:
