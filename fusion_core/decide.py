@@ -81,7 +81,8 @@ def decide_evidence(
         role=role,
         fuse=fuse,
         reason=verdict.reason,
-        detail=verdict.detail,
+        # Names and values from the checkpoint are in it: one line, whatever they hold.
+        detail=" ".join(verdict.detail.split()),
         rule=verdict.rule,
         engine=engine,
         model_type=evidence.model_type,

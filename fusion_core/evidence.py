@@ -17,7 +17,7 @@ from .agreement import PARTS, Agreement, Part, agreement, cut_across
 from .config import ConfigFile, MoeConfig, QuantConfig
 from .families import FamilySpec, Role, family_of
 from .headers import TensorHeader, read_headers
-from .naming import Projection, TensorNaming
+from .naming import MAX_DIGITS, Projection, TensorNaming
 from .quant.claims import Claim, Doubt, Resolver
 from .quant.resolve import resolver_for
 from .reasons import Reason
@@ -161,7 +161,7 @@ def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -
     for name, header in tensors.items():
         head, _, tail = name.partition(".experts.")
         number, _, rest = tail.partition(".")
-        routed = number.isascii() and number.isdecimal()
+        routed = number.isascii() and number.isdecimal() and len(number) <= MAX_DIGITS
         experts = siblings.get((head, rest)) if routed else None
         if experts is not None:
             expert = int(number)

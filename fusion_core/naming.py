@@ -9,6 +9,9 @@ from typing import Literal, cast
 
 from .families import FAMILIES, FamilySpec, Role
 
+# No model has more; and Python refuses to read numbers of thousands of digits.
+MAX_DIGITS = 6
+_NUMBER = rf"\d{{1,{MAX_DIGITS}}}"
 Projection = Literal["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
 
 
@@ -43,13 +46,13 @@ class TensorNaming:
     def _layer(self) -> str:
         prefixes = "|".join(re.escape(p) for p in self.family.layer_prefixes)
         draft = re.escape(self.family.draft_prefix) if self.family.draft_prefix else r"(?!)"
-        return rf"(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>\d+)\.mlp\."
+        return rf"(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>{_NUMBER})\.mlp\."
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile(
             rf"{self._layer}(?:(?P<shared>{re.escape(self.family.shared_module)})\."
-            rf"|experts\.(?:(?P<expert>\d+)\.)?)"
+            rf"|experts\.(?:(?P<expert>{_NUMBER})\.)?)"
             rf"(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)"
             rf"(?:[._](?P<suffix>[\w.]+))?",
             re.ASCII,
@@ -63,6 +66,9 @@ class TensorNaming:
         role, layer = self._role_and_layer(match)
         expert = None if match["shared"] else int(match["expert"]) if match["expert"] else -1
         projection = cast(Projection, match["projection"])
+        # Only tensors of all experts at once are parameters themselves; single experts have modules.
+        if expert != -1 and name[match.end("projection") :][:1] != ".":
+            return None
         return ExpertTensor(role, layer, expert, projection, match["suffix"] or "weight")
 
     @cached_property

@@ -51,7 +51,7 @@ def refuse_unknown_keys(section: Section, known: Iterable[str], where: str = "")
     """Raise Doubt at a key that means something we do not know; null values say nothing."""
     unknown = sorted(str(k) for k, v in section.items() if k not in known and v is not None)
     if unknown:
-        raise Doubt(f"the key '{where}{unknown[0]}' is not known")
+        raise Doubt(f"the key {where + unknown[0]!r} is not known")
 
 
 def whole(section: Section, key: str, default: int | None = None, low: int = 0) -> int:

@@ -86,6 +86,7 @@ class Runner:
                 raise AssertionError(f"an error of two lines: {error}") from None
             return "error"
         for role, decision in decisions.items():
+            assert len(decision.detail.splitlines()) == 1, f"a detail of two lines: {decision.detail!r}"
             if decision.fuse:
                 self._check(case, role)
         return decisions["main"].reason

@@ -26,6 +26,8 @@ def reasons_not_to_fuse(config: Mapping[str, Any], tensors: Tensors, draft: bool
         if "mlp" not in words or not {"experts", *_SHARED} & set(words):
             continue
         at = words.index("mlp")
+        if not words[at - 1].isdecimal() or len(words[at - 1]) > 9:
+            continue
         number = int(words[at - 1])
         is_draft = words[0] == "mtp" or (family == "glm" and number >= text["num_hidden_layers"])
         rest = words[at + 1 :]
