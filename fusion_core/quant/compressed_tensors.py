@@ -79,7 +79,8 @@ def _claim(group: Section, form: str) -> Claim:
     strategy = word(weights, "strategy", "")
     static = bool(inputs) and not _dynamic(inputs)
     symmetric = flag(weights, "symmetric", True)
-    order = weights.get("actorder")
+    order = word(weights, "actorder", "", {"", "group", "weight", "dynamic", "static"})
+    by_index = order in ("group", "dynamic")
     details = [_activations(inputs), "" if symmetric else "zero points", f"order {order}" if order else ""]
     if (kind, bits, form) == ("float", 8, "float-quantized") and symmetric and not order:
         rows, columns = _group(weights, strategy)
@@ -100,10 +101,10 @@ def _claim(group: Section, form: str) -> Claim:
         (rows, columns),
         needs=(_INPUT_SCALE if static else frozenset())
         | (frozenset() if symmetric else _ZERO)
-        | (_ORDER if order == "group" else frozenset()),
+        | (_ORDER if by_index else frozenset()),
         lacks=(frozenset() if static else _INPUT_SCALE)
         | (_ZERO if symmetric else frozenset())
-        | (frozenset() if order == "group" else _ORDER),
+        | (frozenset() if by_index else _ORDER),
         details=tuple(d for d in details if d),
     )
 

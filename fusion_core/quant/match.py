@@ -82,7 +82,10 @@ def globs(entries: Iterable[str]) -> Matcher:
         if pattern.count("*") > 3:
             raise Doubt(f"the pattern {pattern!r} has too many wildcards")
     listed = dotted(plain)
-    compiled = [re.compile(fnmatch.translate(p)) for p in patterns]
+    try:
+        compiled = [re.compile(fnmatch.translate(p)) for p in patterns]
+    except re.error as error:
+        raise Doubt(f"a pattern in {patterns} is none ({error})") from None
     if not compiled:
         return listed
 
@@ -101,7 +104,8 @@ def regexes(entries: Iterable[str], search: bool = False) -> Matcher:
         Doubt: one is no regex, or could take very long.
     """
     patterns = list(entries)
-    if sum(map(ways, patterns)) > _MAX_WAYS:
+    # A search starts at every place of the name.
+    if sum(map(ways, patterns)) * (_NAME_LENGTH if search else 1) > _MAX_WAYS:
         raise Doubt(f"the regexes from {patterns[0]!r} on could take too long")
     compiled = [re.compile(p) for p in patterns]
     tries = [p.search if search else p.match for p in compiled]
@@ -138,8 +142,8 @@ def ways(pattern: str) -> int:
             re.compile(pattern)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise Doubt(f"{pattern!r} is no regex ({error})") from None
-    # What ends a regex is never tried a second way.
-    while tree and tree[-1][0] is sre_constants.MAX_REPEAT:
+    # One character over and over at the end, such as ".*", is never tried a second way.
+    while tree and tree[-1][0] is sre_constants.MAX_REPEAT and _one_way(list(tree[-1][1][2])):
         tree.pop()
     try:
         return _ways(tree)
@@ -170,6 +174,10 @@ def _ways(tree: Iterable[Any], repeated: bool = False) -> int:
             raise Doubt
         total = min(total, 1 << 60)
     return total
+
+
+def _one_way(body: list[Any]) -> bool:
+    return len(body) == 1 and body[0][0] in _ONE_WAY
 
 
 def _digits_only(body: list[Any]) -> bool:

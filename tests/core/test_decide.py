@@ -120,45 +120,6 @@ def test_one_tensor_under_two_names_is_bad_input(tmp_path: Path) -> None:
     assert made(tmp_path, "qwen3_5_moe", only).fuse
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "experts.0.w1.weight",
-        "experts.0.gate_proj",
-        "experts.extra",
-        "experts.0.1.gate_proj.weight",
-        "shared_expert.2.gate_proj.weight",
-        "shared_expert.norm.weight",
-        "shared_experts.up_proj.weight",
-    ],
-)
-def test_an_unknown_tensor_within_the_experts_is_a_doubt(tmp_path: Path, name: str) -> None:
-    tensors = model_tensors("qwen3_next")
-    full = f"model.layers.1.mlp.{name}"
-    decision = made(tmp_path, "qwen3_next", tensors | {full: ("BF16", (32, 64))})
-    assert (decision.fuse, decision.reason) == (False, "quant.unknown"), decision.detail
-    assert "layer 1" in decision.detail
-    # Control: beside the experts it is none of this decision's business.
-    beside = full.replace(".mlp.", ".mlp.other.")
-    assert made(tmp_path, "qwen3_next", tensors | {beside: ("BF16", (32, 64))}).fuse
-
-
-@pytest.mark.parametrize(
-    ("routed", "shared", "fuses"),
-    [((), (), True), ((1,), (1,), True), ((), (1,), False), ((1, 1), (), False)],
-)
-def test_scales_of_another_rank_are_another_way_to_store(
-    tmp_path: Path, routed: tuple[int, ...], shared: tuple[int, ...], fuses: bool
-) -> None:
-    tensors = with_scales(model_tensors("qwen3_next"), None)
-    for name in list(tensors):
-        if name.endswith("_scale"):
-            tensors[name] = ("F32", shared if ".shared_expert." in name else routed)
-    decision = made(tmp_path, "qwen3_next", tensors, quantization_config={"quant_method": "fp8"})
-    assert decision.fuse is fuses, decision.detail
-    assert fuses or decision.reason == "quant.mixed"
-
-
 @pytest.mark.parametrize("missing", ["shared_expert", "experts"])
 def test_a_layer_without_experts_in_the_tensors_is_no_evidence(tmp_path: Path, missing: str) -> None:
     tensors = {n: t for n, t in model_tensors("qwen2_moe").items() if f"layers.1.mlp.{missing}." not in n}

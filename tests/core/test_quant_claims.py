@@ -148,6 +148,7 @@ def test_two_groups_for_one_module_are_a_doubt() -> None:
         ("inc", {"bits": 4, "extra_config": {"x": {"rotation": 1}}}),
         ("compressed-tensors", {"config_groups": {}}),
         ("compressed-tensors", {"config_groups": {"a": {"weights": {"num_bits": 2}}}}),
+        ("compressed-tensors", {"config_groups": {"a": {"weights": {**WEIGHTS, "actorder": "odd"}}}}),
         ("compressed-tensors", {"transform_config": {"a": 1}}),
         ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}),
         ("modelopt", {"quant_algo": "W4A8_AWQ"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 
@@ -104,6 +105,8 @@ def test_regexes_of_published_checkpoints_are_taken(pattern: str) -> None:
         "(.*a.*)*$",
         "(a|aa)+$",
         "(a?a)+$",
+        "((a+)+c)+",
+        "(x|(a+)+c)*",
         "(?:x{1,9}){1,9}$",
         r"(.*)\1$",
         ".*.*.*.*x",
@@ -117,6 +120,20 @@ def test_regexes_of_published_checkpoints_are_taken(pattern: str) -> None:
 def test_regexes_that_could_hang_or_are_none_are_doubts(pattern: str) -> None:
     with pytest.raises(Doubt):
         match.regexes([pattern])
+
+
+def test_a_search_costs_more_than_a_match() -> None:
+    assert match.regexes([".*a.*b.*"], search=False)
+    assert match.regexes(["a.*b"], search=True)
+    with pytest.raises(Doubt, match="too long"):
+        match.regexes([".*a.*b.*"] * 2, search=True)
+
+
+def test_a_glob_that_is_none() -> None:
+    assert match.globs(["a[0-9]"])("a3")
+    # A doubt is what older releases of Python make of it.
+    with contextlib.suppress(Doubt):
+        assert not match.globs(["a[9-0]"])("a3")
 
 
 def test_many_costly_regexes_are_a_doubt() -> None:
