@@ -208,6 +208,9 @@ class ConfigFile:
             values = _Values(read_json(path), path)
             section = values.child("quantization") or values
             found.append(_quant_config(section, "modelopt", MODELOPT_CONFIG_NAME))
+        # Engines take the weights from such a file without a word in config.json.
+        if not found and any(self.folder.glob("*.gguf")) and not any(self.folder.glob("*.safetensors")):
+            found.append(QuantConfig("gguf", source="*.gguf"))
         return tuple(found) or (QuantConfig(),)
 
     def _shared_width(self, family: FamilySpec, width: int) -> int:

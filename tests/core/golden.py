@@ -199,4 +199,6 @@ def write_row(folder: Path, row: Mapping[str, Any]) -> Path:
     if "modelopt" in row:
         content = {"producer": {"name": "modelopt"}, "quantization": row["modelopt"]}
         (folder / "hf_quant_config.json").write_text(json.dumps(content))
+    for name in row.get("files", ()):
+        (folder / name).write_bytes(b"GGUF")
     return folder
