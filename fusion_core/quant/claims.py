@@ -1,4 +1,7 @@
-"""What a quantisation config says of one projection, and the typed reading that all parsers share."""
+"""What a quantisation config says of one projection, and the typed reading that all parsers share.
+
+Every function that reads a value raises Doubt where it is of another kind, and takes null for nothing said.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,13 @@ def mapping(section: Section, key: str) -> Section:
 
 
 def integer_format(kind: str, section: Section, sizes: tuple[str, str], details: Iterable[str]) -> Claim:
-    """Claim on packed integers of 4 or 8 bits; ``sizes`` names the keys of bits and group size."""
+    """Claim on packed integers of 4 or 8 bits.
+
+    Args:
+        kind: how they are packed: "gptq" or "awq".
+        sizes: keys of the number of bits and of the group size.
+        details: what headers cannot show.
+    """
     bits, group = whole(section, sizes[0]), whole(section, sizes[1], -1, low=-1)
     if bits not in (4, 8) or group == 0:
         raise Doubt(f"{bits} bits in groups of {group} are not known")

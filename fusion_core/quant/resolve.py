@@ -9,6 +9,7 @@ from . import auto_round, awq, compressed_tensors, excluded, fp8, gptq, modelopt
 from .claims import Claim, Doubt, Resolver, Section, all_plain
 from .layouts import LAYOUTS
 
+# Method, as `QuantConfig.method` has it -> parser of its section; raises Doubt at what it does not know.
 PARSERS: Mapping[str, Callable[[Section], Resolver]] = {
     "fp8": fp8.fp8,
     "fbgemm-fp8": fp8.fbgemm,

@@ -186,6 +186,8 @@ def _change_config(rng: random.Random, case: Case) -> None:
     node: Any = case.config
     if rng.random() < 0.7 and isinstance(node.get("quantization_config"), dict):
         node = node["quantization_config"]
+    if case.modelopt and rng.random() < 0.5:
+        node = case.modelopt
     while True:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         if not keys:
