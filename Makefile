@@ -3,8 +3,10 @@
 PYTHON ?= python3
 # What `make demo` shows: vllm, sglang, or nothing for both.
 ENGINE ?=
+CASES ?= 1000000
+JOBS ?= 2
 
-.PHONY: help envs demo test test-core test-vllm test-sglang lint format
+.PHONY: help envs demo test test-core test-vllm test-sglang fuzz lint format
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +31,10 @@ test-vllm: ## the tests on the real vLLM, every release of the matrix
 test-sglang: ## the tests on the real SGLang, every release of the matrix
 	@$(PYTHON) ci/envs.py --engine sglang
 	@$(PYTHON) ci/testing.py sglang
+
+fuzz: ## CASES (a million) random checkpoints and policies through the decision
+	@$(PYTHON) ci/envs.py core
+	@.venvs/core/bin/python -m tests.core.fuzz --cases $(CASES) --seconds 86400 --jobs $(JOBS)
 
 lint: ## ruff, mypy (python ci/staged.py mypy -p fse_patch) and the import contracts
 	@$(PYTHON) ci/envs.py core

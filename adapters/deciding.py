@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..fusion_core.decide import decide
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.families import Role, family_of
 from ..fusion_core.policy_file import load_policy
+from ..fusion_core.proven import unproven
 from ..fusion_core.reasons import Reason
 from . import ledger
 
@@ -111,6 +112,17 @@ def config_difference(decision: FusionDecision, config: Any) -> str:
     if not fits:
         differing.append(f"num_hidden_layers is {built}, config.json says otherwise")
     return "; ".join(differing)
+
+
+def proof(decision: FusionDecision, platform: str) -> Iterator[Refusal]:
+    """Refuse a quantised format that was not proven on ``platform``, named as `fse-patch plan` takes it."""
+    form = unproven(decision, platform)
+    if form and not settings.load().allow_unproven:
+        where = f"{decision.engine} on {platform or 'this platform'}"
+        yield (
+            "quant.unproven",
+            f"{form} would fuse, but was never run fused in {where} and compared with stock",
+        )
 
 
 def announce(decision: FusionDecision) -> None:

@@ -14,6 +14,7 @@ ENABLE = "FSE_PATCH"
 STRICT = "FSE_PATCH_STRICT"
 ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"
 ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
+ALLOW_UNPROVEN = "FSE_PATCH_ALLOW_UNPROVEN"
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
 
@@ -29,6 +30,7 @@ class Settings:
         policy: FSE_PATCH_POLICY, path of the user's own policy file, or None.
         allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
         allow_unmeasured: FSE_PATCH_ALLOW_UNMEASURED: fuse where nothing shows that it is not slower.
+        allow_unproven: FSE_PATCH_ALLOW_UNPROVEN: fuse quantised formats that were never compared there.
     """
 
     engines: frozenset[str] = frozenset()
@@ -37,6 +39,7 @@ class Settings:
     policy: str | None = None
     allow_untested: bool = False
     allow_unmeasured: bool = False
+    allow_unproven: bool = False
 
     @property
     def policy_file(self) -> Path | None:
@@ -84,4 +87,5 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         policy=env.get("FSE_PATCH_POLICY") or None,
         allow_untested=_flag(env, ALLOW_UNTESTED, False),
         allow_unmeasured=_flag(env, ALLOW_UNMEASURED, False),
+        allow_unproven=_flag(env, ALLOW_UNPROVEN, False),
     )

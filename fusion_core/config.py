@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,14 @@ class QuantConfig:
         scheme: what the method calls its format: "block", "fp4", "nvfp4", "int4", "pack-quantized", ...
         block: ``weight_block_size`` as (out, in), or None.
         source: file and key that declared it.
+        section: the declaration itself; what it says of single modules is read by `quant.resolve`.
     """
 
     method: str = UNQUANTISED
     scheme: str = ""
     block: tuple[int, int] | None = None
     source: str = ""
+    section: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class _Values:
@@ -189,19 +191,27 @@ class ConfigFile:
             dtype=text.text("dtype", text.text("torch_dtype", "")),
         )
 
-    def quantisation(self) -> QuantConfig:
-        """The declared quantisation, where engines look for it."""
-        for values in (self._top, self._text):
+    def quantisations(self) -> tuple[QuantConfig, ...]:
+        """Every declared quantisation, in the order in which engines look for them; at least "none".
+
+        Engines read the first one they find, not always the same: all of them must say the same.
+        """
+        found: list[QuantConfig] = []
+        for values in (self._top, self._text) if self._text is not self._top else (self._top,):
             for key in ("quantization_config", "compression_config"):
                 section = values.child(key)
                 if section is not None:
                     default = "compressed-tensors" if key == "compression_config" else "unnamed"
-                    return _quant_config(section, default, f"{CONFIG_NAME}: {section.section[:-1]}")
+                    found.append(_quant_config(section, default, f"{CONFIG_NAME}: {section.section[:-1]}"))
         path = self.folder / MODELOPT_CONFIG_NAME
         if path.is_file():
             values = _Values(read_json(path), path)
-            return _quant_config(values.child("quantization") or values, "modelopt", MODELOPT_CONFIG_NAME)
-        return QuantConfig()
+            section = values.child("quantization") or values
+            found.append(_quant_config(section, "modelopt", MODELOPT_CONFIG_NAME))
+        # Engines take the weights from such a file without a word in config.json.
+        if not found and any(self.folder.glob("*.gguf")) and not any(self.folder.glob("*.safetensors")):
+            found.append(QuantConfig("gguf", source="*.gguf"))
+        return tuple(found) or (QuantConfig(),)
 
     def _shared_width(self, family: FamilySpec, width: int) -> int:
         if family.shared_size_key is not None:
@@ -233,7 +243,7 @@ def _quant_config(section: _Values, default_method: str, source: str) -> QuantCo
     if block and (len(block) != 2 or not all(block)):
         raise section.fail("weight_block_size", "two whole numbers above 0")
     pair = (block[0], block[1]) if block else None
-    return QuantConfig(method, _scheme(section, pair), pair, source)
+    return QuantConfig(method, _scheme(section, pair), pair, source, section.values)
 
 
 def _scheme(section: _Values, block: tuple[int, int] | None) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..errors import FsePatchError
 from ..settings import ENGINES
-from .config import MoeConfig
+from .config import UNQUANTISED, MoeConfig
 from .decision import FUSES, FusionDecision, RoutingSpec
-from .evidence import Evidence, RoleEvidence, read_evidence
+from .evidence import Evidence, LayerEvidence, RoleEvidence, read_evidence
 from .families import FamilySpec, Role
 from .layout import ExpertLayout
 from .policy import Policy, PolicyFacts, Rule
@@ -25,6 +25,7 @@ class _Verdict:
     reason: Reason
     detail: str
     rule: str = ""
+    formats: tuple[str, ...] = ()
 
 
 def decide(
@@ -70,9 +71,9 @@ def decide_evidence(
             quant_method=evidence.quant.method,
         )
     family, moe, found = evidence.family, evidence.moe, evidence.roles.get(role)
-    verdict = _shape_verdict(evidence, moe, found)
+    verdict = _shape_verdict(moe, found)
     if verdict is None and found is not None:
-        verdict = _storage_verdict(evidence, family, moe, found, engine, policy)
+        verdict = _storage_verdict(evidence, moe, found, engine, policy)
     assert verdict is not None
     fuse = verdict.reason == FUSES
     layers = found.moe_layers if found is not None else ()
@@ -80,12 +81,14 @@ def decide_evidence(
         role=role,
         fuse=fuse,
         reason=verdict.reason,
-        detail=verdict.detail,
+        # Names and values from the checkpoint are in it: one line, whatever they hold.
+        detail=" ".join(verdict.detail.split()),
         rule=verdict.rule,
         engine=engine,
         model_type=evidence.model_type,
         policy_hash=policy.hash,
         quant_method=evidence.quant.method,
+        formats=verdict.formats,
         layout=_layout(moe),
         routing=_routing(family, moe),
         shared_weight=family.shared_weight,
@@ -118,7 +121,7 @@ def _routing(family: FamilySpec, moe: MoeConfig) -> RoutingSpec:
     )
 
 
-def _shape_verdict(evidence: Evidence, moe: MoeConfig, found: RoleEvidence | None) -> _Verdict | None:
+def _shape_verdict(moe: MoeConfig, found: RoleEvidence | None) -> _Verdict | None:
     """The refusal that config.json alone leads to, or None."""
     width, shared = moe.moe_intermediate_size, moe.shared_intermediate_size
     slots = moe.num_shared_slots
@@ -136,56 +139,83 @@ def _shape_verdict(evidence: Evidence, moe: MoeConfig, found: RoleEvidence | Non
         return _Verdict(
             "activation.differs", f"hidden_act is {moe.hidden_act!r}; only {_ACTIVATION!r} is proven to fuse"
         )
-    block = evidence.quant.block
-    if slots > 1 and block and any(width % n for n in block):
-        size = f"{block[0]}x{block[1]}"
-        return _Verdict(
-            "width.block", f"quantisation blocks of {size} lie across slots of width {width} ({slots} slots)"
-        )
     return None
 
 
+def layer_facts(evidence: Evidence, role: Role, layer: LayerEvidence | None, engine: str) -> PolicyFacts:
+    """What rules look at in one layer; ``layer`` None stands for all of them where no headers are there.
+
+    The family of ``evidence`` is known, and the layer has no finding.
+    """
+    family, moe, quant = evidence.family, evidence.moe, evidence.quant
+    assert family is not None
+    assert moe is not None
+    config = layer.config if layer else None
+    return PolicyFacts(
+        quant_method=quant.method,
+        quant_scheme=quant.scheme,
+        family=family.name,
+        engine=engine,
+        role=role,
+        num_shared_slots=moe.num_shared_slots or 0,
+        routed=layer.routed if layer else None,
+        shared=layer.shared if layer else None,
+        format=config.format if config else "plain" if quant.method == UNQUANTISED else "",
+        config=config.state if config else None,
+    )
+
+
 def _storage_verdict(
-    evidence: Evidence, family: FamilySpec, moe: MoeConfig, found: RoleEvidence, engine: str, policy: Policy
+    evidence: Evidence, moe: MoeConfig, found: RoleEvidence, engine: str, policy: Policy
 ) -> _Verdict:
     """What tensors and policy say: all layers of the role fuse, or the first that does not is named."""
-    quant, slots = evidence.quant, moe.num_shared_slots or 0
+    slots = moe.num_shared_slots or 0
     rule_for = lru_cache(maxsize=None)(policy.rule_for)
     rule: Rule | None = None
+    formats: set[str] = set()
     for layer in found.layers or (None,):
         if layer is not None and layer.finding is not None:
             return _Verdict(layer.finding.reason, layer.finding.detail)
-        facts = PolicyFacts(
-            quant_method=quant.method,
-            quant_scheme=quant.scheme,
-            family=family.name,
-            engine=engine,
-            role=found.role,
-            num_shared_slots=slots,
-            routed=layer.routed if layer else None,
-            shared=layer.shared if layer else None,
-        )
+        facts = layer_facts(evidence, found.role, layer, engine)
         fired = rule_for(facts)
         rule = rule or fired
+        where = f"layer {layer.layer}" if layer else "config.json"
+        seen = f"{where}: {_seen(evidence, layer, facts)}"
         if not fired.fuse:
-            where = f"layer {layer.layer}" if layer else "config.json"
-            seen = f"{where}: {_seen(evidence, facts)}"
             return _Verdict(fired.reason, f"{seen}; {fired.why}", fired.id)
+        if reason := never_fuses(facts):
+            return _Verdict(reason, f"{seen}; no rule can allow that ({fired.id} would)")
+        formats.add(facts.format)
     assert rule is not None
+    named = tuple(sorted(formats))
     what = f"{len(found.moe_layers)} sparse layers, {slots} shared slot{'s' if slots > 1 else ''} each"
     if not found.layers:
-        return _Verdict(FUSES, f"{what}; by config.json alone, no safetensors headers were there", rule.id)
+        detail = f"{what}; by config.json alone, no safetensors headers were there"
+        return _Verdict(FUSES, detail, rule.id, named)
     dtypes = sorted({t.dtype for layer in found.layers if layer.routed for t in layer.routed.tensors})
-    return _Verdict(FUSES, f"{what}; routed and shared experts alike in {', '.join(dtypes)}", rule.id)
+    detail = f"{what}; routed and shared experts alike in {', '.join(dtypes)} ({', '.join(named)})"
+    return _Verdict(FUSES, detail, rule.id, named)
 
 
-def _seen(evidence: Evidence, facts: PolicyFacts) -> str:
+def never_fuses(facts: PolicyFacts) -> Reason | None:
+    """The refusal that holds whatever a policy says, a user's own included; None where there is none."""
+    if not facts.headers:
+        return None if facts.quant_method == UNQUANTISED else "quant.unknown"
+    if not facts.specs_equal:
+        return "quant.mixed"
+    if facts.config == "agrees":
+        return None
+    return "quant.contradiction" if facts.config == "contradicts" else "quant.unknown"
+
+
+def _seen(evidence: Evidence, layer: LayerEvidence | None, facts: PolicyFacts) -> str:
     """The evidence behind a refusal, in words."""
     quant = evidence.quant
     method = f"quant_method {quant.method}" + (f" ({quant.scheme})" if quant.scheme else "")
-    if facts.routed is None or facts.shared is None:
+    if layer is None or facts.routed is None or facts.shared is None:
         return f"{method}, no safetensors headers"
-    difference = facts.routed.difference(facts.shared)
-    if difference:
+    if difference := facts.routed.difference(facts.shared):
         return f"{method}, {difference}"
+    if layer.config is not None and layer.config.detail:
+        return f"{method}, {layer.config.detail}"
     return f"{method}, experts stored as {' + '.join(map(str, facts.routed.gate_up))}"

@@ -38,6 +38,7 @@ class FusionDecision:
         moe_layers: sparse layers of the role that have a shared expert, by checkpoint number.
         fused_layers: those of them that fuse: all or none.
         policy_hash: short hash of the effective policy, part of compile-cache keys.
+        formats: of the experts in layers that may fuse, "plain" where unquantised; see proven.py.
         quant_method: what the checkpoint declares, "none" where nothing; "" where nothing was read.
     """
 
@@ -50,6 +51,7 @@ class FusionDecision:
     model_type: str
     policy_hash: str = ""
     quant_method: str = ""
+    formats: tuple[str, ...] = ()
     layout: ExpertLayout | None = None
     routing: RoutingSpec | None = None
     shared_weight: SharedWeight | None = None

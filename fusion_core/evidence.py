@@ -9,20 +9,19 @@ import gc
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from ..errors import FsePatchError
+from .agreement import PARTS, Agreement, Part, agreement, cut_across
 from .config import ConfigFile, MoeConfig, QuantConfig
 from .families import FamilySpec, Role, family_of
 from .headers import TensorHeader, read_headers
-from .naming import Projection, TensorNaming
+from .naming import MAX_DIGITS, Projection, TensorNaming
+from .quant.claims import Claim, Doubt, Resolver
+from .quant.resolve import resolver_for
 from .reasons import Reason
-from .specs import ALL_EXPERTS, MlpSpec, SpecConflict, Tensors, mlp_spec, size_conflict
-
-Part = Literal["routed", "shared"]
-_PARTS: tuple[Part, Part] = ("routed", "shared")
+from .specs import ALL_EXPERTS, MlpSpec, SpecConflict, mlp_spec, size_conflict
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """How one sparse layer stores its experts; a spec is None where ``finding`` says why."""
+    """How one sparse layer stores its experts; a spec is None where ``finding`` says why.
+
+    ``config`` says whether config.json tells the same story; None where there is a finding.
+    """
 
     layer: int
     routed: MlpSpec | None
     shared: MlpSpec | None
     finding: Finding | None = None
+    config: Agreement | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Evidence:
 
     Args:
         family, moe: None where ``model_type`` names no known family.
+        quant: what engines read first; ``quants`` is all that is declared.
         headers: whether the folder held safetensors files (False: config.json only).
         roles: "main" always for a known family; "draft" where config or tensors show one.
     """
@@ -75,10 +79,19 @@ class Evidence:
     quant: QuantConfig
     headers: bool
     roles: Mapping[Role, RoleEvidence]
+    quants: tuple[QuantConfig, ...] = ()
 
 
-# (role, layer) -> part -> (projection, suffix) -> expert -> header
-_Layers = dict[tuple[Role, int], dict[Part, dict[tuple[Projection, str], dict[int, TensorHeader]]]]
+@dataclass
+class _LayerTensors:
+    """Expert tensors of one layer, the modules that hold them, and one more tensor of theirs, if any."""
+
+    parts: dict[Part, dict[tuple[Projection, str], dict[int, TensorHeader]]] = field(default_factory=dict)
+    modules: dict[Part, set[str]] = field(default_factory=lambda: {part: set() for part in PARTS})
+    unknown: str = ""
+
+
+_Layers = dict[tuple[Role, int], _LayerTensors]
 
 
 def read_evidence(checkpoint: Path) -> Evidence:
@@ -94,22 +107,38 @@ def read_evidence(checkpoint: Path) -> Evidence:
 def _read(checkpoint: Path) -> Evidence:
     config = ConfigFile(checkpoint)
     family = family_of(config.model_type)
-    quant = config.quantisation()
+    quants = config.quantisations()
+    quant = quants[0]
     headers = read_headers(checkpoint)
     if family is None:
-        return Evidence(config.model_type, None, None, quant, bool(headers.files), {})
+        return Evidence(config.model_type, None, None, quant, bool(headers.files), {}, quants)
     moe = config.moe(family)
     layers = _expert_tensors(headers.tensors, TensorNaming(family, moe.num_hidden_layers))
     in_headers: dict[Role, tuple[int, ...]] = {"main": (), "draft": ()}
     for role, layer in sorted(layers):
         in_headers[role] += (layer,)
+    resolve = _resolver(quants)
     roles: dict[Role, RoleEvidence] = {}
     for role, declared in (("main", moe.main_layers), ("draft", moe.draft_layers or in_headers["draft"])):
         if role == "draft" and not declared:
             continue
-        evidence = tuple(_layer(n, layers.get((role, n), {}), moe, quant) for n in declared)
+        evidence = tuple(
+            _layer(n, layers.get((role, n), _LayerTensors()), moe, quants, resolve) for n in declared
+        )
         roles[role] = RoleEvidence(role, declared, evidence if headers.files else (), bool(in_headers[role]))
-    return Evidence(config.model_type, family, moe, quant, bool(headers.files), roles)
+    return Evidence(config.model_type, family, moe, quant, bool(headers.files), roles, quants)
+
+
+def _resolver(quants: tuple[QuantConfig, ...]) -> Resolver:
+    try:
+        return resolver_for(quants)
+    except Doubt as doubt:
+        why = str(doubt)
+
+    def in_doubt(_: str) -> Claim:
+        raise Doubt(why)
+
+    return in_doubt
 
 
 @contextmanager
@@ -132,18 +161,23 @@ def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -
     for name, header in tensors.items():
         head, _, tail = name.partition(".experts.")
         number, _, rest = tail.partition(".")
-        routed = number.isascii() and number.isdecimal()
+        routed = number.isascii() and number.isdecimal() and len(number) <= MAX_DIGITS
         experts = siblings.get((head, rest)) if routed else None
         if experts is not None:
             expert = int(number)
         else:
             parsed = naming.parse(name)
             if parsed is None:
+                if (place := naming.layer_of_unknown(name)) is not None:
+                    layers.setdefault(place, _LayerTensors()).unknown = name
                 continue
             expert = ALL_EXPERTS if parsed.expert is None else parsed.expert
             part: Part = "shared" if parsed.is_shared else "routed"
-            parts = layers.setdefault((parsed.role, parsed.layer), {})
-            experts = parts.setdefault(part, defaultdict(dict))[parsed.projection, parsed.suffix]
+            layer = layers.setdefault((parsed.role, parsed.layer), _LayerTensors())
+            experts = layer.parts.setdefault(part, defaultdict(dict))[parsed.projection, parsed.suffix]
+            layer.modules[part].add(
+                f"{head}.experts" if part == "routed" else _holder(name, parsed.projection)
+            )
             if routed:
                 siblings[head, rest] = experts
         if expert in experts:
@@ -153,22 +187,42 @@ def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -
     return layers
 
 
-def _layer(number: int, parts: Mapping[Part, Tensors], moe: MoeConfig, quant: QuantConfig) -> LayerEvidence:
-    for part in _PARTS:
+def _holder(name: str, projection: str) -> str:
+    """Dotted name of the module that holds a projection."""
+    return name.rpartition(f".{projection}")[0]
+
+
+def _layer(
+    number: int, tensors: _LayerTensors, moe: MoeConfig, quants: tuple[QuantConfig, ...], resolve: Resolver
+) -> LayerEvidence:
+    parts = tensors.parts
+
+    def refuse(reason: Reason, detail: str) -> LayerEvidence:
+        return LayerEvidence(number, None, None, Finding(reason, f"layer {number}{detail}"))
+
+    if tensors.unknown:
+        return refuse("quant.unknown", f": {tensors.unknown!r} lies within the experts and is not known")
+    for part in PARTS:
         if part not in parts:
-            detail = f"layer {number}: the checkpoint has no tensors of its {part} experts"
-            return LayerEvidence(number, None, None, Finding("quant.unknown", detail))
+            return refuse("quant.unknown", f": the checkpoint has no tensors of its {part} experts")
     specs: list[MlpSpec] = []
-    for part in _PARTS:
+    for part in PARTS:
         experts = moe.num_routed if part == "routed" else None
         width = moe.moe_intermediate_size if part == "routed" else moe.shared_intermediate_size
         conflict = size_conflict(parts[part], experts, width, moe.hidden_size)
         if conflict is not None:
-            detail = f"layer {number}, {part}: {conflict}"
-            return LayerEvidence(number, None, None, Finding("width.mismatch", detail))
+            return refuse("width.mismatch", f", {part}: {conflict}")
         try:
-            specs.append(mlp_spec(parts[part], experts, quant.block))
+            specs.append(mlp_spec(parts[part], experts, quants[0].block))
         except SpecConflict as mixed:
-            detail = f"layer {number}, {part}: {mixed}"
-            return LayerEvidence(number, None, None, Finding("quant.mixed", detail))
-    return LayerEvidence(number, specs[0], specs[1])
+            return refuse("quant.mixed", f", {part}: {mixed}")
+    modules: dict[Part, str] = {}
+    for part in PARTS:
+        if len(tensors.modules[part]) != 1:
+            return refuse("quant.unknown", f", {part}: tensors under {sorted(tensors.modules[part])}")
+        (modules[part],) = tensors.modules[part]
+    config = agreement(parts, modules, resolve, moe)
+    split = config.shared if (moe.num_shared_slots or 1) > 1 else None
+    if split is not None and (cut := cut_across(split, moe.moe_intermediate_size)):
+        return refuse("width.block", f": {cut}")
+    return LayerEvidence(number, specs[0], specs[1], None, config)

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, cast
 
-from .families import FamilySpec, Role
+from .families import FAMILIES, FamilySpec, Role
 
+# No model has more; and Python refuses to read numbers of thousands of digits.
+MAX_DIGITS = 6
+_NUMBER = rf"\d{{1,{MAX_DIGITS}}}"
 Projection = Literal["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
 
 
@@ -40,13 +43,16 @@ class TensorNaming:
     num_hidden_layers: int
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
+    def _layer(self) -> str:
         prefixes = "|".join(re.escape(p) for p in self.family.layer_prefixes)
         draft = re.escape(self.family.draft_prefix) if self.family.draft_prefix else r"(?!)"
+        return rf"(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>{_NUMBER})\.mlp\."
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
         return re.compile(
-            rf"(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>\d+)\.mlp\."
-            rf"(?:(?P<shared>{re.escape(self.family.shared_module)})\."
-            rf"|experts\.(?:(?P<expert>\d+)\.)?)"
+            rf"{self._layer}(?:(?P<shared>{re.escape(self.family.shared_module)})\."
+            rf"|experts\.(?:(?P<expert>{_NUMBER})\.)?)"
             rf"(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)"
             rf"(?:[._](?P<suffix>[\w.]+))?",
             re.ASCII,
@@ -57,10 +63,26 @@ class TensorNaming:
         match = self._pattern.fullmatch(name)
         if match is None:
             return None
-        layer = int(match["layer"])
-        role: Role = "draft" if match["draft"] else "main"
-        if self.family.draft_after_main and layer >= self.num_hidden_layers:
-            role = "draft"
+        role, layer = self._role_and_layer(match)
         expert = None if match["shared"] else int(match["expert"]) if match["expert"] else -1
         projection = cast(Projection, match["projection"])
+        # Only tensors of all experts at once are parameters themselves; single experts have modules.
+        if expert != -1 and name[match.end("projection") :][:1] != ".":
+            return None
         return ExpertTensor(role, layer, expert, projection, match["suffix"] or "weight")
+
+    @cached_property
+    def _inside(self) -> re.Pattern[str]:
+        # Any family's shared expert: one under another family's name is no less in doubt.
+        modules = "|".join(re.escape(name) for name in sorted({f.shared_module for f in FAMILIES}))
+        return re.compile(rf"{self._layer}(?:{modules}|experts)\.", re.ASCII)
+
+    def layer_of_unknown(self, name: str) -> tuple[Role, int] | None:
+        """Role and layer of a tensor that `parse` does not know, where it lies within the experts."""
+        match = self._inside.match(name)
+        return None if match is None else self._role_and_layer(match)
+
+    def _role_and_layer(self, match: re.Match[str]) -> tuple[Role, int]:
+        layer = int(match["layer"])
+        after = self.family.draft_after_main and layer >= self.num_hidden_layers
+        return "draft" if match["draft"] or after else "main", layer

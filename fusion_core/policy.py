@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..settings import ENGINES
+from .agreement import State
 from .families import FAMILIES, Role
+from .quant.resolve import FORMATS
 from .reasons import Reason
 from .specs import MlpSpec
 
@@ -20,7 +23,9 @@ from .specs import MlpSpec
 class PolicyFacts:
     """What rules look at: one layer of one role, for one engine.
 
-    ``routed`` and ``shared`` are None where the checkpoint folder holds no safetensors headers.
+    ``routed`` and ``shared`` are None where the checkpoint folder holds no safetensors headers; so is
+    ``config``, whether config.json agrees with them. ``format`` is the routed experts' one by config.json, ""
+    where that is not understood.
     """
 
     quant_method: str
@@ -31,6 +36,8 @@ class PolicyFacts:
     num_shared_slots: int
     routed: MlpSpec | None = None
     shared: MlpSpec | None = None
+    format: str = ""
+    config: State | None = None
 
     @property
     def headers(self) -> bool:
@@ -38,7 +45,8 @@ class PolicyFacts:
 
     @property
     def specs_equal(self) -> bool | None:
-        return self.routed == self.shared if self.headers else None
+        """Whether routed and shared experts are alike, in the headers and in what the config says."""
+        return self.routed == self.shared and self.config != "differs" if self.headers else None
 
 
 class _Strict(BaseModel):
@@ -50,6 +58,12 @@ class When(_Strict):
 
     quant_methods: list[str] | None = Field(default=None, description="quant_method; 'none' is unquantised")
     quant_schemes: list[str] | None = Field(default=None, description="the method's word for its format")
+    formats: list[str] | None = Field(
+        default=None, description="format of the routed experts, as config.json has it for this layer"
+    )
+    config: list[State] | None = Field(
+        default=None, description="whether config.json and the headers say the same"
+    )
     families: list[str] | None = Field(default=None, description="names of model families")
     engines: list[str] | None = Field(default=None, description="names of engines")
     roles: list[Role] | None = Field(default=None, description="main model or MTP draft")
@@ -66,6 +80,11 @@ class When(_Strict):
     def _known_families(cls, names: list[str] | None) -> list[str] | None:
         return _known(names, [f.name for f in FAMILIES])
 
+    @field_validator("formats")
+    @classmethod
+    def _known_formats(cls, names: list[str] | None) -> list[str] | None:
+        return _known(names, FORMATS)
+
     @field_validator("engines")
     @classmethod
     def _known_engines(cls, names: list[str] | None) -> list[str] | None:
@@ -76,6 +95,8 @@ class When(_Strict):
         return (
             _is_in(facts.quant_method, self.quant_methods)
             and _is_in(facts.quant_scheme, self.quant_schemes)
+            and _is_in(facts.format, self.formats)
+            and _is_in(facts.config, self.config)
             and _is_in(facts.family, self.families)
             and _is_in(facts.engine, self.engines)
             and _is_in(facts.role, self.roles)
@@ -133,7 +154,7 @@ class Policy:
         """The rule that decides ``facts``."""
         return next((rule for rule in self.rules if rule.when.matches(facts)), DEFAULT_DENY)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """12 hex digits that change with what the rules decide, not with how they are worded."""
         effect = [rule.model_dump(include={"id", "when", "fuse", "reason"}) for rule in self.rules]
@@ -153,7 +174,7 @@ def _known(names: list[str] | None, known: Iterable[str]) -> list[str] | None:
     return names
 
 
-def _is_in(value: str, allowed: list[str] | list[Role] | None) -> bool:
+def _is_in(value: str | None, allowed: list[str] | list[Role] | list[State] | None) -> bool:
     return allowed is None or value in allowed
 
 

@@ -26,8 +26,12 @@ def load_policy(user_file: Path | str | None = None) -> Policy:
     if user_file is None:
         return Policy(rules)
     own = read_rules(Path(user_file))
-    if taken := {rule.id for rule in own} & {rule.id for rule in rules}:
-        raise FsePatchError(f"{user_file}: rule id {min(taken)!r} is taken by the default policy; rename it")
+    taken = {rule.id for rule in rules}
+    for number, rule in enumerate(own):
+        if rule.id in taken:
+            line = _line(_parse(Path(user_file))[1], ["rules", number, "id"])
+            message = f"{rule.id!r} is taken by the default policy; rename it"
+            raise _error(Path(user_file), line, f"rules[{number}].id", message)
     return Policy(own + rules)
 
 

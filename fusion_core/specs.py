@@ -162,10 +162,11 @@ def _granularity(
     if weight is None or len(weight.shape) < 2:
         return f"{len(shape)}-D"
     out, inner = weight.shape[-2:]
+    # One number is stored as [] or [1], a column as [out, 1] or [out]: loaders do not take one for the other.
     if all(n == 1 for n in shape):
-        return "tensor"
+        return f"tensor {len(shape)}-D" if shape else "tensor"
     if shape in ((out,), (out, 1)):
-        return "channel"
+        return "channel" if len(shape) == 2 else "channel 1-D"
     if len(shape) == 2 and all(shape):
         # The config names the block; without it the sizes tell, up to a partial last block.
         rows, columns = block or (-(-out // shape[0]), -(-inner // shape[1]))

@@ -10,7 +10,7 @@ from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
-from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, role_of, settle
+from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, proof, role_of, settle
 from . import native
 from .fusion import ModelFusion
 from .native import ENGINE
@@ -108,6 +108,7 @@ def refusals(
         yield "quant.online", "the checkpoint is quantised on the fly; load it as it is"
     if differing := config_difference(decision, model_config.hf_text_config):
         yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
-    proven = native.platform() == "cpu" and not cpu_has_amx_support()
-    if not proven and not settings.load().allow_unmeasured:
+    platform = native.platform()
+    yield from proof(decision, platform)
+    if (platform != "cpu" or cpu_has_amx_support()) and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"

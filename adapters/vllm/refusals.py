@@ -8,7 +8,7 @@ from typing import Any
 from ... import settings
 from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
-from ..deciding import Refusal, config_difference
+from ..deciding import Refusal, config_difference, proof
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
@@ -52,5 +52,8 @@ def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_confi
             "quant.online",
             f"the checkpoint is quantised on the fly ({source.quantization}); load it as it is",
         )
-    if not current_platform.is_cpu() and not settings.load().allow_unmeasured:
+    platform = current_platform
+    known = ("cpu", platform.is_cpu), ("cuda", platform.is_cuda), ("rocm", platform.is_rocm)
+    yield from proof(decision, next((name for name, here in known if here()), "this platform"))
+    if not platform.is_cpu() and not settings.load().allow_unmeasured:
         yield "slower.unmeasured", "no measurement shows that fusing is not slower here"

@@ -55,4 +55,5 @@ def _words(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list) and all(isinstance(n, int) for n in value):
         return f"{ranges(value)} ({len(value)})"
-    return str(value)
+    # JSON can hold halves of characters, which no terminal takes.
+    return str(value).encode("utf-8", "replace").decode("utf-8")

@@ -12,6 +12,7 @@ from ..errors import RefusedError
 from ..fusion_core.decide import decide_roles
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.policy_file import load_policy
+from ..fusion_core.proven import proven_platforms
 from ..settings import ENGINES
 from .output import print_json, print_table
 
@@ -42,6 +43,13 @@ def command(
 def plan_report(decision: FusionDecision) -> dict[str, Any]:
     """One role's decision under the keys that other tools rely on; null where nothing is known."""
     layout, routing = decision.layout, decision.routing
+    proven = proven_platforms(decision) if decision.fuse else []
+    note = ""
+    if decision.fuse and not proven:
+        note = (
+            f"{decision.engine} refuses this for now (quant.unproven): {', '.join(decision.formats)} was not "
+            "run fused and compared there yet; FSE_PATCH_ALLOW_UNPROVEN=1 tries it"
+        )
     return {
         "fuse": decision.fuse,
         "reason": decision.reason,
@@ -58,4 +66,7 @@ def plan_report(decision: FusionDecision) -> dict[str, Any]:
         "shared_weight": decision.shared_weight,
         "routed_scaling_factor": routing.routed_scaling_factor if routing else None,
         "policy_hash": decision.policy_hash,
+        "formats": list(decision.formats),
+        "proven": proven,
+        "note": note,
     }

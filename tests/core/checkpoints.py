@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 Tensors = dict[str, tuple[str, Shape]]
 
 H, I, E, K, LAYERS = 64, 32, 4, 2, 2  # noqa: E741
-_BITS = {"F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "I32": 32, "U8": 8, "F8_E8M0": 8}
+_BITS = {"F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "I64": 64, "I32": 32, "I8": 8, "U8": 8, "F8_E8M0": 8}
 
 _QWEN = {
     "hidden_size": H,

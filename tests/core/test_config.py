@@ -134,22 +134,22 @@ def test_declared_quantisation(
         config_of("qwen3_5_moe") | {"quantization_config": section},
         config_of("qwen3_5_moe", quantization_config=section),
     ):
-        quant = ConfigFile(write_checkpoint(tmp_path, config, None)).quantisation()
+        quant = ConfigFile(write_checkpoint(tmp_path, config, None)).quantisations()[0]
         assert (quant.method, quant.scheme, quant.block) == expected
 
 
 def test_quantisation_elsewhere(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, config_of("qwen2_moe"), None)
-    assert ConfigFile(tmp_path).quantisation() == QuantConfig()
+    assert ConfigFile(tmp_path).quantisations()[0] == QuantConfig()
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    quant = ConfigFile(tmp_path).quantisation()
+    quant = ConfigFile(tmp_path).quantisations()[0]
     assert (quant.method, quant.scheme, quant.source) == ("modelopt", "nvfp4", "hf_quant_config.json")
     write_checkpoint(tmp_path, config_of("qwen2_moe", compression_config={"format": "x"}), None)
-    assert ConfigFile(tmp_path).quantisation().method == "compressed-tensors"
+    assert ConfigFile(tmp_path).quantisations()[0].method == "compressed-tensors"
 
 
 @pytest.mark.parametrize("block", [[128], [0, 128], "128", [128, "128"], 128])
 def test_a_block_is_two_sizes(tmp_path: Path, block: object) -> None:
     config = config_of("qwen2_moe", quantization_config={"quant_method": "fp8", "weight_block_size": block})
     with pytest.raises(FsePatchError, match=r"'quantization_config\.weight_block_size' is "):
-        ConfigFile(write_checkpoint(tmp_path, config, None)).quantisation()
+        ConfigFile(write_checkpoint(tmp_path, config, None)).quantisations()[0]

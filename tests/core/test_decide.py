@@ -164,13 +164,13 @@ def test_refusals_by_config_alone(
 def test_a_block_across_slots_is_refused(tmp_path: Path) -> None:
     config: dict[str, Any] = {"shared_expert_intermediate_size": 64}
     tensors = model_tensors("qwen2_moe", slots=2)
-    for block, reason in ((16, "quant.unknown"), (24, "width.block")):
+    for block, reason in ((16, "ok"), (24, "width.block")):
         quant = {"quant_method": "fp8", "weight_block_size": [block, block]}
         scaled = with_scales(tensors, block)
         assert made(tmp_path, "qwen2_moe", scaled, quantization_config=quant, **config).reason == reason
         # One slot is never cut, so no block can lie across its edge.
         whole = with_scales(model_tensors("qwen2_moe"), block)
-        assert made(tmp_path, "qwen2_moe", whole, quantization_config=quant).reason == "quant.unknown"
+        assert made(tmp_path, "qwen2_moe", whole, quantization_config=quant).reason == "ok"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "glm4_moe_lite", "qwen3_moe", "qwen2_moe_x", ""])
@@ -191,7 +191,7 @@ def test_without_headers_the_config_decides_and_says_so(tmp_path: Path) -> None:
 def test_fp8_in_tensors_that_no_config_declares_is_refused(tmp_path: Path) -> None:
     for block in (16, None):
         decision = made(tmp_path, "qwen3_next", with_scales(model_tensors("qwen3_next"), block))
-        assert (decision.fuse, decision.reason) == (False, "quant.unknown")
+        assert (decision.fuse, decision.reason) == (False, "quant.contradiction")
 
 
 def test_routing_comes_from_the_config(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""`quant_method` modelopt, and its own file hf_quant_config.json: FP8 and NVFP4 with globs to exclude."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import match
+from .claims import PLAIN, Claim, Doubt, Resolver, Section, mapping, names, refuse_unknown_keys, word
+
+_LISTS = ("exclude_modules", "ignore")
+_KEYS = {
+    "quant_method", "quant_algo", "kv_cache_quant_algo", "kv_cache_scheme", "group_size", "has_zero_point",
+    "pre_quant_scale", "producer", "config_groups", "quantized_layers", *_LISTS,
+}  # fmt: skip
+_STATIC = frozenset({"input_scale"})
+_ALGORITHMS: Mapping[str, Claim] = {
+    "fp8": Claim("fp8-tensor", needs=_STATIC, details=("static activations",)),
+    "fp8_per_channel_per_token": Claim(
+        "fp8-channel", group=(1, 0), lacks=_STATIC, details=("dynamic activations",)
+    ),
+    "nvfp4": Claim("nvfp4"),
+    "nvfp4_awq": Claim("nvfp4"),
+    "w4a16_nvfp4": Claim("nvfp4"),
+    "mxfp8": Claim("mxfp8"),
+}
+
+
+def modelopt(section: Section) -> Resolver:
+    """Globs of `exclude_modules` cover a module and what it holds; `quantized_layers` names single ones."""
+    refuse_unknown_keys(section, _KEYS)
+    excluded = match.globs(names(section, *_LISTS))
+    algorithm = word(section, "quant_algo", "")
+    if algorithm == "mixed_precision":
+        layers = mapping(section, "quantized_layers")
+        single = {name: _algorithm(mapping(layers, name)) for name in layers}
+        if not single:
+            raise Doubt("MIXED_PRECISION without 'quantized_layers'")
+        # One entry stands for the fused experts of a layer, or for one projection.
+        return lambda name: PLAIN if excluded(name) else _longest(name, single)
+    claim = _algorithm(section)
+    return lambda name: PLAIN if excluded(name) else claim
+
+
+def _algorithm(section: Section) -> Claim:
+    algorithm = word(section, "quant_algo", "", {*_ALGORITHMS})
+    if section.get("pre_quant_scale") or section.get("has_zero_point"):
+        raise Doubt("scales before quantisation and zero points are not known")
+    return _ALGORITHMS[algorithm]
+
+
+def _longest(name: str, single: Mapping[str, Claim]) -> Claim:
+    while name:
+        if name in single:
+            return single[name]
+        name = name.rpartition(".")[0]
+    return PLAIN

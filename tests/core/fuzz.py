@@ -1,0 +1,213 @@
+"""Random checkpoints and policies through the decision, until time or cases run out.
+
+    python -m tests.core.fuzz [--cases N] [--seconds S] [--seed TEXT] [--jobs J]
+
+A case fails if anything but an FsePatchError of one line comes out, if it takes longer than LIMIT, or if a
+role fuses that the oracle says must not; the oracle shares no code with the decision. A failure prints how to
+see it again. Exit status: 0 none, 1 one or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fse_patch.cli.plan import plan_report
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core import decide
+from fse_patch.fusion_core.evidence import read_evidence
+from fse_patch.fusion_core.explain import explain
+from fse_patch.fusion_core.families import Role
+from fse_patch.fusion_core.policy import Policy
+from fse_patch.fusion_core.policy_file import load_policy
+
+from .checkpoints import write_checkpoint
+from .fuzz_cases import Case, layers_in, make
+from .fuzz_oracle import reasons_not_to_fuse
+
+LIMIT = 5.0
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class _Hangs(BaseException):
+    """Not an Exception: nothing on the way may swallow it."""
+
+
+@dataclass
+class Result:
+    """What became of the cases of one run: outcomes by reason code, and failures in words."""
+
+    cases: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: Result) -> None:
+        self.cases += other.cases
+        self.outcomes += other.outcomes
+        self.failures += other.failures
+
+
+class Runner:
+    """Runs cases in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.default = load_policy()
+        self.policies: dict[str, Policy] = {}
+
+    def run(self, case: Case) -> str:
+        """The main model's reason code, or "error".
+
+        Raises:
+            AssertionError: the case fused and must not have, or an error has more than one line.
+        """
+        self._write(case)
+        try:
+            policy = self._policy(case)
+            evidence = read_evidence(self.folder)
+            roles: tuple[Role, ...] = tuple(evidence.roles) or ("main",)
+            decisions = {r: decide.decide_evidence(evidence, "vllm", r, policy) for r in roles}
+            json.dumps([plan_report(d) for d in decisions.values()])
+            json.dumps(explain(evidence, "sglang", "main", policy))
+        except FsePatchError as error:
+            if "\n" in str(error):
+                raise AssertionError(f"an error of two lines: {error}") from None
+            return "error"
+        for role, decision in decisions.items():
+            assert len(decision.detail.splitlines()) == 1, f"a detail of two lines: {decision.detail!r}"
+            if decision.fuse:
+                self._check(case, role)
+        return decisions["main"].reason
+
+    def _check(self, case: Case, role: Role) -> None:
+        assert not (case.forbidden and role == "main"), f"{role} fuses: {case.forbidden}"
+        # Flipped bytes are not in what the oracle sees; layers that became dense are not the decision's.
+        if case.tensors and not case.raw and layers_in(case.config) == case.layers:
+            wrong = reasons_not_to_fuse(case.config, case.tensors, role == "draft")
+            assert not wrong, f"{role} fuses: {wrong}"
+
+    def _policy(self, case: Case) -> Policy:
+        if case.policy is None:
+            return self.default
+        known = self.policies.get(case.policy)
+        if known is None:
+            path = self.folder / "own.yaml"
+            path.write_text(case.policy, encoding="utf-8", errors="replace")
+            known = load_policy(path)
+            if len(self.policies) < 8:
+                self.policies[case.policy] = known
+        return known
+
+    def _write(self, case: Case) -> None:
+        for old in self.folder.iterdir():
+            old.unlink()
+        write_checkpoint(self.folder, case.config, case.tensors)
+        if case.modelopt is not None:
+            content = {"quantization": case.modelopt}
+            (self.folder / "hf_quant_config.json").write_text(json.dumps(content))
+        for name, place, byte in case.raw:
+            path = self.folder / name
+            with path.open("r+b") as file:
+                header = int.from_bytes(file.read(8), "little") + 8
+                length = header if name.endswith("safetensors") else path.stat().st_size
+                file.seek(int(place * length))
+                file.write(bytes([byte]))
+
+
+def fuzz(cases: int, seconds: float, seed: str, stop: bool = False) -> Result:
+    """Run up to ``cases`` cases for up to ``seconds``; a case depends on ``seed`` and its number alone.
+
+    ``stop`` ends the run at the first failure.
+    """
+    result = Result()
+    base = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    end = time.monotonic() + seconds
+    before = signal.signal(signal.SIGALRM, _hang)
+    try:
+        with tempfile.TemporaryDirectory(dir=base) as folder:
+            runner = Runner(Path(folder))
+            for number in range(cases):
+                if time.monotonic() > end or (stop and result.failures):
+                    break
+                _one(runner, f"{seed}-{number}", result)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return result
+
+
+def _one(runner: Runner, name: str, result: Result) -> None:
+    case = make(random.Random(name))
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    try:
+        outcome = runner.run(case)
+    except _Hangs:
+        outcome = "failed"
+        result.failures.append(f"{name}: took longer than {LIMIT} s")
+    except Exception:
+        outcome = "failed"
+        result.failures.append(f"{name}: {traceback.format_exc()}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    result.cases += 1
+    result.outcomes[outcome] += 1
+
+
+def _hang(_: int, __: FrameType | None) -> None:
+    raise _Hangs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--case", help="run one case by its name, as a failure prints it, and show it")
+    given = parser.parse_args(arguments)
+    if given.case is not None:
+        print(make(random.Random(given.case)))
+        return _report(fuzz_one(given.case), 0.0)
+    start = time.monotonic()
+    total = Result()
+    share = -(-given.cases // given.jobs)
+    with ProcessPoolExecutor(given.jobs) as pool:
+        jobs = [pool.submit(fuzz, share, given.seconds, f"{given.seed}.{n}") for n in range(given.jobs)]
+        for job in jobs:
+            total.add(job.result())
+    return _report(total, time.monotonic() - start)
+
+
+def fuzz_one(name: str) -> Result:
+    """Run one case by its name."""
+    result = Result()
+    with tempfile.TemporaryDirectory() as folder:
+        signal.signal(signal.SIGALRM, _hang)
+        _one(Runner(Path(folder)), name, result)
+    return result
+
+
+def _report(result: Result, seconds: float) -> int:
+    for failure in result.failures[:5]:
+        print(f"FAILED {failure}\n  again: python -m tests.core.fuzz --case {failure.partition(':')[0]}")
+    rate = f", {result.cases / seconds:.0f} a second" if seconds else ""
+    print(f"{result.cases} cases in {seconds:.0f} s{rate}; {len(result.failures)} failed")
+    outcomes: dict[str, Any] = dict(result.outcomes.most_common())
+    print("  " + ", ".join(f"{name} {count}" for name, count in outcomes.items()))
+    return 1 if result.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Quantised formats that nobody ran fused: they may fuse by evidence, and adapters refuse them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fse_patch.adapters.deciding import proof
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decide import decide
+from fse_patch.fusion_core.decision import FusionDecision
+from fse_patch.fusion_core.proven import proven_platforms, read_proven, unproven
+
+from .golden import ROWS, write_row
+
+PROVEN = {"fp8-block": {"vllm": ("cpu",)}}
+FP8 = next(row for row in ROWS if row["id"] == "qwen3-next-fp8-block")
+PLAIN = next(row for row in ROWS if row["id"] == "qwen3-next-bf16")
+
+
+def made(method: str, formats: tuple[str, ...], engine: str = "vllm") -> FusionDecision:
+    return FusionDecision(
+        "main", False, "disabled", "", "", engine, "qwen3_next", quant_method=method, formats=formats
+    )
+
+
+def test_nothing_quantised_is_proven_yet() -> None:
+    assert read_proven() == {}
+    assert proven_platforms(made("fp8", ("fp8-block",))) == []
+    assert proven_platforms(made("none", ("plain",))) == ["cpu", "cuda", "rocm"]
+
+
+@pytest.mark.parametrize(
+    ("method", "formats", "engine", "platform", "missing"),
+    [
+        ("none", ("plain",), "vllm", "cuda", ""),
+        ("none", ("plain",), "vllm", "", ""),
+        ("fp8", ("fp8-block",), "vllm", "cpu", ""),
+        # Plain experts that the engine's quantisation code builds are a format of their own.
+        ("fp8", ("plain",), "vllm", "cpu", "plain"),
+        ("fp8", ("fp8-block", "plain"), "vllm", "cpu", "plain"),
+        ("fp8", ("fp8-block",), "vllm", "cuda", "fp8-block"),
+        ("fp8", ("fp8-block",), "vllm", "", "fp8-block"),
+        ("fp8", ("fp8-block",), "sglang", "cpu", "fp8-block"),
+        ("fp8", ("fp8-channel",), "vllm", "cpu", "fp8-channel"),
+        ("gptq", ("fp8-block", "int4-gptq"), "vllm", "cpu", "int4-gptq"),
+    ],
+)
+def test_every_format_of_a_role_must_be_proven(
+    method: str, formats: tuple[str, ...], engine: str, platform: str, missing: str
+) -> None:
+    assert unproven(made(method, formats, engine), platform, PROVEN) == missing
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("proven: {fp9: {vllm: [cpu]}}", "'fp9'"),
+        ("proven: {fp8-block: {vlm: [cpu]}}", "'vlm'"),
+        ("proven: {fp8-block: {vllm: [gpu]}}", "'gpu'"),
+    ],
+)
+def test_the_table_knows_its_words(tmp_path: Path, text: str, wrong: str) -> None:
+    table = tmp_path / "proven.yaml"
+    table.write_text("proven: {fp8-block: {vllm: [cpu, cuda]}}")
+    assert read_proven(table) == {"fp8-block": {"vllm": ("cpu", "cuda")}}
+    read_proven.cache_clear()
+    table.write_text(text)
+    with pytest.raises(FsePatchError, match=wrong):
+        read_proven(table)
+    read_proven.cache_clear()
+
+
+def test_adapters_refuse_what_is_not_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FSE_PATCH_ALLOW_UNPROVEN", raising=False)
+    quantised = decide(write_row(tmp_path / "fp8", FP8), "vllm")
+    plain = decide(write_row(tmp_path / "plain", PLAIN), "vllm")
+    assert quantised.fuse
+    assert plain.fuse
+    for platform in ({"cpu": True}, {"cpu": False, "cuda": True}, {"cpu": False}):
+        assert list(proof(plain, **platform)) == []
+        ((reason, detail),) = proof(quantised, **platform)
+        assert reason == "quant.unproven"
+        assert detail.startswith("fp8-block would fuse")
+    monkeypatch.setenv("FSE_PATCH_ALLOW_UNPROVEN", "1")
+    assert list(proof(quantised, cpu=True)) == []

@@ -1,0 +1,182 @@
+"""What each parser makes of its format's config, module by module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fse_patch.fusion_core.config import QuantConfig
+from fse_patch.fusion_core.quant.claims import PLAIN, Claim, Doubt
+from fse_patch.fusion_core.quant.layouts import LAYOUTS
+from fse_patch.fusion_core.quant.resolve import FORMATS, PARSERS, resolver_for
+
+LAYER = "model.layers.1.mlp"
+ROUTED, SHARED = f"{LAYER}.experts.3.up_proj", f"{LAYER}.shared_expert.up_proj"
+WEIGHTS: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+
+
+def claim(method: str, name: str = ROUTED, **section: Any) -> Claim:
+    quant = QuantConfig(method, source="config.json", section={"quant_method": method, **section})
+    return resolver_for([quant])(name)
+
+
+def ct(weights: dict[str, Any], form: str, name: str = ROUTED, **rest: Any) -> Claim:
+    group = {"targets": ["Linear"], "weights": weights, **rest.pop("group", {})}
+    return claim("compressed-tensors", name, format=form, config_groups={"group_0": group}, **rest)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (lambda: claim("none"), "plain"),
+        (lambda: claim("fp8", weight_block_size=[128, 64]), "fp8-block, block 128x64, dynamic activations"),
+        (lambda: claim("fp8", activation_scheme="static"), "fp8-tensor, static activations"),
+        (lambda: claim("fbgemm-fp8", activation_scale_ub=1200.0), "fp8-channel, activations up to 1200.0"),
+        (lambda: claim("awq", bits=4, group_size=128), "int4-awq, group 128, zero points"),
+        (lambda: claim("awq", w_bit=4, q_group_size=64, zero_point=False),
+         "int4-awq, group 64, no zero points"),
+        (lambda: claim("gptq", bits=4, group_size=-1), "int4-gptq, symmetric"),
+        (lambda: claim("gptq", bits=8, group_size=32, sym=False, desc_act=True),
+         "int8-gptq, group 32, zero points, activation order"),
+        (lambda: claim("auto-round", bits=4, group_size=128, packing_format="auto_round:auto_awq"),
+         "int4-awq, group 128, symmetric"),
+        (lambda: ct(WEIGHTS, "pack-quantized"), "int4-packed, group 32"),
+        (lambda: ct({"num_bits": 8, "type": "float", "strategy": "tensor"}, "float-quantized"), "fp8-tensor"),
+        (lambda: claim("modelopt", quant_algo="FP8"), "fp8-tensor, static activations"),
+        (lambda: claim("modelopt", quant_algo="NVFP4"), "nvfp4"),
+        (lambda: claim("quark", global_quant_config={"weight": {"dtype": "fp4", "qscheme": "per_group"}}),
+         "quark-fp4, per_group"),
+        (lambda: claim("mxfp4"), "mxfp4"),
+        (lambda: claim("bitsandbytes", load_in_4bit=True), "bitsandbytes-4bit"),
+    ],
+)  # fmt: skip
+def test_claims_in_words(made: Any, expected: str) -> None:
+    assert str(made()) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "section", "left_out"),
+    [
+        ("fp8", {"ignored_layers": [f"{LAYER}.shared_expert"]}, SHARED),
+        ("fp8", {"modules_to_not_convert": [f"{LAYER}.experts"]}, ROUTED),
+        ("fbgemm-fp8", {"modules_to_not_convert": ["shared_expert"]}, SHARED),
+        ("awq", {"bits": 4, "modules_to_not_convert": ["mlp.experts"]}, ROUTED),
+        ("gptq", {"bits": 4, "dynamic": {"-:.*shared_expert\\..*": {}}}, SHARED),
+        ("gptq", {"bits": 4, "modules_in_block_to_quantize": [["mlp.shared_expert.up_proj"]]}, ROUTED),
+        ("inc", {"bits": 4, "extra_config": {SHARED: {"bits": 16}}}, SHARED),
+        ("inc", {"bits": 4, "extra_config": {"shared_expert\\.": {"bits": 16}}}, SHARED),
+        ("inc", {"bits": 4, "block_name_to_quantize": f"model.x, {LAYER}.experts"}, SHARED),
+        ("modelopt", {"quant_algo": "FP8", "exclude_modules": ["*.shared_expert*"]}, SHARED),
+        (
+            "modelopt",
+            {
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {f"{LAYER}.experts": {"quant_algo": "FP8"}},
+            },
+            SHARED,
+        ),
+        (
+            "quark",
+            {"global_quant_config": {"weight": {"dtype": "fp4"}}, "exclude": ["*shared_expert*"]},
+            SHARED,
+        ),
+        ("mxfp4", {"modules_to_not_convert": ["model.layers.*.mlp.shared_expert"]}, SHARED),
+        ("bitsandbytes", {"llm_int8_skip_modules": ["shared_expert"]}, SHARED),
+    ],
+)
+def test_lists_leave_one_side_plain_and_not_the_other(
+    method: str, section: dict[str, Any], left_out: str
+) -> None:
+    other = ROUTED if left_out == SHARED else SHARED
+    assert claim(method, left_out, **section) == PLAIN
+    assert claim(method, other, **section) != PLAIN
+
+
+def test_compressed_tensors_ignores_whole_names_only() -> None:
+    for entry, ignored in (
+        (SHARED, True),
+        (f"{LAYER}.shared_expert", False),
+        ("re:.*shared_expert\\..*", True),
+        ("re:shared_expert", False),
+    ):
+        assert (ct(WEIGHTS, "pack-quantized", SHARED, ignore=[entry]) == PLAIN) is ignored
+
+
+def test_gptq_overrides_are_tried_in_order() -> None:
+    both = {"+:.*up_proj": {"group_size": 64}, "-:.*experts.*": {}}
+    assert claim("gptq", bits=4, group_size=32, dynamic=both).group == (1, 64)
+    other_way = dict(reversed(both.items()))
+    assert claim("gptq", bits=4, group_size=32, dynamic=other_way) == PLAIN
+    # GPTQModel's files name plain modules too, with nothing to change.
+    assert claim("gptq", bits=4, group_size=32, dynamic={"lm_head": {}}).group == (1, 32)
+
+
+def test_two_groups_for_one_module_are_a_doubt() -> None:
+    groups = {
+        "a": {"targets": ["Linear"], "weights": WEIGHTS},
+        "b": {"targets": ["re:.*experts.*"], "weights": {**WEIGHTS, "group_size": 64}},
+    }
+    section = {"format": "pack-quantized", "config_groups": groups}
+    assert claim("compressed-tensors", SHARED, **section).group == (1, 32)
+    with pytest.raises(Doubt, match="two config groups"):
+        claim("compressed-tensors", ROUTED, **section)
+
+
+@pytest.mark.parametrize(
+    ("method", "section"),
+    [
+        ("brand-new", {}),
+        ("fp8", {"new_key": 1}),
+        ("fp8", {"fmt": "e5m2"}),
+        ("fp8", {"activation_scheme": "sometimes"}),
+        ("fp8", {"ignored_layers": [3]}),
+        ("fp8", {"weight_block_size": [128, 128], "weight_per_tensor": True}),
+        ("awq", {"bits": 4, "version": "gemv"}),
+        ("awq", {"bits": 3}),
+        ("awq", {"bits": 4, "group_size": 0}),
+        ("awq", {"bits": 4, "group_size": "128"}),
+        ("gptq", {"bits": 4, "checkpoint_format": "marlin"}),
+        ("gptq", {"bits": 4, "pack_dtype": "int16"}),
+        ("gptq", {"bits": 4, "dynamic": {"+:.*": {"colour": 1}}}),
+        ("gptq", {"bits": 4, "dynamic": {"+:.*": 3}}),
+        ("gptq", {"bits": 4, "dynamic": {"+:(a+)+$": {}}}),
+        ("gptq", {"bits": 4, "sym": "yes"}),
+        ("inc", {"bits": 4, "data_type": "mx_fp"}),
+        ("inc", {"bits": 4, "act_bits": 8}),
+        ("inc", {"bits": 4, "packing_format": "auto_round:llm_compressor"}),
+        ("inc", {"bits": 4, "extra_config": {"x": {"rotation": 1}}}),
+        ("compressed-tensors", {"config_groups": {}}),
+        ("compressed-tensors", {"config_groups": {"a": {"weights": {"num_bits": 2}}}}),
+        ("compressed-tensors", {"config_groups": {"a": {"weights": {**WEIGHTS, "actorder": "odd"}}}}),
+        ("compressed-tensors", {"transform_config": {"a": 1}}),
+        ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}),
+        ("modelopt", {"quant_algo": "W4A8_AWQ"}),
+        ("modelopt", {"quant_algo": "FP8", "pre_quant_scale": True}),
+        ("modelopt", {"quant_algo": "MIXED_PRECISION"}),
+        ("modelopt", {"quant_algo": "FP8", "exclude_modules": ["*a*b*c*d"]}),
+        ("quark", {"layer_type_quant_config": {"a": 1}}),
+    ],
+)
+def test_what_is_not_understood_is_a_doubt(method: str, section: dict[str, Any]) -> None:
+    with pytest.raises(Doubt):
+        claim(method, **section)
+
+
+def test_null_values_say_nothing() -> None:
+    assert claim("fp8", weight_block_size=None, new_key=None, fmt=None) == claim("fp8")
+
+
+def test_declarations_must_agree() -> None:
+    one = QuantConfig("modelopt", source="a", section={"quant_algo": "FP8", "ignore": ["lm_head"]})
+    other = QuantConfig("modelopt", source="b", section={"quant_algo": "FP8", "exclude_modules": [SHARED]})
+    resolve = resolver_for([one, other])
+    assert resolve(ROUTED).format == "fp8-tensor"
+    with pytest.raises(Doubt, match=r"a says fp8-tensor.*b plain"):
+        resolve(SHARED)
+
+
+def test_tables() -> None:
+    assert len(set(FORMATS)) == len(FORMATS)
+    assert set(LAYOUTS) < set(FORMATS)
+    assert all(method == method.lower().replace("_", "-") for method in PARSERS)
