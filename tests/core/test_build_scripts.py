@@ -74,10 +74,10 @@ def test_a_step_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(testing, "HEARTBEAT", 0.2)
     code = "import subprocess,sys;p=subprocess.Popen(['sleep','60']);print(p.pid,flush=True);p.wait()"
     begun = time.monotonic()
-    result = testing.run(testing.Step("hangs", [sys.executable, "-c", code], limit=1))
+    result = testing.run(testing.Step("hangs", [sys.executable, "-c", code], limit=5))
     assert result.status == 124
-    assert "limit of 1 s" in result.closing
-    assert time.monotonic() - begun < 15
+    assert "limit of 5 s" in result.closing
+    assert time.monotonic() - begun < 30
     child = Path("/proc", (tmp_path / "hangs.log").read_text().split()[0], "cmdline")
     assert not child.exists() or not child.read_bytes()  # gone, or dead and waiting to be reaped
 
