@@ -1,4 +1,4 @@
-"""Runs the checks and tests in the environments of ci/matrix.yaml, engine after engine.
+"""Runs the checks and tests in the environments of ci/matrix.yaml, engine after engine, two releases at once.
 
     python3 ci/testing.py [lint] [core] [vllm] ...      default: all of them
 
@@ -25,9 +25,8 @@ from envs import matrix
 LOGS = ROOT / ".cache" / "logs"
 CORE = VENVS / "core" / "bin"
 HEARTBEAT = 30
-# Releases tested side by side: most of vLLM's tests wait for one core, and a process takes 1 to 2 GiB.
-# SGLang's run the stock and the fused engine at once, and each is several processes: one release at a time.
-AT_ONCE = {"vllm": 2}
+# Releases of an engine tested side by side: most of their tests wait for one core, and a process takes 1 to 2 GiB.
+AT_ONCE = 2
 
 
 @dataclass
@@ -171,10 +170,7 @@ def main() -> int:
             return 2
     results: list[Result] = []
     for kind, group in groupby(steps, lambda step: step.engine):
-        if kind not in AT_ONCE:
-            results += map(run, group)
-            continue
-        with ThreadPoolExecutor(AT_ONCE[kind]) as pool:
+        with ThreadPoolExecutor(AT_ONCE if kind else 1) as pool:
             results += pool.map(run, group)
     print("\nsummary")
     for r in results:
