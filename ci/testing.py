@@ -25,7 +25,7 @@ from envs import matrix
 LOGS = ROOT / ".cache" / "logs"
 CORE = VENVS / "core" / "bin"
 HEARTBEAT = 30
-# Releases of an engine tested side by side: most of their tests wait for one core, and a process takes 1 to 2 GiB.
+# Releases of an engine tested side by side: most of their tests wait for a core, a process takes 1 to 2 GiB.
 AT_ONCE = 2
 
 
