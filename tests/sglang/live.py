@@ -44,8 +44,13 @@ def from_tensors(engine: Any, job: dict[str, Any], folder: str, names: str) -> i
     """A user's partial update: the tensors of a checkpoint whose names match, handed over in memory."""
     held = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
     chosen = [(name, tensor) for name, tensor in held.items() if re.search(names, name)]
+    # Newer releases want to know where an update begins and ends.
+    if sessions := hasattr(engine, "begin_weight_update"):
+        engine.begin_weight_update()
     done, message = engine.update_weights_from_tensor(chosen)[:2]
     assert done, message
+    if sessions:
+        engine.end_weight_update()
     return len(chosen)
 
 
