@@ -114,6 +114,7 @@ CONTRADICTIONS = {
     "lora": ["--enable-lora", "--max-lora-rank=8", "--lora-target-modules=q_proj"],
     "backend.topk_format": ["--moe-runner-backend=triton_kernel"],
 }
+READ, UNFUSED = "loading shards: 100%", "not fused: parallel.ep"
 EXPERT_PARALLEL = ["--tp-size=2", "--ep-size=2"]
 
 
@@ -135,13 +136,13 @@ def test_contradicting_arguments_go_on_unfused(runs: Runs, tmp_path: Path) -> No
     process = start(WRAPPER, args, log, SGLANG_CPU_OMP_THREADS_BIND="0|1")
     try:
         end_of_wait = time.monotonic() + LIMIT
-        while "loading shards: 100%" not in (text := log.read_text(errors="replace")):
+        while READ not in (text := log.read_text(errors="replace")) or text.count(UNFUSED) < 2:
             assert process.poll() is None, text[-4000:]
             assert time.monotonic() < end_of_wait, text[-4000:]
             time.sleep(0.5)
     finally:
         end(process)
-    assert text.count("not fused: parallel.ep") == 2  # a line in each of the two processes
+    assert text.count(UNFUSED) == 2  # a line in each of the two processes
 
 
 @pytest.mark.one_release
