@@ -17,26 +17,11 @@ from ..fusion_core.decision import FusionDecision
 from ..fusion_core.families import Role, family_of
 from ..fusion_core.policy_file import load_policy
 from ..fusion_core.proven import unproven
-from ..fusion_core.reasons import Reason
+from ..fusion_core.reasons import CONTRADICTIONS, Reason
 from . import ledger
 
 log = logging.getLogger("fse_patch")
 Refusal = tuple[Reason, str]
-# What the user's own arguments ask for: where strictness was asked for too, they stop the process.
-CONTRADICTIONS: frozenset[Reason] = frozenset(
-    {
-        "parallel.ep",
-        "parallel.eplb",
-        "parallel.dp",
-        "parallel.pp",
-        "lora",
-        "backend.topk_format",
-        "routing.capture",
-        "routing.simulator",
-        "load.format",
-        "quant.online",
-    }
-)
 
 
 def settle(

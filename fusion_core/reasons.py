@@ -74,6 +74,22 @@ REASONS: Mapping[Reason, str] = {
     "disabled": "fse_patch is not switched on",
 }
 
+# What the user's own arguments ask for: where strictness was asked for too, they stop the process.
+CONTRADICTIONS: frozenset[Reason] = frozenset(
+    {
+        "parallel.ep",
+        "parallel.eplb",
+        "parallel.dp",
+        "parallel.pp",
+        "lora",
+        "backend.topk_format",
+        "routing.capture",
+        "routing.simulator",
+        "load.format",
+        "quant.online",
+    }
+)
+
 
 def is_reason(code: str) -> bool:
     """Whether ``code`` is one of the stable codes."""

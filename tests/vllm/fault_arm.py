@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -13,41 +12,12 @@ from typing import Any
 from unittest.mock import patch
 
 from fse_patch.adapters.vllm import arm, construct
-from fse_patch.adapters.vllm.fusion import ModelFusion
 from fse_patch.adapters.vllm.worker import VerifyExtension
 from fse_patch.fusion_core import routing
-from fse_patch.fusion_core.remap import Remap, SlotTensor
 
-honest_slots, honest_write, honest_route = Remap._slots, ModelFusion._write, routing.route
+from ..slot_faults import SLOT_FAULTS
 
-
-def changed_slots(change: Any) -> Any:
-    """Replace every slot tensor of the stream by ``change`` of it."""
-
-    def slots(self: Remap, *args: Any) -> Iterator[SlotTensor]:
-        return (change(part) for part in honest_slots(self, *args))
-
-    return patch.object(Remap, "_slots", slots)
-
-
-def off_by_1_percent(part: SlotTensor) -> SlotTensor:
-    first = part.layer == 0 and part.shard == "w2"
-    return dataclasses.replace(part, tensor=part.tensor * 1.01) if first else part
-
-
-def swapped(part: SlotTensor) -> SlotTensor:
-    other = {"w1": "w3", "w3": "w1", "w2": "w2"}
-    return dataclasses.replace(part, shard=other[part.shard])
-
-
-def without_down(self: ModelFusion, part: SlotTensor) -> None:
-    if part.shard != "w2":
-        honest_write(self, part)
-
-
-def twice(self: ModelFusion, part: SlotTensor) -> None:
-    for _ in range(2):
-        honest_write(self, part)
+honest_route = routing.route
 
 
 def scaled_twice(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Any:
@@ -73,10 +43,7 @@ def refused_by_policy() -> Iterator[None]:
 honest_append = routing.append_shared_slots
 FAULTS = {
     None: nullcontext,
-    "shared_weight_1_percent": lambda: changed_slots(off_by_1_percent),
-    "gate_and_up_swapped": lambda: changed_slots(swapped),
-    "down_proj_dropped": lambda: patch.object(ModelFusion, "_write", without_down),
-    "slot_written_twice": lambda: patch.object(ModelFusion, "_write", twice),
+    **SLOT_FAULTS,
     "scale_applied_twice": lambda: patch.object(routing, "route", scaled_twice),
     "shared_expert_scaled": lambda: patch.object(routing, "append_shared_slots", shared_scaled),
     "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: None),
