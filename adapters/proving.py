@@ -71,7 +71,8 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
 
 
 def _prove_layer(fusion: ModelFusion, layer: int, dtype: torch.dtype, prover: Prover) -> float:
-    block, decision = fusion.blocks[layer], fusion.decision
+    block: Any = fusion.blocks[layer]
+    decision = fusion.decision
     gate, shared_gate = block.gate, getattr(block, "shared_expert_gate", None)
     bias = getattr(gate, "e_score_correction_bias", None)
     device = next(fusion.experts[layer].parameters()).device

@@ -21,13 +21,13 @@ from .tensors import CheckpointTensors
 DRAWN, ROUNDS = 64, 8
 # Experts that the tokens choose in all; each costs three matrices read from the checkpoint.
 EXPERTS = 16
-# Half a unit in the last place, relative: 2^-p for a significand of p bits (IEEE 754; bfloat16 has 8 of them).
+# Half a unit in the last place: 2^-p for a significand of p bits (IEEE 754; bfloat16 has 8 of them).
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # TF32, which GPUs may multiply float32 in, keeps a significand of 11 bits.
 TF32_UNIT = 2.0**-11
 # Kernels sum in any order: far above the noise of float32, far below any weight in a wrong place.
 LEAST_TOLERANCE = 1e-4
-# Roundings in a row that may add up; the deviation that rounding makes of the reference may be exceeded so often.
+# What the roundings of one forward may add up to, in that of a reference rounded at the same places.
 ROUNDINGS = 4
 
 Round = Callable[[torch.Tensor], torch.Tensor]
@@ -127,7 +127,7 @@ def choose(
     if bias is not None:
         choice = choice + bias
     if spec.num_expert_group > spec.topk_group:
-        groups = choice.unflatten(1, (spec.num_expert_group, -1))
+        groups = choice.reshape(len(choice), spec.num_expert_group, -1)
         best = groups.sort(dim=-1, descending=True).values[..., : 1 if bias is None else 2].sum(dim=-1)
         marks, order = best.sort(dim=-1, descending=True)
         margin = marks[:, spec.topk_group - 1] - marks[:, spec.topk_group]
@@ -183,7 +183,7 @@ def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, 
         shared = torch.ones_like(routed[:, :1]) if row is None else torch.sigmoid(mode(x @ row.T))
         shares.append(torch.cat([routed, shared], dim=1))
     outputs = [torch.zeros_like(x) for _ in modes]
-    for expert in [*ids.unique().tolist(), None]:
+    for expert in [*sorted(set(ids.flatten().tolist())), None]:
         mlp = layer.mlp(expert, served.dtype)
         for mode, share, output in zip(modes, shares, outputs, strict=True):
             weight = share[:, -1 if expert is None else expert]
@@ -227,7 +227,7 @@ def _mlp(x: torch.Tensor, weights: Mlp, round_: Round) -> torch.Tensor:
 
 
 def deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Distance of ``output`` from ``expected`` relative to the size of that, of the worst token; inf for NaN."""
+    """Distance of ``output`` from ``expected`` relative to its size, of the worst token; inf for NaN."""
     size = expected.norm(dim=-1).clamp_min(torch.finfo(expected.dtype).tiny)
     worst = float(((output.to("cpu", expected.dtype) - expected).norm(dim=-1) / size).max())
     return worst if worst == worst else float("inf")
