@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -75,11 +74,14 @@ class CheckpointLayer:
         NoReference: the checkpoint's safetensors files do not hold the layer, or not as plain weights.
     """
 
-    def __init__(self, folder: Path, naming: TensorNaming, decision: FusionDecision, layer: int) -> None:
-        self.tensors = CheckpointTensors(folder)
+    def __init__(
+        self, tensors: CheckpointTensors, naming: TensorNaming, decision: FusionDecision, layer: int
+    ) -> None:
+        self.tensors = tensors
         self.names: dict[tuple[int | None, str], str] = {}
         for name in self.tensors.names():
-            ref = naming.parse(name)
+            # Most names are another layer's, and parsing takes longer than this.
+            ref = naming.parse(name) if f".{layer}.mlp." in name else None
             if ref is not None and ref.layer == layer and ref.role == decision.role:
                 if ref.suffix != "weight":
                     raise NoReference(f"{name}: the canary reads plain weights only")
@@ -87,6 +89,8 @@ class CheckpointLayer:
         if not self.names:
             raise NoReference("the checkpoint has no safetensors files with this layer")
         self.block = next(iter(self.names.values())).rpartition(".mlp.")[0] + ".mlp."
+        # Memory of the last expert's weights, used again: getting new memory takes longer than to fill it.
+        self._held: dict[str, torch.Tensor] = {}
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the block, outside its experts."""
@@ -95,7 +99,7 @@ class CheckpointLayer:
         return self.tensors.read(self.block + name).to(dtype).double()
 
     def mlp(self, expert: int | None, dtype: torch.dtype) -> Mlp:
-        """Gate, up and down projection of a routed expert, or of the shared one (None)."""
+        """Gate, up and down projection of an expert, None for the shared one; good until the next call."""
         if expert is not None and (ALL_EXPERTS, "down_proj") in self.names:
             gate, up = self._weight(ALL_EXPERTS, "gate_up_proj", dtype, expert).chunk(2)
             return gate, up, self._weight(ALL_EXPERTS, "down_proj", dtype, expert)
@@ -111,7 +115,10 @@ class CheckpointLayer:
         weight = self.tensors.read(name, row)
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise NoReference(f"{name}: the canary reads plain weights only")
-        return weight.to(dtype).double()
+        held = self._held.get(projection)
+        if held is None or held.shape != weight.shape:
+            held = self._held[projection] = torch.empty(weight.shape, dtype=torch.float64, device="cpu")
+        return held.copy_(weight.to(dtype))
 
 
 def choose(
@@ -184,11 +191,11 @@ def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, 
         shares.append(torch.cat([routed, shared], dim=1))
     outputs = [torch.zeros_like(x) for _ in modes]
     for expert in [*sorted(set(ids.flatten().tolist())), None]:
-        mlp = layer.mlp(expert, served.dtype)
-        for mode, share, output in zip(modes, shares, outputs, strict=True):
-            weight = share[:, -1 if expert is None else expert]
-            users = weight != 0
-            output[users] += weight[users, None] * _mlp(x[users], mlp, mode)
+        column = -1 if expert is None else expert
+        users = torch.ones_like(ids[:, 0], dtype=torch.bool) if expert is None else (ids == expert).any(dim=1)
+        answers = _mlp(x[users], layer.mlp(expert, served.dtype), modes)
+        for answer, share, output in zip(answers, shares, outputs, strict=True):
+            output[users] += share[users, column, None] * answer
     exact, inexact = outputs
     noise = ROUNDINGS * deviation(rounded(inexact), exact)
     return Reference(hidden, exact, max(LEAST_TOLERANCE, ROUNDINGS * served.unit, noise))
@@ -220,10 +227,17 @@ def _clear_tokens(
     return tokens[:wanted], chosen[:wanted]
 
 
-def _mlp(x: torch.Tensor, weights: Mlp, round_: Round) -> torch.Tensor:
+def _mlp(x: torch.Tensor, weights: Mlp, modes: tuple[Round, ...]) -> list[torch.Tensor]:
+    """An expert's output, rounded in each of the modes."""
     w1, w3, w2 = weights
-    gate, up = round_(x @ w1.T), round_(x @ w3.T)
-    return round_(round_(gate * torch.sigmoid(gate) * up) @ w2.T)
+    gate, up = _product(w1, x), _product(w3, x)
+    inner = [mode(mode(gate) * torch.sigmoid(mode(gate)) * mode(up)) for mode in modes]
+    return [mode(_product(w2, value)) for mode, value in zip(modes, inner, strict=True)]
+
+
+def _product(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    # Row by row: a product with a matrix of a few rows takes ten times as long.
+    return torch.stack([matrix @ row for row in rows])
 
 
 def deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
