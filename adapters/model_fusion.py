@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 
+from .. import settings
 from ..errors import AuditError, FsePatchError
 from ..fusion_core.audit import SlotAudit, is_poisoned, poison
 from ..fusion_core.decision import FusionDecision
@@ -19,6 +20,7 @@ from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
+from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -39,6 +41,8 @@ class ModelFusion(ABC):
         self.routers: dict[int, SlotAppender] = {}
         self.experts: dict[int, torch.nn.Module] = {}
         self.blocks: dict[int, torch.nn.Module] = {}
+        # Values of the slots that were found as the checkpoint has them.
+        self.compared = 0
         # What `proving.prove` found: state, layers, deviation, seconds.
         self.canary: dict[str, Any] = {"state": "pending", "layers": []}
         # Layer whose block is under construction and still holds its unfused shared MLP.
@@ -81,15 +85,21 @@ class ModelFusion(ABC):
             self._fresh = any(map(self._is_poisoned, self.experts))
         # Without a checkpoint at the start, the first load may be an update as well.
         update = self.audit.loads > 0 or self._is_collected()
+        proved = not update and settings.load().verify != "off"
+        sample = SlotSample(self.decision, self.naming, self.routers if proved else ())
         self._loading = True
         try:
             self.audit.begin()
-            loaded = original(self._routed_only(weights))
+            loaded = original(self._routed_only(sample.tap(weights)))
         finally:
             self._loading = False
         # Kernels may repack after the initial load; only that load's layout is known here.
         self.audit.finish([] if update else [n for n in self.experts if self._is_poisoned(n)], update)
         if not update:
+            # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
+            for layer, experts in self.experts.items():
+                parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
+                self.compared += sample.compare(layer, parameters, self._rank(experts))
             self._as_loaded.note(self._first_slot())
         return loaded
 
@@ -131,6 +141,10 @@ class ModelFusion(ABC):
     def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand a slot tensor to the engine's weight loader; whether it took it."""
 
+    @abstractmethod
+    def _rank(self, experts: torch.nn.Module) -> int:
+        """Which part of each expert this process holds."""
+
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
         return {
@@ -140,6 +154,7 @@ class ModelFusion(ABC):
             "calls_by_mode": self.counter.by_mode(),
             "slots_loaded": self.audit.slots_loaded,
             "loads": self.audit.loads,
+            "compared": self.compared,
             "canary": self.canary,
         }
 
