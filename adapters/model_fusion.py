@@ -148,6 +148,7 @@ class ModelFusion(ABC):
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
         return {
+            "engine": self.decision.engine,
             "role": self.decision.role,
             "built_layers": sorted(self.routers),
             "fused_layers": self.counter.layers(),

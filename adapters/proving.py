@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import settings
+from .. import metrics, settings
 from ..fusion_core.canary import CheckpointLayer, NoReference, Served, judge, reference
 from ..fusion_core.tensors import CheckpointTensors
 from .model_fusion import ModelFusion
@@ -25,16 +25,20 @@ class Prover(ABC):
         """The block's output for ``hidden_states``, as this process has it."""
 
     @abstractmethod
-    def all_reduce(self, states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The sum over the processes that share each layer, and how many they are."""
+    def parts(self, block: Any) -> int:
+        """How many processes share each expert."""
+
+    @abstractmethod
+    def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
+        """The sum over those processes."""
 
     def output(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """The whole output. Some blocks leave the sum over processes to the layer around them."""
         with torch.no_grad():
             states = self.forward(block, hidden_states.clone())
-            total, parts = self.all_reduce(states.clone())
-        if parts == 1:
-            return states
+            if (parts := self.parts(block)) == 1:
+                return states
+            total = self.all_reduce(states.clone())
         summed_already = (total - parts * states).norm() <= 0.01 * total.norm()
         return states if summed_already else total
 
@@ -45,8 +49,12 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     Raises:
         CanaryError: a layer does not compute what the checkpoint says; the model must not be served.
     """
-    if fusion.canary["state"] != "pending":
-        return
+    if fusion.canary["state"] == "pending":
+        _prove(fusion, dtype, prover)
+        metrics.publish()
+
+
+def _prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     role, chosen = fusion.decision.role, settings.load().verify
     if fusion.audit.loads == 0:
         fusion.canary["state"] = "not_loaded"
