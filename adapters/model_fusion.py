@@ -64,6 +64,10 @@ class ModelFusion(ABC):
         """A fused layer was built: poison its shared slots and expect them to be written."""
         if layer in self.routers:
             raise FsePatchError(f"layer {layer} of the {self.decision.role} model was built twice")
+        # A loader that nobody hooked must not lead to a server that nobody proved.
+        router.closed = (
+            f"{self.decision.role} model: layer {layer} runs before `prove` had it; the model is not served"
+        )
         self.routers[layer] = router
         self.experts[layer] = experts
         suffixes = set()
@@ -71,6 +75,11 @@ class ModelFusion(ABC):
             poison(parameter.data[self.layout.num_routed :])
             suffixes.add(name)
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
+
+    def open(self) -> None:
+        """Let the layers run: what is to be proved about them is, or is about to be."""
+        for router in self.routers.values():
+            router.closed = ""
 
     def _fused_parameters(self, layer: int) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in self.experts[layer].named_parameters(recurse=False):

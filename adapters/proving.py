@@ -50,6 +50,7 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
         CanaryError: a layer does not compute what the checkpoint says; the model must not be served.
     """
     if fusion.canary["state"] == "pending":
+        fusion.open()
         _prove(fusion, dtype, prover)
         metrics.publish()
 
