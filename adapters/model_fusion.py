@@ -43,8 +43,8 @@ class ModelFusion(ABC):
         self.blocks: dict[int, torch.nn.Module] = {}
         # Values of the slots that were found as the checkpoint has them.
         self.compared = 0
-        # What `proving.prove` found: state, layers, deviation, seconds.
-        self.canary: dict[str, Any] = {"state": "pending", "layers": []}
+        # What `proving.prove` found; the layer that came closest to what is allowed says how far it was off.
+        self.canary: dict[str, Any] = {"state": "pending", "layers": [], "deviation": 0.0, "tolerance": 1.0}
         # Layer whose block is under construction and still holds its unfused shared MLP.
         self.unstripped: int | None = None
         # Why layers could not take their part of the weight update under way.
