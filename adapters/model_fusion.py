@@ -6,11 +6,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import torch
 
+from .. import settings
 from ..errors import AuditError, FsePatchError
 from ..fusion_core.audit import SlotAudit, is_poisoned, poison
 from ..fusion_core.decision import FusionDecision
@@ -18,6 +20,7 @@ from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
+from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -27,15 +30,21 @@ WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
 class ModelFusion(ABC):
     """What constructor, loader and router of one role share: its decision, its layers, its audit."""
 
-    def __init__(self, decision: FusionDecision, naming: TensorNaming) -> None:
+    def __init__(self, decision: FusionDecision, naming: TensorNaming, checkpoint: Path) -> None:
         assert decision.layout is not None
         self.decision = decision
         self.layout = decision.layout
         self.naming = naming
+        self.checkpoint = checkpoint
         self.counter = ModeCounter()
         self.audit = SlotAudit(decision.role)
         self.routers: dict[int, SlotAppender] = {}
         self.experts: dict[int, torch.nn.Module] = {}
+        self.blocks: dict[int, torch.nn.Module] = {}
+        # Values of the slots that were found as the checkpoint has them.
+        self.compared = 0
+        # What `proving.prove` found; the layer that came closest to what is allowed says how far it was off.
+        self.canary: dict[str, Any] = {"state": "pending", "layers": [], "deviation": 0.0, "tolerance": 1.0}
         # Layer whose block is under construction and still holds its unfused shared MLP.
         self.unstripped: int | None = None
         # Why layers could not take their part of the weight update under way.
@@ -55,6 +64,10 @@ class ModelFusion(ABC):
         """A fused layer was built: poison its shared slots and expect them to be written."""
         if layer in self.routers:
             raise FsePatchError(f"layer {layer} of the {self.decision.role} model was built twice")
+        # A loader that nobody hooked must not lead to a server that nobody proved.
+        router.closed = (
+            f"{self.decision.role} model: layer {layer} runs before `prove` had it; the model is not served"
+        )
         self.routers[layer] = router
         self.experts[layer] = experts
         suffixes = set()
@@ -62,6 +75,11 @@ class ModelFusion(ABC):
             poison(parameter.data[self.layout.num_routed :])
             suffixes.add(name)
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
+
+    def open(self) -> None:
+        """Let the layers run: what is to be proved about them is, or is about to be."""
+        for router in self.routers.values():
+            router.closed = ""
 
     def _fused_parameters(self, layer: int) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in self.experts[layer].named_parameters(recurse=False):
@@ -76,15 +94,21 @@ class ModelFusion(ABC):
             self._fresh = any(map(self._is_poisoned, self.experts))
         # Without a checkpoint at the start, the first load may be an update as well.
         update = self.audit.loads > 0 or self._is_collected()
+        proved = not update and settings.load().verify != "off"
+        sample = SlotSample(self.decision, self.naming, self.routers if proved else ())
         self._loading = True
         try:
             self.audit.begin()
-            loaded = original(self._routed_only(weights))
+            loaded = original(self._routed_only(sample.tap(weights)))
         finally:
             self._loading = False
         # Kernels may repack after the initial load; only that load's layout is known here.
         self.audit.finish([] if update else [n for n in self.experts if self._is_poisoned(n)], update)
         if not update:
+            # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
+            for layer, experts in self.experts.items():
+                parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
+                self.compared += sample.compare(layer, parameters, self._rank(experts))
             self._as_loaded.note(self._first_slot())
         return loaded
 
@@ -126,15 +150,22 @@ class ModelFusion(ABC):
     def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand a slot tensor to the engine's weight loader; whether it took it."""
 
+    @abstractmethod
+    def _rank(self, experts: torch.nn.Module) -> int:
+        """Which part of each expert this process holds."""
+
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
         return {
+            "engine": self.decision.engine,
             "role": self.decision.role,
             "built_layers": sorted(self.routers),
             "fused_layers": self.counter.layers(),
             "calls_by_mode": self.counter.by_mode(),
             "slots_loaded": self.audit.slots_loaded,
             "loads": self.audit.loads,
+            "compared": self.compared,
+            "canary": self.canary,
         }
 
 
