@@ -88,6 +88,7 @@ def pretend(platform: str) -> Iterator[None]:
             for module in (glm4_moe, qwen2_moe):
                 stack.enter_context(patch.object(module, "_is_cuda", True))
             stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
+            stack.enter_context(patch.object(torch.cuda, "Stream", object))
         yield
 
 

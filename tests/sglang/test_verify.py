@@ -18,7 +18,7 @@ def ids(case: Case) -> str:
 @pytest.mark.parametrize("case", [*cases.FLOAT32, *cases.REPLACED], ids=ids)
 def test_float32(runs: Runs, case: Case) -> None:
     report = runs.report(case, runs.float32.stock[case.name], runs.float32.fused[case.name])
-    assert report["failures"] == []
+    assert report["failures"] == [], report.get("log")
     assert report["mean_abs_logprob_diff"] <= 5e-6
     assert report["max_abs_logprob_diff"] <= 1e-4
     assert report["control_diff"] > report["tolerance"]["mean"]
@@ -38,7 +38,7 @@ def test_the_patches_fired_in_the_scheduler(runs: Runs, case: Case) -> None:
 @pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=ids)
 def test_tensor_parallel(runs: Runs, case: Case) -> None:
     report = runs.report(case, runs.float32.stock[case.name], runs.tensor_parallel.fused[case.name])
-    assert report["failures"] == []
+    assert report["failures"] == [], report.get("log")
     assert len(set(report["worker_pids"])) == 2
 
 

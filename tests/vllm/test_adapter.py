@@ -13,7 +13,8 @@ from unittest.mock import patch
 
 import pytest
 
-from .engine import Checkpoints, in_process
+from .engine import Checkpoints
+from .processes import in_process
 from .test_inherited import building, load
 
 ENTRY = "vllm.model_executor.models.qwen2_moe:Qwen2MoeForCausalLM"

@@ -13,7 +13,8 @@ import pytest
 
 from fse_patch.adapters.source import source_file
 
-from .engine import Checkpoints, in_process
+from .engine import Checkpoints
+from .processes import in_process
 
 MODELS = "vllm.model_executor.models"
 QWEN4 = "vllm.models.qwen4_exp.nvidia.model:Qwen4ExpSparseMoeBlock"
