@@ -1,0 +1,65 @@
+"""Plants one fault after the other in one process of an engine: python -m tests.faults.run ENGINE JOBS RESULTS.
+
+A job is {"fault": name or None, "folder": ..., "draft": bool, "update": another folder or None}; its result says what ended
+the start, or why the model stayed stock, or is empty where it would have served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from .plant import PLANTS
+
+
+def serve(engine: Any, job: dict[str, Any]) -> str:
+    """What ends the start of a model or its update, or why it is stock; empty if it would serve fused."""
+    from fse_patch import runtime
+    from fse_patch.adapters.model_fusion import CONSTRUCTED
+
+    runtime.clear()
+    try:
+        model = engine.load(job["folder"], job["draft"])
+        if job["update"]:
+            engine.update(model, weights(job["update"]))
+        if CONSTRUCTED:
+            return ""
+    except (Exception, SystemExit) as error:
+        if job.get("verbose"):
+            traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    finally:
+        CONSTRUCTED.clear()
+    refused = [f"{d['reason']}: {d['detail']}" for d in runtime.decisions() if not d["fuse"]]
+    return f"stock: {'; '.join(refused)}" if refused else "stock, and nothing said so"
+
+
+def weights(folder: str) -> Any:
+    from safetensors.torch import load_file
+
+    return [item for file in sorted(Path(folder).glob("*.safetensors")) for item in load_file(file).items()]
+
+
+def main(name: str, jobs: Path, results: Path) -> None:
+    for module in ("stream", "weighing", "building", "deciding"):
+        importlib.import_module(f"tests.faults.{module}")
+    engine = importlib.import_module(f"tests.faults.on_{name}").Engine(f"{results}.rendezvous")
+    found = []
+    for number, job in enumerate(json.loads(jobs.read_text())):
+        start = time.monotonic()
+        with PLANTS[job["fault"]](name) if job["fault"] else contextlib.nullcontext():
+            outcome = serve(engine, job)
+        found.append({"outcome": outcome, "seconds": time.monotonic() - start})
+        results.write_text(json.dumps(found))
+        if number == 0:
+            engine.settle()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
