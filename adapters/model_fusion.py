@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -27,15 +28,19 @@ WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
 class ModelFusion(ABC):
     """What constructor, loader and router of one role share: its decision, its layers, its audit."""
 
-    def __init__(self, decision: FusionDecision, naming: TensorNaming) -> None:
+    def __init__(self, decision: FusionDecision, naming: TensorNaming, checkpoint: Path) -> None:
         assert decision.layout is not None
         self.decision = decision
         self.layout = decision.layout
         self.naming = naming
+        self.checkpoint = checkpoint
         self.counter = ModeCounter()
         self.audit = SlotAudit(decision.role)
         self.routers: dict[int, SlotAppender] = {}
         self.experts: dict[int, torch.nn.Module] = {}
+        self.blocks: dict[int, torch.nn.Module] = {}
+        # What `proving.prove` found: state, layers, deviation, seconds.
+        self.canary: dict[str, Any] = {"state": "pending", "layers": []}
         # Layer whose block is under construction and still holds its unfused shared MLP.
         self.unstripped: int | None = None
         # Why layers could not take their part of the weight update under way.
@@ -135,6 +140,7 @@ class ModelFusion(ABC):
             "calls_by_mode": self.counter.by_mode(),
             "slots_loaded": self.audit.slots_loaded,
             "loads": self.audit.loads,
+            "canary": self.canary,
         }
 
 

@@ -14,6 +14,9 @@ ENABLE = "FSE_PATCH"
 STRICT = "FSE_PATCH_STRICT"
 ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"
 ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
+VERIFY = "FSE_PATCH_VERIFY"
+POLICY = "FSE_PATCH_POLICY"
+VERIFY_CHOICES = ("off", "sample", "all")
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
 
@@ -29,6 +32,7 @@ class Settings:
         policy: FSE_PATCH_POLICY, path of the user's own policy file, or None.
         allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
         allow_unmeasured: FSE_PATCH_ALLOW_UNMEASURED: fuse where nothing shows that it is not slower.
+        verify: FSE_PATCH_VERIFY: which layers the canary proves before serving: "off", "sample" (one) or "all".
     """
 
     engines: frozenset[str] = frozenset()
@@ -37,6 +41,7 @@ class Settings:
     policy: str | None = None
     allow_untested: bool = False
     allow_unmeasured: bool = False
+    verify: str = "sample"
 
     @property
     def policy_file(self) -> Path | None:
@@ -53,6 +58,13 @@ def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
     if value.strip().lower() in _FALSE:
         return False
     raise FsePatchError(f"{name}={value!r}: use 1 or 0")
+
+
+def _choice(env: Mapping[str, str], name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = env.get(name, "").strip().lower() or default
+    if value not in choices:
+        raise FsePatchError(f"{name}={env[name]!r}: use {', '.join(choices[:-1])} or {choices[-1]}")
+    return value
 
 
 def engines_in(value: str) -> frozenset[str]:
@@ -81,7 +93,8 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         engines=engines_in(env.get(ENABLE, "")),
         strict=_flag(env, STRICT, True),
         strict_arguments=_flag(env, STRICT, False),
-        policy=env.get("FSE_PATCH_POLICY") or None,
+        policy=env.get(POLICY) or None,
         allow_untested=_flag(env, ALLOW_UNTESTED, False),
         allow_unmeasured=_flag(env, ALLOW_UNMEASURED, False),
+        verify=_choice(env, VERIFY, "sample", VERIFY_CHOICES),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from .. import model_fusion
 class ModelFusion(model_fusion.ModelFusion):
     """Numbers layers and writes slots as SGLang does."""
 
-    def __init__(self, decision: FusionDecision, naming: TensorNaming) -> None:
-        super().__init__(decision, naming)
+    def __init__(self, decision: FusionDecision, naming: TensorNaming, checkpoint: Path) -> None:
+        super().__init__(decision, naming, checkpoint)
         # The layer whose block is under construction, and its experts.
         self.building: tuple[int, torch.nn.Module] | None = None
 

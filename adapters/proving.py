@@ -1,0 +1,88 @@
+"""The canary in the process that holds a model: after its first load, before anything is served."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from .. import settings
+from ..fusion_core.canary import CheckpointLayer, NoReference, Served, judge, reference
+from .model_fusion import ModelFusion
+
+log = logging.getLogger("fse_patch")
+
+
+class Prover(ABC):
+    """How an engine runs one of its blocks, outside of serving."""
+
+    @abstractmethod
+    def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The block's output for ``hidden_states``, as this process has it."""
+
+    @abstractmethod
+    def all_reduce(self, states: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The sum over the processes that share each layer, and how many they are."""
+
+    def output(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The whole output. Some blocks leave the sum over processes to the layer around them."""
+        with torch.no_grad():
+            states = self.forward(block, hidden_states.clone())
+            total, parts = self.all_reduce(states.clone())
+        if parts == 1:
+            return states
+        summed_already = (total - parts * states).norm() <= 0.01 * total.norm()
+        return states if summed_already else total
+
+
+def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
+    """Compare fused layers with their checkpoint, as FSE_PATCH_VERIFY says, once for a model.
+
+    Raises:
+        CanaryError: a layer does not compute what the checkpoint says; the model must not be served.
+    """
+    if fusion.canary["state"] != "pending":
+        return
+    role, chosen = fusion.decision.role, settings.load().verify
+    if fusion.audit.loads == 0:
+        fusion.canary["state"] = "not_loaded"
+        log.warning("%s model: canary: not_loaded: no weights came from the checkpoint", role)
+        return
+    if chosen == "off":
+        fusion.canary["state"] = "off"
+        log.warning("%s model: canary: switched off by %s", role, settings.VERIFY)
+        return
+    layers = sorted(fusion.blocks)
+    start = time.perf_counter()
+    for layer in layers if chosen == "all" else layers[:1]:
+        try:
+            found = _prove_layer(fusion, layer, dtype, prover)
+        except NoReference as error:
+            fusion.canary |= {"state": "no_reference", "detail": str(error)}
+            log.warning("%s model: canary: layer %d: %s", role, layer, error)
+            return
+        fusion.canary["layers"].append(layer)
+        fusion.canary["deviation"] = max(found, fusion.canary.get("deviation", 0.0))
+    fusion.canary |= {"state": "passed", "seconds": round(time.perf_counter() - start, 3)}
+    log.info("%s model: canary: passed: %s", role, fusion.canary)
+
+
+def _prove_layer(fusion: ModelFusion, layer: int, dtype: torch.dtype, prover: Prover) -> float:
+    block, decision = fusion.blocks[layer], fusion.decision
+    gate, shared_gate = block.gate, getattr(block, "shared_expert_gate", None)
+    bias = getattr(gate, "e_score_correction_bias", None)
+    device = next(fusion.experts[layer].parameters()).device
+    served = Served(
+        dtype=dtype,
+        gate=gate.weight.dtype,
+        bias=torch.float32 if bias is None else bias.dtype,
+        shared_gate=dtype if shared_gate is None else shared_gate.weight.dtype,
+        device=device.type,
+    )
+    wanted = reference(CheckpointLayer(fusion.checkpoint, fusion.naming, decision, layer), decision, served)
+    output = prover.output(block, wanted.hidden.to(device))
+    fusion.counter.reset()  # this was no call of the model
+    return judge(decision.role, layer, wanted, output)

@@ -1,0 +1,185 @@
+"""The canary on vLLM's real loader and models, without an engine around them: clean checkpoints of every
+family pass, and every planted fault stops the load with the canary's words."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from .engine import Checkpoints
+from .test_inherited import building
+from .test_off import in_process
+
+FAMILIES = ("qwen2_moe_wide4", "qwen3_next", "qwen3_5_text_3d", "glm4_moe_shared2_scale", "glm4_moe_grouped")
+
+
+def changed_slots(change: Callable[[Any], Any]) -> AbstractContextManager[Any]:
+    from fse_patch.fusion_core.remap import Remap
+
+    honest = Remap._slots
+
+    def slots(self: Remap, *args: Any) -> Iterator[Any]:
+        return (change(part) for part in honest(self, *args))
+
+    return patch.object(Remap, "_slots", slots)
+
+
+def swapped(part: Any) -> Any:
+    other = {"w1": "w3", "w3": "w1", "w2": "w2"}
+    return dataclasses.replace(part, shard=other[part.shard])
+
+
+def appended(change: Callable[[Any, Any], Any]) -> AbstractContextManager[Any]:
+    """The slots' weight, made of the right one and the routed experts' weights."""
+    from fse_patch.fusion_core import routing
+
+    honest = routing.append_shared_slots
+
+    def append(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
+        return honest(weights, ids, slots, change(slot_weight, weights))
+
+    return patch.object(routing, "append_shared_slots", append)
+
+
+def routed(change: Callable[[Any, Any], Any]) -> AbstractContextManager[Any]:
+    """The routed experts' weights, made of the right ones and the spec."""
+    from fse_patch.fusion_core import routing
+
+    honest = routing.route
+
+    def route(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Any:
+        weights, ids = honest(logits, top_k, spec, bias)
+        return change(weights, spec), ids
+
+    return patch.object(routing, "route", route)
+
+
+@contextmanager
+def gate_in_the_softmax() -> Iterator[None]:
+    """The shared expert takes part in the routed experts' softmax, and is renormalised with them."""
+    from fse_patch.fusion_core import routing
+
+    honest = routing.append_shared_slots
+
+    def append(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
+        weights, ids = honest(weights, ids, slots, slot_weight)
+        return weights / weights.sum(dim=-1, keepdim=True), ids
+
+    with patch.object(routing, "append_shared_slots", append):
+        yield
+
+
+# Planted fault: recipe, and the fault.
+FAULTS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
+    "slot weight off by 1 %": ("qwen2_moe", lambda: appended(lambda slot, _: slot * 1.01)),
+    "gate in the softmax": ("qwen2_moe", gate_in_the_softmax),
+    "scale twice": ("glm4_moe_scale", lambda: routed(lambda w, spec: w * spec.routed_scaling_factor)),
+    "scale on the slot": ("glm4_moe_scale", lambda: appended(lambda slot, _: slot * 2.5)),
+    "w1 and w3 swapped": ("glm4_moe_scale", lambda: changed_slots(swapped)),
+    "not renormalised": ("qwen2_moe_renorm", lambda: routed(lambda w, _: w * 0.9)),
+    "gate without sigmoid": ("qwen2_moe", lambda: appended(lambda slot, _: 1.0)),
+}
+
+
+def load(checkpoint: str, dtype: str = "float32", **options: Any) -> dict[str, Any]:
+    """The canary's findings on a model that vLLM's own loader has loaded, or the error."""
+    import torch
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from fse_patch.errors import AuditError
+
+    with building(checkpoint) as config:
+        config.model_config.dtype = getattr(torch, dtype)
+        for name, value in options.items():
+            setattr(config.load_config, name, value)
+        try:
+            loader = get_model_loader(config.load_config)
+            model = loader.load_model(vllm_config=config, model_config=config.model_config)
+        except AuditError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    return dict(model._fse_patch.canary) | {"calls": model._fse_patch.counter.by_mode()}
+
+
+def probe(folder: str) -> dict[str, Any]:
+    """Everything that one process can find out; ``folder`` has the checkpoints by dtype and recipe."""
+    import torch
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
+    found: dict[str, Any] = {}
+    for recipe in FAMILIES:
+        found[recipe] = load(f"{folder}/float32/{recipe}")
+    found["bfloat16"] = load(f"{folder}/bfloat16/qwen2_moe", "bfloat16")
+    for name, (recipe, fault) in FAULTS.items():
+        with fault():
+            found[name] = load(f"{folder}/float32/{recipe}")
+    with patch.dict(os.environ, FSE_PATCH_VERIFY="all"):
+        found["all"] = load(f"{folder}/float32/qwen2_moe")
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, FSE_PATCH_VERIFY="off"))
+        stack.enter_context(FAULTS["scale twice"][1]())
+        found["off"] = load(f"{folder}/float32/glm4_moe_scale")
+    found["dummy"] = load(f"{folder}/float32/qwen2_moe", load_format="dummy")
+    with nullcontext():
+        found["again"] = load(f"{folder}/float32/qwen2_moe")
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    # Paths of the test's own: rendezvous files lie beside them.
+    folder = tmp_path_factory.mktemp("canary")
+    for dtype, recipes in {
+        "float32": {*FAMILIES, "qwen2_moe", *(recipe for recipe, _ in FAULTS.values())},
+        "bfloat16": {"qwen2_moe"},
+    }.items():
+        (folder / dtype).mkdir()
+        for recipe in recipes:
+            (folder / dtype / recipe).symlink_to(checkpoints.path(recipe, dtype))
+    result: dict[str, Any] = in_process(
+        f"{__name__}:probe", str(folder), FSE_PATCH="vllm", PYTHONPATH=SHIM + os.pathsep + CI
+    )
+    return result
+
+
+ROOT = Path(__file__).parent.parent.parent
+SHIM, CI = str(ROOT / "tests" / "shims" / "gdn_float32"), os.pathsep.join([str(ROOT), str(ROOT / "ci")])
+
+
+@pytest.mark.parametrize("recipe", FAMILIES)
+def test_a_clean_checkpoint_passes(found: dict[str, Any], recipe: str) -> None:
+    assert found[recipe]["state"] == "passed", found[recipe]
+    assert found[recipe]["deviation"] < 1e-5
+    assert len(found[recipe]["layers"]) == 1
+    assert found[recipe]["calls"] == {}
+
+
+def test_bfloat16_passes(found: dict[str, Any]) -> None:
+    assert found["bfloat16"]["state"] == "passed", found["bfloat16"]
+    assert 1e-4 < found["bfloat16"]["deviation"] < 2**-6
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_stops_the_load(found: dict[str, Any], fault: str) -> None:
+    assert "CanaryError" in found[fault].get("error", ""), found[fault]
+    assert "canary: layer" in found[fault]["error"]
+    assert "the model is not served" in found[fault]["error"]
+
+
+def test_all_layers_are_proved_where_asked_for(found: dict[str, Any]) -> None:
+    assert found["all"]["state"] == "passed"
+    assert found["all"]["layers"] == [0, 1]
+
+
+def test_what_proves_nothing_says_so(found: dict[str, Any]) -> None:
+    assert found["off"]["state"] == "off"
+    assert found["dummy"]["state"] == "not_loaded"
+    assert found["again"]["state"] == "passed"
