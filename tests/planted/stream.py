@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
@@ -389,14 +389,11 @@ def slot_poisoned_after_the_audit(_: str) -> Context:
 
 
 @plant
-def stack_of_everything(_: str) -> Context:
-    """Faults that hide each other's count: one slot written twice, another never."""
-    stack = ExitStack()
-    stack.enter_context(
-        slots(
-            lambda part, layout: (
-                [dataclasses.replace(part, slot=layout.num_routed)] if part.slot == layout.num_routed + 1 else [part]
-            )
-        )
-    )
-    return stack
+def slot_written_over_its_neighbour(_: str) -> Context:
+    """One slot is written twice and another never, so that the number of tensors is right."""
+
+    def changed(part: SlotTensor, layout: Any) -> list[SlotTensor]:
+        second = part.slot == layout.num_routed + 1
+        return [dataclasses.replace(part, slot=layout.num_routed) if second else part]
+
+    return slots(changed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -154,8 +154,6 @@ def wrapper_of_load_weights_gone(engine: str) -> Context:
 @plant
 def fusion_lost_between_building_and_loading(_: str) -> Context:
     """The attribute by which the loader knows a fused model does not survive, as after a wrapper of the model."""
-    module_ = importlib.import_module("fse_patch.adapters.load")
-    assert module_.load_weights
     honest = torch.nn.Module.__setattr__
 
     def setattr_(self: torch.nn.Module, name: str, value: Any) -> None:
@@ -195,9 +193,9 @@ def layout(**changes: int) -> Any:
     """The decision has another layout than the model."""
     honest = model_fusion.ModelFusion.__init__
 
-    def init(self: Any, decision: Any, naming: Any) -> None:
+    def init(self: Any, decision: Any, *args: Any) -> None:
         changed = dataclasses.replace(decision.layout, **changes)
-        honest(self, dataclasses.replace(decision, layout=changed), naming)
+        honest(self, dataclasses.replace(decision, layout=changed), *args)
 
     with patch.object(model_fusion.ModelFusion, "__init__", init):
         yield
@@ -225,11 +223,6 @@ def decided_on_two_slots(_: str) -> Context:
 
 
 @plant
-def built_with_k_instead_of_k_and_s(_: str) -> Context:
-    return patch.object(ExpertLayout, "fused_top_k", property(lambda self: self.top_k))
-
-
-@plant
 def built_with_e_instead_of_e_and_s(_: str) -> Context:
     """No room for the slots."""
     return patch.object(ExpertLayout, "num_experts", property(lambda self: self.num_routed))
@@ -238,8 +231,6 @@ def built_with_e_instead_of_e_and_s(_: str) -> Context:
 @plant
 def shared_mlp_runs_too(engine: str) -> Context:
     """Double counting: the slots are there, and the MLP that they replace still adds its output."""
-    stack = ExitStack()
-    construct = adapter(engine, "construct")
     cls = block(engine)
     honest = cls.__init__
 
@@ -264,9 +255,7 @@ def shared_mlp_runs_too(engine: str) -> Context:
                 self, "forward", lambda hidden, *a, **k: beside(hidden, *a, **k) + mlp(hidden).view(hidden.shape)
             )
 
-    stack.enter_context(patch.object(cls, "__init__", init))
-    assert construct
-    return stack
+    return patch.object(cls, "__init__", init)
 
 
 @plant

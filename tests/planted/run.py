@@ -1,4 +1,4 @@
-"""Plants one fault after the other in one process of an engine: python -m tests.faults.run ENGINE JOBS RESULTS.
+"""Plants one fault after the other in one process of an engine: python -m tests.planted.run ENGINE JOBS RESULTS.
 
 A job is {"fault": name or None, "folder": ..., "draft": bool, "update": another folder or None}; its result says what ended
 the start, or why the model stayed stock, or is empty where it would have served.
@@ -18,18 +18,19 @@ from typing import Any
 from .plant import PLANTS
 
 
-def serve(engine: Any, job: dict[str, Any]) -> str:
+def serve(name: str, engine: Any, job: dict[str, Any]) -> str:
     """What ends the start of a model or its update, or why it is stock; empty if it would serve fused."""
     from fse_patch import runtime
     from fse_patch.adapters.model_fusion import CONSTRUCTED
 
     runtime.clear()
     try:
-        model = engine.load(job["folder"], job["draft"])
-        if job["update"]:
-            engine.update(model, weights(job["update"]))
-        if CONSTRUCTED:
-            return ""
+        with PLANTS[job["fault"]](name) if job["fault"] else contextlib.nullcontext():
+            model = engine.load(job["folder"], job["draft"])
+            if job["update"]:
+                engine.update(model, weights(job["update"]))
+            if CONSTRUCTED:
+                return ""
     except (Exception, SystemExit) as error:
         if job.get("verbose"):
             traceback.print_exc()
@@ -48,13 +49,12 @@ def weights(folder: str) -> Any:
 
 def main(name: str, jobs: Path, results: Path) -> None:
     for module in ("stream", "weighing", "building", "deciding"):
-        importlib.import_module(f"tests.faults.{module}")
-    engine = importlib.import_module(f"tests.faults.on_{name}").Engine(f"{results}.rendezvous")
+        importlib.import_module(f"tests.planted.{module}")
+    engine = importlib.import_module(f"tests.planted.on_{name}").Engine(f"{results}.rendezvous")
     found = []
     for number, job in enumerate(json.loads(jobs.read_text())):
         start = time.monotonic()
-        with PLANTS[job["fault"]](name) if job["fault"] else contextlib.nullcontext():
-            outcome = serve(engine, job)
+        outcome = serve(name, engine, job)
         found.append({"outcome": outcome, "seconds": time.monotonic() - start})
         results.write_text(json.dumps(found))
         if number == 0:
