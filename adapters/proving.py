@@ -11,6 +11,7 @@ import torch
 
 from .. import settings
 from ..fusion_core.canary import CheckpointLayer, NoReference, Served, judge, reference
+from ..fusion_core.tensors import CheckpointTensors
 from .model_fusion import ModelFusion
 
 log = logging.getLogger("fse_patch")
@@ -56,10 +57,11 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
         log.warning("%s model: canary: switched off by %s", role, settings.VERIFY)
         return
     layers = sorted(fusion.blocks)
-    start = time.perf_counter()
+    start, tensors = time.perf_counter(), None
     for layer in layers if chosen == "all" else layers[:1]:
         try:
-            found = _prove_layer(fusion, layer, dtype, prover)
+            tensors = tensors or CheckpointTensors(fusion.checkpoint)
+            found = _prove_layer(fusion, layer, dtype, prover, tensors)
         except NoReference as error:
             fusion.canary |= {"state": "no_reference", "detail": str(error)}
             log.warning("%s model: canary: layer %d: %s", role, layer, error)
@@ -70,8 +72,11 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     log.info("%s model: canary: passed: %s", role, fusion.canary)
 
 
-def _prove_layer(fusion: ModelFusion, layer: int, dtype: torch.dtype, prover: Prover) -> float:
-    block, decision = fusion.blocks[layer], fusion.decision
+def _prove_layer(
+    fusion: ModelFusion, layer: int, dtype: torch.dtype, prover: Prover, tensors: CheckpointTensors
+) -> float:
+    block: Any = fusion.blocks[layer]
+    decision = fusion.decision
     gate, shared_gate = block.gate, getattr(block, "shared_expert_gate", None)
     bias = getattr(gate, "e_score_correction_bias", None)
     device = next(fusion.experts[layer].parameters()).device
@@ -82,7 +87,7 @@ def _prove_layer(fusion: ModelFusion, layer: int, dtype: torch.dtype, prover: Pr
         shared_gate=dtype if shared_gate is None else shared_gate.weight.dtype,
         device=device.type,
     )
-    wanted = reference(CheckpointLayer(fusion.checkpoint, fusion.naming, decision, layer), decision, served)
+    wanted = reference(CheckpointLayer(tensors, fusion.naming, decision, layer), decision, served)
     output = prover.output(block, wanted.hidden.to(device))
     fusion.counter.reset()  # this was no call of the model
     return judge(decision.role, layer, wanted, output)

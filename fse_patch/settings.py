@@ -32,7 +32,7 @@ class Settings:
         policy: FSE_PATCH_POLICY, path of the user's own policy file, or None.
         allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
         allow_unmeasured: FSE_PATCH_ALLOW_UNMEASURED: fuse where nothing shows that it is not slower.
-        verify: FSE_PATCH_VERIFY: which layers the canary proves before serving: "off", "sample" (one) or "all".
+        verify: FSE_PATCH_VERIFY: layers that the canary proves before serving: "off", "sample" (one), "all".
     """
 
     engines: frozenset[str] = frozenset()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,13 +20,13 @@ from .tensors import CheckpointTensors
 DRAWN, ROUNDS = 64, 8
 # Experts that the tokens choose in all; each costs three matrices read from the checkpoint.
 EXPERTS = 16
-# Half a unit in the last place, relative: 2^-p for a significand of p bits (IEEE 754; bfloat16 has 8 of them).
+# Half a unit in the last place: 2^-p for a significand of p bits (IEEE 754; bfloat16 has 8 of them).
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # TF32, which GPUs may multiply float32 in, keeps a significand of 11 bits.
 TF32_UNIT = 2.0**-11
 # Kernels sum in any order: far above the noise of float32, far below any weight in a wrong place.
 LEAST_TOLERANCE = 1e-4
-# Roundings in a row that may add up; the deviation that rounding makes of the reference may be exceeded so often.
+# What the roundings of one forward may add up to, in that of a reference rounded at the same places.
 ROUNDINGS = 4
 
 Round = Callable[[torch.Tensor], torch.Tensor]
@@ -75,11 +74,14 @@ class CheckpointLayer:
         NoReference: the checkpoint's safetensors files do not hold the layer, or not as plain weights.
     """
 
-    def __init__(self, folder: Path, naming: TensorNaming, decision: FusionDecision, layer: int) -> None:
-        self.tensors = CheckpointTensors(folder)
+    def __init__(
+        self, tensors: CheckpointTensors, naming: TensorNaming, decision: FusionDecision, layer: int
+    ) -> None:
+        self.tensors = tensors
         self.names: dict[tuple[int | None, str], str] = {}
         for name in self.tensors.names():
-            ref = naming.parse(name)
+            # Most names are another layer's, and parsing takes longer than this.
+            ref = naming.parse(name) if f".{layer}.mlp." in name else None
             if ref is not None and ref.layer == layer and ref.role == decision.role:
                 if ref.suffix != "weight":
                     raise NoReference(f"{name}: the canary reads plain weights only")
@@ -87,6 +89,8 @@ class CheckpointLayer:
         if not self.names:
             raise NoReference("the checkpoint has no safetensors files with this layer")
         self.block = next(iter(self.names.values())).rpartition(".mlp.")[0] + ".mlp."
+        # Memory of the last expert's weights, used again: getting new memory takes longer than to fill it.
+        self._held: dict[str, torch.Tensor] = {}
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the block, outside its experts."""
@@ -95,7 +99,7 @@ class CheckpointLayer:
         return self.tensors.read(self.block + name).to(dtype).double()
 
     def mlp(self, expert: int | None, dtype: torch.dtype) -> Mlp:
-        """Gate, up and down projection of a routed expert, or of the shared one (None)."""
+        """Gate, up and down projection of an expert, None for the shared one; good until the next call."""
         if expert is not None and (ALL_EXPERTS, "down_proj") in self.names:
             gate, up = self._weight(ALL_EXPERTS, "gate_up_proj", dtype, expert).chunk(2)
             return gate, up, self._weight(ALL_EXPERTS, "down_proj", dtype, expert)
@@ -111,7 +115,10 @@ class CheckpointLayer:
         weight = self.tensors.read(name, row)
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise NoReference(f"{name}: the canary reads plain weights only")
-        return weight.to(dtype).double()
+        held = self._held.get(projection)
+        if held is None or held.shape != weight.shape:
+            held = self._held[projection] = torch.empty(weight.shape, dtype=torch.float64, device="cpu")
+        return held.copy_(weight.to(dtype))
 
 
 def choose(
@@ -127,7 +134,7 @@ def choose(
     if bias is not None:
         choice = choice + bias
     if spec.num_expert_group > spec.topk_group:
-        groups = choice.unflatten(1, (spec.num_expert_group, -1))
+        groups = choice.reshape(len(choice), spec.num_expert_group, -1)
         best = groups.sort(dim=-1, descending=True).values[..., : 1 if bias is None else 2].sum(dim=-1)
         marks, order = best.sort(dim=-1, descending=True)
         margin = marks[:, spec.topk_group - 1] - marks[:, spec.topk_group]
@@ -183,12 +190,12 @@ def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, 
         shared = torch.ones_like(routed[:, :1]) if row is None else torch.sigmoid(mode(x @ row.T))
         shares.append(torch.cat([routed, shared], dim=1))
     outputs = [torch.zeros_like(x) for _ in modes]
-    for expert in [*ids.unique().tolist(), None]:
-        mlp = layer.mlp(expert, served.dtype)
-        for mode, share, output in zip(modes, shares, outputs, strict=True):
-            weight = share[:, -1 if expert is None else expert]
-            users = weight != 0
-            output[users] += weight[users, None] * _mlp(x[users], mlp, mode)
+    for expert in [*sorted(set(ids.flatten().tolist())), None]:
+        column = -1 if expert is None else expert
+        users = torch.ones_like(ids[:, 0], dtype=torch.bool) if expert is None else (ids == expert).any(dim=1)
+        answers = _mlp(x[users], layer.mlp(expert, served.dtype), modes)
+        for answer, share, output in zip(answers, shares, outputs, strict=True):
+            output[users] += share[users, column, None] * answer
     exact, inexact = outputs
     noise = ROUNDINGS * deviation(rounded(inexact), exact)
     return Reference(hidden, exact, max(LEAST_TOLERANCE, ROUNDINGS * served.unit, noise))
@@ -220,14 +227,21 @@ def _clear_tokens(
     return tokens[:wanted], chosen[:wanted]
 
 
-def _mlp(x: torch.Tensor, weights: Mlp, round_: Round) -> torch.Tensor:
+def _mlp(x: torch.Tensor, weights: Mlp, modes: tuple[Round, ...]) -> list[torch.Tensor]:
+    """An expert's output, rounded in each of the modes."""
     w1, w3, w2 = weights
-    gate, up = round_(x @ w1.T), round_(x @ w3.T)
-    return round_(round_(gate * torch.sigmoid(gate) * up) @ w2.T)
+    gate, up = _product(w1, x), _product(w3, x)
+    inner = [mode(mode(gate) * torch.sigmoid(mode(gate)) * mode(up)) for mode in modes]
+    return [mode(_product(w2, value)) for mode, value in zip(modes, inner, strict=True)]
+
+
+def _product(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    # Row by row: a product with a matrix of a few rows takes ten times as long.
+    return torch.stack([matrix @ row for row in rows])
 
 
 def deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Distance of ``output`` from ``expected`` relative to the size of that, of the worst token; inf for NaN."""
+    """Distance of ``output`` from ``expected`` relative to its size, of the worst token; inf for NaN."""
     size = expected.norm(dim=-1).clamp_min(torch.finfo(expected.dtype).tiny)
     worst = float(((output.to("cpu", expected.dtype) - expected).norm(dim=-1) / size).max())
     return worst if worst == worst else float("inf")

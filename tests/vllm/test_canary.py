@@ -3,77 +3,21 @@ family pass, and every planted fault stops the load with the canary's words."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from ..faults import appended, changed_slots, gate_in_the_softmax, routed, swapped
 from .engine import Checkpoints
 from .test_inherited import building
 from .test_off import in_process
 
 FAMILIES = ("qwen2_moe_wide4", "qwen3_next", "qwen3_5_text_3d", "glm4_moe_shared2_scale", "glm4_moe_grouped")
-
-
-def changed_slots(change: Callable[[Any], Any]) -> AbstractContextManager[Any]:
-    from fse_patch.fusion_core.remap import Remap
-
-    honest = Remap._slots
-
-    def slots(self: Remap, *args: Any) -> Iterator[Any]:
-        return (change(part) for part in honest(self, *args))
-
-    return patch.object(Remap, "_slots", slots)
-
-
-def swapped(part: Any) -> Any:
-    other = {"w1": "w3", "w3": "w1", "w2": "w2"}
-    return dataclasses.replace(part, shard=other[part.shard])
-
-
-def appended(change: Callable[[Any, Any], Any]) -> AbstractContextManager[Any]:
-    """The slots' weight, made of the right one and the routed experts' weights."""
-    from fse_patch.fusion_core import routing
-
-    honest = routing.append_shared_slots
-
-    def append(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
-        return honest(weights, ids, slots, change(slot_weight, weights))
-
-    return patch.object(routing, "append_shared_slots", append)
-
-
-def routed(change: Callable[[Any, Any], Any]) -> AbstractContextManager[Any]:
-    """The routed experts' weights, made of the right ones and the spec."""
-    from fse_patch.fusion_core import routing
-
-    honest = routing.route
-
-    def route(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Any:
-        weights, ids = honest(logits, top_k, spec, bias)
-        return change(weights, spec), ids
-
-    return patch.object(routing, "route", route)
-
-
-@contextmanager
-def gate_in_the_softmax() -> Iterator[None]:
-    """The shared expert takes part in the routed experts' softmax, and is renormalised with them."""
-    from fse_patch.fusion_core import routing
-
-    honest = routing.append_shared_slots
-
-    def append(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
-        weights, ids = honest(weights, ids, slots, slot_weight)
-        return weights / weights.sum(dim=-1, keepdim=True), ids
-
-    with patch.object(routing, "append_shared_slots", append):
-        yield
 
 
 # Planted fault: recipe, and the fault.
@@ -128,8 +72,7 @@ def probe(folder: str) -> dict[str, Any]:
         stack.enter_context(FAULTS["scale twice"][1]())
         found["off"] = load(f"{folder}/float32/glm4_moe_scale")
     found["dummy"] = load(f"{folder}/float32/qwen2_moe", load_format="dummy")
-    with nullcontext():
-        found["again"] = load(f"{folder}/float32/qwen2_moe")
+    found["again"] = load(f"{folder}/float32/qwen2_moe")
     return found
 
 
