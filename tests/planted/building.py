@@ -152,18 +152,6 @@ def wrapper_of_load_weights_gone(engine: str) -> Context:
 
 
 @plant
-def fusion_lost_between_building_and_loading(_: str) -> Context:
-    """The attribute by which the loader knows a fused model does not survive, as after a wrapper of the model."""
-    honest = torch.nn.Module.__setattr__
-
-    def setattr_(self: torch.nn.Module, name: str, value: Any) -> None:
-        if name != "_fse_patch":
-            honest(self, name, value)
-
-    return patch.object(torch.nn.Module, "__setattr__", setattr_)
-
-
-@plant
 def layer_built_twice(_: str) -> Context:
     honest = model_fusion.ModelFusion.add_layer
 

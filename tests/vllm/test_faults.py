@@ -1,0 +1,40 @@
+"""Deliberate faults, and clean models: nothing wrong gets as far as serving, and nothing right is stopped.
+
+`make test-faults` runs all of tests/planted/faults.yaml; `make test` a sample.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from ..planted import clean, suite
+from ..running import Checkpoints
+
+ENGINE = "vllm"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"), ENGINE)
+
+
+@pytest.fixture(scope="module")
+def outcomes(made: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return suite.run_faults(ENGINE, made, tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize("fault", suite.chosen(ENGINE), ids=lambda fault: fault.name)
+def test_is_caught_before_a_token_is_served(outcomes: dict[str, str], fault: suite.Fault) -> None:
+    outcome = outcomes[fault.name]
+    assert outcome, f"{fault.what}: this model would be served"
+    assert fault.catches(outcome), f"caught otherwise than by {fault.defence} ({fault.words}): {outcome}"
+
+
+@pytest.fixture(scope="module")
+def starts(made: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return clean.run(ENGINE, made, tmp_path_factory.mktemp("clean"))
+
+
+@pytest.mark.parametrize("name", clean.names(ENGINE))
+def test_what_is_right_is_served(starts: dict[str, str], name: str) -> None:
+    assert starts[name] == ""
