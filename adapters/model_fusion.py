@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 
+from .. import settings
 from ..errors import AuditError, FsePatchError
 from ..fusion_core.audit import SlotAudit, is_poisoned, poison
 from ..fusion_core.decision import FusionDecision
@@ -19,7 +20,10 @@ from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
+from ..fusion_core.samples import SlotSamples
+from ..fusion_core.tensors import CheckpointTensors
 from .as_loaded import AsLoaded
+from .gates import LoadedGates
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
@@ -49,6 +53,9 @@ class ModelFusion(ABC):
         # Whether the first load found the slots poisoned; otherwise the engine has filled and packed them.
         self._fresh: bool | None = None
         self._as_loaded = AsLoaded()
+        self.gates = LoadedGates(naming, decision.role)
+        # Layers whose slots were compared with the checkpoint's files.
+        self.compared: list[int] = []
 
     def layer_of(self, prefix: str) -> int | None:
         """The fused layer that a module prefix lies in, or None."""
@@ -64,6 +71,11 @@ class ModelFusion(ABC):
         self.experts[layer] = experts
         suffixes = set()
         for name, parameter in self._fused_parameters(layer):
+            if parameter.ndim and parameter.shape[0] == self.layout.num_routed:
+                raise FsePatchError(
+                    f"layer {layer}: {name} has rows for {parameter.shape[0]} experts, and "
+                    f"{self.layout.num_experts} were decided"
+                )
             poison(parameter.data[self.layout.num_routed :])
             suffixes.add(name)
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
@@ -88,10 +100,37 @@ class ModelFusion(ABC):
         finally:
             self._loading = False
         # Kernels may repack after the initial load; only that load's layout is known here.
-        self.audit.finish([] if update else [n for n in self.experts if self._is_poisoned(n)], update)
+        self.audit.finish([] if update else self.poisoned, update)
         if not update:
             self._as_loaded.note(self._first_slot())
+            self._compare_samples()
+        elif not self._is_collected():
+            self.check_gates()
         return loaded
+
+    def check_gates(self) -> None:
+        """See `LoadedGates.check`; only when the engine is done with what a load has brought."""
+        self.gates.check(self.routers, self.blocks)
+
+    def _compare_samples(self) -> None:
+        if settings.load().verify == "off":
+            return
+        tensors = CheckpointTensors(self.checkpoint)
+        for layer, experts in sorted(self.experts.items()):
+            held = dict(experts.named_parameters(recurse=False))
+            samples = SlotSamples(tensors, self.naming, self.decision, *self._ranks(experts))
+            if "w13_weight" in held and "w2_weight" in held:
+                if samples.compare(layer, held["w13_weight"].data, held["w2_weight"].data):
+                    self.compared.append(layer)
+
+    @abstractmethod
+    def _ranks(self, experts: Any) -> tuple[int, int]:
+        """This process's rank among those that share each expert, and how many they are."""
+
+    @property
+    def poisoned(self) -> list[int]:
+        """Layers in whose slots unwritten values are left."""
+        return [layer for layer in sorted(self.experts) if self._is_poisoned(layer)]
 
     def _is_collected(self) -> bool:
         """Whether the engine collects what is loaded, to process it later as it did at its start."""
@@ -107,7 +146,7 @@ class ModelFusion(ABC):
         return any(is_poisoned(p.data[rows]) for _, p in self._fused_parameters(layer))
 
     def _routed_only(self, weights: Iterable[Named]) -> Iterator[Named]:
-        for item in Remap(self.decision, self.naming, self.routers)(weights):
+        for item in Remap(self.decision, self.naming, self.routers)(self.gates.watch(weights)):
             if isinstance(item, SlotTensor):
                 self._write(item)
             else:
@@ -139,6 +178,7 @@ class ModelFusion(ABC):
             "fused_layers": self.counter.layers(),
             "calls_by_mode": self.counter.by_mode(),
             "slots_loaded": self.audit.slots_loaded,
+            "compared_layers": self.compared,
             "loads": self.audit.loads,
             "canary": self.canary,
         }

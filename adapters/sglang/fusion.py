@@ -35,6 +35,9 @@ class ModelFusion(model_fusion.ModelFusion):
         parameter.weight_loader(parameter, part.tensor, name, shard_id=part.shard, expert_id=part.slot)
         return True
 
+    def _ranks(self, experts: Any) -> tuple[int, int]:
+        return experts.moe_tp_rank, experts.moe_tp_size
+
 
 class AppendHook:
     """Forward pre-hook of the fused experts: the engine's top-k goes in with the shared slots appended."""

@@ -25,3 +25,6 @@ class ModelFusion(model_fusion.ModelFusion):
                 return_success=True,
             )
         )
+
+    def _ranks(self, experts: Any) -> tuple[int, int]:
+        return experts.moe_config.tp_rank, experts.moe_config.tp_size

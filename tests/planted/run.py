@@ -6,14 +6,16 @@ the start, or why the model stayed stock, or is empty where it would have served
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import sys
 import time
-import traceback
+from contextlib import nullcontext as nothing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from fse_patch.fusion_core.samples import SlotSamples
 
 from .plant import PLANTS
 
@@ -25,20 +27,23 @@ def serve(name: str, engine: Any, job: dict[str, Any]) -> str:
 
     runtime.clear()
     try:
-        with PLANTS[job["fault"]](name) if job["fault"] else contextlib.nullcontext():
+        with without(job.get("without")), PLANTS[job["fault"]](name) if job["fault"] else nothing():
             model = engine.load(job["folder"], job["draft"])
             if job["update"]:
                 engine.update(model, weights(job["update"]))
             if CONSTRUCTED:
                 return ""
     except (Exception, SystemExit) as error:
-        if job.get("verbose"):
-            traceback.print_exc()
         return f"{type(error).__name__}: {error}"
     finally:
         CONSTRUCTED.clear()
     refused = [f"{d['reason']}: {d['detail']}" for d in runtime.decisions() if not d["fuse"]]
     return f"stock: {'; '.join(refused)}" if refused else "stock, and nothing said so"
+
+
+def without(defence: str | None) -> Any:
+    """A defence that is off."""
+    return patch.object(SlotSamples, "compare", lambda *_: False) if defence == "samples" else nothing()
 
 
 def weights(folder: str) -> Any:

@@ -46,7 +46,7 @@ def jobs(faults: Iterable[Fault], checkpoints: Checkpoints, folder: Path) -> lis
             made.append(job(None, altered.make(fault.name, source, folder / fault.name)))
             continue
         other = checkpoints.path(fault.recipe, seed=1) if fault.update else None
-        made.append(job(fault.name, source, fault.draft, other))
+        made.append({**job(fault.name, source, fault.draft, other), "without": fault.without})
     return made
 
 
@@ -74,9 +74,9 @@ def run(engine: str, wanted: list[dict[str, Any]], folder: Path, **env: str) -> 
 
 
 def run_faults(engine: str, checkpoints: Checkpoints, folder: Path) -> dict[str, str]:
-    """How the start with each fault ended, by its name; a clean start comes first and last."""
+    """How the start with each fault ended, by its id; a clean start comes first and last."""
     faults = chosen(engine)
     clean = job(None, checkpoints.path("qwen2_moe"))
     first, *starts, last = run(engine, [clean, *jobs(faults, checkpoints, folder), clean], folder)
     assert first.outcome == last.outcome == "", first.log
-    return {fault.name: start.outcome for fault, start in zip(faults, starts, strict=True)}
+    return {fault.id: start.outcome for fault, start in zip(faults, starts, strict=True)}

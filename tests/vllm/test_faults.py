@@ -23,11 +23,11 @@ def outcomes(made: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dic
     return suite.run_faults(ENGINE, made, tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("fault", suite.chosen(ENGINE), ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", suite.chosen(ENGINE), ids=lambda fault: fault.id)
 def test_is_caught_before_a_token_is_served(outcomes: dict[str, str], fault: suite.Fault) -> None:
-    outcome = outcomes[fault.name]
+    outcome = outcomes[fault.id]
     assert outcome, f"{fault.what}: this model would be served"
-    assert fault.catches(outcome), f"caught otherwise than by {fault.defence} ({fault.words}): {outcome}"
+    assert fault.catches(outcome), f"caught otherwise than by {fault.defence}: {outcome}"
 
 
 @pytest.fixture(scope="module")
