@@ -20,8 +20,7 @@ from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
-from ..fusion_core.samples import SlotSamples
-from ..fusion_core.tensors import CheckpointTensors
+from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
 from .gates import LoadedGates
 
@@ -43,6 +42,8 @@ class ModelFusion(ABC):
         self.routers: dict[int, SlotAppender] = {}
         self.experts: dict[int, torch.nn.Module] = {}
         self.blocks: dict[int, torch.nn.Module] = {}
+        # Values of the slots that were found as the checkpoint has them.
+        self.compared = 0
         # What `proving.prove` found: state, layers, deviation, seconds.
         self.canary: dict[str, Any] = {"state": "pending", "layers": []}
         # Layer whose block is under construction and still holds its unfused shared MLP.
@@ -54,8 +55,6 @@ class ModelFusion(ABC):
         self._fresh: bool | None = None
         self._as_loaded = AsLoaded()
         self.gates = LoadedGates(naming, decision.role)
-        # Layers whose slots were compared with the checkpoint's files.
-        self.compared: list[int] = []
 
     def layer_of(self, prefix: str) -> int | None:
         """The fused layer that a module prefix lies in, or None."""
@@ -93,17 +92,22 @@ class ModelFusion(ABC):
             self._fresh = any(map(self._is_poisoned, self.experts))
         # Without a checkpoint at the start, the first load may be an update as well.
         update = self.audit.loads > 0 or self._is_collected()
+        proved = not update and settings.load().verify != "off"
+        sample = SlotSample(self.decision, self.naming, self.routers if proved else ())
         self._loading = True
         try:
             self.audit.begin()
-            loaded = original(self._routed_only(weights))
+            loaded = original(self._routed_only(sample.tap(weights)))
         finally:
             self._loading = False
         # Kernels may repack after the initial load; only that load's layout is known here.
         self.audit.finish([] if update else self.poisoned, update)
         if not update:
+            # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
+            for layer, experts in self.experts.items():
+                parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
+                self.compared += sample.compare(layer, parameters, self._rank(experts))
             self._as_loaded.note(self._first_slot())
-            self._compare_samples()
         elif not self._is_collected():
             self.check_gates()
         return loaded
@@ -111,21 +115,6 @@ class ModelFusion(ABC):
     def check_gates(self) -> None:
         """See `LoadedGates.check`; only when the engine is done with what a load has brought."""
         self.gates.check(self.routers, self.blocks)
-
-    def _compare_samples(self) -> None:
-        if settings.load().verify == "off":
-            return
-        tensors = CheckpointTensors(self.checkpoint)
-        for layer, experts in sorted(self.experts.items()):
-            held = dict(experts.named_parameters(recurse=False))
-            samples = SlotSamples(tensors, self.naming, self.decision, *self._ranks(experts))
-            if "w13_weight" in held and "w2_weight" in held:
-                if samples.compare(layer, held["w13_weight"].data, held["w2_weight"].data):
-                    self.compared.append(layer)
-
-    @abstractmethod
-    def _ranks(self, experts: Any) -> tuple[int, int]:
-        """This process's rank among those that share each expert, and how many they are."""
 
     @property
     def poisoned(self) -> list[int]:
@@ -170,6 +159,10 @@ class ModelFusion(ABC):
     def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand a slot tensor to the engine's weight loader; whether it took it."""
 
+    @abstractmethod
+    def _rank(self, experts: torch.nn.Module) -> int:
+        """Which part of each expert this process holds."""
+
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
         return {
@@ -178,8 +171,8 @@ class ModelFusion(ABC):
             "fused_layers": self.counter.layers(),
             "calls_by_mode": self.counter.by_mode(),
             "slots_loaded": self.audit.slots_loaded,
-            "compared_layers": self.compared,
             "loads": self.audit.loads,
+            "compared": self.compared,
             "canary": self.canary,
         }
 

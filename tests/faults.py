@@ -25,6 +25,26 @@ def swapped(part: Any) -> Any:
     return dataclasses.replace(part, shard=other[part.shard])
 
 
+def a_little_off(part: Any) -> Any:
+    return dataclasses.replace(part, tensor=part.tensor * 1.0001)
+
+
+@contextmanager
+def unsampled(fault: AbstractContextManager[Any]) -> Iterator[None]:
+    """A fault that the samples of the slots do not see, so that the canary has to."""
+    from fse_patch.fusion_core.sample import SlotSample
+
+    with fault, patch.object(SlotSample, "compare", lambda *_: 0):
+        yield
+
+
+# Faults of the load, which the samples of the slots show before any forward: recipe, and the fault.
+MISLOADED: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
+    "shards swapped": ("glm4_moe_scale", lambda: changed_slots(swapped)),
+    "values a little off": ("qwen2_moe", lambda: changed_slots(a_little_off)),
+}
+
+
 def appended(change: Callable[[Any, Any], Any]) -> AbstractContextManager[Any]:
     """The slots' weight, made of the right one and the routed experts' weights."""
     from fse_patch.fusion_core import routing

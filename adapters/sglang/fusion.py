@@ -35,8 +35,8 @@ class ModelFusion(model_fusion.ModelFusion):
         parameter.weight_loader(parameter, part.tensor, name, shard_id=part.shard, expert_id=part.slot)
         return True
 
-    def _ranks(self, experts: Any) -> tuple[int, int]:
-        return experts.moe_tp_rank, experts.moe_tp_size
+    def _rank(self, experts: Any) -> int:
+        return int(experts.moe_tp_rank)
 
 
 class AppendHook:

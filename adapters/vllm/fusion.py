@@ -26,5 +26,5 @@ class ModelFusion(model_fusion.ModelFusion):
             )
         )
 
-    def _ranks(self, experts: Any) -> tuple[int, int]:
-        return experts.moe_config.tp_rank, experts.moe_config.tp_size
+    def _rank(self, experts: Any) -> int:
+        return int(experts.moe_config.tp_rank)

@@ -234,13 +234,16 @@ def shared_mlp_runs_too(engine: str) -> Context:
         with patch.object(torch.nn.Module, "__setattr__", keep):
             honest(self, *args, **kwargs)
         if held:
-            mlp = held[0]
-            for parameter in mlp.parameters():
-                parameter.data.normal_(std=0.02)
+            w13, w2 = (torch.full_like(p, 0.01) for p in held[0].parameters() if p.shape[0] > 1)
             # Not a module: nothing loads it, as nothing loads what stock would run beside the slots.
             beside = self.forward
+
+            def mlp(hidden: torch.Tensor) -> torch.Tensor:
+                gate, up = (hidden @ w13.T).chunk(2, dim=-1)
+                return (torch.nn.functional.silu(gate) * up) @ w2.T
+
             object.__setattr__(
-                self, "forward", lambda hidden, *a, **k: beside(hidden, *a, **k) + mlp(hidden).view(hidden.shape)
+                self, "forward", lambda hidden, *a, **k: beside(hidden, *a, **k) + mlp(hidden)
             )
 
     return patch.object(cls, "__init__", init)

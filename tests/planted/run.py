@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from fse_patch.fusion_core.samples import SlotSamples
+from fse_patch.fusion_core.sample import SlotSample
 
 from .plant import PLANTS
 
@@ -43,7 +43,7 @@ def serve(name: str, engine: Any, job: dict[str, Any]) -> str:
 
 def without(defence: str | None) -> Any:
     """A defence that is off."""
-    return patch.object(SlotSamples, "compare", lambda *_: False) if defence == "samples" else nothing()
+    return patch.object(SlotSample, "compare", lambda *_: 0) if defence == "samples" else nothing()
 
 
 def weights(folder: str) -> Any:

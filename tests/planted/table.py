@@ -20,14 +20,14 @@ DEFENCES = {
     "refusal": "stock",  # before the model is built: the decision
     "handshake": "FsePatchError|ValueError",  # while it is built: what is built against what was decided
     "audit": "AuditError|ValueError|RuntimeError",  # while it is loaded; or the engine's loader itself
-    "samples": "AuditError",  # when it is loaded: parts of all slots against the files
+    "samples": "AuditError",  # when it is loaded: parts of all slots against the stream
     "gate": "AuditError",  # after every load: the shared gates against the last stream
     "canary": "CanaryError|FsePatchError|RuntimeError",  # before it is served; or what ends its forward
     "engine": "IndexError|RuntimeError",  # the engine's loader
 }
 # What the error says, where the table does not.
 WORDS = {
-    "samples": "does not hold what the checkpoint says",
+    "samples": "sampled values of .* are not the checkpoint's",
     "gate": "gate is not the one that was loaded",
     "canary": CANARY,
 }

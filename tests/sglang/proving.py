@@ -14,14 +14,14 @@ from fse_patch import runtime
 from fse_patch.adapters.sglang import construct
 from fse_patch.errors import AuditError
 
-from ..faults import appended, changed_slots, gate_in_the_softmax, swapped
+from ..faults import MISLOADED, appended, changed_slots, gate_in_the_softmax, swapped, unsampled
 
 # Planted fault: recipe, and the fault.
 FAULTS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
     "slot weight off by 1 %": ("qwen2_moe", lambda: appended(lambda slot, _: slot * 1.01)),
     "gate in the softmax": ("qwen2_moe", gate_in_the_softmax),
     "scale twice": ("glm4_moe_scale", lambda: patch.object(construct, "output_scale", lambda *_: 1.0)),
-    "w1 and w3 swapped": ("glm4_moe_scale", lambda: changed_slots(swapped)),
+    "w1 and w3 swapped": ("glm4_moe_scale", lambda: unsampled(changed_slots(swapped))),
     "gate without sigmoid": ("qwen2_moe", lambda: appended(lambda *_: 1.0)),
 }
 
@@ -30,13 +30,13 @@ def found(scheduler: Any, folder: str, fault: str, verify: str) -> dict[str, Any
     """The canary's findings, or the error that ends the load."""
     from . import live
 
-    plant = FAULTS[fault][1] if fault else nullcontext
+    plant = (FAULTS | MISLOADED)[fault][1] if fault else nullcontext
     with patch.dict(os.environ, FSE_PATCH_VERIFY=verify), plant():
         try:
             model, _ = live.built(scheduler, folder)
         except AuditError as error:
             return {"error": f"{type(error).__name__}: {error}"}
-    return dict(model._fse_patch.canary)
+    return {**model._fse_patch.canary, "compared": model._fse_patch.compared}
 
 
 def fse_prove(self: Any, file: str, builds: list[list[str]]) -> None:

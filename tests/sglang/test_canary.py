@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from ..faults import MISLOADED
 from ..running import Case
+from . import cases
 from .conftest import Runs
 from .proving import FAULTS
 
@@ -20,7 +22,9 @@ def found(runs: Runs) -> dict[str, Any]:
         return str(runs.checkpoints.path(recipe))
 
     builds = {recipe: [folder(recipe), "", "sample"] for recipe in FAMILIES}
-    builds |= {fault: [folder(recipe), fault, "sample"] for fault, (recipe, _) in FAULTS.items()}
+    builds |= {
+        fault: [folder(recipe), fault, "sample"] for fault, (recipe, _) in (FAULTS | MISLOADED).items()
+    }
     builds["all"] = [folder("qwen2_moe"), "", "all"]
     builds["off"] = [folder("qwen2_moe"), "gate in the softmax", "off"]
     steps = [("prove", {"builds": list(builds.values())}), ("reports", {})]
@@ -37,6 +41,7 @@ def test_a_clean_checkpoint_passes(found: dict[str, Any], recipe: str) -> None:
     assert found[recipe]["state"] == "passed", found[recipe]
     assert found[recipe]["deviation"] < 1e-5
     assert len(found[recipe]["layers"]) == 1
+    assert found[recipe]["compared"] >= 2 * 3 * 64
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -44,6 +49,21 @@ def test_a_fault_stops_the_load(found: dict[str, Any], fault: str) -> None:
     assert "CanaryError" in found[fault].get("error", ""), found[fault]
     assert "canary: layer" in found[fault]["error"]
     assert "the model is not served" in found[fault]["error"]
+
+
+@pytest.mark.parametrize("fault", MISLOADED)
+def test_what_is_loaded_otherwise_stops_the_load(found: dict[str, Any], fault: str) -> None:
+    assert "AuditError" in found[fault].get("error", ""), found[fault]
+    assert "are not the checkpoint's; the model is not served" in found[fault]["error"]
+
+
+@pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=lambda case: case.name)
+def test_the_ranks_of_tensor_parallelism_prove_alike(runs: Runs, case: Case) -> None:
+    (result,) = runs.arm([case], True, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}).values()
+    assert "workers" in result, result.get("log")
+    roles = [role for worker in result["workers"] for role in worker["roles"]]
+    assert [role["canary"]["state"] for role in roles] == ["passed", "passed"]
+    assert all(role["compared"] for role in roles)
 
 
 def test_the_settings_say_which_layers(found: dict[str, Any]) -> None:

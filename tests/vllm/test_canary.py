@@ -12,7 +12,9 @@ from unittest.mock import patch
 
 import pytest
 
-from ..faults import appended, changed_slots, gate_in_the_softmax, routed, swapped
+from ..faults import MISLOADED, appended, changed_slots, gate_in_the_softmax, routed, swapped, unsampled
+from . import cases
+from .conftest import Runs
 from .engine import Checkpoints
 from .test_inherited import building
 from .test_off import in_process
@@ -26,7 +28,7 @@ FAULTS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
     "gate in the softmax": ("qwen2_moe", gate_in_the_softmax),
     "scale twice": ("glm4_moe_scale", lambda: routed(lambda w, spec: w * spec.routed_scaling_factor)),
     "scale on the slot": ("glm4_moe_scale", lambda: appended(lambda slot, _: slot * 2.5)),
-    "w1 and w3 swapped": ("glm4_moe_scale", lambda: changed_slots(swapped)),
+    "w1 and w3 swapped": ("glm4_moe_scale", lambda: unsampled(changed_slots(swapped))),
     "not renormalised": ("qwen2_moe_renorm", lambda: routed(lambda w, _: w * 0.9)),
     "gate without sigmoid": ("qwen2_moe", lambda: appended(lambda slot, _: 1.0)),
 }
@@ -48,7 +50,8 @@ def load(checkpoint: str, dtype: str = "float32", **options: Any) -> dict[str, A
             model = loader.load_model(vllm_config=config, model_config=config.model_config)
         except AuditError as error:
             return {"error": f"{type(error).__name__}: {error}"}
-    return dict(model._fse_patch.canary) | {"calls": model._fse_patch.counter.by_mode()}
+    report = model._fse_patch.report()
+    return {**report["canary"], "calls": report["calls_by_mode"], "compared": report["compared"]}
 
 
 def probe(folder: str) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def probe(folder: str) -> dict[str, Any]:
     for recipe in FAMILIES:
         found[recipe] = load(f"{folder}/float32/{recipe}")
     found["bfloat16"] = load(f"{folder}/bfloat16/qwen2_moe", "bfloat16")
-    for name, (recipe, fault) in FAULTS.items():
+    for name, (recipe, fault) in (FAULTS | MISLOADED).items():
         with fault():
             found[name] = load(f"{folder}/float32/{recipe}")
     with patch.dict(os.environ, FSE_PATCH_VERIFY="all"):
@@ -81,7 +84,7 @@ def found(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) ->
     # Paths of the test's own: rendezvous files lie beside them.
     folder = tmp_path_factory.mktemp("canary")
     for dtype, recipes in {
-        "float32": {*FAMILIES, "qwen2_moe", *(recipe for recipe, _ in FAULTS.values())},
+        "float32": {*FAMILIES, "qwen2_moe", *(recipe for recipe, _ in (FAULTS | MISLOADED).values())},
         "bfloat16": {"qwen2_moe"},
     }.items():
         (folder / dtype).mkdir()
@@ -103,6 +106,7 @@ def test_a_clean_checkpoint_passes(found: dict[str, Any], recipe: str) -> None:
     assert found[recipe]["deviation"] < 1e-5
     assert len(found[recipe]["layers"]) == 1
     assert found[recipe]["calls"] == {}
+    assert found[recipe]["compared"] >= 2 * 3 * 64
 
 
 def test_bfloat16_passes(found: dict[str, Any]) -> None:
@@ -115,6 +119,22 @@ def test_a_fault_stops_the_load(found: dict[str, Any], fault: str) -> None:
     assert "CanaryError" in found[fault].get("error", ""), found[fault]
     assert "canary: layer" in found[fault]["error"]
     assert "the model is not served" in found[fault]["error"]
+
+
+@pytest.mark.parametrize("fault", MISLOADED)
+def test_what_is_loaded_otherwise_stops_the_load(found: dict[str, Any], fault: str) -> None:
+    assert "AuditError" in found[fault].get("error", ""), found[fault]
+    assert "are not the checkpoint's; the model is not served" in found[fault]["error"]
+
+
+@pytest.mark.one_release
+def test_the_ranks_of_tensor_parallelism_prove_alike(runs: Runs) -> None:
+    case = cases.TENSOR_PARALLEL[0]
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    (result,) = runs.arm([case], True, env).values()
+    roles = [role for worker in result["workers"] for role in worker["roles"]]
+    assert [role["canary"]["state"] for role in roles] == ["passed", "passed"]
+    assert all(role["compared"] for role in roles)
 
 
 def test_all_layers_are_proved_where_asked_for(found: dict[str, Any]) -> None:
