@@ -4,7 +4,7 @@ PYTHON ?= python3
 # What `make demo` shows: vllm, sglang, or nothing for both.
 ENGINE ?=
 
-.PHONY: help envs demo test test-core test-vllm test-sglang lint format
+.PHONY: help envs demo test test-core test-vllm test-sglang test-faults lint format
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,10 @@ test-vllm: ## the tests on the real vLLM, every release of the matrix
 test-sglang: ## the tests on the real SGLang, every release of the matrix
 	@$(PYTHON) ci/envs.py --engine sglang
 	@$(PYTHON) ci/testing.py sglang
+
+test-faults: ## every planted fault and every clean model, in the releases that the demo shows
+	@$(PYTHON) ci/envs.py
+	@$(PYTHON) ci/testing.py faults
 
 lint: ## ruff, mypy (python ci/staged.py mypy -p fse_patch) and the import contracts
 	@$(PYTHON) ci/envs.py core

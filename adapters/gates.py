@@ -28,9 +28,12 @@ class LoadedGates:
     def watch(self, stream: Iterable[Named]) -> Iterator[Named]:
         """The stream, unchanged."""
         for name, tensor in stream:
-            if name.endswith(GATE):
+            # A quantised one is not what its bytes say.
+            if name.endswith(GATE) and tensor.is_floating_point() and tensor.element_size() > 1:
                 # The same place as a tensor of the shared expert.
-                ref = self.naming.parse(name.replace(GATE, f".{self.naming.family.shared_module}.up_proj.weight"))
+                ref = self.naming.parse(
+                    name.replace(GATE, f".{self.naming.family.shared_module}.up_proj.weight")
+                )
                 if ref is not None and ref.role == self.role:
                     self._rows[ref.layer] = tensor.detach().to("cpu", copy=True)
             yield name, tensor
@@ -57,6 +60,6 @@ class LoadedGates:
             allowed = max(LEAST_TOLERANCE, ROUNDINGS * UNIT.get(weight.dtype, 0.0)) * expected.norm()
             if not bool((answer - expected).norm() <= allowed):
                 raise AuditError(
-                    f"{self.role} model: layer {layer}: the shared expert's gate is not the one that was loaded; "
-                    "the model is not served"
+                    f"{self.role} model: layer {layer}: the shared expert's gate is not the one that was "
+                    "loaded; the model is not served"
                 )

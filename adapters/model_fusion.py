@@ -14,7 +14,7 @@ import torch
 
 from .. import settings
 from ..errors import AuditError, FsePatchError
-from ..fusion_core.audit import SlotAudit, is_poisoned, poison
+from ..fusion_core.audit import SlotAudit, is_poisoned, marks, poison
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
@@ -76,6 +76,8 @@ class ModelFusion(ABC):
                     f"{self.layout.num_experts} were decided"
                 )
             poison(parameter.data[self.layout.num_routed :])
+            for elements in marks(parameter.data):
+                poison(elements)
             suffixes.add(name)
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
 
@@ -101,7 +103,10 @@ class ModelFusion(ABC):
         finally:
             self._loading = False
         # Kernels may repack after the initial load; only that load's layout is known here.
-        self.audit.finish([] if update else self.poisoned, update)
+        if update:
+            self.audit.finish([], update)
+        else:
+            self.audit.finish(self.poisoned, unrouted_layers=self._unrouted())
         if not update:
             # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
             for layer, experts in self.experts.items():
@@ -120,6 +125,11 @@ class ModelFusion(ABC):
     def poisoned(self) -> list[int]:
         """Layers in whose slots unwritten values are left."""
         return [layer for layer in sorted(self.experts) if self._is_poisoned(layer)]
+
+    def _unrouted(self) -> list[int]:
+        """Layers in which an expert was not written."""
+        found = ((n, p.data) for n in sorted(self.experts) for _, p in self._fused_parameters(n))
+        return sorted({n for n, experts in found if any(map(is_poisoned, marks(experts)))})
 
     def _is_collected(self) -> bool:
         """Whether the engine collects what is loaded, to process it later as it did at its start."""

@@ -52,8 +52,8 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     if fusion.audit.loads == 0:
         if fusion.poisoned:
             raise AuditError(
-                f"{role} model: the shared slots of layers {fusion.poisoned} were never loaded: load_weights of "
-                "the model is not the patched one any more; the model is not served"
+                f"{role} model: the shared slots of layers {fusion.poisoned} were never loaded: the model's "
+                "load_weights is not the patched one any more; the model is not served"
             )
         fusion.canary["state"] = "not_loaded"
         log.warning("%s model: canary: not_loaded: no weights came from the checkpoint", role)

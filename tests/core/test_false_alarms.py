@@ -1,4 +1,4 @@
-"""No false alarm: drawn layers go the whole way through the core, stream to answer, and every defence lets them pass.
+"""No false alarm: drawn layers go the whole way through the core, and every defence lets them pass.
 
 The answer is compared with the layer's definition in plain Python floats, which shares nothing with the core.
 """

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 FILE = "model.safetensors"
@@ -29,6 +28,8 @@ def alter(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 def tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Path], None]:
     def altered(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file  # engines have it
+
         changed = change(load_file(folder / FILE))
         save_file({name: t.contiguous() for name, t in changed.items()}, folder / FILE, {"format": "pt"})
 
@@ -45,9 +46,9 @@ def config(**changes: object) -> Callable[[Path], None]:
 
 @alter
 def shared_in_another_dtype(folder: Path) -> None:
-    tensors(
-        lambda held: {n: t.to(torch.bfloat16) if ".shared_expert." in n else t for n, t in held.items()}
-    )(folder)
+    tensors(lambda held: {n: t.to(torch.bfloat16) if ".shared_expert." in n else t for n, t in held.items()})(
+        folder
+    )
 
 
 @alter
@@ -58,7 +59,9 @@ def one_layer_in_another_dtype(folder: Path) -> None:
 
 @alter
 def shared_tensor_missing(folder: Path) -> None:
-    tensors(lambda held: {n: t for n, t in held.items() if "layers.1.mlp.shared_expert.up_proj" not in n})(folder)
+    tensors(lambda held: {n: t for n, t in held.items() if "layers.1.mlp.shared_expert.up_proj" not in n})(
+        folder
+    )
 
 
 @alter
@@ -74,17 +77,10 @@ def routed_expert_missing(folder: Path) -> None:
 @alter
 def routed_expert_too_many(folder: Path) -> None:
     def change(held: Tensors) -> Tensors:
-        more = {n.replace(".experts.7.", ".experts.8."): t.clone() for n, t in held.items() if ".experts.7." in n}
+        more = {
+            n.replace(".experts.7.", ".experts.8."): t.clone() for n, t in held.items() if ".experts.7." in n
+        }
         return {**held, **more}
-
-    tensors(change)(folder)
-
-
-@alter
-def scale_beside_a_shared_weight(folder: Path) -> None:
-    def change(held: Tensors) -> Tensors:
-        up = "shared_expert.up_proj.weight"
-        return {**held, **{f"{n}_scale": torch.ones(()) for n in held if n.endswith(up)}}
 
     tensors(change)(folder)
 
@@ -110,35 +106,3 @@ def shared_not_a_whole_number_of_slots(folder: Path) -> None:
 
     tensors(change)(folder)
     config(shared_expert_intermediate_size=48)(folder)
-
-
-@alter
-def config_with_another_number_of_experts(folder: Path) -> None:
-    config(num_experts=4)(folder)
-
-
-@alter
-def config_with_another_activation(folder: Path) -> None:
-    config(hidden_act="gelu")(folder)
-
-
-@alter
-def config_that_says_quantised(folder: Path) -> None:
-    config(quantization_config={"quant_method": "somebodys_own", "bits": 3})(folder)
-
-
-@alter
-def file_cut_short(folder: Path) -> None:
-    data = (folder / FILE).read_bytes()
-    (folder / FILE).write_bytes(data[: len(data) // 2])
-
-
-@alter
-def header_with_overlapping_tensors(folder: Path) -> None:
-    data = (folder / FILE).read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    names = sorted(n for n in header if "shared_expert.up_proj" in n)
-    header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
-    raw = json.dumps(header).encode()
-    (folder / FILE).write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])

@@ -1,4 +1,4 @@
-"""Faults in what is built: other arguments than decided, wrappers that are gone, MLPs that run beside their slots."""
+"""Faults in what is built: other arguments than decided, wrappers that are gone, MLPs beside their slots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def module(engine: str, name: str = QWEN[0]) -> Any:
 
 
 def engine_passes(name: str, **changes: Any) -> Callable[[str], Context]:
-    """The block ``name`` asks for its experts with other arguments: another release, another plugin, an override."""
+    """The block ``name`` asks for its experts with other arguments, as another release or plugin makes it."""
 
     def context(engine: str) -> Context:
         home = module(engine, name)
@@ -242,9 +242,7 @@ def shared_mlp_runs_too(engine: str) -> Context:
                 gate, up = (hidden @ w13.T).chunk(2, dim=-1)
                 return (torch.nn.functional.silu(gate) * up) @ w2.T
 
-            object.__setattr__(
-                self, "forward", lambda hidden, *a, **k: beside(hidden, *a, **k) + mlp(hidden)
-            )
+            object.__setattr__(self, "forward", lambda hidden, *a, **k: beside(hidden, *a, **k) + mlp(hidden))
 
     return patch.object(cls, "__init__", init)
 
@@ -280,6 +278,8 @@ def topk_in_another_format(engine: str) -> Context:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = honest(self, *args, **kwargs)
-        return topk.BypassedTopKOutput(args[0] if args else kwargs["hidden_states"], found.router_logits, self.topk_config)
+        return topk.BypassedTopKOutput(
+            args[0] if args else kwargs["hidden_states"], found.router_logits, self.topk_config
+        )
 
     return patch.object(topk.TopK, "forward", forward)

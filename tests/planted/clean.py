@@ -1,4 +1,4 @@
-"""Models with nothing wrong: every recipe of ci/checkpoints that fuses, and drawn ones. None may be stopped."""
+"""Models with nothing wrong: every recipe of ci/checkpoints that fuses, and drawn ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults before anything is built: in the checkpoint, in what an engine is told, in the decision, in the patches."""
+"""Faults before anything is built: in what an engine is told, in the decision, in the patches."""
 
 from __future__ import annotations
 

@@ -46,7 +46,12 @@ class Drawn:
 
     def _sizes(self) -> dict[str, Any]:
         sizes = {"hidden_size": self.hidden, "moe_intermediate_size": self.width, "intermediate_size": 128}
-        return {**recipes._COMMON, **sizes, "num_experts_per_tok": self.top_k, "norm_topk_prob": self.renormalize}
+        return {
+            **recipes._COMMON,
+            **sizes,
+            "num_experts_per_tok": self.top_k,
+            "norm_topk_prob": self.renormalize,
+        }
 
     def _qwen(self) -> Any:
         from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM

@@ -1,4 +1,4 @@
-"""SGLang up to the moment before it would serve, without a server: its own configuration, loader and classes."""
+"""SGLang up to the moment before it would serve: its own configuration, loader and classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONE = dict.fromkeys(
 
 
 class Engine:
-    """One process as SGLang's scheduler sets it up, in which one model after the other is built and loaded."""
+    """One process as SGLang's scheduler is, in which one model after the other is built and loaded."""
 
     def __init__(self, rendezvous: str) -> None:
         fse_patch.apply(NAME)

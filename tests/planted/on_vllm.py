@@ -1,4 +1,4 @@
-"""vLLM up to the moment before it would serve, without an engine: its own configuration, loader and classes."""
+"""vLLM up to the moment before it would serve: its own configuration, loader and classes."""
 
 from __future__ import annotations
 

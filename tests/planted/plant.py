@@ -1,4 +1,4 @@
-"""How a fault is planted: each is a function of the engine's name that gives a context to start the engine in."""
+"""How a fault is planted: a function of the engine's name gives a context to start the engine in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Plants one fault after the other in one process of an engine: python -m tests.planted.run ENGINE JOBS RESULTS.
+"""Plants one fault after the other in one process of an engine.
 
-A job is {"fault": name or None, "folder": ..., "draft": bool, "update": another folder or None}; its result says what ended
-the start, or why the model stayed stock, or is empty where it would have served.
+    python -m tests.planted.run ENGINE JOBS RESULTS
+
+A job is what `suite.job` makes. Its result says what ended the start, or why the model stayed stock; it is
+empty where the model would have been served.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def weights(folder: str) -> Any:
 
 
 def main(name: str, jobs: Path, results: Path) -> None:
-    for module in ("stream", "weighing", "building", "deciding"):
+    for module in ("tensors", "stream", "loading", "weighing", "routing", "building", "deciding"):
         importlib.import_module(f"tests.planted.{module}")
     engine = importlib.import_module(f"tests.planted.on_{name}").Engine(f"{results}.rendezvous")
     found = []

@@ -1,4 +1,4 @@
-"""Faults between the checkpoint and the slots: in the weight stream, in its remap, in what takes the tensors."""
+"""Faults between the checkpoint and the loader: in the weight stream and in its remap."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.adapters import model_fusion
 from fse_patch.fusion_core import remap
 from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.remap import Named, Remap, SlotTensor
+from fse_patch.fusion_core.remap import Remap, SlotTensor
 
-from .plant import adapter, plant
+from .plant import plant
 
 Context = AbstractContextManager[Any]
-honest_slots, honest_call, honest_parse = Remap._slots, Remap.__call__, TensorNaming.parse
+honest_slots, honest_parse = Remap._slots, TensorNaming.parse
 
 
 def slots(change: Callable[[SlotTensor, Any], Iterable[SlotTensor]]) -> Context:
@@ -31,7 +30,9 @@ def slots(change: Callable[[SlotTensor, Any], Iterable[SlotTensor]]) -> Context:
     return patch.object(Remap, "_slots", changed)
 
 
-def values(change: Callable[[torch.Tensor], torch.Tensor], shard: str = "w2", layer: int | None = None) -> Context:
+def values(
+    change: Callable[[torch.Tensor], torch.Tensor], shard: str = "w2", layer: int | None = None
+) -> Context:
     """The values of one shard are changed, in all layers or in one."""
 
     def changed(part: SlotTensor, _: Any) -> list[SlotTensor]:
@@ -39,36 +40,6 @@ def values(change: Callable[[torch.Tensor], torch.Tensor], shard: str = "w2", la
         return [dataclasses.replace(part, tensor=change(part.tensor)) if hit else part]
 
     return slots(changed)
-
-
-def stream(change: Callable[[str, torch.Tensor], Iterable[Named]]) -> Context:
-    """Every tensor of the checkpoint is replaced by what ``change`` makes of it, before it is remapped."""
-
-    def changed(self: Remap, weights: Iterable[Named]) -> Iterator[Named | SlotTensor]:
-        return honest_call(self, (item for name, tensor in weights for item in change(name, tensor)))
-
-    return patch.object(Remap, "__call__", changed)
-
-
-def without(part: str) -> Context:
-    """Tensors whose name has ``part`` never come."""
-    return stream(lambda name, tensor: [] if part in name else [(name, tensor)])
-
-
-def take(change: Callable[[Any, Any, SlotTensor], SlotTensor | None]) -> Callable[[str], Context]:
-    """What the engine's weight loader is given, after the audit's part of the work; None: nothing."""
-
-    def context(engine: str) -> Context:
-        cls = adapter(engine, "fusion").ModelFusion
-        honest = cls._take
-
-        def changed(self: Any, parameter: Any, part: SlotTensor, name: str) -> bool:
-            given = change(self, parameter, part)
-            return True if given is None else honest(self, parameter, given, name)
-
-        return patch.object(cls, "_take", changed)
-
-    return context
 
 
 @plant
@@ -214,67 +185,6 @@ def one_element_changed(_: str) -> Context:
 
 
 @plant
-def nan_in_the_checkpoint(_: str) -> Context:
-    def changed(name: str, tensor: torch.Tensor) -> list[Named]:
-        if ".shared_expert.up_proj" in name:
-            tensor = tensor.clone()
-            tensor[0, 0] = float("nan")
-        return [(name, tensor)]
-
-    return stream(changed)
-
-
-@plant
-def tensor_missing_from_the_stream(_: str) -> Context:
-    return without("layers.1.mlp.shared_expert.up_proj")
-
-
-@plant
-def tensor_twice_in_the_stream(_: str) -> Context:
-    return stream(lambda name, tensor: [(name, tensor)] * (2 if "shared_expert.up_proj" in name else 1))
-
-
-@plant
-def scale_nobody_knows(_: str) -> Context:
-    def changed(name: str, tensor: torch.Tensor) -> list[Named]:
-        extra = [(f"{name}_scale", torch.ones(()))] if "shared_expert.up_proj" in name else []
-        return [(name, tensor), *extra]
-
-    return stream(changed)
-
-
-@plant
-def gate_and_up_merged(_: str) -> Context:
-    return stream(lambda name, tensor: [(name.replace("shared_expert.up_", "shared_expert.gate_up_"), tensor)])
-
-
-@plant
-def shared_gate_missing_from_the_stream(_: str) -> Context:
-    return without("shared_expert_gate")
-
-
-@plant
-def router_missing_from_the_stream(_: str) -> Context:
-    return without("mlp.gate.weight")
-
-
-@plant
-def routed_expert_missing_from_the_stream(_: str) -> Context:
-    return without("experts.3.down_proj")
-
-
-@plant
-def routed_experts_shifted_by_one(_: str) -> Context:
-    def changed(name: str, tensor: torch.Tensor) -> list[Named]:
-        for number in range(8):
-            if f".experts.{number}." in name:
-                return [(name.replace(f".experts.{number}.", f".experts.{(number + 1) % 8}."), tensor)]
-        return [(name, tensor)]
-
-    return stream(changed)
-
-
-@plant
 def lost_between_remap_and_engine(_: str) -> Context:
     """The remap itself forgets a slot, and its own count tells."""
 
@@ -305,87 +215,6 @@ def draft_taken_for_main(_: str) -> Context:
         return found and dataclasses.replace(found, role="main")
 
     return patch.object(TensorNaming, "parse", parse)
-
-
-@plant
-def loader_does_nothing(engine: str) -> Context:
-    return take(lambda self, parameter, part: None)(engine)
-
-
-@plant
-def loader_fills_a_half(engine: str) -> Context:
-    def half(self: Any, parameter: Any, part: SlotTensor) -> None:
-        # Into the upper half of the rows, as a loader does that has the width of another model.
-        rows = parameter.data[part.slot]
-        rows[: rows.shape[0] // 2] = 0.0
-
-    return take(half)(engine)
-
-
-@plant
-def loader_writes_the_neighbour(engine: str) -> Context:
-    return take(lambda self, parameter, part: dataclasses.replace(part, slot=part.slot - 1))(engine)
-
-
-@plant
-def loader_reads_nothing(_: str) -> Context:
-    """An engine that decides to load nothing."""
-    honest = model_fusion.ModelFusion.load
-
-    def load(self: Any, original: Any, weights: Any) -> Any:
-        return honest(self, lambda stream: set(), weights)
-
-    return patch.object(model_fusion.ModelFusion, "load", load)
-
-
-@plant
-def loader_stops_early(_: str) -> Context:
-    """As islice of the stream: the rest is never asked for, and no count at its end is made."""
-    honest = model_fusion.ModelFusion.load
-
-    def load(self: Any, original: Any, weights: Any) -> Any:
-        return honest(self, lambda stream: original(item for item, _ in zip(stream, range(20))), weights)
-
-    return patch.object(model_fusion.ModelFusion, "load", load)
-
-
-def after_loading(change: Callable[[Any], None]) -> Context:
-    """Done to the experts of the first layer when the loader and the audit are through."""
-    honest = model_fusion.ModelFusion.load
-
-    def load(self: Any, original: Any, weights: Any) -> Any:
-        loaded = honest(self, original, weights)
-        change(self)
-        return loaded
-
-    return patch.object(model_fusion.ModelFusion, "load", load)
-
-
-@plant
-def slot_overwritten_by_a_routed_expert(_: str) -> Context:
-    def change(fusion: Any) -> None:
-        for experts in fusion.experts.values():
-            experts.w2_weight.data[fusion.layout.num_routed] = experts.w2_weight.data[0]
-
-    return after_loading(change)
-
-
-@plant
-def routed_expert_overwritten_by_the_slot(_: str) -> Context:
-    def change(fusion: Any) -> None:
-        for experts in fusion.experts.values():
-            experts.w13_weight.data[fusion.layout.num_routed - 1] = experts.w13_weight.data[fusion.layout.num_routed]
-
-    return after_loading(change)
-
-
-@plant
-def slot_poisoned_after_the_audit(_: str) -> Context:
-    def change(fusion: Any) -> None:
-        for experts in fusion.experts.values():
-            experts.w13_weight.data[fusion.layout.num_routed :] = float("nan")
-
-    return after_loading(change)
 
 
 @plant

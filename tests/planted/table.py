@@ -1,7 +1,7 @@
-"""The faults of faults.yaml: data alone. What plants each is found under its name in the other modules here.
+"""The faults of faults.yaml: data alone. What plants each has its name in the other modules here.
 
-A fault is caught when the process that would serve ends with an error before it could, or stays stock and says
-why. An answer that merely differs is not caught.
+A fault is caught when the process that would serve ends with an error before it could, or stays stock and
+says why. An answer that merely differs is not caught.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ class Fault:
 
     def catches(self, outcome: str) -> bool:
         """Whether the start ended as it must."""
-        return bool(re.match(DEFENCES[self.defence], outcome) and re.search(self.words or WORDS[self.defence], outcome))
+        return bool(
+            re.match(DEFENCES[self.defence], outcome)
+            and re.search(self.words or WORDS[self.defence], outcome)
+        )
 
 
 def load() -> dict[str, Fault]:

@@ -1,8 +1,7 @@
-"""Faults in which experts a token gets and with which weight: in the appended slots, and in the routing itself."""
+"""Faults in the k+S weights and ids that a layer runs with."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,14 +9,13 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.fusion_core import routing
 from fse_patch.fusion_core.routing import SlotAppender
 
 from .plant import adapter, plant
 
 Context = AbstractContextManager[Any]
 Pair = tuple[torch.Tensor, torch.Tensor]
-honest_append, honest_slots, honest_route = SlotAppender.append, routing.append_shared_slots, routing.route
+honest_append = SlotAppender.append
 honest_init = SlotAppender.__init__
 
 
@@ -219,74 +217,15 @@ def routed_weights_not_renormalised(_: str) -> Context:
 
 @plant
 def output_scale_forgotten(engine: str) -> Context:
-    """The engine multiplies the layer's output by the scale, and the shared slot's share is not divided by it."""
+    """The engine scales the layer's output, and the shared slot's share is not divided by it."""
     if engine == "sglang":
         return patch.object(adapter(engine, "construct"), "output_scale", lambda *_: 1.0)
     return nullcontext()
 
 
-def by_route(change: Callable[..., Pair]) -> Context:
-    return patch.object(routing, "route", change)
-
-
-@plant
-def router_of_another_family(_: str) -> Context:
-    def route(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Pair:
-        return honest_route(logits, top_k, dataclasses.replace(spec, scoring="softmax"), None)
-
-    return by_route(route)
-
-
-@plant
-def correction_bias_used_as_weight(_: str) -> Context:
-    def route(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Pair:
-        _, ids = honest_route(logits, top_k, spec, bias)
-        weights = (logits.sigmoid() + bias).gather(1, ids.long())
-        return weights / weights.sum(dim=1, keepdim=True) * spec.routed_scaling_factor, ids
-
-    return by_route(route)
-
-
-@plant
-def correction_bias_dropped(_: str) -> Context:
-    return by_route(lambda logits, top_k, spec, bias=None: honest_route(logits, top_k, spec, bias * 0))
-
-
-@plant
-def groups_ignored(_: str) -> Context:
-    def route(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Pair:
-        return honest_route(logits, top_k, dataclasses.replace(spec, num_expert_group=1, topk_group=1), bias)
-
-    return by_route(route)
-
-
-@plant
-def softmax_over_the_chosen_only(_: str) -> Context:
-    """Renormalised although the model does not."""
-
-    def route(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Pair:
-        return honest_route(logits, top_k, dataclasses.replace(spec, renormalize=True), bias)
-
-    return by_route(route)
-
-
-@plant
-def smallest_instead_of_largest(_: str) -> Context:
-    return by_route(lambda logits, top_k, spec, bias=None: honest_route(-logits, top_k, spec, bias))
-
-
-@plant
-def fewer_experts_than_decided(_: str) -> Context:
-    def route(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Pair:
-        weights, ids = honest_route(logits, top_k, spec, bias)
-        return torch.cat([weights[:, :-1], weights[:, -1:] * 0], dim=1), ids
-
-    return by_route(route)
-
-
 @plant
 def stale_gate(_: str) -> Context:
-    """A copy of the gate is made when a layer first runs, or at the latest now; loads after it are not seen."""
+    """A copy of the gate is made when a layer first runs; loads after it are not seen."""
 
     def init(self: SlotAppender, *args: Any, **kwargs: Any) -> None:
         honest_init(self, *args, **kwargs)
