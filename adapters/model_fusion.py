@@ -113,8 +113,8 @@ class ModelFusion(ABC):
                 parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
                 self.compared += sample.compare(layer, parameters, self._rank(experts))
             self._as_loaded.note(self._first_slot())
-        elif not self._is_collected():
-            self.check_gates()
+        elif self.canary["state"] != "pending" and not self._is_collected():
+            self.check_gates()  # into a model that runs already
         return loaded
 
     def check_gates(self) -> None:
