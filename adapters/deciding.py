@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .. import runtime, settings
+from .. import metrics, runtime, settings
 from ..errors import FsePatchError, RefusedError
 from ..fusion_core.decide import decide
 from ..fusion_core.decision import FusionDecision
@@ -116,6 +116,7 @@ def config_difference(decision: FusionDecision, config: Any) -> str:
 def announce(decision: FusionDecision) -> None:
     """Record a decision, and say in one line a role: on and where, or why not."""
     runtime.record_decision(decision.to_dict())
+    metrics.publish()
     head = f"{decision.engine}, {decision.role} model"
     if decision.fuse:
         log.info("%s: shared expert fused: %s", head, decision.detail)

@@ -44,8 +44,8 @@ class ModelFusion(ABC):
         self.blocks: dict[int, torch.nn.Module] = {}
         # Values of the slots that were found as the checkpoint has them.
         self.compared = 0
-        # What `proving.prove` found: state, layers, deviation, seconds.
-        self.canary: dict[str, Any] = {"state": "pending", "layers": []}
+        # What `proving.prove` found; the layer that came closest to what is allowed says how far it was off.
+        self.canary: dict[str, Any] = {"state": "pending", "layers": [], "deviation": 0.0, "tolerance": 1.0}
         # Layer whose block is under construction and still holds its unfused shared MLP.
         self.unstripped: int | None = None
         # Why layers could not take their part of the weight update under way.
@@ -66,6 +66,10 @@ class ModelFusion(ABC):
         """A fused layer was built: poison its shared slots and expect them to be written."""
         if layer in self.routers:
             raise FsePatchError(f"layer {layer} of the {self.decision.role} model was built twice")
+        # A loader that nobody hooked must not lead to a server that nobody proved.
+        router.closed = (
+            f"{self.decision.role} model: layer {layer} runs before `prove` had it; the model is not served"
+        )
         self.routers[layer] = router
         self.experts[layer] = experts
         suffixes = set()
@@ -80,6 +84,11 @@ class ModelFusion(ABC):
                 poison(elements)
             suffixes.add(name)
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
+
+    def open(self) -> None:
+        """Let the layers run: what is to be proved about them is, or is about to be."""
+        for router in self.routers.values():
+            router.closed = ""
 
     def _fused_parameters(self, layer: int) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in self.experts[layer].named_parameters(recurse=False):
@@ -176,6 +185,7 @@ class ModelFusion(ABC):
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
         return {
+            "engine": self.decision.engine,
             "role": self.decision.role,
             "built_layers": sorted(self.routers),
             "fused_layers": self.counter.layers(),

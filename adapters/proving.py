@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import settings
+from .. import metrics, settings
 from ..errors import AuditError
 from ..fusion_core.canary import CheckpointLayer, NoReference, Served, judge, reference
 from ..fusion_core.tensors import CheckpointTensors
@@ -26,16 +26,20 @@ class Prover(ABC):
         """The block's output for ``hidden_states``, as this process has it."""
 
     @abstractmethod
-    def all_reduce(self, states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The sum over the processes that share each layer, and how many they are."""
+    def parts(self, block: Any) -> int:
+        """How many processes share each expert."""
+
+    @abstractmethod
+    def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
+        """The sum over those processes."""
 
     def output(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """The whole output. Some blocks leave the sum over processes to the layer around them."""
         with torch.no_grad():
             states = self.forward(block, hidden_states.clone())
-            total, parts = self.all_reduce(states.clone())
-        if parts == 1:
-            return states
+            if (parts := self.parts(block)) == 1:
+                return states
+            total = self.all_reduce(states.clone())
         summed_already = (total - parts * states).norm() <= 0.01 * total.norm()
         return states if summed_already else total
 
@@ -46,8 +50,13 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     Raises:
         CanaryError: a layer does not compute what the checkpoint says; the model must not be served.
     """
-    if fusion.canary["state"] != "pending":
-        return
+    if fusion.canary["state"] == "pending":
+        fusion.open()
+        _prove(fusion, dtype, prover)
+        metrics.publish()
+
+
+def _prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     role, chosen = fusion.decision.role, settings.load().verify
     if fusion.audit.loads == 0:
         if fusion.poisoned:
@@ -68,20 +77,31 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     for layer in layers if chosen == "all" else layers[:1]:
         try:
             tensors = tensors or CheckpointTensors(fusion.checkpoint)
-            found = _prove_layer(fusion, layer, dtype, prover, tensors)
+            found, allowed = _prove_layer(fusion, layer, dtype, prover, tensors)
         except NoReference as error:
             fusion.canary |= {"state": "no_reference", "detail": str(error)}
             log.warning("%s model: canary: layer %d: %s", role, layer, error)
             return
         fusion.canary["layers"].append(layer)
-        fusion.canary["deviation"] = max(found, fusion.canary.get("deviation", 0.0))
-    fusion.canary |= {"state": "passed", "seconds": round(time.perf_counter() - start, 3)}
-    log.info("%s model: canary: passed: %s", role, fusion.canary)
+        if found / allowed >= fusion.canary["deviation"] / fusion.canary["tolerance"]:
+            fusion.canary |= {"deviation": found, "tolerance": allowed}
+    seconds = time.perf_counter() - start
+    fusion.canary |= {"state": "passed", "seconds": round(seconds, 3)}
+    log.info(
+        "%s model: canary: %d of %d fused layers are as in the checkpoint, %.2g off (%.2g allowed), %.2f s",
+        role,
+        len(fusion.canary["layers"]),
+        len(layers),
+        fusion.canary["deviation"],
+        fusion.canary["tolerance"],
+        seconds,
+    )
 
 
 def _prove_layer(
     fusion: ModelFusion, layer: int, dtype: torch.dtype, prover: Prover, tensors: CheckpointTensors
-) -> float:
+) -> tuple[float, float]:
+    """Its deviation, and what was allowed."""
     block: Any = fusion.blocks[layer]
     decision = fusion.decision
     gate, shared_gate = block.gate, getattr(block, "shared_expert_gate", None)
@@ -97,4 +117,4 @@ def _prove_layer(
     wanted = reference(CheckpointLayer(tensors, fusion.naming, decision, layer), decision, served)
     output = prover.output(block, wanted.hidden.to(device))
     fusion.counter.reset()  # this was no call of the model
-    return judge(decision.role, layer, wanted, output)
+    return judge(decision.role, layer, wanted, output), wanted.tolerance

@@ -17,6 +17,15 @@ ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
 VERIFY = "FSE_PATCH_VERIFY"
 POLICY = "FSE_PATCH_POLICY"
 VERIFY_CHOICES = ("off", "sample", "all")
+# Of every variable, what holds where it is not set.
+DEFAULTS = {
+    ENABLE: "0",
+    STRICT: "1",
+    POLICY: "",
+    VERIFY: "sample",
+    ALLOW_UNTESTED: "0",
+    ALLOW_UNMEASURED: "0",
+}
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
 
@@ -84,6 +93,17 @@ def engines_in(value: str) -> frozenset[str]:
             f"{ENABLE}={value!r}: unknown engine {unknown[0]!r}; use 1, 0 or a list of {', '.join(ENGINES)}"
         )
     return names
+
+
+def origins(env: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
+    """Each variable's value, as text, and its origin: "default", "environment", or "unknown name"."""
+    env = os.environ if env is None else env
+    found = {
+        name: {"value": env.get(name, default), "origin": "environment" if name in env else "default"}
+        for name, default in DEFAULTS.items()
+    }
+    others = sorted(name for name in env if name.startswith(ENABLE) and name not in DEFAULTS)
+    return found | {name: {"value": env[name], "origin": "unknown name"} for name in others}
 
 
 def load(env: Mapping[str, str] | None = None) -> Settings:

@@ -19,14 +19,16 @@ class Prover(proving.Prover):
         states: torch.Tensor = block(hidden_states)
         return states
 
-    def all_reduce(self, states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Over tensor parallelism."""
-        from sglang.srt.distributed import (
-            get_tensor_model_parallel_world_size,
-            tensor_model_parallel_all_reduce,
-        )
+    def parts(self, block: Any) -> int:
+        """The size of tensor parallelism."""
+        return int(block.experts.moe_tp_size)
 
-        return tensor_model_parallel_all_reduce(states), get_tensor_model_parallel_world_size()
+    def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
+        """Over tensor parallelism."""
+        from sglang.srt.distributed.communication_op import tensor_model_parallel_all_reduce
+
+        total: torch.Tensor = tensor_model_parallel_all_reduce(states)
+        return total
 
 
 def load_and_prove(original: Callable[..., Any]) -> Callable[..., Any]:

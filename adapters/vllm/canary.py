@@ -31,11 +31,18 @@ class Prover(proving.Prover):
             states: torch.Tensor = block(hidden_states)
         return states
 
-    def all_reduce(self, states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Over tensor parallelism."""
-        from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+    def parts(self, block: Any) -> int:
+        """The size of tensor parallelism."""
+        from vllm.distributed import get_tensor_model_parallel_world_size
 
-        return tensor_model_parallel_all_reduce(states), get_tensor_model_parallel_world_size()
+        return int(get_tensor_model_parallel_world_size())
+
+    def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
+        """Over tensor parallelism."""
+        from vllm.distributed import tensor_model_parallel_all_reduce
+
+        total: torch.Tensor = tensor_model_parallel_all_reduce(states)
+        return total
 
 
 def load_model(original: Callable[..., Any]) -> Callable[..., Any]:

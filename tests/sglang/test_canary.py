@@ -66,6 +66,15 @@ def test_the_ranks_of_tensor_parallelism_prove_alike(runs: Runs, case: Case) -> 
     assert all(role["compared"] for role in roles)
 
 
+@pytest.mark.one_release
+def test_bfloat16_passes(runs: Runs) -> None:
+    (result,) = runs.arm([Case("glm4_moe_scale", "bfloat16")], True, {}).values()
+    assert "workers" in result, result.get("log")
+    canary = result["workers"][0]["roles"][0]["canary"]
+    assert canary["state"] == "passed", canary
+    assert 1e-4 < canary["deviation"] < 2**-6
+
+
 def test_the_settings_say_which_layers(found: dict[str, Any]) -> None:
     assert found["all"]["layers"] == [0, 1]
     assert found["off"]["state"] == "off"

@@ -54,6 +54,25 @@ def load(checkpoint: str, dtype: str = "float32", **options: Any) -> dict[str, A
     return {**report["canary"], "calls": report["calls_by_mode"], "compared": report["compared"]}
 
 
+def run_unproved(checkpoint: str) -> str:
+    """What a fused block says where the loader's hook never came to prove it."""
+    import torch
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from fse_patch.adapters import proving
+    from fse_patch.adapters.vllm.canary import Prover
+    from fse_patch.errors import AuditError
+
+    with building(checkpoint) as config, patch.object(proving, "prove", lambda *_: None):
+        loader = get_model_loader(config.load_config)
+        fusion = loader.load_model(vllm_config=config, model_config=config.model_config)._fse_patch
+    try:
+        Prover(config).output(fusion.blocks[0], torch.zeros(1, fusion.layout.hidden_size))
+    except AuditError as error:
+        return f"{fusion.canary['state']}: {error}"
+    return "ran"
+
+
 def probe(folder: str) -> dict[str, Any]:
     """Everything that one process can find out; ``folder`` has the checkpoints by dtype and recipe."""
     import torch
@@ -75,6 +94,7 @@ def probe(folder: str) -> dict[str, Any]:
         stack.enter_context(FAULTS["scale twice"][1]())
         found["off"] = load(f"{folder}/float32/glm4_moe_scale")
     found["dummy"] = load(f"{folder}/float32/qwen2_moe", load_format="dummy")
+    found["unproved"] = run_unproved(f"{folder}/float32/qwen2_moe")
     found["again"] = load(f"{folder}/float32/qwen2_moe")
     return found
 
@@ -137,6 +157,15 @@ def test_the_ranks_of_tensor_parallelism_prove_alike(runs: Runs) -> None:
     assert all(role["compared"] for role in roles)
 
 
+@pytest.mark.one_release
+def test_drafts_are_proved_too(runs: Runs) -> None:
+    wanted = [case for case in cases.DRAFTS if case.recipe in ("qwen3_next_mtp", "glm4_moe_mtp")]
+    path = os.pathsep.join([str(ROOT), SHIM])
+    for result in runs.arm(wanted, True, {"PYTHONPATH": path}).values():
+        roles = {role["role"]: role["canary"]["state"] for role in result["workers"][0]["roles"]}
+        assert roles == {"main": "passed", "draft": "passed"}
+
+
 def test_all_layers_are_proved_where_asked_for(found: dict[str, Any]) -> None:
     assert found["all"]["state"] == "passed"
     assert found["all"]["layers"] == [0, 1]
@@ -145,4 +174,5 @@ def test_all_layers_are_proved_where_asked_for(found: dict[str, Any]) -> None:
 def test_what_proves_nothing_says_so(found: dict[str, Any]) -> None:
     assert found["off"]["state"] == "off"
     assert found["dummy"]["state"] == "not_loaded"
+    assert found["unproved"].startswith("pending: main model: layer 0 runs before")
     assert found["again"]["state"] == "passed"
