@@ -71,6 +71,12 @@ class Engine:
                 stack.enter_context(draft_model_build_scope())
             return get_model(model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu"))
 
+    def warm_up(self, block: Any, hidden: torch.Tensor) -> None:
+        """Run a block, as the engine's warm-up does before it serves."""
+        from fse_patch.adapters.sglang.canary import Prover
+
+        Prover().forward(block, hidden)
+
     def update(self, model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """A weight update, as SGLang makes it: into the parameters that run."""
         model.load_weights(weights)

@@ -63,6 +63,12 @@ class Engine:
             chosen = self.vllm_config.speculative_config.draft_model_config
             return get_model(vllm_config=self.vllm_config, model_config=chosen)
 
+    def warm_up(self, block: Any, hidden: torch.Tensor) -> None:
+        """Run a block, as the engine's warm-up does before it serves."""
+        from fse_patch.adapters.vllm.canary import Prover
+
+        Prover(self.vllm_config).forward(block, hidden)
+
     def update(self, model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """A weight update, as vLLM's own reload makes it."""
         from vllm.config import set_current_vllm_config

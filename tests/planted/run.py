@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from fse_patch.fusion_core.sample import SlotSample
 
 from .plant import PLANTS
@@ -25,12 +27,15 @@ from .plant import PLANTS
 def serve(name: str, engine: Any, job: dict[str, Any]) -> str:
     """What ends the start of a model or its update, or why it is stock; empty if it would serve fused."""
     from fse_patch import runtime
-    from fse_patch.adapters.model_fusion import CONSTRUCTED
+    from fse_patch.adapters.model_fusion import CONSTRUCTED, constructed
 
     runtime.clear()
     try:
         with without(job.get("without")), PLANTS[job["fault"]](name) if job["fault"] else nothing():
             model = engine.load(job["folder"], job["draft"])
+            for fusion in constructed():
+                for block in fusion.blocks.values():
+                    engine.warm_up(block, torch.zeros(2, fusion.layout.hidden_size))
             if job["update"]:
                 engine.update(model, weights(job["update"]))
             if CONSTRUCTED:
