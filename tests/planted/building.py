@@ -131,14 +131,10 @@ def topk_passes(name: str, **changes: Any) -> Context:
     return patch.object(home, "TopK", lambda *args, **kwargs: honest(*args, **{**kwargs, **changes}))
 
 
-def block(engine: str) -> Any:
-    return getattr(module(engine), QWEN[1])
-
-
 @plant
 def wrapper_of_the_block_gone(engine: str) -> Context:
     """Another plugin has put the original constructor back."""
-    cls = block(engine)
+    cls = getattr(module(engine), QWEN[1])
     return patch.object(cls, "__init__", cls.__init__.__wrapped__)
 
 
@@ -234,7 +230,7 @@ def built_with_e_instead_of_e_and_s(_: str) -> Context:
 @plant
 def shared_mlp_runs_too(engine: str) -> Context:
     """Double counting: the slots are there, and the MLP that they replace still adds its output."""
-    cls = block(engine)
+    cls = getattr(module(engine), QWEN[1])
     honest = cls.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -23,9 +23,13 @@ def names(engine: str) -> list[str]:
 
 
 def run(engine: str, checkpoints: Checkpoints, folder: Path) -> dict[str, str]:
-    """How each start ended: empty if the model would be served, fused. The canary runs every layer."""
+    """How the start of each fault and of each clean model ended; of these the canary runs every layer."""
     tiny_checkpoints.RECIPES.update({name: model.recipe() for name, model in DRAWN.items()})
-    wanted = names(engine)
-    jobs = [suite.job(None, checkpoints.path(n.removesuffix(" draft")), n.endswith(" draft")) for n in wanted]
-    starts = suite.run(engine, jobs, folder, FSE_PATCH_VERIFY="all")
-    return {name: start.outcome for name, start in zip(wanted, starts, strict=True)}
+    jobs = {
+        name: {
+            **suite.job(None, checkpoints.path(name.removesuffix(" draft")), name.endswith(" draft")),
+            "verify": "all",
+        }
+        for name in names(engine)
+    }
+    return suite.run_all(engine, checkpoints, folder, jobs)

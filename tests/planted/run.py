@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext as nothing
@@ -20,6 +21,7 @@ from unittest.mock import patch
 import torch
 
 from fse_patch.fusion_core.sample import SlotSample
+from fse_patch.settings import VERIFY
 
 from .plant import PLANTS
 
@@ -30,6 +32,7 @@ def serve(name: str, engine: Any, job: dict[str, Any]) -> str:
     from fse_patch.adapters.model_fusion import CONSTRUCTED, constructed
 
     runtime.clear()
+    os.environ[VERIFY] = job.get("verify", "sample")
     try:
         with without(job.get("without")), PLANTS[job["fault"]](name) if job["fault"] else nothing():
             model = engine.load(job["folder"], job["draft"])

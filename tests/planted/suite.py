@@ -50,7 +50,7 @@ def jobs(faults: Iterable[Fault], checkpoints: Checkpoints, folder: Path) -> lis
     return made
 
 
-def run(engine: str, wanted: list[dict[str, Any]], folder: Path, **env: str) -> list[Start]:
+def run(engine: str, wanted: list[dict[str, Any]], folder: Path) -> list[Start]:
     """Start after start in one process."""
     request, result, log = folder / "jobs.json", folder / "results.json", folder / "log"
     request.write_text(json.dumps(wanted))
@@ -60,7 +60,7 @@ def run(engine: str, wanted: list[dict[str, Any]], folder: Path, **env: str) -> 
         status = subprocess.run(
             [sys.executable, "-m", "tests.planted.run", engine, str(request), str(result)],
             cwd=ROOT,
-            env={**clean, "PYTHONPATH": path, **env},
+            env={**clean, "PYTHONPATH": path},
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -73,10 +73,17 @@ def run(engine: str, wanted: list[dict[str, Any]], folder: Path, **env: str) -> 
     return [Start(entry["outcome"], said) for entry in found]
 
 
-def run_faults(engine: str, checkpoints: Checkpoints, folder: Path) -> dict[str, str]:
-    """How the start with each fault ended, by its id; a clean start comes first and last."""
+def run_all(
+    engine: str, checkpoints: Checkpoints, folder: Path, clean: dict[str, dict[str, Any]]
+) -> dict[str, str]:
+    """How each start ended, by the fault's id or the clean model's name, in one process.
+
+    A plain start comes first, and another one last: no fault is left behind.
+    """
     faults = chosen(engine)
-    clean = job(None, checkpoints.path("qwen2_moe"))
-    first, *starts, last = run(engine, [clean, *jobs(faults, checkpoints, folder), clean], folder)
+    plain = job(None, checkpoints.path("qwen2_moe"))
+    names = [fault.id for fault in faults] + list(clean)
+    wanted = [*jobs(faults, checkpoints, folder), *clean.values()]
+    first, *starts, last = run(engine, [plain, *wanted, plain], folder)
     assert first.outcome == last.outcome == "", first.log
-    return {fault.id: start.outcome for fault, start in zip(faults, starts, strict=True)}
+    return {name: start.outcome for name, start in zip(names, starts, strict=True)}

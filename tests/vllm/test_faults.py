@@ -14,13 +14,9 @@ ENGINE = "vllm"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"), ENGINE)
-
-
-@pytest.fixture(scope="module")
-def outcomes(made: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return suite.run_faults(ENGINE, made, tmp_path_factory.mktemp("faults"))
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    made = Checkpoints(tmp_path_factory.mktemp("checkpoints"), ENGINE)
+    return clean.run(ENGINE, made, tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("fault", suite.chosen(ENGINE), ids=lambda fault: fault.id)
@@ -30,11 +26,6 @@ def test_is_caught_before_a_token_is_served(outcomes: dict[str, str], fault: sui
     assert fault.catches(outcome), f"caught otherwise than by {fault.defence}: {outcome}"
 
 
-@pytest.fixture(scope="module")
-def starts(made: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return clean.run(ENGINE, made, tmp_path_factory.mktemp("clean"))
-
-
 @pytest.mark.parametrize("name", clean.names(ENGINE))
-def test_what_is_right_is_served(starts: dict[str, str], name: str) -> None:
-    assert starts[name] == ""
+def test_what_is_right_is_served(outcomes: dict[str, str], name: str) -> None:
+    assert outcomes[name] == ""
