@@ -85,5 +85,5 @@ def run_all(
     names = [fault.id for fault in faults] + list(clean)
     wanted = [*jobs(faults, checkpoints, folder), *clean.values()]
     first, *starts, last = run(engine, [plain, *wanted, plain], folder)
-    assert first.outcome == last.outcome == "", first.log
+    assert (first.outcome, last.outcome) == ("", ""), first.log
     return {name: start.outcome for name, start in zip(names, starts, strict=True)}
