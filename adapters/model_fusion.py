@@ -14,7 +14,7 @@ import torch
 
 from .. import settings
 from ..errors import AuditError, FsePatchError
-from ..fusion_core.audit import SlotAudit, is_poisoned, poison
+from ..fusion_core.audit import SlotAudit, is_poisoned, marks, poison
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
@@ -22,6 +22,7 @@ from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
 from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
+from .gates import LoadedGates
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
@@ -53,6 +54,7 @@ class ModelFusion(ABC):
         # Whether the first load found the slots poisoned; otherwise the engine has filled and packed them.
         self._fresh: bool | None = None
         self._as_loaded = AsLoaded()
+        self.gates = LoadedGates(naming, decision.role)
 
     def layer_of(self, prefix: str) -> int | None:
         """The fused layer that a module prefix lies in, or None."""
@@ -72,7 +74,14 @@ class ModelFusion(ABC):
         self.experts[layer] = experts
         suffixes = set()
         for name, parameter in self._fused_parameters(layer):
+            if parameter.ndim and parameter.shape[0] == self.layout.num_routed:
+                raise FsePatchError(
+                    f"layer {layer}: {name} has rows for {parameter.shape[0]} experts, and "
+                    f"{self.layout.num_experts} were decided"
+                )
             poison(parameter.data[self.layout.num_routed :])
+            for elements in marks(parameter.data):
+                poison(elements)
             suffixes.add(name)
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
 
@@ -103,14 +112,33 @@ class ModelFusion(ABC):
         finally:
             self._loading = False
         # Kernels may repack after the initial load; only that load's layout is known here.
-        self.audit.finish([] if update else [n for n in self.experts if self._is_poisoned(n)], update)
+        if update:
+            self.audit.finish([], update)
+        else:
+            self.audit.finish(self.poisoned, unrouted_layers=self._unrouted())
         if not update:
             # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
             for layer, experts in self.experts.items():
                 parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
                 self.compared += sample.compare(layer, parameters, self._rank(experts))
             self._as_loaded.note(self._first_slot())
+        elif self.canary["state"] != "pending" and not self._is_collected():
+            self.check_gates()  # into a model that runs already
         return loaded
+
+    def check_gates(self) -> None:
+        """See `LoadedGates.check`; only when the engine is done with what a load has brought."""
+        self.gates.check(self.routers, self.blocks)
+
+    @property
+    def poisoned(self) -> list[int]:
+        """Layers in whose slots unwritten values are left."""
+        return [layer for layer in sorted(self.experts) if self._is_poisoned(layer)]
+
+    def _unrouted(self) -> list[int]:
+        """Layers in which an expert was not written."""
+        found = ((n, p.data) for n in sorted(self.experts) for _, p in self._fused_parameters(n))
+        return sorted({n for n, experts in found if any(map(is_poisoned, marks(experts)))})
 
     def _is_collected(self) -> bool:
         """Whether the engine collects what is loaded, to process it later as it did at its start."""
@@ -126,7 +154,7 @@ class ModelFusion(ABC):
         return any(is_poisoned(p.data[rows]) for _, p in self._fused_parameters(layer))
 
     def _routed_only(self, weights: Iterable[Named]) -> Iterator[Named]:
-        for item in Remap(self.decision, self.naming, self.routers)(weights):
+        for item in Remap(self.decision, self.naming, self.routers)(self.gates.watch(weights)):
             if isinstance(item, SlotTensor):
                 self._write(item)
             else:

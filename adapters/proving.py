@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import metrics, settings
+from ..errors import AuditError
 from ..fusion_core.canary import CheckpointLayer, NoReference, Served, judge, reference
 from ..fusion_core.tensors import CheckpointTensors
 from .model_fusion import ModelFusion
@@ -58,6 +59,11 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
 def _prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     role, chosen = fusion.decision.role, settings.load().verify
     if fusion.audit.loads == 0:
+        if fusion.poisoned:
+            raise AuditError(
+                f"{role} model: the shared slots of layers {fusion.poisoned} were never loaded: the model's "
+                "load_weights is not the patched one any more; the model is not served"
+            )
         fusion.canary["state"] = "not_loaded"
         log.warning("%s model: canary: not_loaded: no weights came from the checkpoint", role)
         return
@@ -65,6 +71,7 @@ def _prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
         fusion.canary["state"] = "off"
         log.warning("%s model: canary: switched off by %s", role, settings.VERIFY)
         return
+    fusion.check_gates()
     layers = sorted(fusion.blocks)
     start, tensors = time.perf_counter(), None
     for layer in layers if chosen == "all" else layers[:1]:
