@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .. import runtime, settings
+from .. import metrics, runtime, settings
 from ..errors import FsePatchError, RefusedError
 from ..fusion_core.decide import decide
 from ..fusion_core.decision import FusionDecision
@@ -113,6 +113,7 @@ def proof(decision: FusionDecision, platform: str) -> Iterator[Refusal]:
 def announce(decision: FusionDecision) -> None:
     """Record a decision, and say in one line a role: on and where, or why not."""
     runtime.record_decision(decision.to_dict())
+    metrics.publish()
     head = f"{decision.engine}, {decision.role} model"
     if decision.fuse:
         log.info("%s: shared expert fused: %s", head, decision.detail)

@@ -6,19 +6,23 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import torch
 
+from .. import settings
 from ..errors import AuditError, FsePatchError
-from ..fusion_core.audit import SlotAudit, is_poisoned, poison
+from ..fusion_core.audit import SlotAudit, is_poisoned, marks, poison
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
+from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
+from .gates import LoadedGates
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
@@ -27,15 +31,21 @@ WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
 class ModelFusion(ABC):
     """What constructor, loader and router of one role share: its decision, its layers, its audit."""
 
-    def __init__(self, decision: FusionDecision, naming: TensorNaming) -> None:
+    def __init__(self, decision: FusionDecision, naming: TensorNaming, checkpoint: Path) -> None:
         assert decision.layout is not None
         self.decision = decision
         self.layout = decision.layout
         self.naming = naming
+        self.checkpoint = checkpoint
         self.counter = ModeCounter()
         self.audit = SlotAudit(decision.role)
         self.routers: dict[int, SlotAppender] = {}
         self.experts: dict[int, torch.nn.Module] = {}
+        self.blocks: dict[int, torch.nn.Module] = {}
+        # Values of the slots that were found as the checkpoint has them.
+        self.compared = 0
+        # What `proving.prove` found; the layer that came closest to what is allowed says how far it was off.
+        self.canary: dict[str, Any] = {"state": "pending", "layers": [], "deviation": 0.0, "tolerance": 1.0}
         # Layer whose block is under construction and still holds its unfused shared MLP.
         self.unstripped: int | None = None
         # Why layers could not take their part of the weight update under way.
@@ -44,6 +54,7 @@ class ModelFusion(ABC):
         # Whether the first load found the slots poisoned; otherwise the engine has filled and packed them.
         self._fresh: bool | None = None
         self._as_loaded = AsLoaded()
+        self.gates = LoadedGates(naming, decision.role)
 
     def layer_of(self, prefix: str) -> int | None:
         """The fused layer that a module prefix lies in, or None."""
@@ -55,13 +66,29 @@ class ModelFusion(ABC):
         """A fused layer was built: poison its shared slots and expect them to be written."""
         if layer in self.routers:
             raise FsePatchError(f"layer {layer} of the {self.decision.role} model was built twice")
+        # A loader that nobody hooked must not lead to a server that nobody proved.
+        router.closed = (
+            f"{self.decision.role} model: layer {layer} runs before `prove` had it; the model is not served"
+        )
         self.routers[layer] = router
         self.experts[layer] = experts
         suffixes = set()
         for name, parameter in self._fused_parameters(layer):
+            if parameter.ndim and parameter.shape[0] == self.layout.num_routed:
+                raise FsePatchError(
+                    f"layer {layer}: {name} has rows for {parameter.shape[0]} experts, and "
+                    f"{self.layout.num_experts} were decided"
+                )
             poison(parameter.data[self.layout.num_routed :])
+            for elements in marks(parameter.data):
+                poison(elements)
             suffixes.add(name)
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
+
+    def open(self) -> None:
+        """Let the layers run: what is to be proved about them is, or is about to be."""
+        for router in self.routers.values():
+            router.closed = ""
 
     def _fused_parameters(self, layer: int) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for name, parameter in self.experts[layer].named_parameters(recurse=False):
@@ -76,17 +103,42 @@ class ModelFusion(ABC):
             self._fresh = any(map(self._is_poisoned, self.experts))
         # Without a checkpoint at the start, the first load may be an update as well.
         update = self.audit.loads > 0 or self._is_collected()
+        proved = not update and settings.load().verify != "off"
+        sample = SlotSample(self.decision, self.naming, self.routers if proved else ())
         self._loading = True
         try:
             self.audit.begin()
-            loaded = original(self._routed_only(weights))
+            loaded = original(self._routed_only(sample.tap(weights)))
         finally:
             self._loading = False
         # Kernels may repack after the initial load; only that load's layout is known here.
-        self.audit.finish([] if update else [n for n in self.experts if self._is_poisoned(n)], update)
+        if update:
+            self.audit.finish([], update)
+        else:
+            self.audit.finish(self.poisoned, unrouted_layers=self._unrouted())
         if not update:
+            # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
+            for layer, experts in self.experts.items():
+                parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
+                self.compared += sample.compare(layer, parameters, self._rank(experts))
             self._as_loaded.note(self._first_slot())
+        elif self.canary["state"] != "pending" and not self._is_collected():
+            self.check_gates()  # into a model that runs already
         return loaded
+
+    def check_gates(self) -> None:
+        """See `LoadedGates.check`; only when the engine is done with what a load has brought."""
+        self.gates.check(self.routers, self.blocks)
+
+    @property
+    def poisoned(self) -> list[int]:
+        """Layers in whose slots unwritten values are left."""
+        return [layer for layer in sorted(self.experts) if self._is_poisoned(layer)]
+
+    def _unrouted(self) -> list[int]:
+        """Layers in which an expert was not written."""
+        found = ((n, p.data) for n in sorted(self.experts) for _, p in self._fused_parameters(n))
+        return sorted({n for n, experts in found if any(map(is_poisoned, marks(experts)))})
 
     def _is_collected(self) -> bool:
         """Whether the engine collects what is loaded, to process it later as it did at its start."""
@@ -102,7 +154,7 @@ class ModelFusion(ABC):
         return any(is_poisoned(p.data[rows]) for _, p in self._fused_parameters(layer))
 
     def _routed_only(self, weights: Iterable[Named]) -> Iterator[Named]:
-        for item in Remap(self.decision, self.naming, self.routers)(weights):
+        for item in Remap(self.decision, self.naming, self.routers)(self.gates.watch(weights)):
             if isinstance(item, SlotTensor):
                 self._write(item)
             else:
@@ -126,15 +178,22 @@ class ModelFusion(ABC):
     def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand a slot tensor to the engine's weight loader; whether it took it."""
 
+    @abstractmethod
+    def _rank(self, experts: torch.nn.Module) -> int:
+        """Which part of each expert this process holds."""
+
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
         return {
+            "engine": self.decision.engine,
             "role": self.decision.role,
             "built_layers": sorted(self.routers),
             "fused_layers": self.counter.layers(),
             "calls_by_mode": self.counter.by_mode(),
             "slots_loaded": self.audit.slots_loaded,
             "loads": self.audit.loads,
+            "compared": self.compared,
+            "canary": self.canary,
         }
 
 

@@ -1,6 +1,7 @@
 """Runs the checks and tests in the environments of ci/matrix.yaml, engine after engine, two releases at once.
 
     python3 ci/testing.py [lint] [core] [vllm] ...      default: all of them
+    python3 ci/testing.py faults                        every planted fault: the long part, in no default
 
 Every step has a time limit and runs in a process group of its own, so that an engine that hangs is ended with
 all its children. Its output is in .cache/logs; the end of it is shown when the step fails. The last lines are
@@ -88,6 +89,13 @@ def engine(row: dict[str, object]) -> Step:
     return Step(f"{name} tests", command, 2700, environment, kind)
 
 
+def faults(row: dict[str, object]) -> Step:
+    """All planted faults, and all clean models, in one release."""
+    step = engine(row)
+    command = [*step.command[:-1], f"tests/{step.engine}/test_faults.py"]
+    return Step(f"{row['name']} faults", command, 1200, {**step.environment, "FAULTS": "all"})
+
+
 def run(step: Step) -> Result:
     """Run a step to its end or its limit; its output goes to its log."""
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -167,8 +175,10 @@ def main() -> int:
             steps += core(kinds)
         elif name in kinds:
             steps += [engine(r) for r in rows if r["engine"] == name]
+        elif name == "faults":
+            steps += [faults(r) for r in rows if r.get("demo")]
         else:
-            print(f"no tests {name!r}; there are lint, core, {', '.join(kinds)}", file=sys.stderr)
+            print(f"no tests {name!r}; there are lint, core, {', '.join(kinds)}, faults", file=sys.stderr)
             return 2
     results: list[Result] = []
     for kind, group in groupby(steps, lambda step: step.engine):

@@ -49,7 +49,12 @@ def remove(engine: str) -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is patched, decided and counted in this process, by engine, ready for JSON."""
+    """What is patched, decided, loaded and counted in this process, by engine, ready for JSON.
+
+    ``roles`` has what was built here, main model and draft: its fused layers, ``slots_loaded``, ``compared``
+    (values that were found in the slots as the checkpoint has them) and ``canary``, whose ``state`` is
+    "passed", "pending", "off", "not_loaded" or "no_reference".
+    """
     from . import control
 
     return control.status()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -134,10 +135,14 @@ def status() -> dict[str, Any]:
     """See `fse_patch.status`."""
     with lock:
         reports = {**_refused, **{engine: active.report() for engine, active in _active.items()}}
+    # Not imported: where no model was built, asking must not load torch.
+    models = sys.modules.get(f"{__package__}.adapters.model_fusion")
+    roles = [] if models is None else [fusion.report() for fusion in models.constructed()]
     return {
         engine: {
             **report.to_dict(),
             "pid": os.getpid(),
+            "roles": [role for role in roles if role["engine"] == engine],
             "decisions": [d for d in runtime.decisions() if d.get("engine", engine) == engine],
             "counters": runtime.counters(),
         }

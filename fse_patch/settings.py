@@ -15,6 +15,19 @@ STRICT = "FSE_PATCH_STRICT"
 ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"
 ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
 ALLOW_UNPROVEN = "FSE_PATCH_ALLOW_UNPROVEN"
+VERIFY = "FSE_PATCH_VERIFY"
+POLICY = "FSE_PATCH_POLICY"
+VERIFY_CHOICES = ("off", "sample", "all")
+# Of every variable, what holds where it is not set.
+DEFAULTS = {
+    ENABLE: "0",
+    STRICT: "1",
+    POLICY: "",
+    VERIFY: "sample",
+    ALLOW_UNTESTED: "0",
+    ALLOW_UNMEASURED: "0",
+    ALLOW_UNPROVEN: "0",
+}
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
 
@@ -31,6 +44,7 @@ class Settings:
         allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
         allow_unmeasured: FSE_PATCH_ALLOW_UNMEASURED: fuse where nothing shows that it is not slower.
         allow_unproven: FSE_PATCH_ALLOW_UNPROVEN: fuse quantised formats that were never compared there.
+        verify: FSE_PATCH_VERIFY: layers that the canary proves before serving: "off", "sample" (one), "all".
     """
 
     engines: frozenset[str] = frozenset()
@@ -40,6 +54,7 @@ class Settings:
     allow_untested: bool = False
     allow_unmeasured: bool = False
     allow_unproven: bool = False
+    verify: str = "sample"
 
     @property
     def policy_file(self) -> Path | None:
@@ -56,6 +71,13 @@ def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
     if value.strip().lower() in _FALSE:
         return False
     raise FsePatchError(f"{name}={value!r}: use 1 or 0")
+
+
+def _choice(env: Mapping[str, str], name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = env.get(name, "").strip().lower() or default
+    if value not in choices:
+        raise FsePatchError(f"{name}={env[name]!r}: use {', '.join(choices[:-1])} or {choices[-1]}")
+    return value
 
 
 def engines_in(value: str) -> frozenset[str]:
@@ -77,6 +99,17 @@ def engines_in(value: str) -> frozenset[str]:
     return names
 
 
+def origins(env: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
+    """Each variable's value, as text, and its origin: "default", "environment", or "unknown name"."""
+    env = os.environ if env is None else env
+    found = {
+        name: {"value": env.get(name, default), "origin": "environment" if name in env else "default"}
+        for name, default in DEFAULTS.items()
+    }
+    others = sorted(name for name in env if name.startswith(ENABLE) and name not in DEFAULTS)
+    return found | {name: {"value": env[name], "origin": "unknown name"} for name in others}
+
+
 def load(env: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from ``env`` (default: the process environment)."""
     env = os.environ if env is None else env
@@ -84,8 +117,9 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         engines=engines_in(env.get(ENABLE, "")),
         strict=_flag(env, STRICT, True),
         strict_arguments=_flag(env, STRICT, False),
-        policy=env.get("FSE_PATCH_POLICY") or None,
+        policy=env.get(POLICY) or None,
         allow_untested=_flag(env, ALLOW_UNTESTED, False),
         allow_unmeasured=_flag(env, ALLOW_UNMEASURED, False),
         allow_unproven=_flag(env, ALLOW_UNPROVEN, False),
+        verify=_choice(env, VERIFY, "sample", VERIFY_CHOICES),
     )

@@ -261,6 +261,8 @@ def ran_as_decided(decision: FusionDecision, workers: list[dict[str, Any]]) -> l
             continue
         if role["fused_layers"] != wanted:
             problems.append(f"{where}: layers {role['fused_layers']} ran fused, {wanted} were decided")
+        if role.get("canary", {}).get("state") == "pending":
+            problems.append(f"{where}: was not compared with its checkpoint before serving")
         slots = len(wanted) * decision.layout.num_shared_slots
         if role["slots_loaded"] != slots:
             problems.append(f"{where}: {role['slots_loaded']} of {slots} shared slots were loaded")

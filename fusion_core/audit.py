@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,14 @@ def is_poisoned(rows: torch.Tensor) -> bool:
     if not rows.is_floating_point() or rows.is_meta:
         return False
     return bool(torch.isnan(rows.float() if rows.element_size() == 1 else rows).any())
+
+
+def marks(experts: torch.Tensor) -> list[torch.Tensor]:
+    """One element of w1, w3 or w2 of every expert, to poison and look at: an expert that never came shows.
+
+    None where the tensor has not the three dimensions of plain weights.
+    """
+    return [] if experts.ndim != 3 else [experts[:, row, 0] for row in {0, experts.shape[1] // 2}]
 
 
 @dataclass
@@ -69,12 +78,14 @@ class SlotAudit:
         slots = {key[:2] for key in self.expected}
         return len(slots - {key[:2] for key in self.expected - self.covered})
 
-    def finish(self, poisoned_layers: list[int], update: bool = False) -> None:
+    def finish(
+        self, poisoned_layers: list[int], update: bool = False, unrouted_layers: Sequence[int] = ()
+    ) -> None:
         """A load ended; after the first that passed, every load is an update.
 
         Raises:
             AuditError: it was not an update and a part is missing, was written twice, was not expected,
-                or poison is left in a layer.
+                or poison is left in a layer, in its shared slots or its routed experts.
         """
         if self.loads or update:
             self.loads += 1
@@ -95,5 +106,10 @@ class SlotAudit:
             raise AuditError(
                 f"{self.role} model: unwritten values are left in the shared slots of layers "
                 f"{poisoned_layers}; the model is not served"
+            )
+        if unrouted_layers:
+            raise AuditError(
+                f"{self.role} model: routed experts of layers {list(unrouted_layers)} were never written; "
+                "the model is not served"
             )
         self.loads = 1

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..errors import AuditError
 from .decision import FusionDecision, RoutingSpec
 from .dispatch import ModeCounter
 
@@ -117,6 +118,8 @@ class SlotAppender:
         self.counter = counter
         self.shared_gate = shared_gate
         self.output_scale = output_scale
+        # Why nothing may run through the layer yet; "" where it may.
+        self.closed = ""
         # Weight of the first slot is multiplied by this: the positive control of `verify`.
         self.control_factor = 1.0
         if (shared_gate is None) == (decision.shared_weight == "sigmoid_gate"):
@@ -126,6 +129,8 @@ class SlotAppender:
         self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], from [num_tokens, k] of both."""
+        if self.closed:
+            raise AuditError(self.closed)
         # Under Dynamo this would be traced once and its effect frozen into the graph.
         if not torch.compiler.is_compiling():
             self.counter.add(self.layer, "fused")

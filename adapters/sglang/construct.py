@@ -100,6 +100,7 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
         fusion.add_layer(layer, appender, experts)
         experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
         setattr(self, fusion.naming.family.shared_module, None)
+        fusion.blocks[layer] = self
         fusion.building = fusion.unstripped = None
 
     return __init__

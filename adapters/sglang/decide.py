@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ... import settings
@@ -44,10 +45,13 @@ def decide_for(
     def must_go(decision: FusionDecision) -> bool:
         return own is not None and ("wrong" in own or decision.reason == "quant.mixed")
 
+    def locate() -> Path:
+        return checkpoint_folder(model_config.model_path, model_config.revision, load_config.download_dir)
+
     decision = settle(
         ENGINE,
         role,
-        lambda: checkpoint_folder(model_config.model_path, model_config.revision, load_config.download_dir),
+        locate,
         lambda decision: refusals(decision, model_config, load_config, quantised, own),
         lambda decision: "; SGLang's own fusion is switched off" if must_go(decision) else "",
     )
@@ -55,7 +59,8 @@ def decide_for(
     if not decision.fuse:
         return None, off
     assert family is not None
-    return ModelFusion(decision, TensorNaming(family, model_config.hf_text_config.num_hidden_layers)), off
+    naming = TensorNaming(family, model_config.hf_text_config.num_hidden_layers)
+    return ModelFusion(decision, naming, locate()), off
 
 
 def refusals(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from .. import model_fusion
 class ModelFusion(model_fusion.ModelFusion):
     """Numbers layers and writes slots as SGLang does."""
 
-    def __init__(self, decision: FusionDecision, naming: TensorNaming) -> None:
-        super().__init__(decision, naming)
+    def __init__(self, decision: FusionDecision, naming: TensorNaming, checkpoint: Path) -> None:
+        super().__init__(decision, naming, checkpoint)
         # The layer whose block is under construction, and its experts.
         self.building: tuple[int, torch.nn.Module] | None = None
 
@@ -33,6 +34,9 @@ class ModelFusion(model_fusion.ModelFusion):
         # It returns nothing; what it leaves out shows as poison.
         parameter.weight_loader(parameter, part.tensor, name, shard_id=part.shard, expert_id=part.slot)
         return True
+
+    def _rank(self, experts: Any) -> int:
+        return int(experts.moe_tp_rank)
 
 
 class AppendHook:

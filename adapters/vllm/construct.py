@@ -120,6 +120,7 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
         fusion = ACTIVE.get()
         if fusion is not None and fusion.unstripped is not None:
             setattr(self, fusion.naming.family.shared_module, None)
+            fusion.blocks[fusion.unstripped] = self
             fusion.unstripped = None
 
     return __init__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ...fusion_core.families import Role, family_of
@@ -20,10 +21,14 @@ def decide_for(cls: type, vllm_config: Any) -> ModelFusion | None:
     if role is None or vllm_config is None:
         return None
     source, load_config = checkpoint_of(role, vllm_config)
+
+    def locate() -> Path:
+        return checkpoint_folder(source.model, source.revision, load_config.download_dir)
+
     decision = settle(
         ENGINE,
         role,
-        lambda: checkpoint_folder(source.model, source.revision, load_config.download_dir),
+        locate,
         lambda decision: refusals(decision, vllm_config, source, load_config),
     )
     if not decision.fuse:
@@ -31,7 +36,7 @@ def decide_for(cls: type, vllm_config: Any) -> ModelFusion | None:
     family = family_of(decision.model_type)
     assert family is not None
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    return ModelFusion(decision, TensorNaming(family, layers))
+    return ModelFusion(decision, TensorNaming(family, layers), locate())
 
 
 def checkpoint_of(role: Role, vllm_config: Any) -> tuple[Any, Any]:

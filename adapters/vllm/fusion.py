@@ -25,3 +25,6 @@ class ModelFusion(model_fusion.ModelFusion):
                 return_success=True,
             )
         )
+
+    def _rank(self, experts: Any) -> int:
+        return int(experts.moe_config.tp_rank)

@@ -61,6 +61,8 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
         if problems:
             more = f" (and {len(problems) - 1} more layers)" if problems[1:] else ""
             raise FsePatchError(problems[0] + more)
+        for fusion in constructed():
+            fusion.check_gates()
 
     return finalize_layerwise_processing
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "Would this checkpoint fuse, which layers, and if not, why.",
     "verify": "Run the real engine stock and fused and compare log-probabilities.",
     "policy": "Explain a decision rule by rule, or check a policy file.",
+    "doctor": "What is installed, switched on and in force here, and what of it is wrong.",
     "patches": "List every patch: target, versions, why, and when it goes away.",
 }
 _INTERNAL_ERROR = 70

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.audit import Key, SlotAudit, is_poisoned, poison
+from fse_patch.fusion_core.audit import Key, SlotAudit, is_poisoned, marks, poison
 from fse_patch.fusion_core.remap import SlotTensor
 
 SLOTS = range(4, 6)
@@ -172,3 +172,25 @@ def test_an_update_before_any_load_is_counted_and_not_enforced() -> None:
     made.begin()
     made.finish([], update=True)
     assert made.loads == 1
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *FP8], ids=str)
+def test_a_routed_expert_that_never_came_shows(dtype: torch.dtype) -> None:
+    experts = torch.zeros(6, 4, 3).to(dtype)
+    for elements in marks(experts):
+        poison(elements)
+    for expert in range(6):
+        for half in (slice(0, 2), slice(2, 4)):
+            assert any(map(is_poisoned, marks(experts)))
+            experts[expert, half] = torch.ones(2, 3).to(dtype)
+    assert not any(map(is_poisoned, marks(experts)))
+
+
+def test_an_expert_that_was_not_written_stops_the_load() -> None:
+    made = audit()
+    made.begin()
+    for layer, slot, shard, suffix in keys_of(made):
+        made.wrote(SlotTensor(layer, slot, shard, suffix, torch.zeros(1)))
+    with pytest.raises(AuditError, match=r"routed experts of layers \[3\] were never written"):
+        made.finish([], unrouted_layers=[3])
+    assert made.loads == 0

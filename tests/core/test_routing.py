@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fse_patch.errors import AuditError
 from fse_patch.fusion_core.decision import RoutingSpec
 from fse_patch.fusion_core.dispatch import ModeCounter
 from fse_patch.fusion_core.layout import ExpertLayout
@@ -271,3 +272,13 @@ def test_one_number_and_one_weight_a_token_are_appended_alike() -> None:
     column = append_shared_slots(weights, ids, range(7, 9), torch.full((3, 1), 0.25, dtype=torch.bfloat16))
     assert all(torch.equal(a, b) for a, b in zip(number, column, strict=True))
     assert number[1].tolist() == [[0, 0, 7, 8]] * 3
+
+
+def test_a_closed_layer_does_not_run() -> None:
+    layout = ExpertLayout(4, 1, 2, 8, 8)
+    router = FusedRouter(0, decision(layout, shared_weight="constant"), ModeCounter())
+    hidden, logits = torch.zeros(3, 8), torch.arange(12.0).reshape(3, 4)
+    router(hidden, logits)
+    router.closed = "not yet"
+    with pytest.raises(AuditError, match="not yet"):
+        router(hidden, logits)

@@ -125,6 +125,10 @@ def draft_unloaded(stock: Arm, fused: Arm) -> None:
     each_role(fused, 0, "draft")[0]["slots_loaded"] = 0
 
 
+def draft_unproved(stock: Arm, fused: Arm) -> None:
+    each_role(fused, 1, "draft")[0]["canary"] = {"state": "pending"}
+
+
 def stock_is_fused(stock: Arm, fused: Arm) -> None:
     stock["workers"][1]["roles"] = [role_report(MAIN)]
 
@@ -176,6 +180,7 @@ def a_nan_token(stock: Arm, fused: Arm) -> None:
         (a_slot_more, "5 of 4 shared slots"),
         (no_draft, "draft model, process 11: was not fused"),
         (draft_unloaded, "draft model, process 11: 0 of 2 shared slots"),
+        (draft_unproved, "draft model, process 12: was not compared with its checkpoint"),
         (stock_is_fused, "stock arm was not stock"),
         (no_workers, "no worker"),
         (stock_without_workers, "no worker"),

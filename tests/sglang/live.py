@@ -66,7 +66,15 @@ def reports(engine: Any, job: dict[str, Any]) -> Any:
     return arm.reports(engine)
 
 
-STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, build, reports)}
+def prove(engine: Any, job: dict[str, Any], builds: list[list[str]]) -> Any:
+    """What the canary says of further models: folder, fault of `proving` or "", FSE_PATCH_VERIFY."""
+    with tempfile.TemporaryDirectory() as out:
+        file = Path(out) / "result.json"
+        engine.collective_rpc("fse_prove", file=str(file), builds=builds)
+        return json.loads(file.read_text())
+
+
+STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, build, prove, reports)}
 
 
 @contextmanager
@@ -84,8 +92,8 @@ def pretend(platform: str) -> Iterator[None]:
         yield
 
 
-def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> None:
-    """Runs in the scheduler."""
+def built(scheduler: Any, folder: str, draft: bool = False, platform: str = "") -> tuple[Any, Any]:
+    """A model that SGLang's own loader builds and loads in its scheduler, and its configuration."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
@@ -93,7 +101,7 @@ def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> 
     from sglang.srt.layers.moe.utils import draft_model_build_scope
     from sglang.srt.model_loader import get_model
 
-    args = self.tp_worker.model_runner.server_args
+    args = scheduler.tp_worker.model_runner.server_args
     config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=draft)
     config = adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), 1)  # as its own runner does
     with ExitStack() as stack:
@@ -104,6 +112,12 @@ def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> 
         model = get_model(
             model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu")
         ).eval()
+    return model, config
+
+
+def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> None:
+    """Runs in the scheduler."""
+    model, config = built(self, folder, draft, platform)
     blocks = [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "topk")]
     fusion = getattr(model, "_fse_patch", None)
     found: dict[str, Any] = {
@@ -136,7 +150,10 @@ def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> 
 
 def extend(scheduler: Any) -> None:
     """Give the Scheduler class what a step calls."""
+    from . import proving
+
     scheduler.Scheduler.fse_build = fse_build
+    scheduler.Scheduler.fse_prove = proving.fse_prove
 
 
 def run_steps(job: dict[str, Any]) -> dict[str, Any]:

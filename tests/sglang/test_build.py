@@ -62,6 +62,7 @@ def test_a_draft_is_built_loaded_and_right(built: dict[str, dict[str, Any]], rec
     assert [block["shared_mlp"] for block in stock["blocks"]] == [True]
     assert [block["shared_mlp"] for block in fused["blocks"]] == [False]
     assert fused["report"]["role"] == "draft"
+    assert fused["report"]["canary"]["state"] == "passed", fused["report"]["canary"]
     assert fused["report"]["slots_loaded"] == len(fused["report"]["built_layers"]) == 1
     wanted, got, control = (torch.tensor(x) for x in (stock["output"], fused["output"], fused["control"]))
     scale = wanted.abs().mean()

@@ -57,6 +57,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     fault = job["engine_args"].pop("fault", None)
     with ExitStack() as stack:
         stack.enter_context(FAULTS[fault]())
+        if fault is not None:
+            # The log-probabilities have to show it by themselves: the canary would stop most faults before.
+            stack.enter_context(patch.dict(os.environ, FSE_PATCH_VERIFY="off"))
         return honest_run(job)
 
 

@@ -1,0 +1,55 @@
+"""`fse-patch doctor`: whether fse_patch would work in this environment, and what is in force in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from .output import print_json, print_table
+
+
+def command(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Exit status: 0 fine, 1 something is wrong."""
+    from ..doctor import examine
+
+    report = examine()
+    if json:
+        print_json(report)
+    else:
+        print_table("fse-patch doctor", table(report))
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def table(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report in rows for people: what is wrong last, where it is seen."""
+    rows: dict[str, Any] = dict(report["environment"])
+    for engine in report["engines"]:
+        rows[engine["engine"]] = _engine(engine)
+    rows["settings"] = {
+        name: f"{entry['value'] or '-'} ({entry['origin']})" for name, entry in report["settings"].items()
+    }
+    rows["policy"] = f"{', '.join(report['policy']['files'])}; hash {report['policy']['hash'] or '-'}"
+    rows["hazards"] = "\n".join(report["hazards"])
+    rows["problems"] = "\n".join(report["problems"])
+    rows["devices"] = ", ".join(rows["devices"])
+    return rows
+
+
+def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
+    if engine["installed"] is None:
+        return {"installed": False, "switched on": engine["switched_on"]}
+    sound = sum(state == "ok" for state in engine["guards"].values())
+    return {
+        "installed": f"{engine['installed']} ({'tested' if engine['is_tested'] else 'not tested'})",
+        "switched on": engine["switched_on"],
+        "entry points": ", ".join(engine["entry_points"]),
+        "guards": f"{sound} of {len(engine['guards'])} hold",
+        "fuses by itself": "; ".join(
+            f"{entry['family']}: {'on by default' if entry['by_default'] else 'off by default'}, "
+            f"needs {entry['condition']}"
+            for entry in engine["native_fusion"]
+        ),
+    }

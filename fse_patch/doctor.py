@@ -1,0 +1,183 @@
+"""What is installed, switched on and in force here, and what of it is wrong. Imports no engine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from packaging.version import Version
+
+from . import __version__, settings
+from .adapters import guards, ledger
+from .errors import FsePatchError
+from .fusion_core.families import FAMILIES
+from .fusion_core.native import fusing
+from .fusion_core.policy_file import load_policy
+
+# What each engine reads: its group of entry points, and the variable that allows some of them only.
+PLUGINS = {
+    "vllm": ("vllm.general_plugins", "VLLM_PLUGINS"),
+    "sglang": ("sglang.srt.plugins", "SGLANG_PLUGINS"),
+}
+NAME = "fse_patch"
+
+
+def examine() -> dict[str, Any]:
+    """Everything, ready for JSON.
+
+    Keys: ``environment``, ``engines``, ``settings``, ``policy``; ``hazards``, what is known to end badly
+    here, or weakens a guard by the user's own wish; ``problems``, what is wrong; ``ok``, no problems.
+    """
+    problems: list[str] = []
+    hazards: list[str] = []
+    effective = _settings(problems, hazards)
+    here = _environment()
+    engines = [
+        _engine(engine, here["platform"], effective, problems, hazards)
+        for engine in settings.ENGINES
+        if ledger.exists(engine)
+    ]
+    if not any(engine["installed"] for engine in engines):
+        problems.append("no engine is installed here; install fse-patch into the engine's own environment")
+    return {
+        "environment": here,
+        "engines": engines,
+        "settings": settings.origins(),
+        "policy": _policy(effective, problems),
+        "hazards": hazards,
+        "problems": problems,
+        "ok": not problems,
+    }
+
+
+def _environment() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "fse_patch": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "torch": None,
+        "platform": "cpu",
+        "devices": [],
+    }
+    try:
+        import torch
+    except ImportError:
+        return found
+    found["torch"] = str(torch.__version__)
+    if torch.cuda.is_available():
+        found["platform"] = "rocm" if torch.version.hip else "cuda"
+        found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
+    for name, entry in settings.origins().items():
+        if entry["origin"] == "unknown name":
+            problems.append(f"{name} is set, and nothing reads it; see docs/commands.md for the names")
+    try:
+        effective = settings.load()
+    except FsePatchError as error:
+        problems.append(str(error))
+        return settings.Settings()
+    weakened = {
+        f"{settings.STRICT}=0: what cannot be patched is served stock, with a warning": not effective.strict,
+        f"{settings.VERIFY}=off: what is loaded is not compared with its checkpoint": effective.verify
+        == "off",
+        f"{settings.ALLOW_UNTESTED}=1: releases that no test has seen are patched": effective.allow_untested,
+    }
+    hazards += [words for words, holds in weakened.items() if holds]
+    return effective
+
+
+def _policy(effective: settings.Settings, problems: list[str]) -> dict[str, Any]:
+    files = ["default", *([effective.policy] if effective.policy else [])]
+    try:
+        policy = load_policy(effective.policy_file)
+    except FsePatchError as error:
+        problems.append(str(error))
+        return {"files": files, "hash": None, "rules": []}
+    return {"files": files, "hash": policy.hash, "rules": [rule.id for rule in policy.rules]}
+
+
+def _engine(
+    engine: str, here: str, effective: settings.Settings, problems: list[str], hazards: list[str]
+) -> dict[str, Any]:
+    book = ledger.load(engine)
+    on = engine in effective.engines
+    found: dict[str, Any] = {
+        "engine": engine,
+        "installed": None,
+        "switched_on": on,
+        "tested": list(book.tested),
+        "is_tested": None,
+        "entry_points": [],
+        "guards": {},
+        "native_fusion": [],
+    }
+    try:
+        version = guards.engine_version(book)
+    except FsePatchError as error:
+        # A list of engines asks for each of them; 1 asks for what is there.
+        if on and settings.origins()[settings.ENABLE]["value"].strip().lower() not in (
+            "1",
+            "true",
+            "on",
+            "yes",
+        ):
+            problems.append(f"{settings.ENABLE} switches {engine} on: {error}")
+        return found
+    release = Version(version)
+    found |= {"installed": version, "is_tested": book.is_tested(release)}
+    if not found["is_tested"] and not effective.allow_untested:
+        problems.append(f"{engine} {version} is not a tested release ({', '.join(book.tested)})")
+    chosen = [patch for patch in book.patches if patch.is_for(release)]
+    found["guards"] = {patch.id: guards.guard(patch) or "ok" for patch in chosen}
+    problems += [
+        f"{engine}: patch {name}: {state}" for name, state in found["guards"].items() if state != "ok"
+    ]
+    if not chosen:
+        problems.append(f"{engine} {version}: no patch is for this release")
+    group, allow = PLUGINS[engine]
+    points = list(entry_points(group=group))
+    found["entry_points"] = [f"{point.name} = {point.value}" for point in points]
+    problems += _unseen(engine, points, group, allow)
+    found["native_fusion"] = _native(engine, here, version)
+    hazards += [
+        f"{engine} {version} fuses {entry['family']} by itself here, and gets it wrong: {entry['wrong']}"
+        for entry in found["native_fusion"]
+        if entry["wrong"]
+    ]
+    return found
+
+
+def _unseen(engine: str, points: Iterable[EntryPoint], group: str, allow: str) -> list[str]:
+    """Why an engine would not load our plugin, in its own processes."""
+    ours = next((point for point in points if point.name == NAME), None)
+    if ours is None:
+        return [f"{engine} does not see fse_patch: no entry point in {group}; install it with pip"]
+    allowed = os.environ.get(allow)
+    if allowed is not None and NAME not in [name.strip() for name in allowed.split(",")]:
+        return [f"{engine} does not load fse_patch: {allow} is {allowed!r}; add {NAME} to it"]
+    try:
+        ours.load()
+    except Exception as error:  # whatever is wrong with the installation
+        return [f"{engine} cannot load fse_patch: {ours.value}: {type(error).__name__}: {error}"]
+    return []
+
+
+def _native(engine: str, here: str, version: str) -> list[dict[str, Any]]:
+    """What the release does about shared experts by itself on this platform."""
+    return [
+        {
+            "family": family.name,
+            "by_default": entry["by_default"],
+            "condition": entry["condition"],
+            "wrong": entry.get("wrong", ""),
+        }
+        for family in FAMILIES
+        for entry in fusing(engine, family.name, here, version)
+    ]

@@ -1,0 +1,137 @@
+"""`fse-patch doctor`: what is in force, and each thing that can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fse_patch import doctor, metrics, settings
+from fse_patch.adapters import guards
+
+from .test_cli_plan import fse_patch
+
+
+class Ours:
+    """Our entry point, which loads."""
+
+    name, value = "fse_patch", "fse_patch.entry_points:vllm"
+
+    def load(self) -> None: ...
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As in an environment with a tested vLLM, whose sources are as expected."""
+    for name in [*settings.DEFAULTS, "VLLM_PLUGINS"]:
+        monkeypatch.delenv(name, raising=False)
+    version = guards.engine_version
+
+    def vllm_alone(book: Any, site_packages: Any = None) -> str:
+        return "0.32.0" if book.engine == "vllm" else version(book, site_packages)
+
+    monkeypatch.setattr(guards, "engine_version", vllm_alone)
+    monkeypatch.setattr(guards, "guard", lambda patch: "")
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [Ours()])
+    return monkeypatch
+
+
+def problems() -> str:
+    report = doctor.examine()
+    assert report["ok"] == (not report["problems"])
+    return "; ".join(report["problems"])
+
+
+def test_all_is_well(installed: pytest.MonkeyPatch) -> None:
+    report = doctor.examine()
+    assert report["problems"] == report["hazards"] == []
+    vllm = next(engine for engine in report["engines"] if engine["engine"] == "vllm")
+    assert (vllm["installed"], vllm["is_tested"], vllm["switched_on"]) == ("0.32.0", True, False)
+    assert set(vllm["guards"].values()) == {"ok"}
+    assert report["settings"]["FSE_PATCH_VERIFY"] == {"value": "sample", "origin": "default"}
+    assert report["policy"]["hash"]
+    json.dumps(report)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"FSE_PATCH_VERFIY": "all"}, "FSE_PATCH_VERFIY is set, and nothing reads it"),
+        ({"FSE_PATCH_VERIFY": "some"}, "use off, sample or all"),
+        ({"FSE_PATCH_STRICT": "perhaps"}, "use 1 or 0"),
+        ({"FSE_PATCH": "vlm"}, "unknown engine 'vlm'"),
+        ({"FSE_PATCH": "sglang"}, "FSE_PATCH switches sglang on: sglang: not installed here"),
+        ({"VLLM_PLUGINS": "another"}, "VLLM_PLUGINS is 'another'; add fse_patch to it"),
+        ({"FSE_PATCH_POLICY": "/nowhere.yaml"}, "the policy cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_variables(
+    installed: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    for name, value in variables.items():
+        installed.setenv(name, value)
+    assert words in problems()
+
+
+def test_what_is_wrong_with_an_engine(installed: pytest.MonkeyPatch) -> None:
+    installed.setattr(guards, "guard", lambda patch: "reads other" if patch.id == "load-model" else "")
+    assert problems() == "vllm: patch load-model: reads other"
+    installed.setattr(guards, "guard", lambda patch: "")
+    installed.setattr(doctor, "entry_points", lambda group: [])
+    assert "vllm does not see fse_patch: no entry point in vllm.general_plugins" in problems()
+    installed.setattr(doctor, "entry_points", lambda group: [Ours()])
+    installed.setattr(guards, "engine_version", lambda book: "0.31.9")
+    assert "vllm 0.31.9 is not a tested release" in problems()
+    installed.setenv("FSE_PATCH_ALLOW_UNTESTED", "1")
+    assert "not a tested release" not in problems()
+    assert any("FSE_PATCH_ALLOW_UNTESTED=1" in hazard for hazard in doctor.examine()["hazards"])
+
+
+def test_what_weakens_a_guard_is_a_hazard(installed: pytest.MonkeyPatch) -> None:
+    installed.setenv("FSE_PATCH_VERIFY", "off")
+    installed.setenv("FSE_PATCH_STRICT", "0")
+    report = doctor.examine()
+    assert report["ok"]
+    assert len(report["hazards"]) == 2
+
+
+def test_native_fusion_that_is_wrong_is_a_hazard(installed: pytest.MonkeyPatch) -> None:
+    entry = {"by_default": True, "condition": "AITER", "wrong": "its slot is never written"}
+    installed.setattr(doctor, "fusing", lambda *_: [entry])
+    assert any("its slot is never written" in hazard for hazard in doctor.examine()["hazards"])
+
+
+def test_the_command_says_what_is_wrong() -> None:
+    """The environment of these tests has no engine."""
+    done = fse_patch("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"]) == (1, False)
+    assert report["problems"] == [
+        "no engine is installed here; install fse-patch into the engine's own environment"
+    ]
+    text = fse_patch("doctor")
+    assert text.returncode == 1
+    assert "no engine is installed" in text.stdout
+    assert "FSE_PATCH_VERIFY" in text.stdout
+
+
+@pytest.mark.parametrize(("value", "seen"), [("", "sample"), ("ALL", "all"), ("off", "off")])
+def test_verify_setting(value: str, seen: str) -> None:
+    assert settings.load({"FSE_PATCH_VERIFY": value}).verify == seen
+
+
+def test_every_variable_has_its_default_in_force() -> None:
+    # That strictness was asked for is no value of its own: it is so where the variable is set.
+    assert settings.load(settings.DEFAULTS) == settings.Settings(strict_arguments=True)
+    commands = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    assert [name for name in settings.DEFAULTS if f"`{name}`" not in commands] == []
+
+
+def test_metrics_are_an_extra() -> None:
+    pytest.importorskip("torch")
+    try:
+        import prometheus_client  # noqa: F401
+    except ImportError:
+        assert not metrics.publish()

@@ -1,0 +1,118 @@
+"""What a sample of the loaded slots tells: nothing where the load was right, and every wrong place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fse_patch.errors import AuditError
+from fse_patch.fusion_core.families import family_of
+from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.fusion_core.naming import TensorNaming
+from fse_patch.fusion_core.sample import VALUES, SlotSample
+
+from .moe import decision
+
+E, S, H, I = 4, 2, 16, 8  # noqa: E741
+LAYOUT = ExpertLayout(E, S, 2, H, I)
+FAMILY = family_of("qwen2_moe")
+PREFIX = "model.layers.0.mlp.shared_expert."
+Slots = dict[str, torch.Tensor]
+
+
+def checkpoint(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    shapes = {"gate_proj": (S * I, H), "up_proj": (S * I, H), "down_proj": (H, S * I)}
+    return {f"{PREFIX}{n}.weight": torch.randn(*s, generator=draw).to(dtype) for n, s in shapes.items()}
+
+
+def loaded(tensors: dict[str, torch.Tensor], parts: int = 1, rank: int = 0) -> Slots:
+    """The fused parameters of one process, written here by hand."""
+    held = I // parts
+    w13, w2 = torch.zeros(E + S, 2 * held, H), torch.zeros(E + S, H, held)
+    gate, up, down = (tensors[f"{PREFIX}{p}.weight"] for p in ("gate_proj", "up_proj", "down_proj"))
+    for slot in range(S):
+        part = slice(slot * I + rank * held, slot * I + (rank + 1) * held)
+        w13[E + slot] = torch.cat([gate[part], up[part]])
+        w2[E + slot] = down[:, part]
+    return {"w13_weight": w13, "w2_weight": w2}
+
+
+def compared(tensors: dict[str, torch.Tensor], slots: Slots, rank: int = 0) -> int:
+    assert FAMILY is not None
+    sample = SlotSample(decision(LAYOUT), TensorNaming(FAMILY, 1), [0])
+    assert list(sample.tap(tensors.items())) == list(tensors.items())
+    return sample.compare(0, slots, rank)
+
+
+def test_what_was_loaded_rightly_is_found() -> None:
+    assert compared(checkpoint(), loaded(checkpoint())) == 3 * S * VALUES
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_has_its_part(rank: int) -> None:
+    assert compared(checkpoint(), loaded(checkpoint(), 2, rank), rank) == 3 * S * VALUES // 2
+    with pytest.raises(AuditError):
+        compared(checkpoint(), loaded(checkpoint(), 2, 1 - rank), rank)
+
+
+def test_the_checkpoint_is_compared_as_the_engine_holds_it() -> None:
+    tensors = checkpoint()
+    narrow = {name: slots.to(torch.bfloat16) for name, slots in loaded(tensors).items()}
+    assert compared(tensors, narrow) == 3 * S * VALUES
+
+
+def change(name: str, alter: Callable[[torch.Tensor], None]) -> Slots:
+    slots = loaded(checkpoint())
+    alter(slots[name])
+    return slots
+
+
+def swap_shards(w13: torch.Tensor) -> None:
+    w13[E:] = torch.cat([w13[E:, I:], w13[E:, :I]], dim=1)
+
+
+def swap_slots(w13: torch.Tensor) -> None:
+    w13[E:] = w13[[E + 1, E]].clone()
+
+
+def same_slot_twice(w2: torch.Tensor) -> None:
+    w2[E + 1] = w2[E]
+
+
+def transpose(w2: torch.Tensor) -> None:
+    w2[E, :I] = w2[E, :I].T.clone()
+
+
+def next_expert(w2: torch.Tensor) -> None:
+    w2[E - 1 : E + 1] = w2[E : E + 2].clone()
+
+
+def scale_a_little(w13: torch.Tensor) -> None:
+    w13[E + 1, I:] *= 1.0001
+
+
+FAULTS: dict[str, tuple[str, Callable[[torch.Tensor], None]]] = {
+    f.__name__: (name, f)
+    for name, f in (
+        ("w13_weight", swap_shards),
+        ("w13_weight", swap_slots),
+        ("w2_weight", same_slot_twice),
+        ("w2_weight", transpose),
+        ("w2_weight", next_expert),
+        ("w13_weight", scale_a_little),
+    )
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_was_loaded_wrongly_is_not_served(fault: str) -> None:
+    with pytest.raises(AuditError, match=r"sampled values of \w+ are not the checkpoint's; .* not served"):
+        compared(checkpoint(), change(*FAULTS[fault]))
+
+
+def test_another_layout_than_the_checkpoints_is_not_judged() -> None:
+    slots = {name: tensor.transpose(1, 2) for name, tensor in loaded(checkpoint()).items()}
+    assert compared(checkpoint(), slots) == 0

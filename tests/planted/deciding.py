@@ -1,0 +1,157 @@
+"""Faults before anything is built: in what an engine is told, in the decision, in the patches."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from fse_patch import control
+from fse_patch.adapters import guards, model_fusion
+
+from . import building
+from .plant import adapter, plant
+
+Context = AbstractContextManager[Any]
+
+
+@plant
+def config_overridden_at_run_time(engine: str) -> Context:
+    """As with --hf-overrides and --json-model-override-args."""
+    if engine == "vllm":
+        from . import on_vllm
+
+        return patch.dict(on_vllm.ARGUMENTS, hf_overrides={"num_experts_per_tok": 1})
+    from sglang.srt.configs.model_config import ModelConfig
+
+    honest = ModelConfig.from_server_args
+
+    def from_server_args(*args: Any, **kwargs: Any) -> Any:
+        config = honest(*args, **kwargs)
+        config.hf_text_config.num_experts_per_tok = 1
+        return config
+
+    return patch.object(ModelConfig, "from_server_args", from_server_args)
+
+
+@plant
+def draft_decided_as_main(engine: str) -> Context:
+    """The draft is built on the main model's decision."""
+    return patch.object(adapter(engine, "decide"), "role_of", lambda *_: "main")
+
+
+@plant
+def main_decided_as_draft(engine: str) -> Context:
+    return patch.object(adapter(engine, "decide"), "role_of", lambda *_: "draft")
+
+
+@plant
+def unknown_model_taken_for_an_entry_class(engine: str) -> Context:
+    """Another model inherits the block, and someone lists its class."""
+    return patch.object(adapter(engine, "decide"), "role_of", lambda *_: "main")
+
+
+@plant
+def decided_again_before_loading(_: str) -> Context:
+    """Loader and constructor each decide, and the policy has changed between: two slots, not four."""
+    honest = model_fusion.ModelFusion.load
+
+    def load(self: Any, original: Any, weights: Any) -> Any:
+        layout = dataclasses.replace(self.layout, num_shared_slots=2)
+        self.decision = dataclasses.replace(self.decision, layout=layout)
+        return honest(self, original, weights)
+
+    return patch.object(model_fusion.ModelFusion, "load", load)
+
+
+@plant
+def decided_again_for_fewer_layers(_: str) -> Context:
+    """The decision that the loader reads has one layer less; blocks have it all."""
+    honest = model_fusion.ModelFusion.load
+
+    def load(self: Any, original: Any, weights: Any) -> Any:
+        self.routers = {n: router for n, router in self.routers.items() if n != 1}
+        return honest(self, original, weights)
+
+    return patch.object(model_fusion.ModelFusion, "load", load)
+
+
+@plant
+def model_left_active(engine: str) -> Context:
+    """Another model is built below a decision that is not its own: its block would fuse, unremapped."""
+    construct = adapter(engine, "construct")
+    honest = construct.decide_for
+
+    def decide_for(*args: Any) -> Any:
+        found = honest(*args)
+        fusion = found[0] if isinstance(found, tuple) else found
+        fusion.decision = dataclasses.replace(fusion.decision, fused_layers=(7,))
+        return found
+
+    return patch.object(construct, "decide_for", decide_for)
+
+
+@contextmanager
+def patched_anew(engine: str, cause: Context) -> Any:
+    """The patches are taken out and put in again while something is wrong; a refusal ends the start."""
+    control.remove(engine)
+    try:
+        with cause:
+            control.apply(engine)
+        yield
+    finally:
+        control.apply(engine)
+
+
+@plant
+def source_of_another_fingerprint(engine: str) -> Context:
+    honest = guards.fingerprint
+    block = f"{building.MODELS[engine]}.{building.QWEN[0]}:{building.QWEN[1]}.__init__"
+
+    def fingerprint(reference: str, *args: Any) -> Any:
+        return "0123456789abcdef" if reference == block else honest(reference, *args)
+
+    return patched_anew(engine, patch.object(guards, "fingerprint", fingerprint))
+
+
+@plant
+def source_that_is_gone(engine: str) -> Context:
+    honest = guards.fingerprint
+    block = f"{building.MODELS[engine]}.{building.QWEN[0]}:{building.QWEN[1]}.__init__"
+
+    def fingerprint(reference: str, *args: Any) -> Any:
+        return None if reference == block else honest(reference, *args)
+
+    return patched_anew(engine, patch.object(guards, "fingerprint", fingerprint))
+
+
+@plant
+def release_that_nobody_tested(engine: str) -> Context:
+    return patched_anew(engine, patch.object(guards, "engine_version", lambda *_: "99.0"))
+
+
+@plant
+def replaced_by_another_plugin_before(engine: str) -> Context:
+    """The source is the known one, and the name holds something else by now."""
+
+    def foreign(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("never called")
+
+    @contextmanager
+    def cause() -> Any:
+        home = building.module(engine)
+        with patch.object(home, building.FACTORY[engine], foreign):
+            yield
+
+    return patched_anew(engine, cause())
+
+
+@plant
+def ours_is_broken_in_this_process(engine: str) -> Context:
+    """A factory of ours cannot be made in this process, as a child that lacks a part of the package."""
+
+    def broken(_: Any) -> Any:
+        raise RuntimeError("a factory that fails here")
+
+    return patched_anew(engine, patch.object(adapter(engine, "construct"), "block_init", broken))

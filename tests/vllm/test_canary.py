@@ -1,0 +1,178 @@
+"""The canary on vLLM's real loader and models, without an engine around them: clean checkpoints of every
+family pass, and every planted fault stops the load with the canary's words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from ..faults import MISLOADED, appended, changed_slots, gate_in_the_softmax, routed, swapped, unsampled
+from . import cases
+from .conftest import Runs
+from .engine import Checkpoints
+from .test_inherited import building
+from .test_off import in_process
+
+FAMILIES = ("qwen2_moe_wide4", "qwen3_next", "qwen3_5_text_3d", "glm4_moe_shared2_scale", "glm4_moe_grouped")
+
+
+# Planted fault: recipe, and the fault.
+FAULTS: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
+    "slot weight off by 1 %": ("qwen2_moe", lambda: appended(lambda slot, _: slot * 1.01)),
+    "gate in the softmax": ("qwen2_moe", gate_in_the_softmax),
+    "scale twice": ("glm4_moe_scale", lambda: routed(lambda w, spec: w * spec.routed_scaling_factor)),
+    "scale on the slot": ("glm4_moe_scale", lambda: appended(lambda slot, _: slot * 2.5)),
+    "w1 and w3 swapped": ("glm4_moe_scale", lambda: unsampled(changed_slots(swapped))),
+    "not renormalised": ("qwen2_moe_renorm", lambda: routed(lambda w, _: w * 0.9)),
+    "gate without sigmoid": ("qwen2_moe", lambda: appended(lambda slot, _: 1.0)),
+}
+
+
+def load(checkpoint: str, dtype: str = "float32", **options: Any) -> dict[str, Any]:
+    """The canary's findings on a model that vLLM's own loader has loaded, or the error."""
+    import torch
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from fse_patch.errors import AuditError
+
+    with building(checkpoint) as config:
+        config.model_config.dtype = getattr(torch, dtype)
+        for name, value in options.items():
+            setattr(config.load_config, name, value)
+        try:
+            loader = get_model_loader(config.load_config)
+            model = loader.load_model(vllm_config=config, model_config=config.model_config)
+        except AuditError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    report = model._fse_patch.report()
+    return {**report["canary"], "calls": report["calls_by_mode"], "compared": report["compared"]}
+
+
+def run_unproved(checkpoint: str) -> str:
+    """What a fused block says where the loader's hook never came to prove it."""
+    import torch
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from fse_patch.adapters import proving
+    from fse_patch.adapters.vllm.canary import Prover
+    from fse_patch.errors import AuditError
+
+    with building(checkpoint) as config, patch.object(proving, "prove", lambda *_: None):
+        loader = get_model_loader(config.load_config)
+        fusion = loader.load_model(vllm_config=config, model_config=config.model_config)._fse_patch
+    try:
+        Prover(config).output(fusion.blocks[0], torch.zeros(1, fusion.layout.hidden_size))
+    except AuditError as error:
+        return f"{fusion.canary['state']}: {error}"
+    return "ran"
+
+
+def probe(folder: str) -> dict[str, Any]:
+    """Everything that one process can find out; ``folder`` has the checkpoints by dtype and recipe."""
+    import torch
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does
+    found: dict[str, Any] = {}
+    for recipe in FAMILIES:
+        found[recipe] = load(f"{folder}/float32/{recipe}")
+    found["bfloat16"] = load(f"{folder}/bfloat16/qwen2_moe", "bfloat16")
+    for name, (recipe, fault) in (FAULTS | MISLOADED).items():
+        with fault():
+            found[name] = load(f"{folder}/float32/{recipe}")
+    with patch.dict(os.environ, FSE_PATCH_VERIFY="all"):
+        found["all"] = load(f"{folder}/float32/qwen2_moe")
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, FSE_PATCH_VERIFY="off"))
+        stack.enter_context(FAULTS["scale twice"][1]())
+        found["off"] = load(f"{folder}/float32/glm4_moe_scale")
+    found["dummy"] = load(f"{folder}/float32/qwen2_moe", load_format="dummy")
+    found["unproved"] = run_unproved(f"{folder}/float32/qwen2_moe")
+    found["again"] = load(f"{folder}/float32/qwen2_moe")
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    # Paths of the test's own: rendezvous files lie beside them.
+    folder = tmp_path_factory.mktemp("canary")
+    for dtype, recipes in {
+        "float32": {*FAMILIES, "qwen2_moe", *(recipe for recipe, _ in (FAULTS | MISLOADED).values())},
+        "bfloat16": {"qwen2_moe"},
+    }.items():
+        (folder / dtype).mkdir()
+        for recipe in recipes:
+            (folder / dtype / recipe).symlink_to(checkpoints.path(recipe, dtype))
+    result: dict[str, Any] = in_process(
+        f"{__name__}:probe", str(folder), FSE_PATCH="vllm", PYTHONPATH=SHIM + os.pathsep + CI
+    )
+    return result
+
+
+ROOT = Path(__file__).parent.parent.parent
+SHIM, CI = str(ROOT / "tests" / "shims" / "gdn_float32"), os.pathsep.join([str(ROOT), str(ROOT / "ci")])
+
+
+@pytest.mark.parametrize("recipe", FAMILIES)
+def test_a_clean_checkpoint_passes(found: dict[str, Any], recipe: str) -> None:
+    assert found[recipe]["state"] == "passed", found[recipe]
+    assert found[recipe]["deviation"] < 1e-5
+    assert len(found[recipe]["layers"]) == 1
+    assert found[recipe]["calls"] == {}
+    assert found[recipe]["compared"] >= 2 * 3 * 64
+
+
+def test_bfloat16_passes(found: dict[str, Any]) -> None:
+    assert found["bfloat16"]["state"] == "passed", found["bfloat16"]
+    assert 1e-4 < found["bfloat16"]["deviation"] < 2**-6
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_stops_the_load(found: dict[str, Any], fault: str) -> None:
+    assert "CanaryError" in found[fault].get("error", ""), found[fault]
+    assert "canary: layer" in found[fault]["error"]
+    assert "the model is not served" in found[fault]["error"]
+
+
+@pytest.mark.parametrize("fault", MISLOADED)
+def test_what_is_loaded_otherwise_stops_the_load(found: dict[str, Any], fault: str) -> None:
+    assert "AuditError" in found[fault].get("error", ""), found[fault]
+    assert "are not the checkpoint's; the model is not served" in found[fault]["error"]
+
+
+@pytest.mark.one_release
+def test_the_ranks_of_tensor_parallelism_prove_alike(runs: Runs) -> None:
+    case = cases.TENSOR_PARALLEL[0]
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    (result,) = runs.arm([case], True, env).values()
+    roles = [role for worker in result["workers"] for role in worker["roles"]]
+    assert [role["canary"]["state"] for role in roles] == ["passed", "passed"]
+    assert all(role["compared"] for role in roles)
+
+
+@pytest.mark.one_release
+def test_drafts_are_proved_too(runs: Runs) -> None:
+    wanted = [case for case in cases.DRAFTS if case.recipe in ("qwen3_next_mtp", "glm4_moe_mtp")]
+    path = os.pathsep.join([str(ROOT), SHIM])
+    for result in runs.arm(wanted, True, {"PYTHONPATH": path}).values():
+        roles = {role["role"]: role["canary"]["state"] for role in result["workers"][0]["roles"]}
+        assert roles == {"main": "passed", "draft": "passed"}
+
+
+def test_all_layers_are_proved_where_asked_for(found: dict[str, Any]) -> None:
+    assert found["all"]["state"] == "passed"
+    assert found["all"]["layers"] == [0, 1]
+
+
+def test_what_proves_nothing_says_so(found: dict[str, Any]) -> None:
+    assert found["off"]["state"] == "off"
+    assert found["dummy"]["state"] == "not_loaded"
+    assert found["unproved"].startswith("pending: main model: layer 0 runs before")
+    assert found["again"]["state"] == "passed"
