@@ -11,7 +11,8 @@ import torch
 
 from .. import metrics, settings
 from ..errors import AuditError
-from ..fusion_core.canary import CheckpointLayer, NoReference, Served, judge, reference
+from ..fusion_core.canary import Served, judge, reference
+from ..fusion_core.dequant import CheckpointLayer, NoReference
 from ..fusion_core.tensors import CheckpointTensors
 from .model_fusion import ModelFusion
 
