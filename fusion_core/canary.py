@@ -208,7 +208,7 @@ def _as_kernels_read(mode: Mode, parts: list[torch.Tensor], layout: ExpertLayout
         return parts
     rows = torch.cat([part.reshape(-1, layout.moe_intermediate_size) for part in parts])
     sizes = [part.numel() // layout.moe_intermediate_size for part in parts]
-    split = mode.kernel[1](rows).split(sizes)
+    split = torch.split(mode.kernel[1](rows), sizes)
     return [values.reshape(part.shape) for values, part in zip(split, parts, strict=True)]
 
 
@@ -219,7 +219,8 @@ def share_error(error: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
 
 def share_spread(error: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """The standard deviation of `share_error` where every element of ``error`` has its sign by chance."""
-    return (error * shared).norm(dim=-1) / shared.square().sum(dim=-1).clamp_min(TINY)
+    size = (error * shared).square().sum(dim=-1).sqrt()
+    return size / shared.square().sum(dim=-1).clamp_min(TINY)
 
 
 def _clear_tokens(

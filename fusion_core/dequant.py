@@ -18,13 +18,11 @@ from .config import UNQUANTISED, ConfigFile
 from .decision import FusionDecision
 from .naming import TensorNaming
 from .quant.claims import Claim, Doubt, Resolver, all_plain
-from .quant.layouts import LAYOUTS
+from .quant.layouts import LAYOUTS, READABLE
 from .quant.resolve import resolver_for
 from .specs import ALL_EXPERTS
 from .tensors import CheckpointTensors
 
-# Formats whose weight times its scale is the projection. Other ones have no reference.
-READABLE = frozenset({"plain", "fp8-block", "fp8-channel", "fp8-tensor"})
 # The largest number of e4m3 (OCP 8-bit floating point, E4M3): kernels scale what they round to it.
 E4M3_MAX = 448.0
 # How kernels find a scale for activations: by largest value, the same as a power of two, and in FNUZ.
@@ -73,7 +71,7 @@ class InputRounding:
             return to_e4m3(rows, self.scale)
         width = rows.shape[1]
         size = self.columns or width
-        padded = torch.nn.functional.pad(rows, (0, -width % size)).unflatten(1, (-1, size))
+        padded = torch.nn.functional.pad(rows, (0, -width % size)).reshape(len(rows), -1, size)
         amax = padded.abs().amax(dim=2 if self.tokens else (0, 1, 2), keepdim=True)
         scale = (amax / self.largest).clamp_min(torch.finfo(torch.float32).tiny)
         if self.power_of_two:
@@ -135,7 +133,8 @@ class CheckpointLayer:
         """Gate and up of an expert, None for the shared one; good until the next call."""
         if self._together(expert):
             both = self._weight(ALL_EXPERTS, "gate_up_proj", dtype, expert)
-            return GateUp(*both.chunk(2))
+            gate, up = both.chunk(2)
+            return GateUp(gate, up)
         gate, up = (self._weight(expert, p, dtype) for p in ("gate_proj", "up_proj"))
         if self._claim(expert, "gate_proj").format != "fp8-tensor":
             return GateUp(gate, up)

@@ -332,18 +332,18 @@ def large(folder: Path) -> FusionDecision:
     return decision
 
 
-def test_512_experts_take_little_more_than_a_second(tmp_path: Path) -> None:
-    """On one core; the ways in which kernels round are computed beside what plain weights need."""
+def test_512_experts_take_less_than_a_second(tmp_path: Path) -> None:
+    """Of one core; the ways in which kernels round are computed beside what plain weights need."""
     decision, family = large(tmp_path), family_of("qwen2_moe")
     assert family is not None
     threads, times = torch.get_num_threads(), []
     torch.set_num_threads(1)
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         held = CheckpointLayer(CheckpointTensors(tmp_path), TensorNaming(family, 2), decision, 1)
         found = reference(held, decision, BF16)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     torch.set_num_threads(threads)
     print(f"reference of a 512-expert layer in FP8: {min(times):.3f} s, tolerance {found.tolerance:.3g}")
     assert len(held.kernels) == 3
-    assert min(times) < 2
+    assert min(times) < 1

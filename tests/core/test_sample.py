@@ -44,7 +44,7 @@ def compared(tensors: dict[str, torch.Tensor], slots: Slots, rank: int = 0) -> i
     assert FAMILY is not None
     sample = SlotSample(decision(LAYOUT), TensorNaming(FAMILY, 1), [0])
     assert list(sample.tap(tensors.items())) == list(tensors.items())
-    return sample.compare(0, slots, rank)
+    return sample.compare(0, slots, rank).compared
 
 
 def test_what_was_loaded_rightly_is_found() -> None:
