@@ -11,7 +11,7 @@ from ..fusion_core.reasons import Reason
 _AWQ = frozenset({"awq", "awq-marlin", "auto-awq"})
 _GPTQ = frozenset({"gptq", "gptq-marlin", "auto-gptq", "gptqmodel"})
 _ROUND = frozenset({"auto-round", "inc"})
-# Method that a checkpoint declares -> engines' names of the code that reads it as it is; others have one name.
+# Method that a checkpoint declares -> engines' names of the code that reads it; others have one name.
 READERS: Mapping[str, frozenset[str]] = {
     "awq": _AWQ,
     "gptq": _GPTQ,
