@@ -101,7 +101,7 @@ def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
         f"{settings.STRICT}=0: what cannot be patched is served stock, with a warning": not effective.strict,
         f"{settings.VERIFY}=off: what is loaded is not compared with its checkpoint": effective.verify
         == "off",
-        f"{settings.ALLOW_UNPROVEN}=1: quantised formats are fused that nobody ran, or that nothing can prove "
+        f"{settings.ALLOW_UNPROVEN}=1: quantised formats are fused that nobody ran, or nothing proves "
         "after loading": effective.allow_unproven,
         f"{settings.ALLOW_UNTESTED}=1: releases that no test has seen are patched": effective.allow_untested,
     }
