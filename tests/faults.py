@@ -32,9 +32,9 @@ def a_little_off(part: Any) -> Any:
 @contextmanager
 def unsampled(fault: AbstractContextManager[Any]) -> Iterator[None]:
     """A fault that the samples of the slots do not see, so that the canary has to."""
-    from fse_patch.fusion_core.sample import SlotSample
+    from fse_patch.fusion_core.sample import Found, SlotSample
 
-    with fault, patch.object(SlotSample, "compare", lambda *_: 0):
+    with fault, patch.object(SlotSample, "compare", lambda *_: Found()):
         yield
 
 
