@@ -70,7 +70,8 @@ def ct(strategy: str, activations: dict[str, Any] | None, **weights: Any) -> dic
 
 
 BLOCK = 32
-_BLOCKS = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+_DYNAMIC = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+_BLOCKS = {**_DYNAMIC, "weight_block_size": [BLOCK, BLOCK]}
 _BY_TOKEN = {"strategy": "token", "dynamic": True}
 SCHEMES = {
     "block": Scheme(_BLOCKS, (BLOCK, BLOCK), "weight_scale_inv", inputs=(1, BLOCK)),
@@ -79,7 +80,7 @@ SCHEMES = {
         (BLOCK, BLOCK),
         inputs=(1, BLOCK),
     ),
-    "tensor": Scheme({"quant_method": "fp8"}, (0, 0), shape=(), inputs=(0, 0)),
+    "tensor": Scheme(_DYNAMIC, (0, 0), shape=(), inputs=(0, 0)),
     "tensor, static": Scheme(
         {"quant_method": "fp8", "activation_scheme": "static"}, (0, 0), "weight_scale", (1,), (0, 0), True
     ),

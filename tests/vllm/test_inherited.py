@@ -36,7 +36,7 @@ def load(reference: str) -> Any:
 
 
 @contextmanager
-def building(checkpoint: str) -> Iterator[Any]:
+def building(checkpoint: str, dtype: str = "float32") -> Iterator[Any]:
     """vLLM's own configuration of a checkpoint, current, as when a worker builds its model."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -45,7 +45,7 @@ def building(checkpoint: str) -> Iterator[Any]:
 
     config = EngineArgs(
         model=checkpoint,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=256,
         skip_tokenizer_init=True,
