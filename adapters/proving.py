@@ -121,6 +121,8 @@ def _prove_layer(
         bias=torch.float32 if bias is None else bias.dtype,
         shared_gate=dtype if shared_gate is None else shared_gate.weight.dtype,
         device=device.type,
+        # DeepGEMM has them so from compute capability 10 on.
+        ue8m0=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10,
     )
     wanted = reference(CheckpointLayer(tensors, fusion.naming, decision, layer), decision, served)
     output = prover.output(block, wanted.hidden.to(device))

@@ -13,6 +13,7 @@ from ..errors import AuditError
 from .decision import FusionDecision, RoutingSpec
 from .dequant import E4M3_MAX, CheckpointLayer, Kernel, NoReference, Round, as_it_is
 from .layout import ExpertLayout
+from .shares import share_error, share_spread
 
 # Tokens drawn at once, and how often: a token counts only if its choice of experts is no near tie.
 DRAWN, ROUNDS = 64, 8
@@ -32,7 +33,6 @@ KERNEL_ROUNDINGS = 2
 MOST_NOISE, ATTEMPTS = 0.4, 3
 # How many standard deviations the part of the rounding that looks like the shared expert may have.
 SIGMAS = 6
-TINY = torch.finfo(torch.float64).tiny
 
 
 class CanaryError(AuditError):
@@ -41,13 +41,17 @@ class CanaryError(AuditError):
 
 @dataclass(frozen=True)
 class Served:
-    """In which dtypes the engine holds a layer: its experts and hidden states, gate, bias and shared gate."""
+    """In which dtypes the engine holds a layer: its experts and hidden states, gate, bias and shared gate.
+
+    ``ue8m0``: kernels of the device may take scales of FP8 weights as powers of two.
+    """
 
     dtype: torch.dtype
     gate: torch.dtype
     bias: torch.dtype
     shared_gate: torch.dtype
     device: str = "cpu"
+    ue8m0: bool = False
 
     @property
     def unit(self) -> float:
@@ -128,7 +132,7 @@ def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, 
     """
     for attempt in range(ATTEMPTS):
         found = _reference(layer, decision, served, seed + attempt)
-        if found.tolerance < MOST_NOISE or not layer.kernels:
+        if found.tolerance < MOST_NOISE or found.share_tolerance is None:
             return found
     raise NoReference(f"rounding to FP8 alone may change {found.tolerance:.0%} of a random output")
 
@@ -148,7 +152,9 @@ def _reference(layer: CheckpointLayer, decision: FusionDecision, served: Served,
     def rounded(value: torch.Tensor) -> torch.Tensor:
         return value.to(served.dtype).double()
 
-    modes = [Mode(as_it_is), Mode(rounded), *(Mode(rounded, kernel) for kernel in layer.kernels)]
+    kernels = layer.kernels(served.ue8m0)
+    modes = [Mode(as_it_is), Mode(rounded), *(Mode(rounded, kernel) for kernel in kernels)]
+    ways = {kernel.weights for kernel in kernels}
     # Of every token, the weight of each routed expert, and in the last column that of the shared one.
     shares = []
     for mode in modes:
@@ -162,21 +168,25 @@ def _reference(layer: CheckpointLayer, decision: FusionDecision, served: Served,
     users[None] = torch.ones_like(ids[:, 0], dtype=torch.bool)
     # Of each mode and expert: what goes into the down projection.
     inner: list[list[torch.Tensor]] = [[] for _ in modes]
-    states = [mode.kernel[0](x) if mode.kernel else x for mode in modes]
+    states = [mode.kernel.before(x) if mode.kernel else x for mode in modes]
     for expert, mine in users.items():
-        held = layer.gate_up(expert, served.dtype)
-        exact = [_product(matrix, x[mine]) for matrix in (held.gate, held.up)]
-        as_served = held.requantised()
+        held = dict(zip(("gate_proj", "up_proj"), layer.gate_up(expert, served.dtype), strict=True))
+        exact = [_product(matrix, x[mine]) for matrix in held.values()]
+        as_served = {way: [way(expert, name, matrix) for name, matrix in held.items()] for way in ways}
         for mode, rows, found in zip(modes, states, inner, strict=True):
-            pre = [_product(matrix, rows[mine]) for matrix in as_served] if mode.kernel else exact
+            pre = exact
+            if mode.kernel:
+                pre = [_product(matrix, rows[mine]) for matrix in as_served[mode.kernel.weights]]
             before, up = map(mode.round, pre)
             found.append(mode.round(before * torch.sigmoid(before) * up))
     inner = [_as_kernels_read(mode, parts, layout) for mode, parts in zip(modes, inner, strict=True)]
     outputs = [torch.zeros_like(x) for _ in modes]
     for number, (expert, mine) in enumerate(users.items()):
         column, down = -1 if expert is None else expert, layer.down(expert, served.dtype)
+        downs = {way: way(expert, "down_proj", down) for way in ways}
         for mode, parts, share, output in zip(modes, inner, shares, outputs, strict=True):
-            output[mine] += share[mine, column, None] * mode.round(_product(down, parts[number]))
+            matrix = downs[mode.kernel.weights] if mode.kernel else down
+            output[mine] += share[mine, column, None] * mode.round(_product(matrix, parts[number]))
     # The shared expert came last, with the down projection that is still there.
     shared = shares[0][:, -1:] * _product(down, inner[0][-1])
     errors = [rounded(output) - outputs[0] for output in outputs[1:]]
@@ -208,19 +218,8 @@ def _as_kernels_read(mode: Mode, parts: list[torch.Tensor], layout: ExpertLayout
         return parts
     rows = torch.cat([part.reshape(-1, layout.moe_intermediate_size) for part in parts])
     sizes = [part.numel() // layout.moe_intermediate_size for part in parts]
-    split = torch.split(mode.kernel[1](rows), sizes)
+    split = torch.split(mode.kernel.between(rows), sizes)
     return [values.reshape(part.shape) for values, part in zip(split, parts, strict=True)]
-
-
-def share_error(error: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """Of each token, the factor of ``shared`` in ``error`` by least squares."""
-    return (error * shared).sum(dim=-1) / shared.square().sum(dim=-1).clamp_min(TINY)
-
-
-def share_spread(error: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of `share_error` where every element of ``error`` has its sign by chance."""
-    size = (error * shared).square().sum(dim=-1).sqrt()
-    return size / shared.square().sum(dim=-1).clamp_min(TINY)
 
 
 def _clear_tokens(

@@ -40,7 +40,17 @@ def to_e4m3(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
 
 
 Round = Callable[[torch.Tensor], torch.Tensor]
-Kernel = tuple[Round, Round]
+# Expert, projection and its weight -> the weight as a kernel holds it.
+Weights = Callable[[int | None, str, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way in which kernels round: what goes into gate and up, what goes into down, and the weights."""
+
+    before: Round
+    between: Round
+    weights: Weights
 
 
 def as_it_is(rows: torch.Tensor) -> torch.Tensor:
@@ -79,21 +89,6 @@ class InputRounding:
         return to_e4m3(padded, scale).flatten(1)[:, :width]
 
 
-@dataclass(frozen=True)
-class GateUp:
-    """Gate and up projection [I, H] of an expert, and the one scale that some kernels make of their two."""
-
-    gate: torch.Tensor
-    up: torch.Tensor
-    joint: float | None = None
-
-    def requantised(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate and up as such kernels hold them."""
-        if self.joint is None:
-            return self.gate, self.up
-        return to_e4m3(self.gate, self.joint), to_e4m3(self.up, self.joint)
-
-
 class CheckpointLayer:
     """The tensors of one MoE layer, by what they are for; in float64, plain ones rounded as the engine does.
 
@@ -129,17 +124,13 @@ class CheckpointLayer:
             raise NoReference(f"{self.block}{name} is {tensor.dtype}: only plain gates are read")
         return tensor.to(dtype).double()
 
-    def gate_up(self, expert: int | None, dtype: torch.dtype) -> GateUp:
-        """Gate and up of an expert, None for the shared one; good until the next call."""
+    def gate_up(self, expert: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up [I, H] of an expert, None for the shared one; good until the next call."""
         if self._together(expert):
-            both = self._weight(ALL_EXPERTS, "gate_up_proj", dtype, expert)
-            gate, up = both.chunk(2)
-            return GateUp(gate, up)
+            gate, up = self._weight(ALL_EXPERTS, "gate_up_proj", dtype, expert).chunk(2)
+            return gate, up
         gate, up = (self._weight(expert, p, dtype) for p in ("gate_proj", "up_proj"))
-        if self._claim(expert, "gate_proj").format != "fp8-tensor":
-            return GateUp(gate, up)
-        scales = [float(self._scale(expert, p).max()) for p in ("gate_proj", "up_proj")]
-        return GateUp(gate, up, max(scales) if scales[0] != scales[1] else None)
+        return gate, up
 
     def down(self, expert: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Down projection [H, I] of an expert, None for the shared one; good until the next call."""
@@ -147,16 +138,36 @@ class CheckpointLayer:
         row = expert if together else None
         return self._weight(ALL_EXPERTS if together else expert, "down_proj", dtype, row)
 
-    @cached_property
-    def kernels(self) -> tuple[Kernel, ...]:
-        """The ways in which kernels may round weights or what goes into gate and up, and into down."""
+    def kernels(self, ue8m0: bool = False) -> tuple[Kernel, ...]:
+        """The ways in which kernels may round; none where they do not.
+
+        Args:
+            ue8m0: kernels here may hold weights in blocks with scales rounded up to powers of two.
+        """
         before, between = (self._rounding(p) for p in (("gate_proj", "up_proj"), ("down_proj",)))
+        form = self._claim(None, "gate_proj").format
         # Weights alone, where gate and up are quantised again and activations may stay as they are.
-        alone = [(as_it_is, as_it_is)] if self._claim(None, "gate_proj").format == "fp8-tensor" else []
+        alone = [Kernel(as_it_is, as_it_is, self.by_one_scale)] if form == "fp8-tensor" else []
         if before is None or between is None:
             return tuple(alone)
         ways = WAYS if before.scale is None else WAYS[:1]
-        return (*alone, *((replace(before, **way), replace(between, **way)) for way in ways))
+        found = [Kernel(replace(before, **w), replace(between, **w), self.by_one_scale) for w in ways]
+        if ue8m0 and form == "fp8-block":
+            found.append(replace(found[1], weights=self.by_powers_of_two))
+        return (*alone, *found)
+
+    def by_one_scale(self, expert: int | None, projection: str, weight: torch.Tensor) -> torch.Tensor:
+        """Gate and up as kernels hold them that have one scale for both: the larger one."""
+        if projection == "down_proj" or self._claim(expert, projection).format != "fp8-tensor":
+            return weight
+        one, other = (float(self._scale(expert, p).max()) for p in ("gate_proj", "up_proj"))
+        return weight if one == other else to_e4m3(weight, max(one, other))
+
+    def by_powers_of_two(self, expert: int | None, projection: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight as kernels hold it whose scales are powers of two (UE8M0), rounded up."""
+        scale = torch.exp2(torch.ceil(torch.log2(self._scale(expert, projection))))
+        group = self._claim(expert, projection).group
+        return to_e4m3(weight, multiply(torch.ones_like(weight), scale, group))
 
     @cached_property
     def input_scale(self) -> float | None:

@@ -189,6 +189,7 @@ class Kernel:
     Args:
         power_of_two: scales of activations are rounded up to powers of two (UE8M0).
         weight_only: activations stay bfloat16, as on devices without FP8.
+        parts: processes that share each expert, and find scales for their own columns of it.
     """
 
     def __init__(
@@ -198,14 +199,16 @@ class Kernel:
         tensors: Tensors,
         power_of_two: bool = False,
         weight_only: bool = False,
+        parts: int = 1,
     ) -> None:
         layout, family = made.layout, family_of(made.model_type)
         assert layout is not None
         assert family is not None
         self.made, self.layout, self.tensors, self.scheme = made, layout, tensors, SCHEMES[scheme]
-        self.power_of_two, self.weight_only = power_of_two, weight_only
+        self.power_of_two, self.weight_only, self.parts = power_of_two, weight_only, parts
         # Factor on the weights of the shared slots, and what is done to those of the routed experts.
         self.slot_factor = 1.0
+        self.weights_in_powers_of_two = False
         self.weighed: Callable[[torch.Tensor], torch.Tensor] = lambda weights: weights
         # (slot, shard, suffix) -> tensor.
         self.held: dict[tuple[int, str, str], torch.Tensor] = {}
@@ -219,7 +222,11 @@ class Kernel:
     def weight(self, slot: int, shard: str) -> torch.Tensor:
         weight = self.held[slot, shard, "weight"]
         scale = self.held[slot, shard, self.scheme.name]
-        whole = weight.float() * expand(scale, self.scheme.group, *weight.shape)
+        factors = expand(scale, self.scheme.group, *weight.shape)
+        whole = weight.float() * factors
+        if self.weights_in_powers_of_two:
+            factors = torch.exp2(torch.ceil(torch.log2(factors)))
+            whole = (whole / factors).to(E4M3).float() * factors
         both = [self.held[slot, s, self.scheme.name] for s in ("w1", "w3")]
         if self.scheme.group == (0, 0) and shard != "w2":
             # Kernels with one scale for both quantise again, by the larger one.
@@ -264,7 +271,9 @@ class Kernel:
         for slot, (tokens, _) in users.items():
             gate, up = ((states[tokens] @ self.weight(slot, s).T).bfloat16().float() for s in ("w1", "w3"))
             inner.append((torch.nn.functional.silu(gate) * up).bfloat16())
-        down = self.quantised(torch.cat(inner), ("w2",)).split([len(part) for part in inner])
+        ranks = torch.cat(inner).chunk(self.parts, dim=1)
+        rounded = torch.cat([self.quantised(rank, ("w2",)) for rank in ranks], dim=1)
+        down = rounded.split([len(part) for part in inner])
         out = torch.zeros(hidden.shape, dtype=torch.float32)
         for (slot, (tokens, columns)), part in zip(users.items(), down, strict=True):
             product = (part @ self.weight(slot, "w2").T) * weights[tokens, columns, None]

@@ -1,0 +1,183 @@
+"""What the canary reads of FP8 checkpoints: by the definition, fast enough, and nothing that is otherwise."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fse_patch.fusion_core.canary import deviation, reference
+from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.dequant import CheckpointLayer, InputRounding, NoReference, multiply
+from fse_patch.fusion_core.families import family_of
+from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.fusion_core.naming import TensorNaming
+from fse_patch.fusion_core.tensors import CheckpointTensors
+
+from .fp8 import BF16, E4M3, MLP, SCHEMES, Tensors, layer, opened, stored, wanted
+
+LAYOUT = ExpertLayout(8, 1, 2, 128, 64)
+
+
+def test_scales_are_spread_as_the_definition_says() -> None:
+    draw = torch.Generator().manual_seed(5)
+    for out, inner, rows, columns in ((96, 80, 32, 32), (70, 33, 32, 16), (5, 7, 1, 0), (5, 7, 0, 0)):
+        shape = [-(-out // (rows or out)), -(-inner // (columns or inner))]
+        weight = torch.randn(out, inner, generator=draw, dtype=torch.float64)
+        scale = torch.rand(shape, generator=draw, dtype=torch.float64)
+        expected = [
+            [
+                float(weight[i, j] * scale[i // rows if rows else 0, j // columns if columns else 0])
+                for j in range(inner)
+            ]
+            for i in range(out)
+        ]
+        assert multiply(weight, scale, (rows, columns)).tolist() == expected
+    with pytest.raises(NoReference, match="scales for 96 x 80"):
+        multiply(torch.ones(96, 80), torch.ones(3, 2), (32, 32))
+
+
+@pytest.mark.parametrize("rounding", [(1, 0), (1, 16), (0, 0)])
+def test_activations_are_rounded_by_their_own_scale(rounding: tuple[int, int]) -> None:
+    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = InputRounding(*rounding)(rows)
+    size = rounding[1] or 40
+    for i in range(3):
+        for start in range(0, 40, size):
+            part = rows[i, start : start + size]
+            largest = (part if rounding[0] else rows).abs().max()
+            # Three bits behind the leading one: half a step is 1/16 of it.
+            off = (found[i, start : start + size] - part).abs() - part.abs() / 16 - largest / 448 * 2**-10
+            assert float(off.max()) <= 1e-12
+    assert 0.01 < deviation(found, rows) < 0.04
+    assert float(InputRounding(0, 0, 0.5 / 448)(torch.ones(1, 4, dtype=torch.float64)).max()) == 0.5
+
+
+Change = Callable[[Tensors], None]
+
+
+def extra(tensors: Tensors) -> None:
+    tensors[f"{MLP}experts.0.up_proj.weight_scale_2"] = torch.ones(1)
+
+
+def without_scale(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        del tensors[name]
+
+
+def other_blocks(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        tensors[name] = tensors[name][:1]
+
+
+def plain_experts(tensors: Tensors) -> None:
+    for name in [name for name in tensors if tensors[name].dtype == E4M3]:
+        tensors[name] = tensors[name].float()
+
+
+def fp8_gate(tensors: Tensors) -> None:
+    tensors[f"{MLP}gate.weight"] = tensors[f"{MLP}gate.weight"].to(E4M3)
+
+
+@pytest.mark.parametrize("change", [extra, without_scale, other_blocks, plain_experts, fp8_gate])
+def test_what_is_stored_otherwise_has_no_reference(tmp_path: Path, change: Change) -> None:
+    decision = layer("block", LAYOUT)
+    tensors = stored(decision, SCHEMES["block"], 0)
+    for folder in ("before", "after"):
+        (tmp_path / folder).mkdir()
+    wanted(tmp_path / "before", decision, "block", tensors)
+    change(tensors)
+    with pytest.raises(NoReference):
+        wanted(tmp_path / "after", decision, "block", tensors)
+
+
+def test_scales_that_random_tokens_do_not_fit_have_no_reference(tmp_path: Path) -> None:
+    """Otherwise the tolerance would let everything pass."""
+    decision = layer("tensor, static", LAYOUT)
+    tensors = stored(decision, SCHEMES["tensor, static"], 0)
+    for name in [name for name in tensors if name.endswith("down_proj.input_scale")]:
+        tensors[name] = tensors[name] / 50
+    with pytest.raises(NoReference, match="rounding to FP8 alone may change"):
+        wanted(tmp_path, decision, "tensor, static", tensors)
+
+
+@pytest.mark.parametrize("method", ["awq", "modelopt", "something"])
+def test_other_formats_have_no_reference(tmp_path: Path, method: str) -> None:
+    decision = layer("block", LAYOUT)
+    opened(tmp_path, decision, "block", stored(decision, SCHEMES["block"], 0))
+    section = {"quant_method": method, "bits": 4, "group_size": 32, "quant_algo": "NVFP4"}
+    if method == "awq":
+        del section["quant_algo"]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_moe", "quantization_config": section})
+    )
+    family = family_of("qwen2_moe")
+    assert family is not None
+
+    def read() -> None:
+        held = CheckpointLayer(CheckpointTensors(tmp_path), TensorNaming(family, 2), decision, 1)
+        reference(held, decision, BF16)
+
+    with pytest.raises(NoReference):
+        read()
+
+
+def large(folder: Path) -> FusionDecision:
+    """Qwen3-Next's layer in blocks of 128: the names of all 512 experts, and the same bytes behind them."""
+    decision = layer("block", ExpertLayout(512, 1, 10, 2048, 512), RoutingSpec("softmax", True))
+    random = torch.randn(512, 2048, generator=torch.Generator().manual_seed(2))
+    parts = {
+        "BF16": (random / 16).bfloat16().view(torch.int16).numpy().tobytes(),
+        "F8_E4M3": (random * 64).to(E4M3).view(torch.uint8).numpy().tobytes(),
+        "F32": torch.full((64,), 1 / 3000).numpy().tobytes(),
+    }
+    places, start = {}, 0
+    for dtype, raw in parts.items():
+        places[dtype], start = [start, start + len(raw)], start + len(raw)
+    head: dict[str, Any] = {}
+
+    def put(name: str, dtype: str, *shape: int) -> None:
+        head[f"{MLP}{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": places[dtype]}
+
+    put("gate.weight", "BF16", 512, 2048)
+    head[f"{MLP}shared_expert_gate.weight"] = {
+        "dtype": "BF16", "shape": [1, 2048], "data_offsets": [0, 4096],
+    }  # fmt: skip
+    for owner in ["shared_expert", *(f"experts.{e}" for e in range(512))]:
+        for projection, shape in {
+            "gate_proj": (512, 2048),
+            "up_proj": (512, 2048),
+            "down_proj": (2048, 512),
+        }.items():
+            put(f"{owner}.{projection}.weight", "F8_E4M3", *shape)
+            put(f"{owner}.{projection}.weight_scale_inv", "F32", shape[0] // 128, shape[1] // 128)
+    text = json.dumps(head).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts.values()))
+    section = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_moe", "quantization_config": section})
+    )
+    return decision
+
+
+def test_512_experts_take_less_than_a_second(tmp_path: Path) -> None:
+    """Of one core; the ways in which kernels round are computed beside what plain weights need."""
+    decision, family = large(tmp_path), family_of("qwen2_moe")
+    assert family is not None
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(3):
+        start = time.process_time()
+        held = CheckpointLayer(CheckpointTensors(tmp_path), TensorNaming(family, 2), decision, 1)
+        found = reference(held, decision, BF16)
+        times.append(time.process_time() - start)
+    torch.set_num_threads(threads)
+    print(f"reference of a 512-expert layer in FP8: {min(times):.3f} s, tolerance {found.tolerance:.3g}")
+    assert len(held.kernels()) == 3
+    assert min(times) < 1
