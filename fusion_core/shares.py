@@ -1,7 +1,7 @@
 """By how much of itself one part of a layer's output seems to be off, whatever else is.
 
-Least squares over all elements of an output: rounding points anywhere and hardly along one part, a wrong weight
-of that part points along it and nowhere else.
+Least squares over all elements of an output: rounding points anywhere and hardly along one part, a wrong
+weight of that part points along it and nowhere else.
 """
 
 from __future__ import annotations
