@@ -70,12 +70,13 @@ class SlotSample:
         values = tensor[rows.to(tensor.device), columns.to(tensor.device)].to("cpu")
         self._samples.setdefault(layer, []).append(_Sample(projection, inner, outer, values))
 
-    def compare(self, layer: int, parameters: Mapping[str, torch.Tensor], rank: int) -> int:
+    def compare(self, layer: int, parameters: Mapping[str, torch.Tensor], rank: int, parts: int = 0) -> int:
         """Look for a layer's samples in its slots.
 
         Args:
             parameters: ``w13_weight`` and ``w2_weight`` of the fused experts, as they were just loaded.
             rank: which part of the intermediate width this process holds, where it holds a part.
+            parts: of how many parts; 0: as the parameters look. Wider ones end in padding.
 
         Returns:
             How many values were compared; 0 where the engine has another layout than the checkpoint's.
@@ -87,9 +88,10 @@ class SlotSample:
         w13, w2 = parameters.get("w13_weight"), parameters.get("w2_weight")
         if w13 is None or w2 is None or w2.ndim != 3 or w13.is_meta:
             return 0
-        held, total = w2.shape[2], self.layout.num_experts
-        shapes = [[total, 2 * held, hidden], [total, hidden, held]]
-        if [list(w13.shape), list(w2.shape)] != shapes or width % held:
+        padded, total = w2.shape[2], self.layout.num_experts
+        held = width // parts if parts else padded
+        shapes = [[total, 2 * padded, hidden], [total, hidden, padded]]
+        if [list(w13.shape), list(w2.shape)] != shapes or width % held or padded < held:
             return 0
         compared = 0
         for sample in self._samples.get(layer, ()):
@@ -99,7 +101,7 @@ class SlotSample:
             if sample.projection == "down_proj":
                 found = w2[slots.to(w2.device), outer.to(w2.device), inner.to(w2.device)]
             else:
-                inner = inner + (held if sample.projection == "up_proj" else 0)
+                inner = inner + (padded if sample.projection == "up_proj" else 0)
                 found = w13[slots.to(w13.device), inner.to(w13.device), outer.to(w13.device)]
             # In float32, because 8-bit formats do not compare.
             wanted = sample.values[mine].to(found.dtype).float()
