@@ -6,7 +6,7 @@ import pytest
 
 from fse_patch import verify
 
-from ..running import Case
+from ..running import Case, timeless
 from . import cases
 from .conftest import Runs
 

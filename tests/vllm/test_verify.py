@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ..running import timeless
 from . import cases
 from .conftest import Runs
 from .engine import Case
