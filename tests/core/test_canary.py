@@ -31,8 +31,8 @@ from fse_patch.fusion_core.tensors import CheckpointTensors
 
 from .moe import choose as choose_in_floats
 from .moe import decision, shared_weight
+from .safetensors import save
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 F32 = Served(torch.float32, torch.float32, torch.float32, torch.float32)
 SOFTMAX = RoutingSpec("softmax", False)
 GROUPED = RoutingSpec("sigmoid", True, 2.5, 4, 2, True)
@@ -44,20 +44,6 @@ LAYERS: dict[str, tuple[str, ExpertLayout, RoutingSpec, bool]] = {
     "grouped with bias": ("glm4_moe", ExpertLayout(16, 2, 3, 16, 8), GROUPED, False),
     "every expert": ("qwen2_moe", ExpertLayout(4, 1, 4, 16, 8), RoutingSpec("softmax", True), False),
 }
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
-    for name, tensor in tensors.items():
-        raw = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
-        shape = list(tensor.shape)
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": shape}
-        header[name]["data_offsets"] = [len(data), len(data) + len(raw)]
-        data += raw
-    head = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(head)) + head + data)
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[FusionDecision, dict[str, torch.Tensor]]:
