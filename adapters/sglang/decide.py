@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ... import settings
-from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
 from ...fusion_core.native import gets_wrong
 from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, proof, role_of, settle
+from ..quantisation import online
 from . import native
 from .fusion import ModelFusion
 from .native import ENGINE
@@ -110,8 +110,7 @@ def refusals(
     load_format = getattr(load_config.load_format, "value", load_config.load_format)
     if load_format not in LOAD_FORMATS:
         yield "load.format", f"--load-format is {load_format}; use auto or safetensors"
-    if quantised is not None and decision.quant_method == UNQUANTISED:
-        yield "quant.online", "the checkpoint is quantised on the fly; load it as it is"
+    yield from online(decision, model_config.quantization, quantised)
     if differing := config_difference(decision, model_config.hf_text_config):
         yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
     platform = native.platform()

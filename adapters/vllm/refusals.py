@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ... import settings
-from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.native import gets_wrong
 from ..deciding import Refusal, config_difference, proof
+from ..quantisation import online
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
@@ -52,12 +52,7 @@ def refusals(
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend not in TRANSFERS:
         yield "load.format", f"weights are updated by {transfer.backend}; use nccl or ipc"
-    online = vllm_config.quant_config is not None or source.quantization is not None
-    if online and decision.quant_method == UNQUANTISED:
-        yield (
-            "quant.online",
-            f"the checkpoint is quantised on the fly ({source.quantization}); load it as it is",
-        )
+    yield from online(decision, source.quantization, vllm_config.quant_config)
     platform = current_platform
     known = ("cpu", platform.is_cpu), ("cuda", platform.is_cuda), ("rocm", platform.is_rocm)
     yield from proof(decision, next((name for name, here in known if here()), "this platform"))

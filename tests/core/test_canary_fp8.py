@@ -168,25 +168,25 @@ def test_a_scale_that_reached_one_slot_of_two_is_seen() -> None:
 
 
 def test_the_smallest_error_of_the_slot_weight_that_is_seen() -> None:
-    """At the size of a real layer; in the norm of the output it drowns in what FP8 does to activations."""
+    """Nearer to a real layer's size; in the norm of the output it drowns in what FP8 does to activations."""
     layout = ExpertLayout(12, 1, 10, 1024, 256)
-    seen, norms = [], []
     for seed in range(2):
         decision, tensors, found = made("block", layout, RoutingSpec("softmax", True), seed)
         kernel = Kernel(decision, "block", tensors)
         judge("main", 1, found, kernel.forward(found.hidden))
-        for percent in (2, 3, 4, 6, 8, 12, 16, 25):
+        smallest: dict[str, int] = {}
+        for percent in (2, 3, 4, 6, 8, 12, 16, 25, 40):
             kernel.slot_factor = 1 + percent / 100
             output = kernel.forward(found.hidden)
-            norms += [percent] if deviation(output, found.output) > found.tolerance else []
+            if deviation(output, found.output) > found.tolerance:
+                smallest.setdefault("by the norm", percent)
             try:
                 judge("main", 1, found, output)
             except CanaryError:
-                seen.append(percent)
-                break
-        print(f"slot weight off by {seen[-1]} % is seen; output allowed {found.tolerance:.2g} off")
-    assert max(seen) <= 6
-    assert not norms, "the norm alone would do, and the share of the shared expert need not be compared"
+                smallest.setdefault("at all", percent)
+        print(f"slot weight off by so many percent is seen: {smallest}; {found.tolerance:.2g} allowed")
+        assert smallest["at all"] <= 6
+        assert smallest["by the norm"] >= 2 * smallest["at all"]
 
 
 def test_scales_are_spread_as_the_definition_says() -> None:
