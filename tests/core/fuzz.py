@@ -191,7 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.case is not None:
         print(make(random.Random(given.case)))
-        return _report(fuzz_one(given.case), 0.0)
+        alone = fuzz_one(given.case)
+        for failure in alone.failures:
+            print(_told(failure))
+        return _report(alone, 0.0)
     start = time.monotonic()
     total = Result()
     batches = [min(BATCH, given.cases - begun) for begun in range(0, given.cases, BATCH)]
@@ -202,7 +205,10 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         said = start
         for job in as_completed(jobs):
-            total.add(job.result())
+            done = job.result()
+            total.add(done)
+            for failure in done.failures[:5]:
+                print(_told(failure), flush=True)
             if time.monotonic() - said >= HEARTBEAT:
                 said = time.monotonic()
                 rate = total.cases / (said - start)
@@ -222,9 +228,11 @@ def fuzz_one(name: str) -> Result:
     return result
 
 
+def _told(failure: str) -> str:
+    return f"FAILED {failure}\n  again: python -m tests.core.fuzz --case {failure.partition(':')[0]}"
+
+
 def _report(result: Result, seconds: float) -> int:
-    for failure in result.failures[:5]:
-        print(f"FAILED {failure}\n  again: python -m tests.core.fuzz --case {failure.partition(':')[0]}")
     rate = f", {result.cases / seconds:.0f} a second" if seconds else ""
     print(f"{result.cases} cases in {seconds:.0f} s{rate}; {len(result.failures)} failed")
     outcomes: dict[str, Any] = dict(result.outcomes.most_common())
