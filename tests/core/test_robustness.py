@@ -115,6 +115,16 @@ def test_any_tensor_beside_the_right_ones(
         assert answers(write_checkpoint(Path(folder), config_of("qwen3_next"), tensors))
 
 
+def test_a_weight_without_elements_is_not_cut_into_blocks(tmp_path: Path) -> None:
+    tensors = with_scales(model_tensors("qwen3_next"), 16)
+    empty = {
+        name: (dtype, (0, shape[1]))
+        for name, (dtype, shape) in tensors.items()
+        if name.endswith(".gate_proj.weight")
+    }
+    assert answers(write_checkpoint(tmp_path, config_of("qwen3_next"), tensors | empty)) != "ok"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_line_of_a_policy_may_be_wrong(data: st.DataObject) -> None:
