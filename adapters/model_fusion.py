@@ -14,7 +14,7 @@ import torch
 
 from .. import settings
 from ..errors import AuditError, FsePatchError
-from ..fusion_core.audit import SlotAudit, is_poisoned, marks, poison
+from ..fusion_core.audit import SlotAudit, clear_padding, is_poisoned, marks, poison
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.dispatch import ModeCounter
 from ..fusion_core.naming import TensorNaming
@@ -84,6 +84,8 @@ class ModelFusion(ABC):
             for elements in marks(parameter.data):
                 poison(elements)
             suffixes.add(name)
+        slots = {n: p.data[self.layout.num_routed :] for n, p in experts.named_parameters(recurse=False)}
+        clear_padding(slots, self.layout.moe_intermediate_size // self._share(experts)[1])
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
 
     def open(self) -> None:
@@ -121,7 +123,7 @@ class ModelFusion(ABC):
             # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
             for layer, experts in self.experts.items():
                 parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
-                found = sample.compare(layer, parameters, self._rank(experts))
+                found = sample.compare(layer, parameters, *self._share(experts))
                 self.compared += found.compared
                 self.not_compared |= found.not_compared
             self._as_loaded.note(self._first_slot())
@@ -182,8 +184,8 @@ class ModelFusion(ABC):
         """Hand a slot tensor to the engine's weight loader; whether it took it."""
 
     @abstractmethod
-    def _rank(self, experts: torch.nn.Module) -> int:
-        """Which part of each expert this process holds."""
+    def _share(self, experts: torch.nn.Module) -> tuple[int, int]:
+        """Which part of each expert this process holds, and of how many."""
 
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""

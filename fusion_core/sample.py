@@ -108,24 +108,29 @@ class SlotSample:
         sample = _Sample(ref.projection, ref.suffix, inner, outer, extent, values)
         self._samples.setdefault(ref.layer, []).append(sample)
 
-    def compare(self, layer: int, parameters: Mapping[str, torch.Tensor], rank: int) -> Found:
+    def compare(self, layer: int, parameters: Mapping[str, torch.Tensor], rank: int, parts: int = 0) -> Found:
         """Look for a layer's samples in its slots.
 
         Args:
             parameters: of the fused experts, by name ("w13_weight", "w2_weight_scale", ...), as they were
                 just loaded.
             rank: which part of the intermediate width this process holds, where it holds a part.
+            parts: of how many parts; 0: as the parameters look. Wider ones end in padding.
 
         Raises:
             AuditError: a value is not what the checkpoint has.
         """
         found = Found(not_compared=set(self._other.get(layer, ())))
-        w2 = parameters.get("w2_weight")
-        width = self.layout.moe_intermediate_size
+        width, total = self.layout.moe_intermediate_size, self.layout.num_experts
+        first = self.layout.num_routed
+        slots = {n: p[first:] for n, p in parameters.items() if p.ndim and p.shape[0] == total}
+        if parts and not width % parts:
+            slots |= _without_padding(slots, width // parts)
+        w2 = slots.get("w2_weight")
         held = w2.shape[2] if w2 is not None and w2.ndim == 3 else 0
         parts = width // held if held and not width % held else 0
         samples = self._samples.get(layer, [])
-        places = [(sample, self._place(layer, sample, parameters, parts)) for sample in samples]
+        places = [(sample, self._place(layer, sample, slots, parts)) for sample in samples]
         # A weight in 8 bits is what the checkpoint has as long as its scales are.
         moved = {s.parameter for s, place in places if place is None and s.suffix.startswith("weight_scale")}
         for sample, place in places:
@@ -137,10 +142,10 @@ class SlotSample:
         return found
 
     def _place(
-        self, layer: int, sample: _Sample, parameters: Mapping[str, torch.Tensor], parts: int
+        self, layer: int, sample: _Sample, slots: Mapping[str, torch.Tensor], parts: int
     ) -> torch.Tensor | None:
-        """The parameter as [E + S, width of w1 and w3 or of w2, hidden size]; None where it is not that."""
-        parameter = parameters.get(sample.parameter)
+        """The parameter as [S, width of w1 and w3 or of w2, hidden size]; None where it is not that."""
+        parameter = slots.get(sample.parameter)
         if parameter is None or parameter.is_meta or not parts or not parameter.ndim:
             return None
         small = {parameter.element_size(), sample.values.element_size()}
@@ -154,10 +159,10 @@ class SlotSample:
                 return None
             mine //= cuts
         down = sample.projection == "down_proj"
-        if sample.suffix == "input_scale" and not down and parameter.numel() == self.layout.num_experts:
+        if sample.suffix == "input_scale" and not down and parameter.numel() == self.layout.num_shared_slots:
             # One number for gate and up, which is the checkpoint's where it has one for both.
             return parameter.reshape(-1, 1, 1).expand(-1, 2, 1) if self._one_input_scale(layer) else None
-        shape = [self.layout.num_experts, *((outer, mine) if down else (2 * mine, outer))]
+        shape = [self.layout.num_shared_slots, *((outer, mine) if down else (2 * mine, outer))]
         if parameter.shape[0] != shape[0] or parameter.numel() != shape[0] * shape[1] * shape[2]:
             return None
         if parameter.ndim == 3 and list(parameter.shape) != shape:
@@ -180,8 +185,7 @@ class SlotSample:
             start = (slot * parts + rank) * mine if sample.extent[0] > 1 else 0
             here = (sample.inner >= start) & (sample.inner < start + mine)
             inner, outer = sample.inner[here] - start + first, sample.outer[here]
-            rows = place[self.layout.num_routed + slot]
-            found = _at(rows, inner, outer)
+            found = _at(place[slot], inner, outer)
             differing = (_bits(found) != _bits(_picked(sample.values, here).to(found.dtype))).any(dim=1)
             if bool(differing.any()):
                 raise AuditError(
@@ -192,6 +196,17 @@ class SlotSample:
                 )
             compared += len(found)
         return compared
+
+
+def _without_padding(slots: Mapping[str, torch.Tensor], held: int) -> dict[str, torch.Tensor]:
+    """Weights of the slots without what kernels want beside ``held`` rows or columns of each projection."""
+    w13, w2 = slots.get("w13_weight"), slots.get("w2_weight")
+    if w13 is None or w2 is None or w2.ndim != 3 or w2.shape[2] <= held or w13.shape[1] != 2 * w2.shape[2]:
+        return {}
+    return {
+        "w13_weight": w13.reshape(len(w13), 2, -1, w13.shape[2])[:, :, :held].flatten(1, 2),
+        "w2_weight": w2[:, :, :held],
+    }
 
 
 def _at(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

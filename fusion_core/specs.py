@@ -167,7 +167,7 @@ def _granularity(
         return f"tensor {len(shape)}-D" if shape else "tensor"
     if shape in ((out,), (out, 1)):
         return "channel" if len(shape) == 2 else "channel 1-D"
-    if len(shape) == 2 and all(shape):
+    if len(shape) == 2 and all((*shape, out, inner)):
         # The config names the block; without it the sizes tell, up to a partial last block.
         rows, columns = block or (-(-out // shape[0]), -(-inner // shape[1]))
         if shape == (-(-out // rows), -(-inner // columns)):

@@ -7,6 +7,7 @@ from typing import Any
 
 from ... import settings
 from ...fusion_core.decision import FusionDecision
+from ...fusion_core.native import gets_wrong
 from ..deciding import Refusal, config_difference, proof
 from ..quantisation import online
 
@@ -16,16 +17,21 @@ LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer"
 TRANSFERS = {"nccl", "ipc"}
 
 
-def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any) -> Iterator[Refusal]:
+def refusals(
+    decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any, own: dict[str, Any] | None
+) -> Iterator[Refusal]:
     """What of the runtime configuration forbids to fuse, first reason first.
 
     Args:
         source, load_config: of the role's own checkpoint, see `checkpoint_of`.
+        own: vLLM's own fusion, where it is live; see `native.live`.
     """
     from vllm import envs
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if own is not None and not gets_wrong(own, decision):
+        yield "upstream.already", "vLLM's own fusion is on here (AITER) and right for this checkpoint"
     if differing := config_difference(decision, model.hf_text_config):
         yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
     if parallel.enable_expert_parallel:

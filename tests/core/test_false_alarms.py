@@ -170,7 +170,7 @@ def go(made: FusionDecision, seed: int) -> bool:
 def test_nothing_right_is_stopped() -> None:
     judged: set[tuple[object, ...]] = set()
 
-    @settings(max_examples=270, deadline=None, derandomize=True)
+    @settings(max_examples=320, deadline=None, derandomize=True)
     @given(decisions(), st.integers(0, 2**20))
     def draw(made: FusionDecision, seed: int) -> None:
         if go(made, seed):

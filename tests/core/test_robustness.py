@@ -115,6 +115,14 @@ def test_any_tensor_beside_the_right_ones(
         assert answers(write_checkpoint(Path(folder), config_of("qwen3_next"), tensors))
 
 
+def test_a_packed_weight_without_elements_is_not_cut_into_blocks(tmp_path: Path) -> None:
+    tensors = with_scales(model_tensors("qwen3_next"), 16)
+    packed = {n: ("U8", shape) for n, (_, shape) in tensors.items() if n.endswith("_proj.weight")}
+    name = next(n for n in packed if n.endswith("shared_expert.up_proj.weight"))
+    packed[name] = ("U8", (0, packed[name][1][1]))
+    assert answers(write_checkpoint(tmp_path, config_of("qwen3_next"), tensors | packed)) == "quant.mixed"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_line_of_a_policy_may_be_wrong(data: st.DataObject) -> None:

@@ -56,7 +56,7 @@ def reason(config: Any) -> str:
     from fse_patch.adapters.vllm.decide import decide_for
 
     runtime.clear()
-    made = decide_for(load(ENTRY), config)
+    made, _ = decide_for(load(ENTRY), config)
     (recorded,) = runtime.decisions()
     assert (made is not None) == recorded["fuse"]
     return str(recorded["reason"])
