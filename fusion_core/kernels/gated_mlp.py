@@ -1,4 +1,4 @@
-"""sigmoid(x·w)·y, the gate of a shared expert that stays unfused, in one launch; with a residual to add, or none."""
+"""sigmoid(x·w)·y (+ residual) in one launch: the gate of a shared expert that stays unfused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing of a fused layer in one launch: from the logits of E experts and of the shared gate to k+S weights and ids."""
+"""Routing of a fused layer in one launch: from logits of E experts and the shared gate to k+S slots."""
 
 from __future__ import annotations
 
