@@ -1,4 +1,4 @@
-"""Every kernel against its reference in float64: on a GPU where there is one, else in Triton's interpreter."""
+"""Every kernel against its reference in float64: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
