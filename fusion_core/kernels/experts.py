@@ -10,13 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows and columns of a tile, and warps, by measurements on an H200: one tile of w13 is within a tenth of the best at
-# every shape and number of tokens tried, w2's depends on the width.
-W13_TILE = (8, 2048, 8)
+# Rows and columns of a tile, and warps, by measurements on an H200.
+
+
+def w13_tile(hidden: int) -> tuple[int, int, int]:
+    """For w13 [2 * I, H]."""
+    return (8, 1024, 4) if hidden <= 2048 else (8, 2048, 8)
 
 
 def w2_tile(width: int) -> tuple[int, int, int, bool]:
-    """Rows, columns, warps, and whether to unroll the slots: worth it only where a slot takes few tiles."""
+    """For w2 [H, I]; and whether to unroll the slots, which pays only where a slot takes few tiles."""
     return (2, 128, 1, False) if width <= 128 else (2, 256, 1, width <= 512)
 
 
@@ -54,7 +57,7 @@ def small_experts(
     states = hidden_states.contiguous()
     inner = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
-    rows, columns, warps = W13_TILE
+    rows, columns, warps = w13_tile(hidden)
     _w13[(tokens * slots, triton.cdiv(width, rows))](
         states,
         w13,
