@@ -1,0 +1,148 @@
+"""How long vLLM takes to load a checkpoint: stock, fused without the canary, and fused as users run it.
+
+    FSE_PATCH_ALLOW_UNMEASURED=1 python benchmarks/load_time.py CHECKPOINT --out FILE.json [--repeats 5]
+
+One process, its page cache and Triton's cache warm after a first round that does not count; then the arms in
+turn. The time is that of the loader's `load_model`, behind which the canary runs, up to an idle GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fse_patch
+from fse_patch import __version__, runtime
+from fse_patch.adapters import proving
+
+# What FSE_PATCH_VERIFY says in each arm; None is stock.
+ARMS: dict[str, str | None] = {"stock": None, "fused, verify off": "off", "fused, verify sample": "sample"}
+PARTS: dict[str, float] = {}
+
+
+def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, adding the seconds that it takes to PARTS."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.cuda.synchronize()
+            PARTS[name] = PARTS.get(name, 0.0) + time.perf_counter() - start
+
+    return call
+
+
+def load(arm: str, checkpoint: str, engine_args: dict[str, Any]) -> dict[str, Any]:
+    """Load once; what it took, and what the canary says."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    if (verify := ARMS[arm]) is not None:
+        os.environ["FSE_PATCH_VERIFY"] = verify
+        fse_patch.apply("vllm")
+    try:
+        # Configurations remember the layers that were built under them: each load has its own.
+        config = EngineArgs(
+            model=checkpoint, skip_tokenizer_init=True, enforce_eager=True, **engine_args
+        ).create_engine_config()
+        with set_current_vllm_config(config):
+            if not model_parallel_is_initialized():
+                init_distributed_environment(1, 0, "tcp://127.0.0.1:29517", 0)
+                initialize_model_parallel(1, 1)
+                init_workspace_manager(torch.device("cuda"))
+            PARTS.clear()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model = get_model_loader(config.load_config).load_model(
+                vllm_config=config, model_config=config.model_config
+            )
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+        fusion = getattr(model, "_fse_patch", None)
+        if (fusion is None) != (verify is None):
+            raise SystemExit(f"{arm}: the model is not what this arm is about")
+        found = {"seconds": seconds, "parts": dict(PARTS)}
+        if fusion is not None:
+            found |= {
+                "canary": dict(fusion.canary),
+                "compared": fusion.compared,
+                "slots": fusion.audit.slots_loaded,
+            }
+        return found
+    finally:
+        if verify is not None:
+            fse_patch.remove("vllm")
+        runtime.clear()
+        model = fusion = config = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of the arms, and what the proof adds, round by round."""
+
+    def of(arm: str) -> list[float]:
+        return [entry[arm]["seconds"] for entry in rounds]
+
+    stock, off, sample = (of(arm) for arm in ARMS)
+    return {
+        "median_seconds": {arm: statistics.median(of(arm)) for arm in ARMS},
+        "spread_seconds": {arm: max(of(arm)) - min(of(arm)) for arm in ARMS},
+        "sample_minus_stock": statistics.median(a - b for a, b in zip(sample, stock, strict=True)),
+        "sample_minus_off": statistics.median(a - b for a, b in zip(sample, off, strict=True)),
+        "off_minus_stock": statistics.median(a - b for a, b in zip(off, stock, strict=True)),
+        "sample_over_stock": statistics.median(a / b for a, b in zip(sample, stock, strict=True)),
+    }
+
+
+def main() -> None:
+    """Run the command."""
+    import vllm
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON object")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    proving.reference = timed("canary: reference", proving.reference)
+    proving.Prover.output = timed("canary: forward", proving.Prover.output)  # type: ignore[method-assign]
+    first = {arm: load(arm, args.checkpoint, args.engine_args) for arm in ARMS}
+    print("first round:", json.dumps(first), flush=True)
+    rounds = []
+    for number in range(args.repeats):
+        # Every other round backwards, so that no arm always follows the same one.
+        order = list(ARMS) if number % 2 == 0 else list(ARMS)[::-1]
+        rounds.append({arm: load(arm, args.checkpoint, args.engine_args) for arm in order})
+        print(json.dumps(rounds[-1]), flush=True)
+    size = sum(file.stat().st_size for file in Path(args.checkpoint).glob("*.safetensors"))
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"fse_patch": __version__, "vllm": vllm.__version__, "torch": torch.__version__},
+        "gib": size / 2**30,
+        "summary": summary(rounds),
+        "first_round": first,
+        "rounds": rounds,
+    }
+    args.out.write_text(json.dumps(report, indent=1))
+    print(json.dumps(report["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
