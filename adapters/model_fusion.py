@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -16,13 +16,16 @@ from .. import settings
 from ..errors import AuditError, FsePatchError
 from ..fusion_core.audit import SlotAudit, is_poisoned, marks, poison
 from ..fusion_core.decision import FusionDecision
-from ..fusion_core.dispatch import ModeCounter
+from ..fusion_core.dispatch import ModeCounter, ModePlan
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
 from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
 from .gates import LoadedGates
+
+if TYPE_CHECKING:
+    from ..fusion_core.execution import LayerExecution  # needs Triton
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
@@ -42,6 +45,9 @@ class ModelFusion(ABC):
         self.routers: dict[int, SlotAppender] = {}
         self.experts: dict[int, torch.nn.Module] = {}
         self.blocks: dict[int, torch.nn.Module] = {}
+        # Which mode runs for how many tokens, and the layers that run by it; on a CPU there are none.
+        self.plan: ModePlan | None = None
+        self.executions: dict[int, LayerExecution] = {}
         # Values of the slots that were found as the checkpoint has them.
         self.compared = 0
         # What `proving.prove` found; the layer that came closest to what is allowed says how far it was off.
@@ -128,6 +134,9 @@ class ModelFusion(ABC):
 
     def check_gates(self) -> None:
         """See `LoadedGates.check`; only when the engine is done with what a load has brought."""
+        for execution in self.executions.values():
+            if execution.gate is not None:
+                execution.gate.refresh()
         self.gates.check(self.routers, self.blocks)
 
     @property
@@ -194,6 +203,7 @@ class ModelFusion(ABC):
             "loads": self.audit.loads,
             "compared": self.compared,
             "canary": self.canary,
+            "modes": str(self.plan) if self.executions else "",
         }
 
 
