@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -201,14 +201,10 @@ def _holds(table: Table, row: Row, situation: Situation) -> bool:
 
 
 def _plan(row: Row, source: str) -> ModePlan | Literal["slower"]:
-    steps: list[tuple[int, Mode]] = []
-    for step in row.steps:
-        if step.mode == SLOWER:
-            return "slower"
-        steps.append((step.up_to, step.mode))
-    if row.otherwise == SLOWER:
+    if SLOWER in (row.otherwise, *(step.mode for step in row.steps)):
         return "slower"
-    return ModePlan(tuple(steps), row.otherwise, source)
+    steps = tuple((step.up_to, cast(Mode, step.mode)) for step in row.steps)
+    return ModePlan(steps, cast(Mode, row.otherwise), source)
 
 
 def _is_stock(place: Split, situation: Situation, platform: str) -> bool:

@@ -118,10 +118,10 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
 def several_modes(
     fusion: ModelFusion, router: FusedRouter, shared_gate: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of the layer factory that let a layer run in several modes; on a CPU there is one."""
+    """Arguments of the layer factory that let a layer run in several modes; there is one but for CUDA."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if not current_platform.is_cuda():
         return {}
     from .runner import execution_of, runner_class, stock_router
 
