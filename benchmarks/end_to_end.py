@@ -1,10 +1,10 @@
-"""Decode steps of the real vLLM, one arm a process: random weights, a router that spreads the tokens, CUDA graphs.
+"""Decode steps of the real vLLM, one arm a process: random weights, a router that spreads tokens, CUDA graphs.
 
     FSE_PATCH=0 python benchmarks/end_to_end.py stock FOLDER --out stock.json
     FSE_PATCH=vllm python benchmarks/end_to_end.py fused FOLDER --out fused.json
 
-FOLDER has a config.json alone (benchmarks/checkpoint.py --config-only writes one). Milliseconds a step are the
-slope between a short and a long answer, so that prefill does not count.
+FOLDER has a config.json alone (benchmarks/checkpoint.py --config-only writes one). Milliseconds a step are
+the slope between a short and a long answer, so that prefill does not count.
 """
 
 from __future__ import annotations

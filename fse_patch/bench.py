@@ -197,9 +197,9 @@ def versions() -> dict[str, str]:
 
     return {
         "fse_patch": __version__,
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        "vllm": str(vllm.__version__),
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
     }
 
 
