@@ -1,4 +1,4 @@
-"""Decode steps of the real vLLM, one arm a process: random weights, a router that spreads tokens, CUDA graphs.
+"""Decode steps of the real vLLM, one arm a process: random weights, a router that spreads them, CUDA graphs.
 
     FSE_PATCH=0 python benchmarks/end_to_end.py stock FOLDER --out stock.json
     FSE_PATCH=vllm python benchmarks/end_to_end.py fused FOLDER --out fused.json
