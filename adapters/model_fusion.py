@@ -91,8 +91,15 @@ class ModelFusion(ABC):
             suffixes.add(name)
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
 
+    def refresh_gates(self) -> None:
+        """See `GateRows.refresh`; whether or not anything is proved about them."""
+        for execution in self.executions.values():
+            if execution.gate is not None:
+                execution.gate.refresh()
+
     def open(self) -> None:
         """Let the layers run: what is to be proved about them is, or is about to be."""
+        self.refresh_gates()
         for router in self.routers.values():
             router.closed = ""
 
@@ -134,9 +141,7 @@ class ModelFusion(ABC):
 
     def check_gates(self) -> None:
         """See `LoadedGates.check`; only when the engine is done with what a load has brought."""
-        for execution in self.executions.values():
-            if execution.gate is not None:
-                execution.gate.refresh()
+        self.refresh_gates()
         self.gates.check(self.routers, self.blocks)
 
     @property
