@@ -14,7 +14,7 @@ import torch
 
 from .. import settings
 from ..errors import AuditError, FsePatchError
-from ..fusion_core.audit import SlotAudit, is_poisoned, marks, poison
+from ..fusion_core.audit import SlotAudit, clear_padding, is_poisoned, marks, poison
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.dispatch import ModeCounter, ModePlan
 from ..fusion_core.naming import TensorNaming
@@ -48,8 +48,9 @@ class ModelFusion(ABC):
         # Which mode runs for how many tokens, and the layers that run by it; on a CPU there are none.
         self.plan: ModePlan | None = None
         self.executions: dict[int, LayerExecution] = {}
-        # Values of the slots that were found as the checkpoint has them.
+        # Values of the slots that were found as the checkpoint has them, and parameters laid out otherwise.
         self.compared = 0
+        self.not_compared: set[str] = set()
         # What `proving.prove` found; the layer that came closest to what is allowed says how far it was off.
         self.canary: dict[str, Any] = {"state": "pending", "layers": [], "deviation": 0.0, "tolerance": 1.0}
         # Layer whose block is under construction and still holds its unfused shared MLP.
@@ -89,6 +90,8 @@ class ModelFusion(ABC):
             for elements in marks(parameter.data):
                 poison(elements)
             suffixes.add(name)
+        slots = {n: p.data[self.layout.num_routed :] for n, p in experts.named_parameters(recurse=False)}
+        clear_padding(slots, self.layout.moe_intermediate_size // self._share(experts)[1])
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
 
     def refresh_gates(self) -> None:
@@ -133,7 +136,9 @@ class ModelFusion(ABC):
             # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
             for layer, experts in self.experts.items():
                 parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
-                self.compared += sample.compare(layer, parameters, self._rank(experts))
+                found = sample.compare(layer, parameters, *self._share(experts))
+                self.compared += found.compared
+                self.not_compared |= found.not_compared
             self._as_loaded.note(self._first_slot())
         elif self.canary["state"] != "pending" and not self._is_collected():
             self.check_gates()  # into a model that runs already
@@ -193,8 +198,8 @@ class ModelFusion(ABC):
         """Hand a slot tensor to the engine's weight loader; whether it took it."""
 
     @abstractmethod
-    def _rank(self, experts: torch.nn.Module) -> int:
-        """Which part of each expert this process holds."""
+    def _share(self, experts: torch.nn.Module) -> tuple[int, int]:
+        """Which part of each expert this process holds, and of how many."""
 
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
@@ -207,6 +212,7 @@ class ModelFusion(ABC):
             "slots_loaded": self.audit.slots_loaded,
             "loads": self.audit.loads,
             "compared": self.compared,
+            "not_compared": sorted(self.not_compared),
             "canary": self.canary,
             "modes": str(self.plan) if self.executions else "",
         }

@@ -9,6 +9,7 @@ turn. The time is that of the loader's `load_model`, behind which the canary run
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import json
 import os
@@ -111,6 +112,41 @@ def summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
+def write_csv(report: dict[str, Any], path: Path) -> None:
+    """A line for each arm."""
+    found = report["summary"]
+    added = {"fused, verify off": "off_minus_stock", "fused, verify sample": "sample_minus_stock"}
+    with path.open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(
+            [
+                "device",
+                *report["versions"],
+                "commit",
+                "gib",
+                "rounds",
+                "arm",
+                "median_s",
+                "spread_s",
+                "added_s",
+            ]
+        )
+        for arm, seconds in found["median_seconds"].items():
+            out.writerow(
+                [
+                    report["device"],
+                    *report["versions"].values(),
+                    report["commit"],
+                    f"{report['gib']:.2f}",
+                    len(report["rounds"]),
+                    arm,
+                    f"{seconds:.3f}",
+                    f"{found['spread_seconds'][arm]:.3f}",
+                    f"{found[added[arm]]:.3f}" if arm in added else "0",
+                ]
+            )
+
+
 def main() -> None:
     """Run the command."""
     import vllm
@@ -119,6 +155,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON object")
+    parser.add_argument("--commit", default="unknown", help="of the code that runs")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     proving.reference = timed("canary: reference", proving.reference)
@@ -134,6 +171,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in Path(args.checkpoint).glob("*.safetensors"))
     report = {
         "device": torch.cuda.get_device_name(),
+        "commit": args.commit,
         "versions": {"fse_patch": __version__, "vllm": vllm.__version__, "torch": torch.__version__},
         "gib": size / 2**30,
         "summary": summary(rounds),
@@ -141,6 +179,7 @@ def main() -> None:
         "rounds": rounds,
     }
     args.out.write_text(json.dumps(report, indent=1))
+    write_csv(report, args.out.with_suffix(".csv"))
     print(json.dumps(report["summary"], indent=1))
 
 

@@ -7,17 +7,18 @@ import platform
 import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
 from . import __version__, settings
-from .adapters import guards, ledger
+from .adapters import guards, ledger, tables
 from .errors import FsePatchError
+from .fusion_core import tuned
 from .fusion_core.families import FAMILIES
 from .fusion_core.native import fusing
 from .fusion_core.policy_file import load_policy
-from .fusion_core.tuned import read_table, shipped
 
 # What each engine reads: its group of entry points, and the variable that allows some of them only.
 PLUGINS = {
@@ -27,15 +28,22 @@ PLUGINS = {
 NAME = "fse_patch"
 
 
-def examine() -> dict[str, Any]:
+def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     """Everything, ready for JSON.
 
-    Keys: ``environment``, ``engines``, ``settings``, ``policy``, ``modes``, tables of the fastest mode; ``hazards``,
-    what is known to end badly here, or weakens a guard by the user's own wish; ``problems``, what is wrong;
-    ``ok``, no problems.
+    Args:
+        checkpoint: whose tuned tables are looked up; those of well-known models if None.
+
+    Raises:
+        FsePatchError: the checkpoint cannot be read, or nothing of it could be fused.
+
+    Keys: ``environment``, ``engines``, ``settings``, ``policy``, ``modes``, tables of the fastest mode;
+    ``hazards``, what is known to end badly here, or weakens a guard by the user's own wish; ``problems``,
+    what is wrong; ``ok``, no problems.
     """
     problems: list[str] = []
     hazards: list[str] = []
+    shapes = tables.KNOWN if checkpoint is None else (tables.shape_of(checkpoint),)
     effective = _settings(problems, hazards)
     here = _environment()
     engines = [
@@ -43,6 +51,12 @@ def examine() -> dict[str, Any]:
         for engine in settings.ENGINES
         if ledger.exists(engine)
     ]
+    for engine in engines:
+        book = ledger.load(engine["engine"])
+        chosen = [patch for patch in book.patches if patch.id in engine["guards"]]
+        shipped = tables.shipped(engine["engine"]) if engine["installed"] else {}
+        engine["tables"] = tables.coverage(engine["engine"], shipped, shapes, chosen)
+        hazards += _lost(engine, here["devices"])
     if not any(engine["installed"] for engine in engines):
         problems.append("no engine is installed here; install fse-patch into the engine's own environment")
     return {
@@ -90,6 +104,8 @@ def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
         f"{settings.STRICT}=0: what cannot be patched is served stock, with a warning": not effective.strict,
         f"{settings.VERIFY}=off: what is loaded is not compared with its checkpoint": effective.verify
         == "off",
+        f"{settings.ALLOW_UNPROVEN}=1: quantised formats are fused that nobody ran, or nothing proves "
+        "after loading": effective.allow_unproven,
         f"{settings.ALLOW_UNTESTED}=1: releases that no test has seen are patched": effective.allow_untested,
     }
     hazards += [words for words, holds in weakened.items() if holds]
@@ -108,10 +124,10 @@ def _policy(effective: settings.Settings, problems: list[str]) -> dict[str, Any]
 
 def _modes(effective: settings.Settings, devices: list[str], problems: list[str]) -> list[dict[str, Any]]:
     """Every table of modes that is read, and whether it is for a device of this machine."""
-    tables = list(shipped())
+    tables = list(tuned.shipped())
     if effective.tuned_file is not None:
         try:
-            tables.insert(0, (str(effective.tuned_file), read_table(effective.tuned_file)))
+            tables.insert(0, (str(effective.tuned_file), tuned.read_table(effective.tuned_file)))
         except FsePatchError as error:
             problems.append(str(error))
     return [
@@ -192,6 +208,18 @@ def _unseen(engine: str, points: Iterable[EntryPoint], group: str, allow: str) -
     except Exception as error:  # whatever is wrong with the installation
         return [f"{engine} cannot load fse_patch: {ours.value}: {type(error).__name__}: {error}"]
     return []
+
+
+def _lost(engine: dict[str, Any], devices: Iterable[str]) -> list[str]:
+    """Tuned tables of this machine's devices that a fused layer would do without."""
+    here = {device.replace(" ", "_") for device in devices}
+    return [
+        f"{engine['engine']} has a tuned table for {row['experts']} experts of width {row['width']} and none "
+        f"for {row['fused_experts']} ({row['shape']}, {row['format']}): fused, it is lost; up to 26 % was "
+        "measured"
+        for row in engine["tables"]
+        if row["table"] == "lost" and here & set(row["only_unfused"])
+    ]
 
 
 def _native(engine: str, here: str, version: str) -> list[dict[str, Any]]:

@@ -45,7 +45,8 @@ class Settings:
         policy: FSE_PATCH_POLICY, path of the user's own policy file, or None.
         allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
         allow_unmeasured: FSE_PATCH_ALLOW_UNMEASURED: fuse where nothing shows that it is not slower.
-        allow_unproven: FSE_PATCH_ALLOW_UNPROVEN: fuse quantised formats that were never compared there.
+        allow_unproven: FSE_PATCH_ALLOW_UNPROVEN: fuse quantised formats that were never compared there, or
+            that the canary cannot read.
         verify: FSE_PATCH_VERIFY: layers that the canary proves before serving: "off", "sample" (one), "all".
         tuned: FSE_PATCH_TUNED, path of a table that `fse-patch tune` has written, or None.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,21 @@ def poison(rows: torch.Tensor) -> None:
             rows.view(torch.uint8).fill_(int(nan.view(torch.uint8)))
         else:
             rows.fill_(float("nan"))
+
+
+def clear_padding(slots: Mapping[str, torch.Tensor], width: int) -> None:
+    """Set to zero what kernels want and no checkpoint has, as the engine does itself later.
+
+    Args:
+        slots: slot rows by parameter; of ``w13_weight`` [S, 2 * padded, H] and ``w2_weight`` [S, H, padded].
+        width: intermediate width that this process holds of a slot; more than that is padding.
+    """
+    w13, w2 = slots.get("w13_weight"), slots.get("w2_weight")
+    if w13 is None or w2 is None or w13.ndim != 3 or w2.ndim != 3 or w13.shape[1] != 2 * w2.shape[2]:
+        return
+    for shard in w13.chunk(2, dim=1):
+        shard[:, width:] = 0
+    w2[:, :, width:] = 0
 
 
 def is_poisoned(rows: torch.Tensor) -> bool:

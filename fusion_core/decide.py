@@ -89,6 +89,7 @@ def decide_evidence(
         policy_hash=policy.hash,
         quant_method=evidence.quant.method,
         formats=verdict.formats,
+        stored_alike=found.stored_alike if found is not None else None,
         layout=_layout(moe),
         routing=_routing(family, moe),
         shared_weight=family.shared_weight,

@@ -40,6 +40,8 @@ class FusionDecision:
         policy_hash: short hash of the effective policy, part of compile-cache keys.
         formats: of the experts in layers that may fuse, "plain" where unquantised; see proven.py.
         quant_method: what the checkpoint declares, "none" where nothing; "" where nothing was read.
+        stored_alike: whether every layer stores routed and shared experts alike, whatever the reason is; None
+            where no headers show it.
     """
 
     role: Role
@@ -51,6 +53,7 @@ class FusionDecision:
     model_type: str
     policy_hash: str = ""
     quant_method: str = ""
+    stored_alike: bool | None = None
     formats: tuple[str, ...] = ()
     layout: ExpertLayout | None = None
     routing: RoutingSpec | None = None

@@ -45,6 +45,13 @@ class LayerEvidence:
     finding: Finding | None = None
     config: Agreement | None = None
 
+    @property
+    def stored_alike(self) -> bool | None:
+        """Whether routed and shared experts are alike, in headers and config; None where nothing shows it."""
+        if self.routed is None or self.shared is None:
+            return False if self.finding is not None and self.finding.reason == "quant.mixed" else None
+        return self.routed == self.shared and (self.config is None or self.config.state != "differs")
+
 
 @dataclass(frozen=True)
 class RoleEvidence:
@@ -60,6 +67,12 @@ class RoleEvidence:
     moe_layers: tuple[int, ...]
     layers: tuple[LayerEvidence, ...] = ()
     in_checkpoint: bool = False
+
+    @property
+    def stored_alike(self) -> bool | None:
+        """Whether every layer stores its routed and shared experts alike; None where that cannot be said."""
+        known = [layer.stored_alike for layer in self.layers]
+        return False if False in known else None if None in known or not known else True
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a release of an engine does about the shared expert by itself, for reports; decides nothing."""
+"""What a release of an engine does about the shared expert by itself, and whether that is right."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def fusing(
         model: name of the model class; None stands for any of the family.
 
     Returns:
-        Mappings with the keys by_default, condition and, where the release gets it wrong, wrong.
+        Mappings with the keys by_default, condition and, where there is something to say, slots and wrong.
     """
     return [
         entry
@@ -85,6 +85,22 @@ def fusing(
         and SpecifierSet(entry["versions"]).contains(version, prereleases=True)
         and (model is None or model in entry.get("models", [model]))
     ]
+
+
+def gets_wrong(entry: dict[str, Any], decision: FusionDecision) -> str:
+    """Why what a release builds by itself would not be the checkpoint's model, or "".
+
+    Args:
+        entry: of `fusing`; the release is live with it.
+    """
+    slots = 0 if decision.layout is None else decision.layout.num_shared_slots
+    if "wrong" in entry:
+        return str(entry["wrong"])
+    if decision.stored_alike is False:
+        return "routed and shared experts are stored in different ways"
+    if decision.reason == "width.mismatch" or slots > entry.get("slots", slots):
+        return "the shared expert is wider than the slots that it has"
+    return ""
 
 
 @cache

@@ -53,7 +53,7 @@ REASONS: Mapping[Reason, str] = {
     "quant.quark": "Quark checkpoints quantise routed and shared experts apart",
     "quant.mxfp4": "MXFP4 kernels take another layout for the shared expert",
     "quant.nvfp4": "NVFP4 scales of the shared expert are its own, and its kernels pack experts together",
-    "quant.online": "weights are quantised while they load",
+    "quant.online": "weights are quantised, or quantised otherwise, while they load",
     "backend.routing": "the engine's kernel routes by itself",
     "backend.topk_format": "the engine's top-k output has no room for the shared slot",
     "parallel.ep": "experts are spread over ranks",

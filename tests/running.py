@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import tiny_checkpoints
+import torch
+from safetensors.torch import load_file, save_file
 
 from fse_patch import verify
 from fse_patch.fusion_core.decide import decide_roles
@@ -33,6 +35,11 @@ class Case:
     @property
     def name(self) -> str:
         return "-".join(filter(None, [self.recipe, self.dtype, self.order, self.fault]))
+
+
+def timeless(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the first process of an arm says of its roles, but for how long it took."""
+    return [{**role, "canary": {**role["canary"], "seconds": 0}} for role in result["workers"][0]["roles"]]
 
 
 class Checkpoints:
@@ -63,6 +70,19 @@ class Checkpoints:
             case.dtype,
             case.engine_args if case.fault is None else {**case.engine_args, "fault": case.fault},
         )
+
+
+def with_other_shared_dtype(source: Path, out: Path) -> Path:
+    """A copy whose shared experts are stored as bfloat16: routed and shared specs differ."""
+    out.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())
+            continue
+        held = load_file(file)
+        narrow = {k: v.to(torch.bfloat16) if ".shared_expert" in k else v for k, v in held.items()}
+        save_file(narrow, out / file.name, {"format": "pt"})
+    return out
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ... import settings
-from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
+from ...fusion_core.native import gets_wrong
 from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, proof, role_of, settle
+from ..quantisation import online
 from . import native
 from .fusion import ModelFusion
 from .native import ENGINE
@@ -43,7 +44,7 @@ def decide_for(
     own = None if family is None else native.live(cls, family.name, model_config, quantised)
 
     def must_go(decision: FusionDecision) -> bool:
-        return own is not None and ("wrong" in own or decision.reason == "quant.mixed")
+        return own is not None and bool(gets_wrong(own, decision))
 
     def locate() -> Path:
         return checkpoint_folder(model_config.model_path, model_config.revision, load_config.download_dir)
@@ -82,7 +83,7 @@ def refusals(
     server = get_server_args()
     if server.disable_shared_experts_fusion:
         yield "disabled", "--disable-shared-experts-fusion is given"
-    if own is not None and "wrong" not in own:
+    if own is not None and not gets_wrong(own, decision):
         yield "upstream.already", "SGLang fuses this model by itself here"
     if server.ep_size > 1 or not get_moe_a2a_backend().is_none():
         yield "parallel.ep", "expert parallelism is on; run without --ep-size and --moe-a2a-backend"
@@ -109,8 +110,7 @@ def refusals(
     load_format = getattr(load_config.load_format, "value", load_config.load_format)
     if load_format not in LOAD_FORMATS:
         yield "load.format", f"--load-format is {load_format}; use auto or safetensors"
-    if quantised is not None and decision.quant_method == UNQUANTISED:
-        yield "quant.online", "the checkpoint is quantised on the fly; load it as it is"
+    yield from online(decision, model_config.quantization, quantised)
     if differing := config_difference(decision, model_config.hf_text_config):
         yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
     platform = native.platform()

@@ -35,8 +35,8 @@ class ModelFusion(model_fusion.ModelFusion):
         parameter.weight_loader(parameter, part.tensor, name, shard_id=part.shard, expert_id=part.slot)
         return True
 
-    def _rank(self, experts: Any) -> int:
-        return int(experts.moe_tp_rank)
+    def _share(self, experts: Any) -> tuple[int, int]:
+        return int(experts.moe_tp_rank), int(experts.moe_tp_size)
 
 
 class AppendHook:

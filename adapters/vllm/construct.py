@@ -11,6 +11,7 @@ import torch
 from ...fusion_core.routing import FusedRouter
 from ..handshake import check_complete
 from ..model_fusion import ModelFusion
+from . import native
 from .decide import announce_other, decide_for
 from .fusion import ACTIVE, CONSTRUCTED
 from .handshake import check_arguments, key_compile_cache
@@ -56,15 +57,19 @@ def entry_init(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         # A prefix makes it a part of another model, whose weights nobody remaps.
         part = ACTIVE.get() or kwargs.get("prefix")
-        fusion = None if part else decide_for(type(self), kwargs.get("vllm_config"))
-        if fusion is None:
-            return original(self, *args, **kwargs)
-        key_compile_cache(kwargs["vllm_config"], fusion)
-        token = ACTIVE.set(fusion)
+        fusion, off = (None, False) if part else decide_for(type(self), kwargs.get("vllm_config"))
+        if fusion is not None:
+            key_compile_cache(kwargs["vllm_config"], fusion)
+        token = ACTIVE.set(fusion or ACTIVE.get())
         try:
-            original(self, *args, **kwargs)
+            with native.switched_off(off):
+                original(self, *args, **kwargs)
         finally:
             ACTIVE.reset(token)
+        if off:
+            setattr(self, native.MARK, True)
+        if fusion is None:
+            return
         check_complete(fusion, kwargs["vllm_config"].parallel_config.pipeline_parallel_size == 1)
         self._fse_patch = fusion
         CONSTRUCTED.add(fusion)

@@ -26,5 +26,5 @@ class ModelFusion(model_fusion.ModelFusion):
             )
         )
 
-    def _rank(self, experts: Any) -> int:
-        return int(experts.moe_config.tp_rank)
+    def _share(self, experts: Any) -> tuple[int, int]:
+        return int(experts.moe_config.tp_rank), int(experts.moe_config.tp_size)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
+from ...fusion_core.native import gets_wrong
 from ..deciding import Refusal, config_difference, proof
+from ..quantisation import online
 from .plan import plan_of, refusal
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
@@ -16,16 +17,21 @@ LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer"
 TRANSFERS = {"nccl", "ipc"}
 
 
-def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any) -> Iterator[Refusal]:
+def refusals(
+    decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any, own: dict[str, Any] | None
+) -> Iterator[Refusal]:
     """What of the runtime configuration forbids to fuse, first reason first.
 
     Args:
         source, load_config: of the role's own checkpoint, see `checkpoint_of`.
+        own: vLLM's own fusion, where it is live; see `native.live`.
     """
     from vllm import envs
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if own is not None and not gets_wrong(own, decision):
+        yield "upstream.already", "vLLM's own fusion is on here (AITER) and right for this checkpoint"
     if differing := config_difference(decision, model.hf_text_config):
         yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
     if parallel.enable_expert_parallel:
@@ -46,12 +52,7 @@ def refusals(decision: FusionDecision, vllm_config: Any, source: Any, load_confi
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend not in TRANSFERS:
         yield "load.format", f"weights are updated by {transfer.backend}; use nccl or ipc"
-    online = vllm_config.quant_config is not None or source.quantization is not None
-    if online and decision.quant_method == UNQUANTISED:
-        yield (
-            "quant.online",
-            f"the checkpoint is quantised on the fly ({source.quantization}); load it as it is",
-        )
+    yield from online(decision, source.quantization, vllm_config.quant_config)
     platform = current_platform
     known = ("cpu", platform.is_cpu), ("cuda", platform.is_cuda), ("rocm", platform.is_rocm)
     yield from proof(decision, next((name for name, here in known if here()), "this platform"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,11 +11,14 @@ import typer
 from .output import print_json, print_table
 
 
-def command(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Exit status: 0 fine, 1 something is wrong."""
+def command(
+    checkpoint: Annotated[Path | None, typer.Argument(help="Whose tuned tables to look up.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Exit status: 0 fine, 1 something is wrong, 2 bad input."""
     from ..doctor import examine
 
-    report = examine()
+    report = examine(checkpoint)
     if json:
         print_json(report)
     else:
@@ -57,4 +61,25 @@ def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
             f"needs {entry['condition']}"
             for entry in engine["native_fusion"]
         ),
+        "tuned tables": "\n".join(_tables(engine["tables"])),
     }
+
+
+# Of a row's `table`.
+_TABLE = {
+    "own": "one for E+S",
+    "kept": "none for E+S, the one of E is used",
+    "lost": "none for E+S, the one of E is lost (up to 26 % was measured)",
+    "none": "none, fused or not",
+}
+
+
+def _tables(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """A line for each shape and state, with the widths of all parts."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        shared = row["fused_experts"] - row["experts"]
+        shape = f"{row['shape']} ({row['experts']}+{shared} experts, {row['format']})"
+        lines.setdefault((shape, row["table"]), []).append(str(row["width"]))
+    for (shape, state), widths in lines.items():
+        yield f"{shape}, width {', '.join(widths)}: {_TABLE[state]}"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.audit import Key, SlotAudit, is_poisoned, marks, poison
+from fse_patch.fusion_core.audit import Key, SlotAudit, clear_padding, is_poisoned, marks, poison
 from fse_patch.fusion_core.remap import SlotTensor
 
 SLOTS = range(4, 6)
@@ -194,3 +194,19 @@ def test_an_expert_that_was_not_written_stops_the_load() -> None:
     with pytest.raises(AuditError, match=r"routed experts of layers \[3\] were never written"):
         made.finish([], unrouted_layers=[3])
     assert made.loads == 0
+
+
+def test_padding_is_no_unwritten_weight() -> None:
+    width, padded, hidden = 3, 5, 4
+    slots = {"w13_weight": torch.empty(2, 2 * padded, hidden), "w2_weight": torch.empty(2, hidden, padded)}
+    for rows in slots.values():
+        poison(rows)
+    clear_padding(slots, width)
+    halves = slots["w13_weight"].unflatten(1, (2, padded))
+    assert bool(halves[:, :, :width].isnan().all())
+    assert bool(slots["w2_weight"][:, :, :width].isnan().all())
+    assert not is_poisoned(halves[:, :, width:])
+    assert not is_poisoned(slots["w2_weight"][:, :, width:])
+    # The control: written whole, but for the padding, nothing is left to find.
+    halves[:, :, :width] = slots["w2_weight"][:, :, :width] = 1.0
+    assert not any(map(is_poisoned, slots.values()))

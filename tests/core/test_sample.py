@@ -44,7 +44,7 @@ def compared(tensors: dict[str, torch.Tensor], slots: Slots, rank: int = 0) -> i
     assert FAMILY is not None
     sample = SlotSample(decision(LAYOUT), TensorNaming(FAMILY, 1), [0])
     assert list(sample.tap(tensors.items())) == list(tensors.items())
-    return sample.compare(0, slots, rank)
+    return sample.compare(0, slots, rank).compared
 
 
 def test_what_was_loaded_rightly_is_found() -> None:
@@ -62,6 +62,23 @@ def test_the_checkpoint_is_compared_as_the_engine_holds_it() -> None:
     tensors = checkpoint()
     narrow = {name: slots.to(torch.bfloat16) for name, slots in loaded(tensors).items()}
     assert compared(tensors, narrow) == 3 * S * VALUES
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_padded_is_compared_too(rank: int) -> None:
+    held, padded = I // 2, I // 2 + 3
+    slots = loaded(checkpoint(), 2, rank)
+    w13 = torch.zeros(E + S, 2, padded, H)
+    w13[:, :, :held] = slots["w13_weight"].unflatten(1, (2, held))
+    w2 = torch.zeros(E + S, H, padded)
+    w2[:, :, :held] = slots["w2_weight"]
+    wide = {"w13_weight": w13.flatten(1, 2), "w2_weight": w2}
+    sample = SlotSample(decision(LAYOUT), TensorNaming(FAMILY, 1), [0])  # type: ignore[arg-type]
+    list(sample.tap(checkpoint().items()))
+    assert sample.compare(0, wide, rank, 2).compared == 3 * S * VALUES // 2
+    wide["w2_weight"][E:, :, :held] *= 1.0001
+    with pytest.raises(AuditError):
+        sample.compare(0, wide, rank, 2)
 
 
 def change(name: str, alter: Callable[[torch.Tensor], None]) -> Slots:

@@ -11,7 +11,7 @@ import sys
 import pytest
 from packaging.version import Version
 
-from fse_patch.adapters import guards, ledger
+from fse_patch.adapters import guards, ledger, tables
 from fse_patch.errors import FsePatchError
 from fse_patch.settings import ENGINES
 
@@ -55,6 +55,21 @@ def test_guards_pass_on_installed_engines(engine: str, version: str, site: tuple
     book = BOOKS[engine]
     patches = guards.check_version(book, version)
     assert {p.id: guards.guard(p, site) for p in patches} == {p.id: "" for p in patches}
+
+
+@pytest.mark.skipif(not installed(), reason="no engine here and none in FSE_PATCH_ENGINE_SITE")
+@pytest.mark.parametrize(
+    ("engine", "version", "site"), [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in installed()]
+)
+def test_tuned_tables_of_installed_engines_are_found(
+    engine: str, version: str, site: tuple[str, ...]
+) -> None:
+    """Every release ships one for Qwen3-Next's experts cut in four, on an H200."""
+    shipped = tables.shipped(engine, list(site))
+    rows = tables.coverage(engine, shipped, tables.KNOWN, ())
+    (row,) = [r for r in rows if r["shape"] == "Qwen3-Next-80B-A3B" and r["width"] == 128]
+    assert "NVIDIA_H200" in row["devices"] + row["only_unfused"]
+    assert len(shipped) > 100
 
 
 @pytest.mark.parametrize(("engine", "version", "site"), installed() or [pytest.param("", "", (), id="none")])

@@ -7,28 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from ..running import Case, Checkpoints
+from ..running import Case, Checkpoints, with_other_shared_dtype
 from .conftest import Runs
 
 DRAFTS = ("qwen3_next_mtp", "qwen3_5_mtp", "qwen3_5_mtp_3d", "qwen3_5_text_mtp", "glm4_moe_mtp")
 # What SGLang fuses by itself on CUDA, told to these models only: the engine's own model is a CPU's.
 NATIVE = ("glm4_moe_scale", "qwen3_next")
 LIMIT = 5e-6
-
-
-def with_other_shared_dtype(source: Path, out: Path) -> Path:
-    """A copy whose shared experts are stored as bfloat16: routed and shared specs differ."""
-    out.mkdir()
-    for file in source.iterdir():
-        if file.suffix != ".safetensors":
-            (out / file.name).write_bytes(file.read_bytes())
-            continue
-        held = load_file(file)
-        narrow = {k: v.to(torch.bfloat16) if ".shared_expert" in k else v for k, v in held.items()}
-        save_file(narrow, out / file.name, {"format": "pt"})
-    return out
 
 
 def builds(checkpoints: Checkpoints, folder: Path) -> dict[str, dict[str, Any]]:

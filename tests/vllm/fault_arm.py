@@ -46,7 +46,7 @@ FAULTS = {
     **SLOT_FAULTS,
     "scale_applied_twice": lambda: patch.object(routing, "route", scaled_twice),
     "shared_expert_scaled": lambda: patch.object(routing, "append_shared_slots", shared_scaled),
-    "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: None),
+    "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: (None, False)),
     "refused_by_policy": refused_by_policy,
     "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),
 }

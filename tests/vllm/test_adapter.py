@@ -3,6 +3,7 @@ what is refused before anything is built, and what stops a model that is not wha
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,10 +56,28 @@ def reason(config: Any) -> str:
     from fse_patch.adapters.vllm.decide import decide_for
 
     runtime.clear()
-    made = decide_for(load(ENTRY), config)
+    made, _ = decide_for(load(ENTRY), config)
     (recorded,) = runtime.decisions()
     assert (made is not None) == recorded["fuse"]
     return str(recorded["reason"])
+
+
+def quantised(config: Any, method: str | None) -> str:
+    """The code for a checkpoint in FP8 that is run as ``method``."""
+    from fse_patch.adapters import deciding
+
+    made = deciding.from_checkpoint
+
+    def fp8(*args: Any) -> Any:
+        return dataclasses.replace(made(*args), quant_method="fp8", formats=("fp8-block",))
+
+    with (
+        patch.object(deciding, "from_checkpoint", fp8),
+        patch.dict(os.environ, FSE_PATCH_ALLOW_UNPROVEN="1"),
+        put(config, "model_config.quantization", method),
+        put(config, "quant_config", "any"),
+    ):
+        return reason(config)
 
 
 def probe_refusals(checkpoint: str) -> dict[str, Any]:
@@ -79,6 +98,8 @@ def probe_refusals(checkpoint: str) -> dict[str, Any]:
             found["other device"] = reason(config)
             with patch.dict(os.environ, FSE_PATCH_ALLOW_UNMEASURED="1"):
                 found["other device, allowed"] = reason(config)
+        for method in ("fp8", "fp8_per_tensor", "modelopt_fp4"):
+            found[f"fp8 as {method}"] = quantised(config, method)
         with put(config, "model_config.model", f"{checkpoint}-is-not-there"):
             found["no such folder"] = reason(config)
         return found | {"plain again": reason(config)}
@@ -181,6 +202,8 @@ def test_what_is_not_proven_is_refused_before_it_is_built(checkpoint: str) -> No
     assert found["simulator"] == "routing.simulator"
     assert found["other device"] == "slower.unmeasured"
     assert found["other device, allowed"] == "ok"
+    assert found["fp8 as fp8"] == "ok"
+    assert found["fp8 as fp8_per_tensor"] == found["fp8 as modelopt_fp4"] == "quant.online"
     assert found["no such folder"] == "evidence.unreadable"
 
 

@@ -84,7 +84,7 @@ def probe_block(reference: str, entry: str, checkpoint: str, shared: str) -> dic
                 return seen(cls(config=config.model_config.hf_config, prefix=prefix), shared)
             return seen(cls(vllm_config=config, prefix=prefix), shared)
 
-        fusion = decide_for(load(entry), config)
+        fusion, _ = decide_for(load(entry), config)
         assert fusion is not None
         # Two layers that would both fuse: vLLM wants every layer's name but once.
         first, *_, last = fusion.decision.fused_layers
@@ -110,7 +110,7 @@ def probe_subclass(checkpoint: str) -> dict[str, Any]:
 
     def build(cls: type) -> dict[str, Any]:
         with building(checkpoint) as config:
-            decided = decide_for(cls, config) is not None
+            decided = decide_for(cls, config)[0] is not None
             additional = dict(config.additional_config)
             model = cls(vllm_config=config)
         block = model.model.layers[0].mlp

@@ -1,0 +1,57 @@
+"""vLLM's own fusion of the shared expert, on AITER: where it is live, and how it is switched off."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...fusion_core.native import fusing
+from .. import guards, ledger, load
+
+ENGINE = "vllm"
+# On the class `rocm_aiter_ops`. Blocks ask it when they are built; loaders up to 0.28 ask it again.
+GATE = "is_fusion_moe_shared_experts_enabled"
+# The platform that it exists on, as `fse-patch plan` takes it.
+PLATFORM = "rocm"
+# On models that were built without it: their weights are loaded without it too.
+MARK = "_fse_patch_native_off"
+
+
+def live(family: str) -> dict[str, Any] | None:
+    """What is known of vLLM's own fusion, if it would build a model of ``family`` with it in this process."""
+    from vllm._aiter_ops import rocm_aiter_ops
+
+    if not getattr(rocm_aiter_ops, GATE)():
+        return None
+    version = guards.engine_version(ledger.load(ENGINE))
+    return next(iter(fusing(ENGINE, family, PLATFORM, version)), None)
+
+
+@contextmanager
+def switched_off(off: bool) -> Iterator[None]:
+    """Build or load a model without the native fusion where ``off``; other models of the process keep it."""
+    if not off:
+        yield
+        return
+    from vllm._aiter_ops import rocm_aiter_ops
+
+    own = vars(rocm_aiter_ops)[GATE]
+    setattr(rocm_aiter_ops, GATE, classmethod(lambda _: False))
+    try:
+        yield
+    finally:
+        setattr(rocm_aiter_ops, GATE, own)
+
+
+def load_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_weights`` of the entry classes: a model that was built without native fusion is loaded so."""
+    fill = load.load_weights(original)
+
+    @functools.wraps(original)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with switched_off(getattr(self, MARK, False)):
+            return fill(self, *args, **kwargs)
+
+    return load_model

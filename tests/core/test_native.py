@@ -1,0 +1,89 @@
+"""What a release fuses by itself, and whether that is the checkpoint's model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fse_patch.fusion_core.decide import decide
+from fse_patch.fusion_core.decision import FusionDecision
+from fse_patch.fusion_core.native import fusing, gets_wrong, runtime_report
+
+from .golden import ROWS, write_row
+
+RIGHT = {"by_default": False, "condition": "AITER"}
+ONE_SLOT = {**RIGHT, "slots": 1}
+
+
+def decided(folder: Path, **changes: Any) -> FusionDecision:
+    """The decision on a checkpoint whose experts are stored alike."""
+    row = next(row for row in ROWS if row["expect"]["reason"] == "ok" and "stored" in row)
+    return dataclasses.replace(decide(write_row(folder, row), "vllm"), **changes)
+
+
+def test_what_is_right_is_not_found_wrong(tmp_path: Path) -> None:
+    decision = decided(tmp_path)
+    assert decision.stored_alike is True
+    assert gets_wrong(RIGHT, decision) == ""
+    assert (
+        gets_wrong({**RIGHT, "wrong": "its slot is never written"}, decision) == "its slot is never written"
+    )
+
+
+def test_experts_stored_apart_are_found_wrong(tmp_path: Path) -> None:
+    assert "different ways" in gets_wrong(RIGHT, decided(tmp_path, stored_alike=False))
+    # Nobody knows: the user has switched it on, and nothing speaks against it.
+    assert gets_wrong(RIGHT, decided(tmp_path, stored_alike=None)) == ""
+
+
+def test_a_shared_expert_wider_than_its_slots_is_found_wrong(tmp_path: Path) -> None:
+    decision = decided(tmp_path)
+    assert decision.layout is not None
+    wide = dataclasses.replace(decision, layout=dataclasses.replace(decision.layout, num_shared_slots=2))
+    assert "wider" in gets_wrong(ONE_SLOT, wide)
+    assert gets_wrong(RIGHT, wide) == ""
+    unfit = decided(tmp_path, fuse=False, reason="width.mismatch", layout=None, fused_layers=())
+    assert "wider" in gets_wrong(RIGHT, unfit)
+
+
+# All experts in one tensor, of the same format.
+STACKED = {"stacked": "bf16", "stacked-fp8": "fp8-block:128"}
+STORED = [row for row in ROWS if {"routed", "shared"} <= row.get("stored", {}).keys()]
+
+
+@pytest.mark.parametrize("row", STORED, ids=lambda row: row["id"])
+def test_the_reason_that_came_first_does_not_hide_that_experts_are_stored_apart(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    """Upstream fused Quark checkpoints that exclude the shared expert; the policy refuses all of Quark."""
+    decision = decide(write_row(tmp_path, row), "vllm")
+    routed, shared = row["stored"]["routed"], row["stored"]["shared"]
+    alike = STACKED.get(routed, routed) == shared and decision.reason != "quant.mixed"
+    assert (decision.stored_alike is not False) == alike
+    assert bool(gets_wrong(RIGHT, decision)) == (not alike or decision.reason == "width.mismatch")
+
+
+def test_there_are_checkpoints_whose_reason_is_another() -> None:
+    apart = {r["expect"]["reason"] for r in STORED if r["stored"]["routed"] != r["stored"]["shared"]}
+    assert apart >= {"quant.mixed", "quant.mxfp4", "quant.quark"}
+
+
+@pytest.mark.parametrize(
+    ("version", "right", "wrong"),
+    [("0.19.1", 0, 0), ("0.22.1", 0, 1), ("0.24.0", 0, 1), ("0.25.1", 1, 0), ("0.32.0", 1, 0)],
+)
+def test_vllm_releases_that_get_qwen3_5_wrong(version: str, right: int, wrong: int) -> None:
+    here = fusing("vllm", "qwen3_5_moe", "rocm", version)
+    assert [sum("wrong" not in e for e in here), sum("wrong" in e for e in here)] == [right, wrong]
+    assert fusing("vllm", "qwen3_5_moe", "cuda", version) == []
+
+
+def test_a_report_says_what_a_release_gets_wrong(tmp_path: Path) -> None:
+    decision = decided(tmp_path, model_type="qwen3_5_moe")
+    old = runtime_report(decision, "rocm", "0.24.0")
+    assert not old["upstream.already"]
+    assert "wrong: the blocks fuse and the loader drops the shared expert" in old["upstream.detail"]
+    assert "wrong" not in runtime_report(decision, "rocm", "0.32.0")["upstream.detail"]
