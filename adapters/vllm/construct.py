@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.routing import FusedRouter
 from ..handshake import check_complete
 from ..model_fusion import ModelFusion
@@ -123,10 +124,10 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
 def several_modes(
     fusion: ModelFusion, router: FusedRouter, shared_gate: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of the layer factory that let a layer run in several modes; there is one but for CUDA."""
+    """Arguments of the layer factory that let a layer run in several modes: unquantised ones, on CUDA."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda():
+    if not current_platform.is_cuda() or fusion.decision.quant_method != UNQUANTISED:
         return {}
     from .runner import execution_of, runner_class, stock_router
 

@@ -7,6 +7,7 @@ from typing import Any
 from packaging.version import Version
 
 from ... import settings
+from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.dispatch import ModePlan, always
 from ...fusion_core.tuned import Situation, plan_for
@@ -31,6 +32,8 @@ def plan_of(decision: FusionDecision, vllm_config: Any) -> tuple[ModePlan | None
     assert layout is not None
     if not current_platform.is_cuda():
         return _unmeasured(allowed, "on this platform")
+    if decision.quant_method != UNQUANTISED:
+        return _unmeasured(allowed, "for quantised experts")
     stock = backend(vllm_config, decision, layout.num_routed, layout.top_k)
     fused = backend(vllm_config, decision, layout.num_experts, layout.fused_top_k)
     if stock != fused or fused not in KNOWN_BACKENDS:

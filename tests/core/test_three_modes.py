@@ -18,6 +18,8 @@ from fse_patch.fusion_core.layout import ExpertLayout
 
 from .test_dispatch import table
 
+HIDDEN = torch.ones(2, 2)
+WANTED = Reference(HIDDEN, 2 * HIDDEN.double(), HIDDEN.double(), 0.01, None)
 LAYOUT = ExpertLayout(512, 1, 10, 2048, 512)
 
 
@@ -59,9 +61,8 @@ def test_the_canary_runs_every_mode(wrong: str, monkeypatch: pytest.MonkeyPatch)
         naming=None,
         counter=ModeCounter(),
     )
-    hidden = torch.ones(2, 2)
     monkeypatch.setattr(proving, "CheckpointLayer", lambda *args: None)
-    monkeypatch.setattr(proving, "reference", lambda *args: Reference(hidden, 2 * hidden.double(), 0.01))
+    monkeypatch.setattr(proving, "reference", lambda *args: WANTED)
     if wrong:
         with pytest.raises(CanaryError, match="not served"):
             proving._prove_layer(fusion, 0, torch.float32, Prover(), None)  # type: ignore[arg-type]
