@@ -88,6 +88,8 @@ class LayerExecution:
         """
         mode = self.forced or self.plan.mode_of(hidden_states.shape[0])
         self.router.enter(mode)
+        if not len(hidden_states):
+            return torch.empty_like(hidden_states)  # nothing to launch, and no kernel takes an empty grid
         if mode == "split":
             return self._split(hidden_states, logits)
         weights, ids = self._route(hidden_states, logits, mode)

@@ -23,6 +23,7 @@ def plan_of(decision: FusionDecision, vllm_config: Any) -> tuple[ModePlan | None
 
     The backend is asked of vLLM's own selection, for the layer that stock would build and for the fused one.
     """
+    from vllm import envs
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -34,6 +35,10 @@ def plan_of(decision: FusionDecision, vllm_config: Any) -> tuple[ModePlan | None
         return _unmeasured(allowed, "on this platform")
     if decision.quant_method != UNQUANTISED:
         return _unmeasured(allowed, "for quantised experts")
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        return _unmeasured(
+            False, "with VLLM_BATCH_INVARIANT: another mode for another batch breaks its promise"
+        )
     stock = backend(vllm_config, decision, layout.num_routed, layout.top_k)
     fused = backend(vllm_config, decision, layout.num_experts, layout.fused_top_k)
     if stock != fused or fused not in KNOWN_BACKENDS:

@@ -133,6 +133,13 @@ def test_nothing_runs_before_it_was_proved() -> None:
             run(x, logits(x))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_no_tokens_are_an_answer_too(mode: Any) -> None:
+    run, (_, logits) = build("glm", always(mode, "test"))
+    x = draw(1, LAYOUT.hidden_size, seed=8, dtype=DTYPE)[:0]
+    assert run(x, logits(x)).shape == (0, LAYOUT.hidden_size)
+
+
 def test_the_plan_chooses_by_tokens_and_can_be_overruled() -> None:
     run, (_, logits) = build("glm", ModePlan(((2, "small"), (4, "fused")), "split", "test"))
     for tokens in (1, 2, 3, 5):
