@@ -6,7 +6,7 @@ ENGINE ?=
 CASES ?= 1000000
 JOBS ?= 2
 
-.PHONY: help envs demo test test-core test-vllm test-sglang test-faults fuzz lint format
+.PHONY: help envs demo test test-core test-vllm test-sglang test-kernels test-faults fuzz lint format
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,10 @@ test-sglang: ## the tests on the real SGLang, every release of the matrix
 fuzz: ## CASES (a million) random checkpoints and policies through the decision
 	@$(PYTHON) ci/envs.py core
 	@.venvs/core/bin/python -m tests.core.fuzz --cases $(CASES) --seconds 86400 --jobs $(JOBS)
+
+test-kernels: ## the Triton kernels, in Triton's interpreter
+	@$(PYTHON) ci/envs.py --engine sglang
+	@$(PYTHON) ci/testing.py kernels
 
 test-faults: ## every planted fault and every clean model, in the releases that the demo shows
 	@$(PYTHON) ci/envs.py

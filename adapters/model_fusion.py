@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -16,13 +16,16 @@ from .. import settings
 from ..errors import AuditError, FsePatchError
 from ..fusion_core.audit import SlotAudit, clear_padding, is_poisoned, marks, poison
 from ..fusion_core.decision import FusionDecision
-from ..fusion_core.dispatch import ModeCounter
+from ..fusion_core.dispatch import ModeCounter, ModePlan
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
 from ..fusion_core.routing import SlotAppender
 from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
 from .gates import LoadedGates
+
+if TYPE_CHECKING:
+    from ..fusion_core.execution import LayerExecution  # needs Triton
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
@@ -42,6 +45,9 @@ class ModelFusion(ABC):
         self.routers: dict[int, SlotAppender] = {}
         self.experts: dict[int, torch.nn.Module] = {}
         self.blocks: dict[int, torch.nn.Module] = {}
+        # Which mode runs for how many tokens, and the layers that run by it; on a CPU there are none.
+        self.plan: ModePlan | None = None
+        self.executions: dict[int, LayerExecution] = {}
         # Values of the slots that were found as the checkpoint has them, and parameters laid out otherwise.
         self.compared = 0
         self.not_compared: set[str] = set()
@@ -88,8 +94,15 @@ class ModelFusion(ABC):
         clear_padding(slots, self.layout.moe_intermediate_size // self._share(experts)[1])
         self.audit.expect(layer, self.layout.shared_slots, suffixes)
 
+    def refresh_gates(self) -> None:
+        """See `GateRows.refresh`; whether or not anything is proved about them."""
+        for execution in self.executions.values():
+            if execution.gate is not None:
+                execution.gate.refresh()
+
     def open(self) -> None:
         """Let the layers run: what is to be proved about them is, or is about to be."""
+        self.refresh_gates()
         for router in self.routers.values():
             router.closed = ""
 
@@ -133,6 +146,7 @@ class ModelFusion(ABC):
 
     def check_gates(self) -> None:
         """See `LoadedGates.check`; only when the engine is done with what a load has brought."""
+        self.refresh_gates()
         self.gates.check(self.routers, self.blocks)
 
     @property
@@ -200,6 +214,7 @@ class ModelFusion(ABC):
             "compared": self.compared,
             "not_compared": sorted(self.not_compared),
             "canary": self.canary,
+            "modes": str(self.plan) if self.executions else "",
         }
 
 

@@ -1,6 +1,6 @@
 """Writes a checkpoint with the dimensions of a published model, fewer layers and random weights.
 
-    python benchmarks/checkpoint.py OUT [--shape qwen3_next] [--layers 4]
+    python benchmarks/checkpoint.py OUT [--shape qwen3_next] [--layers 4] [--config-only]
 
 Tensors have their published names, an expert and projection each. They are drawn on the GPU where there
 is one: a layer of Qwen3-Next has 3.2 GB.
@@ -163,7 +163,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3_next")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--config-only", action="store_true", help="for engines that make up the weights")
     args = parser.parse_args()
+    if args.config_only:
+        args.out.mkdir(parents=True, exist_ok=True)
+        config = {**SHAPES[args.shape], "num_hidden_layers": args.layers}
+        (args.out / "config.json").write_text(json.dumps(config, indent=1))
+        return
     print(f"{args.out}: {write(args.out, args.shape, args.layers) / 2**30:.2f} GiB")
 
 

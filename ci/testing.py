@@ -1,6 +1,6 @@
 """Runs the checks and tests in the environments of ci/matrix.yaml, engine after engine, two releases at once.
 
-    python3 ci/testing.py [lint] [core] [vllm] ...      default: all of them
+    python3 ci/testing.py [lint] [core] [kernels] [vllm] ...      default: all of them
     python3 ci/testing.py faults                        every planted fault: the long part, in no default
 
 Every step has a time limit and runs in a process group of its own, so that an engine that hangs is ended with
@@ -67,8 +67,15 @@ def lint() -> list[Step]:
 
 def core(engines: list[str]) -> list[Step]:
     """Every test folder that is not an engine's."""
-    leave = [f"--ignore=tests/{e}" for e in engines]
+    leave = [f"--ignore=tests/{e}" for e in (*engines, "kernels")]
     return [Step("core tests", [str(CORE / "python"), "-m", "pytest", "tests", *leave], 900)]
+
+
+def kernels(rows: list[dict[str, object]]) -> list[Step]:
+    """Triton kernels in its interpreter, in the environment that has one for them."""
+    row = next(row for row in rows if row.get("kernels"))
+    python = str(VENVS / str(row["name"]) / "bin" / "python")
+    return [Step("kernel tests", [python, "-m", "pytest", "tests/kernels"], 900, {"TRITON_INTERPRET": "1"})]
 
 
 def engine(row: dict[str, object]) -> Step:
@@ -166,19 +173,24 @@ def last_line(log: Path) -> str:
 def main() -> int:
     rows = matrix()["engines"]
     kinds = list(dict.fromkeys(str(r["engine"]) for r in rows))
-    wanted = sys.argv[1:] or ["lint", "core", *kinds]
+    wanted = sys.argv[1:] or ["lint", "core", "kernels", *kinds]
     steps: list[Step] = []
     for name in wanted:
         if name == "lint":
             steps += lint()
         elif name == "core":
             steps += core(kinds)
+        elif name == "kernels":
+            steps += kernels(rows)
         elif name in kinds:
             steps += [engine(r) for r in rows if r["engine"] == name]
         elif name == "faults":
             steps += [faults(r) for r in rows if r.get("demo")]
         else:
-            print(f"no tests {name!r}; there are lint, core, {', '.join(kinds)}, faults", file=sys.stderr)
+            print(
+                f"no tests {name!r}; there are lint, core, kernels, {', '.join(kinds)}, faults",
+                file=sys.stderr,
+            )
             return 2
     results: list[Result] = []
     for kind, group in groupby(steps, lambda step: step.engine):

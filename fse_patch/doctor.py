@@ -15,6 +15,7 @@ from packaging.version import Version
 from . import __version__, settings
 from .adapters import guards, ledger, tables
 from .errors import FsePatchError
+from .fusion_core import tuned
 from .fusion_core.families import FAMILIES
 from .fusion_core.native import fusing
 from .fusion_core.policy_file import load_policy
@@ -36,8 +37,9 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     Raises:
         FsePatchError: the checkpoint cannot be read, or nothing of it could be fused.
 
-    Keys: ``environment``, ``engines``, ``settings``, ``policy``; ``hazards``, what is known to end badly
-    here, or weakens a guard by the user's own wish; ``problems``, what is wrong; ``ok``, no problems.
+    Keys: ``environment``, ``engines``, ``settings``, ``policy``, ``modes``, tables of the fastest mode;
+    ``hazards``, what is known to end badly here, or weakens a guard by the user's own wish; ``problems``,
+    what is wrong; ``ok``, no problems.
     """
     problems: list[str] = []
     hazards: list[str] = []
@@ -62,6 +64,7 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
         "engines": engines,
         "settings": settings.origins(),
         "policy": _policy(effective, problems),
+        "modes": _modes(effective, here["devices"], problems),
         "hazards": hazards,
         "problems": problems,
         "ok": not problems,
@@ -117,6 +120,28 @@ def _policy(effective: settings.Settings, problems: list[str]) -> dict[str, Any]
         problems.append(str(error))
         return {"files": files, "hash": None, "rules": []}
     return {"files": files, "hash": policy.hash, "rules": [rule.id for rule in policy.rules]}
+
+
+def _modes(effective: settings.Settings, devices: list[str], problems: list[str]) -> list[dict[str, Any]]:
+    """Every table of modes that is read, and whether it is for a device of this machine."""
+    tables = list(tuned.shipped())
+    if effective.tuned_file is not None:
+        try:
+            tables.insert(0, (str(effective.tuned_file), tuned.read_table(effective.tuned_file)))
+        except FsePatchError as error:
+            problems.append(str(error))
+    return [
+        {
+            "file": name,
+            "for": f"{table.engine} {table.release} ({table.backend}) on {table.device}",
+            "here": table.device in devices,
+            "shapes": [
+                f"E={r.num_routed}+{r.num_shared_slots} k={r.top_k} H={r.hidden_size} I={r.width} {r.dtype}"
+                for r in table.rows
+            ],
+        }
+        for name, table in tables
+    ]
 
 
 def _engine(

@@ -16,6 +16,7 @@ ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"
 ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
 ALLOW_UNPROVEN = "FSE_PATCH_ALLOW_UNPROVEN"
 VERIFY = "FSE_PATCH_VERIFY"
+TUNED = "FSE_PATCH_TUNED"
 POLICY = "FSE_PATCH_POLICY"
 VERIFY_CHOICES = ("off", "sample", "all")
 # Of every variable, what holds where it is not set.
@@ -27,6 +28,7 @@ DEFAULTS = {
     ALLOW_UNTESTED: "0",
     ALLOW_UNMEASURED: "0",
     ALLOW_UNPROVEN: "0",
+    TUNED: "",
 }
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
@@ -46,6 +48,7 @@ class Settings:
         allow_unproven: FSE_PATCH_ALLOW_UNPROVEN: fuse quantised formats that were never compared there, or
             that the canary cannot read.
         verify: FSE_PATCH_VERIFY: layers that the canary proves before serving: "off", "sample" (one), "all".
+        tuned: FSE_PATCH_TUNED, path of a table that `fse-patch tune` has written, or None.
     """
 
     engines: frozenset[str] = frozenset()
@@ -56,11 +59,17 @@ class Settings:
     allow_unmeasured: bool = False
     allow_unproven: bool = False
     verify: str = "sample"
+    tuned: str | None = None
 
     @property
     def policy_file(self) -> Path | None:
         """``policy`` as a path."""
         return Path(self.policy) if self.policy else None
+
+    @property
+    def tuned_file(self) -> Path | None:
+        """``tuned`` as a path."""
+        return Path(self.tuned) if self.tuned else None
 
 
 def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
@@ -123,4 +132,5 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         allow_unmeasured=_flag(env, ALLOW_UNMEASURED, False),
         allow_unproven=_flag(env, ALLOW_UNPROVEN, False),
         verify=_choice(env, VERIFY, "sample", VERIFY_CHOICES),
+        tuned=env.get(TUNED) or None,
     )

@@ -1,11 +1,61 @@
-"""Which execution mode runs a fused layer, and how often each one ran in this process."""
+"""Which execution mode runs a fused layer for how many tokens, and how often each one ran in this process.
+
+One layout, three ways to run it: `small`, own kernels for few tokens; `fused`, the engine's grouped GEMM over
+k+S slots; `split`, the engine's grouped GEMM over k and the shared slots as a dense MLP. Which of them is the
+fastest for how many tokens is measured (tuned.py); without a measurement only `split` keeps stock's speed.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["small", "fused", "split"]
+MODES: tuple[Mode, ...] = ("small", "fused", "split")
+
+
+@dataclass(frozen=True)
+class ModePlan:
+    """The mode for every number of tokens: a step holds up to its limit, the last mode beyond all of them.
+
+    Args:
+        steps: (tokens, mode), in ascending order of tokens.
+        otherwise: the mode beyond the last step.
+        source: where this was taken from, in words.
+    """
+
+    steps: tuple[tuple[int, Mode], ...]
+    otherwise: Mode
+    source: str
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit, _ in self.steps]
+        if limits != sorted(set(limits)) or any(limit < 1 for limit in limits):
+            raise ValueError(f"limits {limits} are not ascending numbers of tokens")
+        if unknown := self.modes - set(MODES):
+            raise ValueError(f"{sorted(unknown)[0]!r} is no mode; use one of {', '.join(MODES)}")
+
+    def mode_of(self, num_tokens: int) -> Mode:
+        """The mode for ``num_tokens``. A host number: it is known when a CUDA graph is captured."""
+        for limit, mode in self.steps:
+            if num_tokens <= limit:
+                return mode
+        return self.otherwise
+
+    @property
+    def modes(self) -> set[Mode]:
+        """All modes that can run."""
+        return {mode for _, mode in self.steps} | {self.otherwise}
+
+    def __str__(self) -> str:
+        steps = [f"{mode} up to {limit}" for limit, mode in self.steps]
+        return ", ".join([*steps, f"{self.otherwise} {'beyond' if steps else 'always'}"])
+
+
+def always(mode: Mode, source: str) -> ModePlan:
+    """The plan of one mode."""
+    return ModePlan((), mode, source)
 
 
 class ModeCounter:

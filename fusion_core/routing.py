@@ -11,7 +11,7 @@ import torch
 
 from ..errors import AuditError
 from .decision import FusionDecision, RoutingSpec
-from .dispatch import ModeCounter
+from .dispatch import Mode, ModeCounter
 
 
 def route(
@@ -125,15 +125,23 @@ class SlotAppender:
         if (shared_gate is None) == (decision.shared_weight == "sigmoid_gate"):
             raise ValueError(f"layer {layer}: shared weight {decision.shared_weight!r} and its gate disagree")
 
-    def append(
-        self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], from [num_tokens, k] of both."""
+    def enter(self, mode: Mode) -> None:
+        """The layer runs, in this mode: count it.
+
+        Raises:
+            AuditError: it was not proved yet.
+        """
         if self.closed:
             raise AuditError(self.closed)
         # Under Dynamo this would be traced once and its effect frozen into the graph.
         if not torch.compiler.is_compiling():
-            self.counter.add(self.layer, "fused")
+            self.counter.add(self.layer, mode)
+
+    def append(
+        self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], from [num_tokens, k] of both."""
+        self.enter("fused")
         slot_weight: torch.Tensor | float = 1.0
         if self.shared_gate is not None:
             slot_weight = self.shared_gate(hidden_states).to(weights.dtype).sigmoid()

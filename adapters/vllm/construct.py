@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.routing import FusedRouter
 from ..handshake import check_complete
+from ..model_fusion import ModelFusion
 from . import native
 from .decide import announce_other, decide_for
 from .fusion import ACTIVE, CONSTRUCTED
@@ -101,8 +103,9 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return router(hidden_states, gating_output)
 
+        several = several_modes(fusion, router, gate, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (*ROUTED_BY_US, *SHARED)}
-        kwargs |= {
+        kwargs |= several | {
             "num_experts": fusion.layout.num_experts,
             "top_k": fusion.layout.fused_top_k,
             "shared_experts": None,
@@ -110,10 +113,27 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         }
         runner = original(**kwargs)
         fusion.add_layer(layer, router, getattr(runner, "routed_experts", runner))
+        if several:
+            fusion.executions[layer] = runner.execute
         fusion.unstripped = layer
         return runner
 
     return factory
+
+
+def several_modes(
+    fusion: ModelFusion, router: FusedRouter, shared_gate: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the layer factory that let a layer run in several modes: unquantised ones, on CUDA."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or fusion.decision.quant_method != UNQUANTISED:
+        return {}
+    from .runner import execution_of, runner_class, stock_router
+
+    assert fusion.plan is not None
+    make = execution_of(router, fusion.plan, stock_router(kwargs), shared_gate)
+    return {"runner_cls": runner_class(), "runner_args": {"make": make}}
 
 
 def block_init(original: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from ..deciding import checkpoint_folder, role_of, settle
 from . import native
 from .fusion import ModelFusion
 from .native import ENGINE
+from .plan import plan_of
 from .refusals import refusals
+
+log = logging.getLogger("fse_patch")
 
 
 def decide_for(cls: type, vllm_config: Any) -> tuple[ModelFusion | None, bool]:
@@ -54,7 +58,10 @@ def decide_for(cls: type, vllm_config: Any) -> tuple[ModelFusion | None, bool]:
     family = family_of(decision.model_type)
     assert family is not None
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    return ModelFusion(decision, TensorNaming(family, layers), locate()), off
+    fusion = ModelFusion(decision, TensorNaming(family, layers), locate())
+    fusion.plan, _ = plan_of(decision, vllm_config)
+    log.info("%s model: modes by number of tokens: %s", role, fusion.plan)
+    return fusion, off
 
 
 def checkpoint_of(role: Role, vllm_config: Any) -> tuple[Any, Any]:

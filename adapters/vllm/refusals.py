@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ... import settings
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.native import gets_wrong
 from ..deciding import Refusal, config_difference, proof
 from ..quantisation import online
+from .plan import plan_of, refusal
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
@@ -56,5 +56,6 @@ def refusals(
     platform = current_platform
     known = ("cpu", platform.is_cpu), ("cuda", platform.is_cuda), ("rocm", platform.is_rocm)
     yield from proof(decision, next((name for name, here in known if here()), "this platform"))
-    if not platform.is_cpu() and not settings.load().allow_unmeasured:
-        yield "slower.unmeasured", "no measurement shows that fusing is not slower here"
+    plan, why = plan_of(decision, vllm_config)
+    if plan is None:
+        yield refusal(why)

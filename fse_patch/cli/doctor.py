@@ -36,6 +36,11 @@ def table(report: Mapping[str, Any]) -> dict[str, Any]:
         name: f"{entry['value'] or '-'} ({entry['origin']})" for name, entry in report["settings"].items()
     }
     rows["policy"] = f"{', '.join(report['policy']['files'])}; hash {report['policy']['hash'] or '-'}"
+    rows["modes"] = "\n".join(
+        f"{entry['file']}: {entry['for']}{'' if entry['here'] else ' (no such device here)'}: "
+        + "; ".join(entry["shapes"])
+        for entry in report["modes"]
+    )
     rows["hazards"] = "\n".join(report["hazards"])
     rows["problems"] = "\n".join(report["problems"])
     rows["devices"] = ", ".join(rows["devices"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,8 @@ def command(
         checkpoint_dtype(config) if dtype == "auto" else dtype,
         arguments,
     )
+    # Ended by a signal, Python runs no clean-up, and an engine would be left behind on its device.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     (report,) = run_verify([job], engine, version, timeout=timeout, progress=say)
     log = report.pop("log", "")
     if log:

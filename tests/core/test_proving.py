@@ -58,6 +58,7 @@ def fusion(folder: Path, decision: FusionDecision, tensors: Tensors, kernel: Any
         audit=SimpleNamespace(loads=1),
         blocks={1: block},
         experts={1: torch.nn.Linear(1, 1)},
+        executions={},
         counter=ModeCounter(),
         open=lambda: None,
         check_gates=lambda: None,

@@ -1,0 +1,29 @@
+"""Tuned tables of vLLM's own grouped GEMM: keyed by the number of experts, and none has one for E+S."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from .fusion import CONSTRUCTED
+
+log = logging.getLogger("fse_patch")
+
+
+def get_moe_configs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``get_moe_configs``: without a table for the E+S experts of a fused layer, the one for E is taken."""
+
+    @functools.wraps(original)
+    def tuned(E: int, N: int, dtype: str | None, *args: Any, **kwargs: Any) -> Any:
+        found = original(E, N, dtype, *args, **kwargs)
+        routed = {f.layout.num_routed for f in CONSTRUCTED if f.layout.num_experts == E}
+        if found is None and routed:
+            found = original(routed.pop(), N, dtype, *args, **kwargs)
+            log.debug(
+                "tuned table of the grouped GEMM for %d experts: %s", E, "that of E" if found else "none"
+            )
+        return found
+
+    return tuned

@@ -1,0 +1,93 @@
+"""What the modes of a fused layer need of vLLM's experts: weights, grouped GEMM, routing, second stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...fusion_core.execution import TopK
+
+
+class Experts:
+    """`GroupedExperts` of one of vLLM's layers, whose experts are Triton's."""
+
+    def __init__(self, routed_experts: Any, stock_router: Any) -> None:
+        self.routed_experts = routed_experts
+        self.stock_router = stock_router
+
+    @property
+    def w13(self) -> torch.Tensor:
+        """See `GroupedExperts`."""
+        weight: torch.Tensor = self.routed_experts.w13_weight
+        return weight
+
+    @property
+    def w2(self) -> torch.Tensor:
+        """See `GroupedExperts`."""
+        weight: torch.Tensor = self.routed_experts.w2_weight
+        return weight
+
+    def gemm(
+        self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
+    ) -> torch.Tensor:
+        """vLLM's own kernels, without its modular kernel's copy of the result out of a workspace."""
+        layer, (weights, ids) = self.routed_experts, top_k
+        kernel = layer.quant_method.moe_kernel.impl
+        experts, tokens, rows, hidden, slots = kernel.fused_experts.moe_problem_size(
+            hidden_states, w13, w2, ids
+        )
+        workspace13, workspace2, _ = kernel._allocate_buffers(
+            hidden_states.dtype,
+            hidden_states.device,
+            tokens,
+            tokens,
+            rows,
+            hidden,
+            slots,
+            experts,
+            experts,
+            None,
+            layer.activation,
+        )
+        output = torch.empty_like(hidden_states)
+        kernel.fused_experts.apply(
+            output=output,
+            hidden_states=hidden_states,
+            w1=w13,
+            w2=w2,
+            topk_weights=weights,
+            topk_ids=ids,
+            activation=layer.activation,
+            global_num_experts=experts,
+            expert_map=None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=workspace13,
+            workspace2=workspace2,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=False,
+        )
+        return output
+
+    def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
+        """See `GroupedExperts`."""
+        chosen: TopK = self.stock_router.select_experts(
+            hidden_states=hidden_states,
+            router_logits=logits,
+            topk_indices_dtype=self.routed_experts.quant_method.topk_indices_dtype,
+            input_ids=None,
+        )
+        return chosen
+
+    def side_stream(self, num_tokens: int) -> torch.cuda.Stream | None:
+        """As vLLM's shared experts take it, without expert or data parallelism."""
+        from vllm import envs
+        from vllm.utils.torch_utils import aux_stream
+
+        if envs.VLLM_DISABLE_SHARED_EXPERTS_STREAM:
+            return None
+        if num_tokens > envs.VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD:
+            return None
+        stream: torch.cuda.Stream | None = aux_stream()
+        return stream

@@ -1,0 +1,87 @@
+"""vLLM's MoE runner with three ways to run a fused layer, on CUDA.
+
+Its `_forward_impl` runs inside an opaque operator there: what it does by the number of tokens is legal under
+torch.compile, and fixed in each captured graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from ...errors import FsePatchError
+from ...fusion_core.dispatch import ModePlan
+from ...fusion_core.execution import LayerExecution
+from ...fusion_core.gate_rows import GateRows
+from ...fusion_core.routing import FusedRouter
+from .experts import Experts
+from .plan import KNOWN_BACKENDS, built_backend
+
+
+@cache
+def runner_class() -> type[Any]:
+    """The subclass of the installed release's MoERunner."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    class FusedRunner(MoERunner):  # type: ignore[misc]
+        """A runner whose experts hold the shared expert; ``execute`` is its `LayerExecution`."""
+
+        def __init__(self, *args: Any, make: Callable[[Any], LayerExecution], **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.execute = make(self)
+
+        def _forward_impl(
+            self,
+            hidden_states: torch.Tensor,
+            router_logits: torch.Tensor,
+            shared_experts_input: torch.Tensor | None,
+            input_ids: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            return self.execute(hidden_states, router_logits)
+
+    return FusedRunner
+
+
+def stock_router(kwargs: dict[str, Any]) -> Any:
+    """The router that stock would build from the factory's arguments, its scale in the weights."""
+    from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
+
+    taken = (
+        "top_k",
+        "renormalize",
+        "use_grouped_topk",
+        "num_expert_group",
+        "topk_group",
+        "scoring_func",
+        "routed_scaling_factor",
+        "e_score_correction_bias",
+    )
+    given = {name: kwargs[name] for name in taken if name in kwargs}
+    return create_fused_moe_router(global_num_experts=kwargs["num_experts"], **given)
+
+
+def execution_of(
+    router: FusedRouter, plan: ModePlan, stock: Any, shared_gate: Any
+) -> Callable[[Any], LayerExecution]:
+    """What makes the execution of a layer, as soon as its runner has its experts and its gate.
+
+    Args:
+        stock: see `stock_router`.
+        shared_gate: the module of the shared expert's gate, or None.
+    """
+
+    def make(runner: Any) -> LayerExecution:
+        experts = Experts(runner.routed_experts, stock)
+        if built_backend(runner) not in KNOWN_BACKENDS:
+            raise FsePatchError(f"{runner.layer_name}: vLLM took the MoE backend {built_backend(runner)!r}")
+        if runner.gate is None:
+            return LayerExecution(router, plan, experts, None, None, shared_gate)
+        gates = GateRows([runner.gate] if shared_gate is None else [runner.gate, shared_gate])
+        return LayerExecution(
+            router, plan, experts, gates, lambda states: runner.gate(states)[0], shared_gate
+        )
+
+    return make

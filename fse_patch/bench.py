@@ -1,0 +1,229 @@
+"""Stock against every mode of the fused block, on this device and the installed engine."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .adapters.vllm.block import Pair
+from .errors import FsePatchError, RefusedError
+from .fusion_core.decide import decide_roles
+from .fusion_core.dispatch import Mode
+from .fusion_core.families import family_of
+from .fusion_core.measure import capture, floor_seconds, in_turn, is_quiet, ratio
+from .fusion_core.policy_file import load_policy
+from .fusion_core.routing import append_shared_slots, route
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# A row in which stock was not equal to itself is measured again.
+ATTEMPTS = 4
+# Beyond these the small-M kernels read every expert many times over.
+SMALL_LIMIT = 32
+SEEDS, ERROR_TOKENS, DRAWN = 5, 8, 256
+# Margin of a choice of experts that rounding of the logits does not change, in units of their size.
+CLEAR = 0.005
+CONTROL = 0.5
+Progress = Callable[[str], None]
+
+
+def open_pair(folder: Path, engine: str, layers: int) -> Pair:
+    """Blocks for the model that a config.json describes.
+
+    Raises:
+        RefusedError: the model does not fuse.
+        FsePatchError: this engine or machine cannot be measured.
+    """
+    if engine != "vllm":
+        raise FsePatchError(f"{engine}: only vllm is measured so far")
+    if not torch.cuda.is_available():
+        raise FsePatchError("no CUDA device here; nothing to measure")
+    decision = decide_roles(folder, engine, load_policy(None))["main"]
+    if not decision.fuse:
+        raise RefusedError(decision.reason, decision.detail)
+    if len(decision.fused_layers) < layers:
+        raise FsePatchError(f"{folder}: {len(decision.fused_layers)} MoE layers; give --layers that many")
+    from . import apply
+
+    apply(engine)
+    return Pair(folder, decision, layers)
+
+
+def measure(
+    pair: Pair, tokens: Sequence[int], rounds: int, progress: Progress = lambda _: None
+) -> list[dict[str, Any]]:
+    """A row for each number of tokens; times in microseconds a block.
+
+    Keys: tokens, stock_us, again (stock over stock: a ratio), valid, floor_us; of each mode <mode>_us,
+    <mode>_ratio (stock over it, median) and <mode>_lower (of its 95 % bootstrap interval).
+    """
+    rows = []
+    # The largest first: the engine's workspace must not grow under a captured graph.
+    for count in sorted(tokens, reverse=True):
+        row = _measure(pair, count, rounds)
+        for _ in range(ATTEMPTS - 1):
+            if row["valid"]:
+                break
+            progress(f"{line(row)}; once more")
+            row = _measure(pair, count, rounds)
+        progress(line(row))
+        rows.append(row)
+    return rows[::-1]
+
+
+def modes_for(pair: Pair, tokens: int) -> list[Mode]:
+    """What can run: split needs a single slot, small pays for few tokens only."""
+    small: list[Mode] = ["small"] if tokens <= SMALL_LIMIT else []
+    split: list[Mode] = ["split"] if pair.layout.num_shared_slots == 1 else []
+    return [*small, "fused", *split]
+
+
+def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
+    layout, layers = pair.layout, len(pair.stock)
+    draw = torch.Generator("cuda").manual_seed(tokens)
+    states = [
+        torch.randn(tokens, layout.hidden_size, device="cuda", dtype=torch.bfloat16, generator=draw)
+        for _ in range(layers)
+    ]
+
+    def run(blocks: list[Any], mode: Mode | None = None) -> Callable[[], object]:
+        def call() -> object:
+            for execution in pair.fusion.executions.values():
+                execution.forced = mode
+            return [block(state) for block, state in zip(blocks, states, strict=True)]
+
+        return call
+
+    calls = {"stock": run(pair.stock), "again": run(pair.stock)}
+    calls |= {mode: run(pair.fused, mode) for mode in modes_for(pair, tokens)}
+    with pair.forward_context(tokens):
+        for call in calls.values():
+            call()
+        graphs = {name: capture(call) for name, call in calls.items()}
+        seconds = in_turn(graphs, rounds)
+    stock, again = seconds.pop("stock"), seconds.pop("again")
+    self_ratio = ratio(stock, again)
+    gates = layout.num_routed + (pair.decision.shared_weight == "sigmoid_gate")
+    row: dict[str, Any] = {
+        "tokens": tokens,
+        "stock_us": statistics.median(stock) / layers * 1e6,
+        "again": self_ratio.median,
+        "valid": is_quiet(self_ratio),
+        "floor_us": floor_seconds(layout, 1, tokens, gates) * 1e6,
+    }
+    for mode, values in seconds.items():
+        found = ratio(stock, values)
+        row |= {
+            f"{mode}_us": statistics.median(values) / layers * 1e6,
+            f"{mode}_ratio": found.median,
+            f"{mode}_lower": found.lower,
+        }
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in words."""
+    modes = [m for m in ("small", "fused", "split") if f"{m}_us" in row]
+    parts = [f"{m} {row[f'{m}_us']:.1f} ({row[f'{m}_ratio']:.3f}x, >{row[f'{m}_lower']:.3f})" for m in modes]
+    quiet = "" if row["valid"] else " NOT QUIET"
+    return (
+        f"M={row['tokens']}: stock {row['stock_us']:.1f} us (again {row['again']:.4f}{quiet}), "
+        f"{', '.join(parts)}, floor {row['floor_us']:.1f}"
+    )
+
+
+def errors(pair: Pair, seeds: int = SEEDS) -> dict[str, Any]:
+    """RMS error against float64 of stock and of every mode, over tokens whose choice of experts is clear.
+
+    Keys: tokens; stock, each mode and "control" (a mode with half the shared weight); an entry for each seed.
+    """
+    found: dict[str, Any] = {"tokens": [], "stock": [], "control": []}
+    stock, fused = pair.stock[0], pair.fused[0]
+    execution = next(iter(pair.fusion.executions.values()))
+    for seed in range(seeds):
+        states, wanted = reference(pair, seed)
+        found["tokens"].append(len(states))
+        with pair.forward_context(len(states)):
+            found["stock"].append(_off(stock(states.clone()), wanted))
+            for mode in modes_for(pair, len(states)):
+                execution.forced = mode
+                found.setdefault(mode, []).append(_off(fused(states.clone()), wanted))
+            execution.router.control_factor = CONTROL
+            found["control"].append(_off(fused(states.clone()), wanted))
+            execution.router.control_factor = 1.0
+    return found
+
+
+def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [tokens, H] and what the first stock block gives for them, in float64."""
+    routing, layout, block = pair.decision.routing, pair.layout, pair.stock[0]
+    family = family_of(pair.decision.model_type)
+    assert routing is not None
+    assert family is not None
+    draw = torch.Generator("cuda").manual_seed(1000 + seed)
+    drawn = torch.randn(DRAWN, layout.hidden_size, device="cuda", dtype=torch.bfloat16, generator=draw)
+    logits = drawn.double() @ block.gate.weight.data.double().T
+    bias = getattr(block.gate, "e_score_correction_bias", None)
+    scores = logits if bias is None else logits.sigmoid() + bias.data.double()
+    best = scores.topk(layout.top_k + 1, dim=1).values
+    margin = (best[:, -2] - best[:, -1]) / scores.abs().amax(1)
+    kept = margin.topk(ERROR_TOKENS).indices
+    if float(margin[kept].min()) < CLEAR:
+        raise FsePatchError("no tokens whose choice of experts is clear; another seed is needed")
+    states, logits = drawn[kept], logits[kept]
+    weights, ids = route(logits, layout.top_k, routing, None if bias is None else bias.data.double())
+    share: torch.Tensor | float = 1.0
+    gate = getattr(block, "shared_expert_gate", None)
+    if gate is not None:
+        share = (states.double() @ gate.weight.data.double().T).sigmoid()
+    weights, ids = append_shared_slots(weights, ids, layout.shared_slots, share)
+    experts = pair.fused[0].experts.routed_experts
+    out = torch.zeros_like(states, dtype=torch.float64)
+    for token in range(len(states)):
+        for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
+            one, up = (experts.w13_weight.data[expert].double() @ states[token].double()).chunk(2)
+            inner = torch.nn.functional.silu(one) * up
+            out[token] += weight * (experts.w2_weight.data[expert].double() @ inner)
+    return states, out
+
+
+def _off(output: torch.Tensor, wanted: torch.Tensor) -> float:
+    found = float((output.double() - wanted).norm() / wanted.norm())
+    return found if found == found else float("inf")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a measurement depends on."""
+    import triton
+    import vllm
+
+    return {
+        "fse_patch": __version__,
+        "vllm": str(vllm.__version__),
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+    }
+
+
+def write_csv(path: Path, name: str, pair: Pair, rows: Sequence[dict[str, Any]], commit: str) -> None:
+    """Append the rows of one shape."""
+    head = {
+        "shape": name,
+        "device": pair.situation.device,
+        "backend": pair.situation.backend,
+        "commit": commit,
+    }
+    columns = [*head, *versions(), *max(rows, key=len)]
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        if fresh:
+            writer.writeheader()
+        for row in rows:
+            short = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow({**head, **versions(), **short})

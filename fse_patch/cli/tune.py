@@ -1,0 +1,48 @@
+"""`fse-patch tune`: measures which mode is the fastest for how many tokens, and stores it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import AuditError
+from ..settings import ENGINES, TUNED
+from .bench import DEFAULT_TOKENS, numbers, wrong
+from .output import print_json
+from .verify import say
+
+
+def command(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder with the model's config.json; weights are random.")
+    ],
+    out: Annotated[Path, typer.Option(help="Table file; rows of other shapes in it are kept.")],
+    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")] = "vllm",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas.")] = DEFAULT_TOKENS,
+    layers: Annotated[int, typer.Option(min=1, help="Blocks with weights of their own.")] = 4,
+    rounds: Annotated[int, typer.Option(min=5, help="Rounds of the arms in turn.")] = 7,
+    csv: Annotated[Path | None, typer.Option(help="Append what was measured to this file.")] = None,
+    commit: Annotated[str, typer.Option(help="Goes into the rows: which source this is.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a device that is not quiet."""
+    from .. import bench, tuning
+
+    pair = bench.open_pair(checkpoint, engine, layers)
+    errors = bench.errors(pair)
+    say(f"off float64: {errors}")
+    if failures := wrong(errors):
+        raise AuditError("; ".join(failures))
+    rows = bench.measure(pair, numbers(tokens), rounds, say)
+    if csv is not None:
+        bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
+    row = tuning.store(out, pair.situation, rows, bench.versions(), f"fse-patch tune {commit}".strip())
+    if json:
+        print_json(row)
+        return
+    for step in row["steps"]:
+        print(f"up to {step['up_to']} tokens: {step['mode']}")
+    print(f"{'beyond' if row['steps'] else 'always'}: {row['otherwise']}")
+    print(f"stored in {out}; set {TUNED}={out} where the engine runs")

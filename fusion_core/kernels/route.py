@@ -1,0 +1,178 @@
+"""Routing of a fused layer in one launch: from logits of E experts and the shared gate to k+S slots."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..decision import RoutingSpec
+from ..routing import append_shared_slots
+from ..routing import route as route_reference
+
+# More would not fit the registers of one program, and no model of the families asks for more.
+MAX_TOP_K = 16
+
+
+def reference(
+    logits: torch.Tensor,
+    top_k: int,
+    slots: range,
+    spec: RoutingSpec,
+    correction_bias: torch.Tensor | None = None,
+    slot_weight: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `route` computes, in torch; float64 where the logits are float64."""
+    experts = slots.start
+    weights, ids = route_reference(logits[:, :experts], top_k, spec, correction_bias)
+    shared: torch.Tensor | float = slot_weight
+    if logits.shape[1] > experts:
+        shared = logits[:, experts:].to(weights.dtype).sigmoid() * slot_weight
+    return append_shared_slots(weights, ids, slots, shared)
+
+
+def route(
+    logits: torch.Tensor,
+    top_k: int,
+    slots: range,
+    spec: RoutingSpec,
+    correction_bias: torch.Tensor | None = None,
+    slot_weight: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose and weigh ``top_k`` experts for each token, and append the shared slots.
+
+    Args:
+        logits: [num_tokens, E + G], contiguous rows. G = 1: the last column is the logit of the gate that all
+            slots share. G = 0: the slots weigh ``slot_weight``.
+        slots: the S ids of the shared slots; they start at E.
+        spec: how the family routes; see `fusion_core.routing.route`.
+        correction_bias: [E] float32, added for choosing only.
+        slot_weight: factor on the slots' weight.
+
+    Returns:
+        ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, top_k + S].
+
+    Raises:
+        ValueError: ``top_k`` is over MAX_TOP_K.
+    """
+    if top_k > MAX_TOP_K:
+        raise ValueError(f"top_k is {top_k}; the kernel takes {MAX_TOP_K} at most")
+    tokens, experts = logits.shape[0], slots.start
+    groups = spec.num_expert_group if spec.scoring == "sigmoid" else 1
+    weights = torch.empty(tokens, top_k + len(slots), dtype=torch.float32, device=logits.device)
+    ids = torch.empty_like(weights, dtype=torch.int32)
+    _route[(tokens,)](
+        logits,
+        correction_bias if correction_bias is not None else logits,
+        weights,
+        ids,
+        logits.stride(0),
+        spec.routed_scaling_factor,
+        slot_weight,
+        EXPERTS=experts,
+        TOP_K=top_k,
+        SLOTS=len(slots),
+        GATED=logits.shape[1] > experts,
+        SIGMOID=spec.scoring == "sigmoid",
+        BIASED=correction_bias is not None,
+        RENORMALIZE=spec.renormalize,
+        GROUPS=groups,
+        TOP_GROUPS=spec.topk_group if groups > 1 else 1,
+        GROUPS_P2=triton.next_power_of_2(groups),
+        IN_GROUP_P2=triton.next_power_of_2(experts // groups),
+        OUT_P2=triton.next_power_of_2(top_k + len(slots)),
+        num_warps=1,
+    )
+    return weights, ids
+
+
+@triton.jit
+def _route(
+    logits,
+    bias,
+    weights,
+    ids,
+    stride,
+    scale,
+    slot_weight,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GATED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BIASED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUPS_P2: tl.constexpr,
+    IN_GROUP_P2: tl.constexpr,
+    OUT_P2: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, GROUPS_P2 * IN_GROUP_P2)
+    in_group: tl.constexpr = EXPERTS // GROUPS
+    expert = place // IN_GROUP_P2 * in_group + place % IN_GROUP_P2
+    real = (place // IN_GROUP_P2 < GROUPS) & (place % IN_GROUP_P2 < in_group)
+    score = tl.load(logits + token * stride + expert, mask=real, other=float("-inf")).to(tl.float32)
+    peak = tl.max(score, 0)
+    total = 1.0
+    if SIGMOID:
+        score = 1.0 / (1.0 + tl.exp(-score))
+    elif not RENORMALIZE:
+        total = tl.sum(tl.exp(score - peak), 0)
+    choice = tl.where(real, score, float("-inf"))
+    if BIASED:
+        choice += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
+    if GROUPS > 1:
+        choice = _keep_groups(choice, GROUPS, TOP_GROUPS, GROUPS_P2, IN_GROUP_P2, BIASED)
+    out = tl.arange(0, OUT_P2)
+    weight = tl.zeros([OUT_P2], tl.float32)
+    chosen = tl.zeros([OUT_P2], tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.argmax(choice, 0)
+        won = place == best
+        value = tl.sum(tl.where(won, score, 0.0), 0)
+        if not SIGMOID:
+            value = tl.exp(value - peak)
+        weight = tl.where(out == k, value, weight)
+        chosen = tl.where(out == k, tl.sum(tl.where(won, expert, 0), 0), chosen)
+        choice = tl.where(won, float("-inf"), choice)
+    if RENORMALIZE:
+        total = tl.sum(weight, 0)
+    weight = weight / total * scale
+    shared = slot_weight
+    if GATED:
+        gate = tl.load(logits + token * stride + EXPERTS).to(tl.float32)
+        shared = slot_weight / (1.0 + tl.exp(-gate))
+    weight = tl.where(out < TOP_K, weight, shared)
+    chosen = tl.where(out < TOP_K, chosen, EXPERTS + out - TOP_K)
+    row = token * (TOP_K + SLOTS) + out
+    tl.store(weights + row, weight, mask=out < TOP_K + SLOTS)
+    tl.store(ids + row, chosen, mask=out < TOP_K + SLOTS)
+
+
+@triton.jit
+def _keep_groups(
+    choice,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUPS_P2: tl.constexpr,
+    IN_GROUP_P2: tl.constexpr,
+    TWO_BEST: tl.constexpr,
+):
+    """-inf for all experts outside the groups with the best expert, or the best two."""
+    table = tl.reshape(choice, [GROUPS_P2, IN_GROUP_P2])
+    mark = tl.max(table, 1)
+    if TWO_BEST:
+        first = tl.argmax(table, 1)
+        column = tl.arange(0, IN_GROUP_P2)
+        mark += tl.max(tl.where(column[None, :] == first[:, None], float("-inf"), table), 1)
+    group = tl.arange(0, GROUPS_P2)
+    mark = tl.where(group < GROUPS, mark, float("-inf"))
+    kept = tl.zeros([GROUPS_P2], tl.int32)
+    for _ in tl.static_range(TOP_GROUPS):
+        best = tl.argmax(mark, 0)
+        kept = tl.where(group == best, 1, kept)
+        mark = tl.where(group == best, float("-inf"), mark)
+    table = tl.where(kept[:, None] == 1, table, float("-inf"))
+    return tl.reshape(table, [GROUPS_P2 * IN_GROUP_P2])

@@ -1,0 +1,130 @@
+"""Plans of modes, tuned tables, and the gates that become one matrix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.dispatch import ModePlan, always
+from fse_patch.fusion_core.gate_rows import GateRows
+from fse_patch.fusion_core.tuned import Situation, plan_for, shipped, split_places
+
+PLACE: dict[str, Any] = {
+    "num_routed": 512, "num_shared_slots": 1, "top_k": 10, "hidden_size": 2048, "width": 512,
+    "dtype": "bfloat16", "scoring": "softmax", "gated": True,
+}  # fmt: skip
+HEAD = {"engine": "vllm", "release": "9.9.9", "backend": "triton", "device": "Some GPU"}
+HERE = Situation(**HEAD, **PLACE)
+
+
+def table(path: Path, **row: Any) -> Path:
+    rows = [{**PLACE, "steps": [{"up_to": 4, "mode": "small"}], "otherwise": "split", **row}]
+    path.write_text(yaml.safe_dump({**HEAD, "versions": {}, "measured": "test", "rows": rows}))
+    return path
+
+
+def test_a_step_holds_up_to_its_limit() -> None:
+    plan = ModePlan(((2, "small"), (8, "fused")), "split", "test")
+    assert [plan.mode_of(n) for n in (1, 2, 3, 8, 9, 4096)] == ["small"] * 2 + ["fused"] * 2 + ["split"] * 2
+    assert plan.modes == {"small", "fused", "split"}
+    assert str(plan) == "small up to 2, fused up to 8, split beyond"
+    assert str(always("fused", "test")) == "fused always"
+
+
+@pytest.mark.parametrize("steps", [((4, "small"), (2, "fused")), ((0, "small"),), ((1, "tiny"),)])
+def test_plans_that_are_none(steps: Any) -> None:
+    with pytest.raises(ValueError, match=r"limits|no mode"):
+        ModePlan(steps, "split", "test")
+
+
+def test_a_table_is_for_one_situation(tmp_path: Path) -> None:
+    own = table(tmp_path / "own.yaml")
+    plan = plan_for(HERE, "cuda", own)
+    assert isinstance(plan, ModePlan)
+    assert (plan.mode_of(4), plan.mode_of(5)) == ("small", "split")
+    others: list[dict[str, Any]] = [
+        {"device": "Other GPU"}, {"release": "9.9.8"}, {"backend": "x"}, {"width": 256},
+        {"dtype": "float16"}, {"engine": "sglang"}, {"num_shared_slots": 2}, {"gated": False},
+    ]  # fmt: skip
+    for other in others:
+        assert plan_for(replace(HERE, **other), "cuda", own) is None, other
+
+
+def test_slower_everywhere_or_somewhere_is_no_plan(tmp_path: Path) -> None:
+    assert plan_for(HERE, "cuda", table(tmp_path / "a.yaml", otherwise="slower")) == "slower"
+    steps = [{"up_to": 1, "mode": "small"}, {"up_to": 2, "mode": "slower"}]
+    assert plan_for(HERE, "cuda", table(tmp_path / "b.yaml", steps=steps)) == "slower"
+
+
+def test_without_a_table_split_stands_in_where_it_is_stock() -> None:
+    (place,) = split_places()
+    known = replace(HERE, release=place.releases[0], width=768)
+    plan = plan_for(known, "cuda")
+    assert isinstance(plan, ModePlan)
+    assert plan.modes == {"split"}
+    # The controls: anything else than the place is refused.
+    assert plan_for(known, "rocm") is None
+    assert plan_for(replace(known, num_shared_slots=2), "cuda") is None
+    assert plan_for(replace(known, dtype="float32"), "cuda") is None
+    assert plan_for(replace(known, backend="flashinfer_cutlass"), "cuda") is None
+    assert plan_for(replace(known, release="0.25.9"), "cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"steps": [{"up_to": 4, "mode": "tiny"}]}, "steps.0.mode"),
+        ({"steps": [{"up_to": 4, "mode": "small"}, {"up_to": 4, "mode": "fused"}]}, "ascending"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_files_that_are_no_tables(tmp_path: Path, row: Any, words: str) -> None:
+    with pytest.raises(FsePatchError, match=words):
+        plan_for(HERE, "cuda", table(tmp_path / "own.yaml", **row))
+    with pytest.raises(FsePatchError, match="missing"):
+        plan_for(HERE, "cuda", tmp_path / "missing.yaml")
+
+
+def test_shipped_tables_can_be_read_and_name_each_shape_once() -> None:
+    for name, found in shipped():
+        keys = [tuple(row.model_dump(exclude={"steps", "otherwise"}).values()) for row in found.rows]
+        assert len(keys) == len(set(keys)), name
+
+
+class Gate(torch.nn.Module):
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(rows, 16), requires_grad=False)
+
+
+def test_gates_share_one_matrix() -> None:
+    gate, shared = Gate(12), Gate(1)
+    both = torch.cat([gate.weight.data, shared.weight.data]).clone()
+    rows = GateRows([gate, shared])
+    assert torch.equal(rows.rows, both)
+    assert rows.padded.shape == (16, 16)
+    assert not rows.padded[13:].any()
+    address = rows.padded.data_ptr()
+    # What is loaded into a module is in the matrix at once.
+    shared.weight.data.fill_(3)
+    assert rows.rows[12].eq(3).all()
+    # New memory or a new parameter shows after a refresh, at the same address.
+    gate.weight.data = torch.full((12, 16), 5.0)
+    assert not rows.rows[:12].eq(5).any()
+    shared.weight = torch.nn.Parameter(torch.full((1, 16), 7.0), requires_grad=False)
+    assert rows.refresh()
+    assert rows.rows[:12].eq(5).all()
+    assert rows.rows[12].eq(7).all()
+    assert rows.padded.data_ptr() == address
+    assert not rows.refresh()
+
+
+def test_gates_of_two_dtypes_are_not_put_together() -> None:
+    with pytest.raises(ValueError, match="dtype"):
+        GateRows([Gate(12), Gate(1).half()])

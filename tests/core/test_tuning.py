@@ -1,0 +1,102 @@
+"""From measured ratios to a table, and what is refused on the way; no GPU needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fse_patch import tuning
+from fse_patch.cli.app import app
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.dispatch import ModePlan
+from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.fusion_core.measure import Ratio, floor_seconds, is_quiet, ratio
+from fse_patch.fusion_core.tuned import plan_for
+
+from .test_dispatch import HERE
+
+SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
+
+
+def row(tokens: int, valid: bool = True, **ratios: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"tokens": tokens, "valid": valid}
+    for mode, value in ratios.items():
+        found |= {f"{mode}_ratio": value, f"{mode}_lower": value - 0.004}
+    return found
+
+
+def test_the_fastest_mode_by_number_of_tokens() -> None:
+    rows = [
+        row(16, small=1.02, fused=1.01, split=1.03),
+        row(1, small=1.8, fused=1.3, split=1.05),
+        row(2, small=1.5, fused=1.2, split=1.04),
+        row(64, fused=0.9, split=1.0),
+    ]
+    assert tuning.steps(rows) == ([{"up_to": 2, "mode": "small"}], "split")
+
+
+def test_no_mode_that_is_slower_than_stock() -> None:
+    assert tuning.best_mode(row(1, small=0.98, fused=0.9)) == "slower"
+    assert tuning.best_mode(row(1, small=0.98, fused=0.99)) == "fused"
+    # The median of one may be better; its lower bound counts.
+    assert tuning.best_mode({**row(1, split=0.99), "fused_ratio": 1.2, "fused_lower": 0.97}) == "split"
+
+
+def test_a_row_in_which_stock_was_not_stock_is_refused() -> None:
+    with pytest.raises(FsePatchError, match=r"\[2\] tokens"):
+        tuning.steps([row(1, split=1.1), row(2, valid=False, split=1.1)])
+    with pytest.raises(FsePatchError, match="nothing"):
+        tuning.steps([])
+
+
+def test_a_table_keeps_the_rows_of_other_shapes(tmp_path: Path) -> None:
+    path, other = tmp_path / "a" / "table.yaml", replace(HERE, width=128)
+    tuning.store(path, HERE, [row(1, small=1.5), row(2, split=1.1)], {"torch": "1"}, "test")
+    tuning.store(path, other, [row(1, split=1.1)], {"torch": "1"}, "test")
+    tuning.store(path, HERE, [row(4, small=1.5), row(8, split=1.1)], {"torch": "1"}, "test")
+    mine, theirs = plan_for(HERE, "cuda", path), plan_for(other, "cuda", path)
+    assert isinstance(mine, ModePlan)
+    assert isinstance(theirs, ModePlan)
+    assert (str(mine), str(theirs)) == ("small up to 4, split beyond", "split always")
+    with pytest.raises(FsePatchError, match="give another file"):
+        tuning.store(path, replace(HERE, device="Other"), [row(1, split=1.1)], {}, "test")
+
+
+def test_ratios() -> None:
+    even = ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (even.median, even.lower) == (1.0, 1.0)
+    mixed = ratio([1.0] * 5, [1 / 1.2, 1 / 1.1, 1 / 1.3, 1 / 1.1, 1 / 1.2])
+    assert mixed.median == pytest.approx(1.2)
+    assert 1.0999 < mixed.lower < 1.2
+    assert is_quiet(Ratio(1.004, 1.0))
+    assert not is_quiet(Ratio(0.994, 0.99))
+
+
+def test_the_floor_counts_every_chosen_expert_once() -> None:
+    layout = ExpertLayout(512, 1, 10, 2048, 512)
+    one = floor_seconds(layout, 1, 1, 513)
+    assert one == pytest.approx((11 * 3 * 2048 * 512 + 513 * 2048) * 2 / 4.3e12)
+    all_of_them = (513 * 3 * 2048 * 512 + 513 * 2048) * 2 / 4.3e12
+    assert floor_seconds(layout, 1, 100_000, 513) == pytest.approx(all_of_them)
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_without_a_gpu_nothing_is_measured(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    folder = str(SHAPES / "qwen3_next_80b")
+    extra = ["--out", str(tmp_path / "t.yaml")] if command == "tune" else []
+    for arguments, words in (
+        ([], "no CUDA device"),
+        (["--engine", "sglang"], "only vllm"),
+        (["--tokens", "1,x"], ""),
+    ):
+        result = CliRunner().invoke(app, [command, folder, *extra, *arguments])
+        assert isinstance(result.exception, FsePatchError)
+        assert words in str(result.exception)
+    assert not (tmp_path / "t.yaml").exists()

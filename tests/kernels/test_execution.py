@@ -1,0 +1,166 @@
+"""One layer in every mode against float64: gates of its own, logits from the engine, no shared gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fse_patch.errors import AuditError
+from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.dispatch import MODES, ModeCounter, ModePlan, always
+from fse_patch.fusion_core.execution import LayerExecution, TopK
+from fse_patch.fusion_core.gate_rows import GateRows
+from fse_patch.fusion_core.kernels import silu_mul
+from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.fusion_core.routing import FusedRouter, route
+
+from .test_kernels import DEVICE, draw, off
+
+DTYPE = torch.bfloat16
+LAYOUT = ExpertLayout(num_routed=12, num_shared_slots=1, top_k=3, hidden_size=96, moe_intermediate_size=40)
+QWEN = RoutingSpec("softmax", True)
+GLM = RoutingSpec("sigmoid", True, 2.5, has_correction_bias=True)
+# Rounding of inner states and output to bfloat16.
+ALLOWED = 0.02
+
+
+class Linear(torch.nn.Module):
+    """A gate as engines have it."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        super().__init__()
+        weight = draw(rows, LAYOUT.hidden_size, seed=seed, dtype=DTYPE, scale=0.3)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+class Experts:
+    """`GroupedExperts` in torch."""
+
+    def __init__(self, spec: RoutingSpec, bias: torch.Tensor | None, stream: Any = None) -> None:
+        total, width, hidden = LAYOUT.num_experts, LAYOUT.moe_intermediate_size, LAYOUT.hidden_size
+        self.w13 = draw(total, 2 * width, hidden, seed=5, dtype=DTYPE, scale=0.1)
+        self.w2 = draw(total, hidden, width, seed=6, dtype=DTYPE, scale=0.1)
+        self.spec, self.bias, self.stream = spec, bias, stream
+
+    def gemm(
+        self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
+    ) -> torch.Tensor:
+        return layer(hidden_states, w13, w2, *top_k).to(DTYPE)
+
+    def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
+        return route(logits, LAYOUT.top_k, self.spec, self.bias)
+
+    def side_stream(self, num_tokens: int) -> Any:
+        return self.stream
+
+
+def layer(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, w: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """Every token and slot by itself, in float64."""
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for token in range(len(x)):
+        for weight, expert in zip(w[token], ids[token].tolist(), strict=True):
+            gate, up = (w13[expert].double() @ x[token].double()).chunk(2)
+            out[token] += weight.double() * (w2[expert].double() @ (torch.nn.functional.silu(gate) * up))
+    return out
+
+
+def build(kind: str, plan: ModePlan, stream: Any = None) -> tuple[LayerExecution, Any]:
+    """An execution, and what it must give for hidden states (with a factor on the shared expert)."""
+    glm = kind == "glm"
+    spec = GLM if glm else QWEN
+    decision = FusionDecision(
+        "main", True, "ok", "", "", "vllm", "x", layout=LAYOUT, routing=spec,
+        shared_weight="constant" if glm else "sigmoid_gate", moe_layers=(0,), fused_layers=(0,),
+    )  # fmt: skip
+    gate, shared_gate = Linear(LAYOUT.num_routed, 1), None if glm else Linear(1, 2)
+    bias = draw(LAYOUT.num_routed, seed=3, scale=0.1) if glm else None
+    router = FusedRouter(0, decision, ModeCounter(), (lambda x: x[:, :1]) if shared_gate else None, bias)
+    experts = Experts(spec, bias, stream)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, gate.weight)
+
+    def wanted(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        weights, ids = route(x.double() @ gate.weight.double().T, LAYOUT.top_k, spec, bias)
+        share = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
+        if shared_gate is not None:
+            share = (x.double() @ shared_gate.weight.double().T).sigmoid()
+        weights = torch.cat([weights.double(), share * factor], 1)
+        ids = torch.cat([ids, torch.full_like(ids[:, :1], LAYOUT.num_routed)], 1)
+        return layer(x, experts.w13, experts.w2, weights, ids)
+
+    own = GateRows([gate, shared_gate] if shared_gate else [gate]) if kind == "own gates" else None
+    made = LayerExecution(router, plan, experts, own, logits if own else None, shared_gate)
+    return made, (wanted, logits)
+
+
+def clear(x: torch.Tensor, logits: Any) -> torch.Tensor:
+    """The tokens whose choice of experts no rounding changes."""
+    ordered = logits(x).double().sort(dim=1, descending=True).values
+    return x[(ordered[:, LAYOUT.top_k - 1] - ordered[:, LAYOUT.top_k]) > 0.3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["own gates", "logits given", "glm"])
+def test_every_mode_gives_the_layer(kind: str, mode: Any) -> None:
+    stream = torch.cuda.Stream() if DEVICE == "cuda" else None
+    run, (wanted, logits) = build(kind, always(mode, "test"), stream)
+    x = clear(draw(40, LAYOUT.hidden_size, seed=8, dtype=DTYPE), logits)[:5].contiguous()
+    assert len(x) == 5
+    given = x if kind == "own gates" else logits(x)
+    before = x.clone()
+    got = run(x, given)
+    assert off(got, wanted(x)) < ALLOWED
+    assert torch.equal(x, before)
+    assert run.router.counter.by_mode() == {mode: 1}
+    # The control of `verify` reaches every mode, and a wrong slot weight shows.
+    assert off(got, wanted(x, 0.5)) > 5 * ALLOWED
+    run.router.control_factor = 0.5
+    assert off(run(x, given), wanted(x, 0.5)) < ALLOWED
+
+
+def test_nothing_runs_before_it_was_proved() -> None:
+    run, (_, logits) = build("glm", always("small", "test"))
+    run.router.closed = "not proved"
+    x = draw(2, LAYOUT.hidden_size, seed=8, dtype=DTYPE)
+    for mode in MODES:
+        run.forced = mode
+        with pytest.raises(AuditError, match="not proved"):
+            run(x, logits(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_tokens_are_an_answer_too(mode: Any) -> None:
+    run, (_, logits) = build("glm", always(mode, "test"))
+    x = draw(1, LAYOUT.hidden_size, seed=8, dtype=DTYPE)[:0]
+    assert run(x, logits(x)).shape == (0, LAYOUT.hidden_size)
+
+
+def test_the_plan_chooses_by_tokens_and_can_be_overruled() -> None:
+    run, (_, logits) = build("glm", ModePlan(((2, "small"), (4, "fused")), "split", "test"))
+    for tokens in (1, 2, 3, 5):
+        x = draw(tokens, LAYOUT.hidden_size, seed=8, dtype=DTYPE)
+        run(x, logits(x))
+    assert run.router.counter.by_mode() == {"small": 2, "fused": 1, "split": 1}
+    run.forced = "split"
+    run(x[:1], logits(x[:1]))
+    assert run.router.counter.by_mode()["split"] == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 96), (3, 512, 2048), (2, 1408, 4096), (7, 600, 64)], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+def test_silu_mul(shape: tuple[int, int, int], gated: bool) -> None:
+    tokens, width, hidden = shape
+    both = draw(tokens, 2 * width, seed=1, dtype=DTYPE)
+    x, row = draw(tokens, hidden, seed=2, dtype=DTYPE), draw(1, hidden, seed=3, dtype=DTYPE, scale=0.05)
+    rest = (x, row) if gated else ()
+    got = silu_mul.silu_mul(both, *rest)
+    assert off(got, silu_mul.reference(both, *rest)) < 4e-3
+    assert (
+        off(silu_mul.silu_mul(both, *(rest or (None, None)), 2.0), 2 * silu_mul.reference(both, *rest)) < 4e-3
+    )
+    assert off(got, silu_mul.reference(both.flip(1), *rest)) > 0.1

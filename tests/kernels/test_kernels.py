@@ -1,0 +1,124 @@
+"""Every kernel against its reference in float64: on a GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fse_patch.fusion_core.decision import RoutingSpec
+from fse_patch.fusion_core.kernels import append, experts, gated_mlp, route, router_logits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.bfloat16, torch.float16]
+# Sizes that are no power of two, with rests in every tile.
+SHAPES = [(1, 96, 40, 7, 2, 1), (3, 128, 32, 16, 4, 2), (5, 192, 48, 12, 3, 4)]
+if DEVICE == "cuda":
+    SHAPES += [(1, 2048, 512, 512, 10, 1), (4, 4096, 128, 512, 10, 1), (2, 4096, 1408, 128, 8, 1)]
+QWEN = RoutingSpec("softmax", True)
+GLM = RoutingSpec("sigmoid", True, 2.5, has_correction_bias=True)
+SPECS = {
+    "qwen": QWEN,
+    "qwen2": replace(QWEN, renormalize=False),
+    "glm": GLM,
+    "glm_no_bias": replace(GLM, has_correction_bias=False),
+    "glm_groups": replace(GLM, num_expert_group=4, topk_group=2),
+    "groups_no_bias": replace(GLM, num_expert_group=4, topk_group=2, has_correction_bias=False),
+}
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative error; NaN never passes."""
+    found = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+    return found if found == found else float("inf")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("experts_", "top_k", "slots"), [(16, 4, 1), (12, 3, 2), (128, 8, 4), (512, 10, 1), (64, 16, 8)]
+)
+def test_route(spec: str, experts_: int, top_k: int, slots: int) -> None:
+    how = SPECS[spec]
+    gated = how.scoring == "softmax"
+    logits = draw(9, experts_ + gated, seed=experts_, scale=2.0)
+    bias = draw(experts_, seed=1, scale=0.1) if how.has_correction_bias else None
+    ids = range(experts_, experts_ + slots)
+    got = route.route(logits, top_k, ids, how, bias, 0.4)
+    wanted = route.reference(logits.double(), top_k, ids, how, bias, 0.4)
+    assert torch.equal(got[1], wanted[1])
+    assert off(got[0], wanted[0]) < 1e-6
+    # The control: another factor on the slots shows.
+    assert off(got[0], route.reference(logits.double(), top_k, ids, how, bias, 0.404)[0]) > 1e-5
+
+
+def test_route_takes_16_at_most() -> None:
+    with pytest.raises(ValueError, match="16 at most"):
+        route.route(draw(1, 40, seed=0), 17, range(39, 40), QWEN)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_router_logits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tokens, hidden, _, experts_, _, _ = shape
+    states = draw(tokens, hidden, seed=2, dtype=dtype)
+    gate = draw(experts_ + 1, hidden, seed=3, dtype=dtype, scale=0.05)
+    wanted = router_logits.reference(states, gate)
+    got = router_logits.router_logits(states, gate)
+    assert off(got, wanted) < 1e-5
+    assert off(got, wanted.roll(1, 1)) > 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_experts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tokens, hidden, width, experts_, top_k, slots = shape
+    states = draw(tokens, hidden, seed=4, dtype=dtype)
+    w13 = draw(experts_ + slots, 2 * width, hidden, seed=5, dtype=dtype, scale=0.05)
+    w2 = draw(experts_ + slots, hidden, width, seed=6, dtype=dtype, scale=0.05)
+    ids = torch.stack([torch.randperm(experts_)[:top_k] for _ in range(tokens)])
+    ids = torch.cat([ids, torch.arange(experts_, experts_ + slots).expand(tokens, slots)], 1).int().to(DEVICE)
+    weights = draw(tokens, top_k + slots, seed=7).sigmoid()
+    got = experts.small_experts(states, w13, w2, weights, ids)
+    wanted = experts.reference(states, w13, w2, weights, ids)
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-3
+    assert off(got, wanted) < limit
+    # The control: the last slot's weight is wrong.
+    wrong = weights.clone()
+    wrong[:, -1] *= 0.5
+    assert off(got, experts.reference(states, w13, w2, wrong, ids)) > 2 * limit
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 8])
+@pytest.mark.parametrize("gated", [True, False])
+def test_append(slots: int, gated: bool) -> None:
+    weights, ids = (
+        draw(5, 9, seed=8)[:, :6],
+        torch.randint(0, 40, (5, 7), dtype=torch.int32, device=DEVICE)[:, :6],
+    )
+    gate = draw(5, 1, seed=9) if gated else None
+    got = append.append(weights, ids, range(40, 40 + slots), gate, 0.4)
+    wanted = append.reference(weights, ids, range(40, 40 + slots), gate, 0.4)
+    assert torch.equal(got[1], wanted[1])
+    assert off(got[0], wanted[0]) < 1e-6
+    assert off(got[0], append.reference(weights, ids, range(40, 40 + slots), gate, 0.5)[0]) > 1e-3
+    assert got[0].is_contiguous()
+    assert got[1].is_contiguous()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("add", [True, False])
+def test_gated_mlp(shape: tuple[int, ...], add: bool) -> None:
+    tokens, hidden = shape[:2]
+    states, mlp, beside = (draw(tokens, hidden, seed=s, dtype=torch.bfloat16) for s in (10, 11, 12))
+    gate = draw(1, hidden, seed=13, dtype=torch.bfloat16, scale=0.05)
+    residual = beside if add else None
+    wanted = gated_mlp.reference(states, gate, mlp, residual)
+    got = gated_mlp.gated_mlp(states, gate, mlp, residual)
+    assert off(got, wanted) < 4e-3
+    assert off(got, gated_mlp.reference(states, -gate, mlp, residual)) > 1e-2
