@@ -12,11 +12,13 @@ from typing import Any
 
 from .. import metrics, runtime, settings
 from ..errors import FsePatchError, RefusedError
+from ..fusion_core.config import UNQUANTISED
 from ..fusion_core.decide import decide
 from ..fusion_core.decision import FusionDecision
 from ..fusion_core.families import Role, family_of
 from ..fusion_core.policy_file import load_policy
 from ..fusion_core.proven import unproven
+from ..fusion_core.quant.layouts import READABLE
 from ..fusion_core.reasons import CONTRADICTIONS, Reason
 from . import ledger
 
@@ -100,14 +102,21 @@ def config_difference(decision: FusionDecision, config: Any) -> str:
 
 
 def proof(decision: FusionDecision, platform: str) -> Iterator[Refusal]:
-    """Refuse a quantised format that was not proven on ``platform``, named as `fse-patch plan` takes it."""
-    form = unproven(decision, platform)
-    if form and not settings.load().allow_unproven:
+    """Refuse a quantised format that was not proven on ``platform``, named as `fse-patch plan` takes it.
+
+    And one that the canary would be asked to prove, and cannot read.
+    """
+    if settings.load().allow_unproven or decision.quant_method == UNQUANTISED:
+        return
+    if form := unproven(decision, platform):
         where = f"{decision.engine} on {platform or 'this platform'}"
         yield (
             "quant.unproven",
             f"{form} would fuse, but was never run fused in {where} and compared with stock",
         )
+    unread = sorted(set(decision.formats) - READABLE)
+    if unread and settings.load().verify != "off":
+        yield "quant.unproven", f"the canary does not read {unread[0]}: nothing would prove what is loaded"
 
 
 def announce(decision: FusionDecision) -> None:

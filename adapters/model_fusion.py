@@ -42,8 +42,9 @@ class ModelFusion(ABC):
         self.routers: dict[int, SlotAppender] = {}
         self.experts: dict[int, torch.nn.Module] = {}
         self.blocks: dict[int, torch.nn.Module] = {}
-        # Values of the slots that were found as the checkpoint has them.
+        # Values of the slots that were found as the checkpoint has them, and parameters laid out otherwise.
         self.compared = 0
+        self.not_compared: set[str] = set()
         # What `proving.prove` found; the layer that came closest to what is allowed says how far it was off.
         self.canary: dict[str, Any] = {"state": "pending", "layers": [], "deviation": 0.0, "tolerance": 1.0}
         # Layer whose block is under construction and still holds its unfused shared MLP.
@@ -122,7 +123,9 @@ class ModelFusion(ABC):
             # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
             for layer, experts in self.experts.items():
                 parameters = {name: p.data for name, p in experts.named_parameters(recurse=False)}
-                self.compared += sample.compare(layer, parameters, *self._share(experts))
+                found = sample.compare(layer, parameters, *self._share(experts))
+                self.compared += found.compared
+                self.not_compared |= found.not_compared
             self._as_loaded.note(self._first_slot())
         elif self.canary["state"] != "pending" and not self._is_collected():
             self.check_gates()  # into a model that runs already
@@ -195,6 +198,7 @@ class ModelFusion(ABC):
             "slots_loaded": self.audit.slots_loaded,
             "loads": self.audit.loads,
             "compared": self.compared,
+            "not_compared": sorted(self.not_compared),
             "canary": self.canary,
         }
 

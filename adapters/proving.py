@@ -11,7 +11,9 @@ import torch
 
 from .. import metrics, settings
 from ..errors import AuditError
-from ..fusion_core.canary import CheckpointLayer, NoReference, Served, judge, reference
+from ..fusion_core.canary import CanaryError, Served, judge, reference
+from ..fusion_core.config import UNQUANTISED
+from ..fusion_core.dequant import CheckpointLayer, NoReference
 from ..fusion_core.tensors import CheckpointTensors
 from .model_fusion import ModelFusion
 
@@ -48,7 +50,8 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     """Compare fused layers with their checkpoint, as FSE_PATCH_VERIFY says, once for a model.
 
     Raises:
-        CanaryError: a layer does not compute what the checkpoint says; the model must not be served.
+        CanaryError: a layer does not compute what the checkpoint says, or is quantised and cannot be
+            compared; the model must not be served.
     """
     if fusion.canary["state"] == "pending":
         fusion.open()
@@ -80,6 +83,11 @@ def _prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
             found, allowed = _prove_layer(fusion, layer, dtype, prover, tensors)
         except NoReference as error:
             fusion.canary |= {"state": "no_reference", "detail": str(error)}
+            if fusion.decision.quant_method != UNQUANTISED and not settings.load().allow_unproven:
+                raise CanaryError(
+                    f"{role} model: canary: layer {layer} cannot be proved: {error}; the model is not served "
+                    f"({settings.ALLOW_UNPROVEN}=1 serves it unproved)"
+                ) from None
             log.warning("%s model: canary: layer %d: %s", role, layer, error)
             return
         fusion.canary["layers"].append(layer)

@@ -5,16 +5,14 @@ Written a second time on purpose: nothing of remapping or routing is shared with
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import AuditError, FsePatchError
+from ..errors import AuditError
 from .decision import FusionDecision, RoutingSpec
-from .naming import TensorNaming
-from .specs import ALL_EXPERTS
-from .tensors import CheckpointTensors
+from .dequant import E4M3_MAX, CheckpointLayer, Kernel, NoReference, Round, as_it_is
+from .layout import ExpertLayout
 
 # Tokens drawn at once, and how often: a token counts only if its choice of experts is no near tie.
 DRAWN, ROUNDS = 64, 8
@@ -28,13 +26,13 @@ TF32_UNIT = 2.0**-11
 LEAST_TOLERANCE = 1e-4
 # What the roundings of one forward may add up to, in that of a reference rounded at the same places.
 ROUNDINGS = 4
-
-Round = Callable[[torch.Tensor], torch.Tensor]
-Mlp = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class NoReference(FsePatchError):
-    """The checkpoint's tensors do not say what the layer computes; the text says why."""
+# The same for activations in e4m3: hundreds of values err at once, and their sum is much the same every time.
+KERNEL_ROUNDINGS = 2
+# Above this, in several draws, roundings hide what is wrong: random states do not fit the scales.
+MOST_NOISE, ATTEMPTS = 0.4, 3
+# How many standard deviations the part of the rounding that looks like the shared expert may have.
+SIGMAS = 6
+TINY = torch.finfo(torch.float64).tiny
 
 
 class CanaryError(AuditError):
@@ -60,65 +58,25 @@ class Served:
 
 @dataclass(frozen=True)
 class Reference:
-    """Hidden states, what the layer makes of them, and how far an answer may be from it."""
+    """Hidden states, what the layer makes of them, and how far an answer may be from it.
+
+    ``shared`` is the shared expert's part of the output, and ``share_tolerance`` [N] by how much of itself it
+    may seem to be off; None where `tolerance` tells as much.
+    """
 
     hidden: torch.Tensor
     output: torch.Tensor
+    shared: torch.Tensor
     tolerance: float
+    share_tolerance: torch.Tensor | None
 
 
-class CheckpointLayer:
-    """The tensors of one MoE layer, by what they are for; in float64, rounded as the engine holds them.
+@dataclass(frozen=True)
+class Mode:
+    """One way of computing the reference: how results are rounded, and how FP8 kernels round inputs."""
 
-    Raises:
-        NoReference: the checkpoint's safetensors files do not hold the layer, or not as plain weights.
-    """
-
-    def __init__(
-        self, tensors: CheckpointTensors, naming: TensorNaming, decision: FusionDecision, layer: int
-    ) -> None:
-        self.tensors = tensors
-        self.names: dict[tuple[int | None, str], str] = {}
-        for name in self.tensors.names():
-            # Most names are another layer's, and parsing takes longer than this.
-            ref = naming.parse(name) if f".{layer}.mlp." in name else None
-            if ref is not None and ref.layer == layer and ref.role == decision.role:
-                if ref.suffix != "weight":
-                    raise NoReference(f"{name}: the canary reads plain weights only")
-                self.names[ref.expert, ref.projection] = name
-        if not self.names:
-            raise NoReference("the checkpoint has no safetensors files with this layer")
-        self.block = next(iter(self.names.values())).rpartition(".mlp.")[0] + ".mlp."
-        # Memory of the last expert's weights, used again: getting new memory takes longer than to fill it.
-        self._held: dict[str, torch.Tensor] = {}
-
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the block, outside its experts."""
-        if self.block + name not in self.tensors:
-            raise NoReference(f"the checkpoint has no {self.block}{name}")
-        return self.tensors.read(self.block + name).to(dtype).double()
-
-    def mlp(self, expert: int | None, dtype: torch.dtype) -> Mlp:
-        """Gate, up and down projection of an expert, None for the shared one; good until the next call."""
-        if expert is not None and (ALL_EXPERTS, "down_proj") in self.names:
-            gate, up = self._weight(ALL_EXPERTS, "gate_up_proj", dtype, expert).chunk(2)
-            return gate, up, self._weight(ALL_EXPERTS, "down_proj", dtype, expert)
-        gate, up, down = (self._weight(expert, p, dtype) for p in ("gate_proj", "up_proj", "down_proj"))
-        return gate, up, down
-
-    def _weight(
-        self, expert: int | None, projection: str, dtype: torch.dtype, row: int | None = None
-    ) -> torch.Tensor:
-        name = self.names.get((expert, projection))
-        if name is None:
-            raise NoReference(f"the checkpoint has no {projection} of expert {expert} in {self.block}")
-        weight = self.tensors.read(name, row)
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise NoReference(f"{name}: the canary reads plain weights only")
-        held = self._held.get(projection)
-        if held is None or held.shape != weight.shape:
-            held = self._held[projection] = torch.empty(weight.shape, dtype=torch.float64, device="cpu")
-        return held.copy_(weight.to(dtype))
+    round: Round
+    kernel: Kernel | None = None
 
 
 def choose(
@@ -162,17 +120,26 @@ def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, 
     """Random hidden states whose choice of experts is clear, and the layer's output for them.
 
     The tolerance is `ROUNDINGS` times what rounding every intermediate result to the served dtype makes of
-    the reference, and at least so many units in the last place, and `LEAST_TOLERANCE`.
+    the reference, and at least so many units in the last place, and `LEAST_TOLERANCE`. Where kernels round
+    activations to FP8, it is at least `KERNEL_ROUNDINGS` times what that makes of the reference.
 
     Raises:
         NoReference: the checkpoint's tensors cannot tell.
     """
+    for attempt in range(ATTEMPTS):
+        found = _reference(layer, decision, served, seed + attempt)
+        if found.tolerance < MOST_NOISE or not layer.kernels:
+            return found
+    raise NoReference(f"rounding to FP8 alone may change {found.tolerance:.0%} of a random output")
+
+
+def _reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, seed: int) -> Reference:
     layout, routing = decision.layout, decision.routing
     assert layout is not None
     assert routing is not None
     gate = layer.read("gate.weight", served.gate)
     bias = layer.read("gate.e_score_correction_bias", served.bias) if routing.has_correction_bias else None
-    hidden, ids = _clear_tokens(gate, bias, decision, served, seed)
+    hidden, ids = _clear_tokens(gate, bias, decision, served, seed, layer.input_scale)
     x = hidden.double()
     row = None
     if decision.shared_weight == "sigmoid_gate":
@@ -181,40 +148,102 @@ def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, 
     def rounded(value: torch.Tensor) -> torch.Tensor:
         return value.to(served.dtype).double()
 
+    modes = [Mode(as_it_is), Mode(rounded), *(Mode(rounded, kernel) for kernel in layer.kernels)]
     # Of every token, the weight of each routed expert, and in the last column that of the shared one.
-    modes: tuple[Round, Round] = (lambda value: value, rounded)
     shares = []
     for mode in modes:
         routed = torch.zeros(len(x), layout.num_routed, dtype=x.dtype, device="cpu")
-        routed = routed.scatter(1, ids, weigh(mode(x @ gate.T), ids, routing))
-        shared = torch.ones_like(routed[:, :1]) if row is None else torch.sigmoid(mode(x @ row.T))
+        routed = routed.scatter(1, ids, weigh(mode.round(x @ gate.T), ids, routing))
+        shared = torch.ones_like(routed[:, :1]) if row is None else torch.sigmoid(mode.round(x @ row.T))
         shares.append(torch.cat([routed, shared], dim=1))
+    users: dict[int | None, torch.Tensor] = {
+        expert: (ids == expert).any(dim=1) for expert in sorted(set(ids.flatten().tolist()))
+    }
+    users[None] = torch.ones_like(ids[:, 0], dtype=torch.bool)
+    # Of each mode and expert: what goes into the down projection.
+    inner: list[list[torch.Tensor]] = [[] for _ in modes]
+    states = [mode.kernel[0](x) if mode.kernel else x for mode in modes]
+    for expert, mine in users.items():
+        held = layer.gate_up(expert, served.dtype)
+        exact = [_product(matrix, x[mine]) for matrix in (held.gate, held.up)]
+        as_served = held.requantised()
+        for mode, rows, found in zip(modes, states, inner, strict=True):
+            pre = [_product(matrix, rows[mine]) for matrix in as_served] if mode.kernel else exact
+            before, up = map(mode.round, pre)
+            found.append(mode.round(before * torch.sigmoid(before) * up))
+    inner = [_as_kernels_read(mode, parts, layout) for mode, parts in zip(modes, inner, strict=True)]
     outputs = [torch.zeros_like(x) for _ in modes]
-    for expert in [*sorted(set(ids.flatten().tolist())), None]:
-        column = -1 if expert is None else expert
-        users = torch.ones_like(ids[:, 0], dtype=torch.bool) if expert is None else (ids == expert).any(dim=1)
-        answers = _mlp(x[users], layer.mlp(expert, served.dtype), modes)
-        for answer, share, output in zip(answers, shares, outputs, strict=True):
-            output[users] += share[users, column, None] * answer
-    exact, inexact = outputs
-    noise = ROUNDINGS * deviation(rounded(inexact), exact)
-    return Reference(hidden, exact, max(LEAST_TOLERANCE, ROUNDINGS * served.unit, noise))
+    for number, (expert, mine) in enumerate(users.items()):
+        column, down = -1 if expert is None else expert, layer.down(expert, served.dtype)
+        for mode, parts, share, output in zip(modes, inner, shares, outputs, strict=True):
+            output[mine] += share[mine, column, None] * mode.round(_product(down, parts[number]))
+    # The shared expert came last, with the down projection that is still there.
+    shared = shares[0][:, -1:] * _product(down, inner[0][-1])
+    errors = [rounded(output) - outputs[0] for output in outputs[1:]]
+    return Reference(hidden, outputs[0], shared, *_tolerances(outputs[0], shared, errors, served))
+
+
+def _tolerances(
+    exact: torch.Tensor, shared: torch.Tensor, errors: list[torch.Tensor], served: Served
+) -> tuple[float, torch.Tensor | None]:
+    """Of the output, and of the shared expert's share in it.
+
+    Args:
+        errors: what rounding to the served dtype makes of the output, then what each way of the kernels does.
+    """
+    least = max(LEAST_TOLERANCE, ROUNDINGS * served.unit)
+    plain, *kernels = (deviation(exact + error, exact) for error in errors)
+    tolerance = max(least, ROUNDINGS * plain, *(KERNEL_ROUNDINGS * noise for noise in kernels))
+    if not kernels:
+        return tolerance, None
+    seeming = [torch.full_like(exact[:, 0], least)]
+    for error in errors[1:]:
+        seeming += [ROUNDINGS * share_error(error, shared).abs(), SIGMAS * share_spread(error, shared)]
+    return tolerance, torch.stack(seeming).amax(dim=0)
+
+
+def _as_kernels_read(mode: Mode, parts: list[torch.Tensor], layout: ExpertLayout) -> list[torch.Tensor]:
+    """What goes into the down projections, each slot's part a row of its own, and all rows at once."""
+    if not mode.kernel:
+        return parts
+    rows = torch.cat([part.reshape(-1, layout.moe_intermediate_size) for part in parts])
+    sizes = [part.numel() // layout.moe_intermediate_size for part in parts]
+    split = torch.split(mode.kernel[1](rows), sizes)
+    return [values.reshape(part.shape) for values, part in zip(split, parts, strict=True)]
+
+
+def share_error(error: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Of each token, the factor of ``shared`` in ``error`` by least squares."""
+    return (error * shared).sum(dim=-1) / shared.square().sum(dim=-1).clamp_min(TINY)
+
+
+def share_spread(error: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of `share_error` where every element of ``error`` has its sign by chance."""
+    size = (error * shared).square().sum(dim=-1).sqrt()
+    return size / shared.square().sum(dim=-1).clamp_min(TINY)
 
 
 def _clear_tokens(
-    gate: torch.Tensor, bias: torch.Tensor | None, decision: FusionDecision, served: Served, seed: int
+    gate: torch.Tensor,
+    bias: torch.Tensor | None,
+    decision: FusionDecision,
+    served: Served,
+    seed: int,
+    input_scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random hidden states, [N, H], and the experts that they choose whatever rounding does to the logits."""
     layout, routing = decision.layout, decision.routing
     assert layout is not None
     assert routing is not None
     wanted = max(2, EXPERTS // layout.top_k)
+    # Random numbers reach 4 standard deviations: a static scale must not cut them off.
+    size = 1.0 if input_scale is None else min(1.0, E4M3_MAX * input_scale / 8)
     draw = torch.Generator("cpu").manual_seed(seed)
     tokens, chosen = torch.empty(0), torch.empty(0)
     for _ in range(ROUNDS):
         # An engine that loads has its own default dtype and device.
         drawn = torch.randn(DRAWN, gate.shape[1], generator=draw, dtype=torch.float32, device="cpu")
-        drawn = drawn.to(served.dtype)
+        drawn = (size * drawn).to(served.dtype)
         logits = drawn.double() @ gate.T
         ids, margin = choose(logits, layout.top_k, routing, bias)
         clear = margin > 2 * ROUNDINGS * served.unit * logits.abs().amax(dim=1)
@@ -225,14 +254,6 @@ def _clear_tokens(
     if not len(tokens):
         raise NoReference("no random token chooses its experts clearly")
     return tokens[:wanted], chosen[:wanted]
-
-
-def _mlp(x: torch.Tensor, weights: Mlp, modes: tuple[Round, ...]) -> list[torch.Tensor]:
-    """An expert's output, rounded in each of the modes."""
-    w1, w3, w2 = weights
-    gate, up = _product(w1, x), _product(w3, x)
-    inner = [mode(mode(gate) * torch.sigmoid(mode(gate)) * mode(up)) for mode in modes]
-    return [mode(_product(w2, value)) for mode, value in zip(modes, inner, strict=True)]
 
 
 def _product(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -256,9 +277,18 @@ def judge(role: str, layer: int, wanted: Reference, output: torch.Tensor) -> flo
     if output.shape != wanted.output.shape:
         raise CanaryError(f"{role} model: layer {layer} gives {list(output.shape)}; the model is not served")
     found = deviation(output, wanted.output)
-    if found <= wanted.tolerance:
-        return found
-    raise CanaryError(
-        f"{role} model: canary: layer {layer} is {found:.2g} off what the checkpoint says, relative to its "
-        f"output; {wanted.tolerance:.2g} is allowed; the model is not served"
-    )
+    where = f"{role} model: canary: layer {layer}"
+    if not found <= wanted.tolerance:
+        raise CanaryError(
+            f"{where} is {found:.2g} off what the checkpoint says, relative to its output; "
+            f"{wanted.tolerance:.2g} is allowed; the model is not served"
+        )
+    if wanted.share_tolerance is not None:
+        share = share_error(output.to("cpu", torch.float64) - wanted.output, wanted.shared)
+        worst = int((share.abs() / wanted.share_tolerance).argmax())
+        if not share[worst].abs() <= wanted.share_tolerance[worst]:
+            raise CanaryError(
+                f"{where} has {1 + share[worst]:.3g} times the shared expert's part, "
+                f"{wanted.share_tolerance[worst]:.2g} is allowed; the model is not served"
+            )
+    return found

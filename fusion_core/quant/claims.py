@@ -23,6 +23,8 @@ class Claim:
         bits: of a packed weight; 0 where a weight has one number an element.
         group: rows and columns of the weight [out, in] that share a scale; 0 stands for all of them.
         needs, lacks: suffixes that must, and must not, be stored.
+        inputs: tokens and columns of the activations that share a scale, where kernels round these to FP8;
+            0 stands for all of them, None for activations that stay as they are.
         details: what headers cannot show (symmetry, activations, order), as words.
     """
 
@@ -31,6 +33,7 @@ class Claim:
     group: tuple[int, int] = (0, 0)
     needs: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset()
+    inputs: tuple[int, int] | None = None
     details: tuple[str, ...] = ()
 
     def __str__(self) -> str:

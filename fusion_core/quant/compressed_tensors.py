@@ -105,6 +105,7 @@ def _claim(group: Section, form: str) -> Claim:
         lacks=(frozenset() if static else _INPUT_SCALE)
         | (_ZERO if symmetric else frozenset())
         | (frozenset() if by_index else _ORDER),
+        inputs=_shared_scales(inputs),
         details=tuple(d for d in details if d),
     )
 
@@ -123,6 +124,14 @@ def _group(weights: Section, strategy: str) -> tuple[int, int]:
 
 def _dynamic(scheme: Section) -> bool:
     return False if scheme.get("dynamic") == "local" else flag(scheme, "dynamic", False)
+
+
+def _shared_scales(inputs: Section) -> tuple[int, int] | None:
+    """Tokens and columns of FP8 activations that share a scale; one for all by "tensor"."""
+    if not inputs or word(inputs, "type", "int") != "float":
+        return None
+    tokens = 0 if word(inputs, "strategy", "") == "tensor" else 1
+    return tokens, max(whole(inputs, "group_size", 0, low=-1), 0)
 
 
 def _activations(inputs: Section) -> str:

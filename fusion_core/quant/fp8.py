@@ -28,6 +28,7 @@ def fp8(section: Section) -> Resolver:
         group=(block[0], block[1]) if block else (0, 0),
         needs=_STATIC if scheme == "static" and not block else frozenset(),
         lacks=frozenset() if scheme == "static" else _STATIC,
+        inputs=(1, block[1]) if block else (0, 0),
         details=details,
     )
     ignored = match.dotted(names(section, *_LISTS))
@@ -39,5 +40,5 @@ def fbgemm(section: Section) -> Resolver:
     refuse_unknown_keys(section, {"quant_method", "activation_scale_ub", *_LISTS})
     ignored = match.dotted(names(section, *_LISTS))
     bound = f"activations up to {section.get('activation_scale_ub')}"
-    claim = Claim("fp8-channel", group=(1, 0), lacks=_STATIC, details=(bound,))
+    claim = Claim("fp8-channel", group=(1, 0), lacks=_STATIC, inputs=(1, 0), details=(bound,))
     return lambda name: PLAIN if ignored(name) else claim

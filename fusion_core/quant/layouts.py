@@ -82,6 +82,9 @@ LAYOUTS: Mapping[str, Mapping[str, Stored]] = {
     **_integers(8),
 }
 
+# Formats whose weight times its scale is the projection: the canary reads these and no others.
+READABLE = frozenset({"plain", "fp8-block", "fp8-channel", "fp8-tensor"})
+
 
 def contradiction(claim: Claim, stored: Mapping[str, TensorHeader], out: int, inner: int) -> str:
     """What of one projection's tensors cannot be as ``claim`` says, or "".

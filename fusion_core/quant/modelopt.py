@@ -14,9 +14,9 @@ _KEYS = {
 }  # fmt: skip
 _STATIC = frozenset({"input_scale"})
 _ALGORITHMS: Mapping[str, Claim] = {
-    "fp8": Claim("fp8-tensor", needs=_STATIC, details=("static activations",)),
+    "fp8": Claim("fp8-tensor", needs=_STATIC, inputs=(0, 0), details=("static activations",)),
     "fp8_per_channel_per_token": Claim(
-        "fp8-channel", group=(1, 0), lacks=_STATIC, details=("dynamic activations",)
+        "fp8-channel", group=(1, 0), lacks=_STATIC, inputs=(1, 0), details=("dynamic activations",)
     ),
     "nvfp4": Claim("nvfp4"),
     "nvfp4_awq": Claim("nvfp4"),

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,8 @@ from .fuzz_cases import Case, layers_in, make
 from .fuzz_oracle import reasons_not_to_fuse
 
 LIMIT = 5.0
+# Cases that one process takes at once, and seconds between two lines of progress.
+BATCH, HEARTBEAT = 2000, 30
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -192,12 +194,24 @@ def main(arguments: list[str] | None = None) -> int:
         return _report(fuzz_one(given.case), 0.0)
     start = time.monotonic()
     total = Result()
-    share = -(-given.cases // given.jobs)
+    batches = [min(BATCH, given.cases - begun) for begun in range(0, given.cases, BATCH)]
     with ProcessPoolExecutor(given.jobs) as pool:
-        jobs = [pool.submit(fuzz, share, given.seconds, f"{given.seed}.{n}") for n in range(given.jobs)]
-        for job in jobs:
+        jobs = [
+            pool.submit(_batch, cases, start + given.seconds, f"{given.seed}.{number}")
+            for number, cases in enumerate(batches)
+        ]
+        said = start
+        for job in as_completed(jobs):
             total.add(job.result())
+            if time.monotonic() - said >= HEARTBEAT:
+                said = time.monotonic()
+                rate = total.cases / (said - start)
+                print(f"  {total.cases} cases, {rate:.0f} a second, {len(total.failures)} failed", flush=True)
     return _report(total, time.monotonic() - start)
+
+
+def _batch(cases: int, end: float, seed: str) -> Result:
+    return fuzz(cases, end - time.monotonic(), seed)
 
 
 def fuzz_one(name: str) -> Result:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,8 @@ from fse_patch.fusion_core.tensors import CheckpointTensors
 
 from .moe import choose as choose_in_floats
 from .moe import decision, shared_weight
+from .safetensors import save
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 F32 = Served(torch.float32, torch.float32, torch.float32, torch.float32)
 SOFTMAX = RoutingSpec("softmax", False)
 GROUPED = RoutingSpec("sigmoid", True, 2.5, 4, 2, True)
@@ -44,20 +42,6 @@ LAYERS: dict[str, tuple[str, ExpertLayout, RoutingSpec, bool]] = {
     "grouped with bias": ("glm4_moe", ExpertLayout(16, 2, 3, 16, 8), GROUPED, False),
     "every expert": ("qwen2_moe", ExpertLayout(4, 1, 4, 16, 8), RoutingSpec("softmax", True), False),
 }
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
-    for name, tensor in tensors.items():
-        raw = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
-        shape = list(tensor.shape)
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": shape}
-        header[name]["data_offsets"] = [len(data), len(data) + len(raw)]
-        data += raw
-    head = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(head)) + head + data)
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[FusionDecision, dict[str, torch.Tensor]]:
@@ -249,46 +233,3 @@ def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-4])
     with pytest.raises(FsePatchError, match="cannot be read"):
         held.read("first")
-
-
-def test_512_experts_take_less_than_a_second(tmp_path: Path) -> None:
-    """Qwen3-Next's layer: E 512, k 10, H 2048, I 512, of which the experts that are chosen are read."""
-    layout = ExpertLayout(512, 1, 10, 2048, 512)
-    routing = RoutingSpec("softmax", True)
-    wide = decision(layout, routing, "sigmoid_gate", layers=(0,), model_type="qwen3_next")
-    one = torch.randn(512, 2048).to(torch.bfloat16) / 16
-    mlp = "model.layers.0.mlp."
-    entries: dict[str, torch.Tensor] = {f"{mlp}gate.weight": one, f"{mlp}shared_expert_gate.weight": one[:1]}
-    head: dict[str, Any] = {}
-    places: list[bytes] = []
-    # Every expert's name, and the same bytes behind all of them: the file stays small.
-    for name, tensor in entries.items():
-        raw = tensor.contiguous().view(torch.int16).numpy().tobytes()
-        start = sum(map(len, places))
-        head[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, start + len(raw)]}
-        places.append(raw)
-    whole = head[f"{mlp}gate.weight"]["data_offsets"]
-    for owner in [f"{mlp}shared_expert.", *(f"{mlp}experts.{e}." for e in range(512))]:
-        for projection, shape in {
-            "gate_proj": (512, 2048),
-            "up_proj": (512, 2048),
-            "down_proj": (2048, 512),
-        }.items():
-            head[f"{owner}{projection}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": whole}
-    text = json.dumps(head).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(places))
-    family = family_of("qwen3_next")
-    assert family is not None
-    times = []
-    # One core: what else runs on the machine would make two of them wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for _ in range(3):
-        start_time = time.perf_counter()
-        layer = CheckpointLayer(CheckpointTensors(tmp_path), TensorNaming(family, 1), wide, 0)
-        found = reference(layer, wide, Served(*[torch.bfloat16] * 4))
-        times.append(time.perf_counter() - start_time)
-    torch.set_num_threads(threads)
-    print(f"reference of a 512-expert layer: {min(times):.3f} s, tolerance {found.tolerance:.3g}")
-    assert len(found.hidden) == 2
-    assert min(times) < 1

@@ -127,7 +127,7 @@ class Layer:
                 shard = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[ref.projection]
                 self.write(ref.expert, shard, item[1])
         self.audit.finish([1] if any(map(is_poisoned, self.held.values())) else [])
-        return sample.compare(1, self.held, 0)
+        return sample.compare(1, self.held, 0).compared
 
     def _stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.tensors.items()
@@ -170,7 +170,7 @@ def go(made: FusionDecision, seed: int) -> bool:
 def test_nothing_right_is_stopped() -> None:
     judged: set[tuple[object, ...]] = set()
 
-    @settings(max_examples=300, deadline=None, derandomize=True)
+    @settings(max_examples=320, deadline=None, derandomize=True)
     @given(decisions(), st.integers(0, 2**20))
     def draw(made: FusionDecision, seed: int) -> None:
         if go(made, seed):

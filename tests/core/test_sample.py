@@ -44,7 +44,7 @@ def compared(tensors: dict[str, torch.Tensor], slots: Slots, rank: int = 0) -> i
     assert FAMILY is not None
     sample = SlotSample(decision(LAYOUT), TensorNaming(FAMILY, 1), [0])
     assert list(sample.tap(tensors.items())) == list(tensors.items())
-    return sample.compare(0, slots, rank)
+    return sample.compare(0, slots, rank).compared
 
 
 def test_what_was_loaded_rightly_is_found() -> None:
@@ -75,7 +75,7 @@ def test_what_is_padded_is_compared_too(rank: int) -> None:
     wide = {"w13_weight": w13.flatten(1, 2), "w2_weight": w2}
     sample = SlotSample(decision(LAYOUT), TensorNaming(FAMILY, 1), [0])  # type: ignore[arg-type]
     list(sample.tap(checkpoint().items()))
-    assert sample.compare(0, wide, rank, 2) == 3 * S * VALUES // 2
+    assert sample.compare(0, wide, rank, 2).compared == 3 * S * VALUES // 2
     wide["w2_weight"][E:, :, :held] *= 1.0001
     with pytest.raises(AuditError):
         sample.compare(0, wide, rank, 2)

@@ -1,5 +1,7 @@
-"""The canary on SGLang's real loader and models, in its scheduler: clean checkpoints of every family pass,
-and every planted fault stops the load with the canary's words."""
+"""The canary on SGLang's real loader and models, in its scheduler: what it proves, and what not.
+
+That it stops every planted fault is shown by test_faults.py.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from ..faults import MISLOADED
 from ..running import Case
 from . import cases
 from .conftest import Runs
-from .proving import FAULTS
 
 FAMILIES = ("qwen2_moe_wide4", "qwen3_next", "qwen3_5_text_3d", "glm4_moe_shared2_scale", "glm4_moe_grouped")
 
@@ -21,12 +21,10 @@ def found(runs: Runs) -> dict[str, Any]:
     def folder(recipe: str) -> str:
         return str(runs.checkpoints.path(recipe))
 
-    builds = {recipe: [folder(recipe), "", "sample"] for recipe in FAMILIES}
-    builds |= {
-        fault: [folder(recipe), fault, "sample"] for fault, (recipe, _) in (FAULTS | MISLOADED).items()
-    }
-    builds["all"] = [folder("qwen2_moe"), "", "all"]
-    builds["off"] = [folder("qwen2_moe"), "gate in the softmax", "off"]
+    builds = {recipe: [folder(recipe), False, "sample"] for recipe in FAMILIES}
+    builds["all"] = [folder("qwen2_moe"), False, "all"]
+    builds["faulty"] = [folder("qwen2_moe"), True, "sample"]
+    builds["off"] = [folder("qwen2_moe"), True, "off"]
     steps = [("prove", {"builds": list(builds.values())}), ("reports", {})]
     results, reports = runs.steps(Case("qwen2_moe", engine_args={"steps": steps}), fused=True)
     return dict(zip(builds, results, strict=True)) | {"engine": reports[0]["roles"][0]["canary"]}
@@ -44,17 +42,9 @@ def test_a_clean_checkpoint_passes(found: dict[str, Any], recipe: str) -> None:
     assert found[recipe]["compared"] >= 2 * 3 * 64
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_stops_the_load(found: dict[str, Any], fault: str) -> None:
-    assert "CanaryError" in found[fault].get("error", ""), found[fault]
-    assert "canary: layer" in found[fault]["error"]
-    assert "the model is not served" in found[fault]["error"]
-
-
-@pytest.mark.parametrize("fault", MISLOADED)
-def test_what_is_loaded_otherwise_stops_the_load(found: dict[str, Any], fault: str) -> None:
-    assert "AuditError" in found[fault].get("error", ""), found[fault]
-    assert "are not the checkpoint's; the model is not served" in found[fault]["error"]
+def test_a_fault_stops_the_load(found: dict[str, Any]) -> None:
+    assert "CanaryError" in found["faulty"].get("error", ""), found["faulty"]
+    assert "the model is not served" in found["faulty"]["error"]
 
 
 @pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=lambda case: case.name)

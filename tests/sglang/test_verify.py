@@ -6,7 +6,7 @@ import pytest
 
 from fse_patch import verify
 
-from ..running import Case
+from ..running import Case, timeless
 from . import cases
 from .conftest import Runs
 
@@ -59,7 +59,7 @@ def test_weight_order_does_not_matter(runs: Runs, case: Case) -> None:
     fused = runs.float32.fused
     plain = fused[Case(case.recipe).name]
     assert fused[case.name]["logprobs"] == plain["logprobs"]
-    assert fused[case.name]["workers"][0]["roles"] == plain["workers"][0]["roles"] != []
+    assert timeless(fused[case.name]) == timeless(plain) != []
 
 
 @pytest.mark.parametrize("case", cases.STOCK, ids=ids)
