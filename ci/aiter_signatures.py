@@ -3,9 +3,9 @@
     python ci/aiter_signatures.py --checkout DIR [--commit HASH] [--write]
 
 DIR is a clone of https://github.com/ROCm/aiter with its tags. Sources are parsed, never imported or copied:
-of each function the names of its parameters are kept, their defaults as source text, its decorators, and whether
-it has a body of its own. ``--commit`` adds a state that has no tag. Without --write, exit status 1 says that
-the file is stale.
+of each function the names of its parameters are kept, their defaults as source text, its decorators, and
+whether it has a body of its own. ``--commit`` adds a state that has no tag. Without --write, exit status 1
+says that the file is stale.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...fusion_core.routing import FusedRouter
+from ...fusion_core.kernels.aiter_router import router_class
 from ..handshake import check_complete
 from . import native
 from .decide import announce_other, decide_for
@@ -88,7 +88,7 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         check_arguments(fusion, layer, args, kwargs)
         shared = kwargs["shared_experts"]
         gate = getattr(shared, "expert_gate", None)
-        router = FusedRouter(
+        router = router_class()(
             layer,
             fusion.decision,
             fusion.counter,

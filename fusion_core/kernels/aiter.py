@@ -2,8 +2,8 @@
 
 Signatures and behaviour are those of its sources, https://github.com/ROCm/aiter, from v0.1.4 on;
 tests/fakes/aiter_signatures.json has them by tag. AITER is no dependency: it is imported when first asked
-for, on ROCm alone, and whatever is wrong with it is a reason not to use it. It aborts the process on arguments
-that it does not take, or reads them as something else, so everything is checked here, before the call.
+for, on ROCm alone, and whatever is wrong with it is a reason not to use it. It aborts the process on what it
+does not take, or reads it as something else, so everything is checked here, before the call.
 """
 
 from __future__ import annotations
@@ -213,10 +213,14 @@ def grouped_topk(
     return weights, ids
 
 
-def without_padding(weights: torch.Tensor, ids: torch.Tensor) -> TopK:
-    """Rows with a negative id, which stands for padding, as rows of expert 0 that weigh nothing.
+def without_padding(weights: torch.Tensor, ids: torch.Tensor, top_k: int) -> TopK:
+    """Padded rows as rows of expert 0 that weigh nothing, their slots included.
 
-    AITER's kernels use an id as an address; and what a padded row adds must be 0 on every rank.
+    AITER's kernels use an id as an address; and what a padded row adds must be 0 on every rank. Engines mark
+    such rows by negative ids, or by routed weights that are all 0.
+
+    Args:
+        weights, ids: [num_tokens, top_k + S].
     """
-    padded = (ids < 0).any(dim=-1, keepdim=True)
+    padded = (ids[:, :top_k] < 0).any(-1, keepdim=True) | (weights[:, :top_k] == 0).all(-1, keepdim=True)
     return weights.masked_fill(padded, 0.0), ids.masked_fill(padded, 0)

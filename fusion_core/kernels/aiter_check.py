@@ -38,9 +38,10 @@ GLM = RoutingSpec("sigmoid", True, 2.5, has_correction_bias=True)
 
 def _logits(columns: int, wider: int, device: torch.device) -> torch.Tensor:
     """Rows of distinct values, far enough apart for one right choice, in a buffer that is ``wider``."""
-    draw = torch.Generator().manual_seed(columns)
-    rows = [torch.randperm(columns + wider, generator=draw) for _ in range(TOKENS)]
-    return (torch.stack(rows) / 16.0 - 2.0).to(device)[:, :columns]
+    # Engines build with a default device and dtype of their own.
+    draw = torch.Generator("cpu").manual_seed(columns)
+    rows = [torch.randperm(columns + wider, generator=draw, device="cpu") for _ in range(TOKENS)]
+    return (torch.stack(rows).to(torch.float32) / 16.0 - 2.0).to(device)[:, :columns]
 
 
 def _differ(what: str, found: TopK, wanted: TopK) -> str:
@@ -87,11 +88,11 @@ def check_grouped(caps: AiterCaps, device: torch.device) -> str:
 
 def check_experts(caps: AiterCaps, device: torch.device) -> str:
     """What is wrong with `fused_moe` on five experts, the last of them a shared slot, or ""."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     experts, hidden, width = 5, 128, 128
 
     def tensor(*shape: int) -> torch.Tensor:
-        drawn = torch.randn(*shape, generator=draw) / math.sqrt(shape[-1])
+        drawn = torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu") / math.sqrt(shape[-1])
         return drawn.to(torch.bfloat16).to(device)
 
     w13, w2, states = (
@@ -102,7 +103,8 @@ def check_experts(caps: AiterCaps, device: torch.device) -> str:
     if refusal := experts_refusal(caps, w13, w2, experts):
         return refusal
     ids = torch.tensor([[0, 3, 4], [2, 1, 4], [3, 2, 4]], dtype=torch.int32, device=device)
-    weights = torch.tensor([[0.6, 0.4, 0.9], [0.5, 0.5, 0.2], [0.8, 0.2, 0.5]], device=device)
+    shares = [[0.6, 0.4, 0.9], [0.5, 0.5, 0.2], [0.8, 0.2, 0.5]]
+    weights = torch.tensor(shares, dtype=torch.float32, device=device)
     wanted = torch.zeros(TOKENS, hidden, dtype=torch.float64, device=device)
     for row, columns in enumerate(ids.tolist()):
         for column, expert in enumerate(columns):

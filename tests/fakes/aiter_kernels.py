@@ -1,7 +1,7 @@
 """What AITER's kernels do with the memory that they are given, in torch on the CPU.
 
-Strides that a release ignores are ignored, a wrong dtype is read as the right one, and an argument that the real
-one aborts on aborts. The first argument is the release.
+Strides that a release ignores are ignored, a wrong dtype is read as the right one, and an argument that the
+real one aborts on aborts. The first argument is the release.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def topk_softmax(
         wide[:, top_k:] = gates[:, experts:].float().sigmoid()
 
 
-def topk_sigmoid(profile: Any, weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> None:
-    """Not called by anything here."""
+def not_run(profile: Any, *_: Any) -> None:
+    """There, with its signature; nothing of ours calls it."""
     raise NotImplementedError
 
 
@@ -112,11 +112,6 @@ def biased_grouped_topk(
     divided = best / best.sum(dim=-1, keepdim=True) if renormalize else best
     memory(weights, torch.float32, (tokens, top_k), stride).copy_(divided * scale)
     memory(ids, torch.int32, (tokens, top_k), stride).copy_(order.int())
-
-
-def grouped_topk(profile: Any, *_: Any) -> None:
-    """Not called by anything here."""
-    raise NotImplementedError
 
 
 def shuffle_weight(profile: Any, x: torch.Tensor, layout: Any = (16, 16), *_: Any) -> torch.Tensor:

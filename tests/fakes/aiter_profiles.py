@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,7 +122,7 @@ def function(name: str, profile: Profile) -> Callable[..., Any]:
             inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in profile.extra
         ]
     signature = inspect.Signature(parameters)
-    kernel = profile.faults.get(name, getattr(aiter_kernels, name))
+    kernel = profile.faults.get(name, getattr(aiter_kernels, name, aiter_kernels.not_run))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)  # a TypeError, as Python's own
@@ -178,7 +179,7 @@ def modules(profile: Profile) -> dict[str, ModuleType]:
         "shuffle_weight": "aiter.ops.shuffle",
     }
     for name in there:
-        if name not in profile.missing and hasattr(aiter_kernels, name):
+        if name not in profile.missing:
             setattr(made[places.get(name, "aiter")], name, function(name, profile))
     for enumeration in (ActivationType, QuantType):
         if enumeration.__name__ not in profile.missing:
@@ -191,14 +192,19 @@ def modules(profile: Profile) -> dict[str, ModuleType]:
 
 
 class _Raises:
-    """Finds `aiter` and fails to import it."""
+    """Finds `aiter`, as any finder does, and raises when it is executed."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] == "aiter":
-            raise self.error
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name == "aiter" else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise self.error
 
 
 @contextmanager
@@ -220,7 +226,10 @@ def installed(profile: Profile | None, hip: str | None = "7.0", gpu: str = "gfx9
         if profile is not None and profile.raises is not None:
             stack.enter_context(patch.object(sys, "meta_path", [_Raises(profile.raises), *sys.meta_path]))
         elif profile is not None:
-            sys.modules.update(modules(profile))
+            made = modules(profile)
+            for name, module in made.items():
+                module.__spec__ = ModuleSpec(name, None, is_package=hasattr(module, "__path__"))
+            sys.modules.update(made)
         aiter_check.usable.cache_clear()
         try:
             yield

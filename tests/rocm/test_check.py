@@ -85,7 +85,9 @@ def up_before_gate(profile: Profile, states: torch.Tensor, w1: torch.Tensor, *ar
     return aiter_kernels.fused_moe(profile, states, swapped, *args)
 
 
-def last_slot_dropped(profile: Profile, states: torch.Tensor, w1: Any, w2: Any, w: Any, *args: Any) -> torch.Tensor:
+def last_slot_dropped(
+    profile: Profile, states: torch.Tensor, w1: Any, w2: Any, w: Any, *args: Any
+) -> torch.Tensor:
     return aiter_kernels.fused_moe(profile, states, w1, w2, w * torch.tensor([1.0, 1.0, 0.0]), *args)
 
 
@@ -108,7 +110,9 @@ FAULTS: list[tuple[str, Kernel, set[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "fault", "off", "words"), FAULTS, ids=lambda x: getattr(x, "__name__", None))
+@pytest.mark.parametrize(
+    ("kernel", "fault", "off", "words"), FAULTS, ids=lambda x: getattr(x, "__name__", None)
+)
 def test_what_is_wrong_is_not_used(kernel: str, fault: Kernel, off: set[str], words: str) -> None:
     usable, lines = on(replace(NEWEST, faults={kernel: fault}))
     assert usable == set(ALL) - off
