@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -125,7 +126,9 @@ CHECKS: tuple[tuple[str, Callable[[AiterCaps, torch.device], str]], ...] = (
 )
 
 
-def _failures(caps: AiterCaps, device: torch.device) -> Iterator[tuple[str, str]]:
+def failures(caps: AiterCaps, device: torch.device) -> dict[str, str]:
+    """What of ``caps`` is not right on ``device``, and what is wrong with it."""
+    found = {}
     for name, check in CHECKS:
         if getattr(caps, name):
             try:
@@ -133,18 +136,24 @@ def _failures(caps: AiterCaps, device: torch.device) -> Iterator[tuple[str, str]
             except Exception as error:  # a kernel that was not built, and whatever it says
                 fault = f"{name}: {type(error).__name__}: {error}"
             if fault:
-                yield name, fault
+                found[name] = fault
+    return found
 
 
 def checked(caps: AiterCaps, device: torch.device) -> AiterCaps:
     """``caps`` without what is not right here; one line in the log for each."""
-    for name, fault in _failures(caps, device):
+    found = failures(caps, device)
+    for name, fault in found.items():
         log.warning("AITER: %s is not used: %s", name, fault)
-        off = {name: False if name == "topk_takes_shared" else None}
-        if name == "topk_softmax":
-            off["topk_takes_shared"] = False
-        caps = dataclasses.replace(caps, **off)  # type: ignore[arg-type]
-    return caps
+    return without(caps, found)
+
+
+def without(caps: AiterCaps, names: Iterable[str]) -> AiterCaps:
+    """``caps`` without some of its operations."""
+    gone: dict[str, Any] = {name: False if name == "topk_takes_shared" else None for name in names}
+    if "topk_softmax" in gone:
+        gone["topk_takes_shared"] = False
+    return dataclasses.replace(caps, **gone)
 
 
 @cache

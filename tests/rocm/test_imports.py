@@ -1,4 +1,4 @@
-"""The package and both adapters import with no aiter, with one that cannot be imported, and with another one."""
+"""The package and both adapters import with no aiter, with one that raises, and with another one."""
 
 from __future__ import annotations
 
