@@ -9,6 +9,7 @@ import torch
 
 from ...errors import FsePatchError
 from ...fusion_core.decision import FusionDecision
+from ...fusion_core.kernels.aiter import without_padding
 from ...fusion_core.naming import TensorNaming
 from ...fusion_core.remap import SlotTensor
 from ...fusion_core.routing import SlotAppender
@@ -42,8 +43,10 @@ class ModelFusion(model_fusion.ModelFusion):
 class AppendHook:
     """Forward pre-hook of the fused experts: the engine's top-k goes in with the shared slots appended."""
 
-    def __init__(self, appender: SlotAppender) -> None:
+    def __init__(self, appender: SlotAppender, padding: bool) -> None:
+        """``padding``: rows that pad a batch must leave the layer as 0, as the engine has them on ROCm."""
         self.appender = appender
+        self.padding = padding
 
     def __call__(
         self, experts: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -57,5 +60,7 @@ class AppendHook:
                 "only the standard one has room for the shared slots"
             )
         weights, ids = self.appender.append(given["hidden_states"], topk.topk_weights, topk.topk_ids)
+        if self.padding:
+            weights, ids = without_padding(weights, ids, self.appender.layout.top_k)
         given["topk_output"] = topk._replace(topk_weights=weights, topk_ids=ids)
         return (), given

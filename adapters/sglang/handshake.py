@@ -31,9 +31,14 @@ def check_experts(
 
 def output_scale(fusion: ModelFusion, experts: Any) -> float:
     """What the engine multiplies the layer's output by: the scale, unless it is in the top-k already."""
-    assert fusion.decision.routing is not None
-    inside = experts.should_fuse_routed_scaling_factor_in_topk
-    return 1.0 if inside else fusion.decision.routing.routed_scaling_factor
+    from sglang.srt.layers.moe import topk
+
+    routing = fusion.decision.routing
+    assert routing is not None
+    # AITER's grouped top-k has the scale inside, and models leave their outputs alone then.
+    by_aiter = topk._use_aiter and routing.scoring == "sigmoid"
+    inside = experts.should_fuse_routed_scaling_factor_in_topk or by_aiter
+    return 1.0 if inside else routing.routed_scaling_factor
 
 
 def check_topk(fusion: ModelFusion, layer: int, topk: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...fusion_core.config import UNQUANTISED
+from ...fusion_core.kernels.aiter_router import router_class
 from ...fusion_core.routing import FusedRouter
 from ..handshake import check_complete
 from ..model_fusion import ModelFusion
@@ -90,7 +91,7 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         check_arguments(fusion, layer, args, kwargs)
         shared = kwargs["shared_experts"]
         gate = getattr(shared, "expert_gate", None)
-        router = FusedRouter(
+        router = router_class()(
             layer,
             fusion.decision,
             fusion.counter,

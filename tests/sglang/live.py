@@ -74,7 +74,15 @@ def prove(engine: Any, job: dict[str, Any], builds: list[list[str]]) -> Any:
         return json.loads(file.read_text())
 
 
-STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, build, prove, reports)}
+def rocm(engine: Any, job: dict[str, Any], builds: list[list[Any]]) -> Any:
+    """What the canary says of further models as on ROCm: folder, profile of AITER, whether with a fault."""
+    with tempfile.TemporaryDirectory() as out:
+        file = Path(out) / "result.json"
+        engine.collective_rpc("fse_rocm", file=str(file), builds=builds)
+        return json.loads(file.read_text())
+
+
+STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, build, prove, rocm, reports)}
 
 
 @contextmanager
@@ -150,10 +158,11 @@ def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> 
 
 def extend(scheduler: Any) -> None:
     """Give the Scheduler class what a step calls."""
-    from . import proving
+    from . import on_rocm, proving
 
     scheduler.Scheduler.fse_build = fse_build
     scheduler.Scheduler.fse_prove = proving.fse_prove
+    scheduler.Scheduler.fse_rocm = on_rocm.fse_rocm
 
 
 def run_steps(job: dict[str, Any]) -> dict[str, Any]:
