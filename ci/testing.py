@@ -68,7 +68,7 @@ def lint() -> list[Step]:
 def core(engines: list[str]) -> list[Step]:
     """Every test folder that is not an engine's."""
     leave = [f"--ignore=tests/{e}" for e in (*engines, "kernels")]
-    return [Step("core tests", [str(CORE / "python"), "-m", "pytest", "tests", *leave], 900)]
+    return [Step("core tests", [str(CORE / "python"), "-m", "pytest", "tests", *leave], 1800)]
 
 
 def kernels(rows: list[dict[str, object]]) -> list[Step]:
