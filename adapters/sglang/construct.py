@@ -12,7 +12,6 @@ import torch
 from ...fusion_core.routing import SlotAppender
 from ..handshake import check_complete
 from ..model_fusion import ACTIVE, CONSTRUCTED
-from . import native
 from .decide import decide_for
 from .fusion import AppendHook, ModelFusion
 from .handshake import check_experts, check_topk, output_scale
@@ -99,8 +98,7 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
             layer, fusion.decision, fusion.counter, shared_gate(self), output_scale(fusion, experts)
         )
         fusion.add_layer(layer, appender, experts)
-        hook = AppendHook(appender, padding=native.platform() == "rocm")
-        experts.register_forward_pre_hook(hook, with_kwargs=True)
+        experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
         setattr(self, fusion.naming.family.shared_module, None)
         fusion.blocks[layer] = self
         fusion.building = fusion.unstripped = None

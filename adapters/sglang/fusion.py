@@ -14,6 +14,7 @@ from ...fusion_core.naming import TensorNaming
 from ...fusion_core.remap import SlotTensor
 from ...fusion_core.routing import SlotAppender
 from .. import model_fusion
+from . import native
 
 
 class ModelFusion(model_fusion.ModelFusion):
@@ -43,10 +44,10 @@ class ModelFusion(model_fusion.ModelFusion):
 class AppendHook:
     """Forward pre-hook of the fused experts: the engine's top-k goes in with the shared slots appended."""
 
-    def __init__(self, appender: SlotAppender, padding: bool) -> None:
-        """``padding``: rows that pad a batch must leave the layer as 0, as the engine has them on ROCm."""
+    def __init__(self, appender: SlotAppender) -> None:
         self.appender = appender
-        self.padding = padding
+        # Rows that pad a batch must leave the layer as 0 there, as the engine's own slots do.
+        self.padding = native.platform() == "rocm"
 
     def __call__(
         self, experts: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

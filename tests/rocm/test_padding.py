@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from fse_patch.adapters.sglang import native
 from fse_patch.adapters.sglang.fusion import AppendHook
 from fse_patch.fusion_core.decision import RoutingSpec
 from fse_patch.fusion_core.dispatch import ModeCounter
@@ -34,7 +36,8 @@ class Standard(NamedTuple):
 
 def hooked(padding: bool, pad_id: int) -> tuple[list[list[float]], list[list[int]]]:
     made = decision(LAYOUT, RoutingSpec("softmax", True))
-    hook = AppendHook(SlotAppender(0, made, ModeCounter(), lambda x: x[:, :1]), padding)
+    with patch.object(native, "platform", lambda: "rocm" if padding else "cuda"):
+        hook = AppendHook(SlotAppender(0, made, ModeCounter(), lambda x: x[:, :1]))
     ids = torch.tensor([[0, 1], [pad_id, pad_id], [2, 3]], dtype=torch.int32)
     given = {
         "hidden_states": torch.zeros(3, 3),
