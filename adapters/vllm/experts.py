@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...fusion_core.execution import TopK
+if TYPE_CHECKING:
+    from ...fusion_core.execution import TopK  # needs Triton
 
 
 class Experts:

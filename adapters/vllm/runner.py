@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import FsePatchError
 from ...fusion_core.dispatch import ModePlan
-from ...fusion_core.execution import LayerExecution
 from ...fusion_core.gate_rows import GateRows
 from ...fusion_core.routing import FusedRouter
 from .experts import Experts
 from .plan import KNOWN_BACKENDS, built_backend
+
+if TYPE_CHECKING:
+    from ...fusion_core.execution import LayerExecution
 
 
 @cache
@@ -72,6 +74,8 @@ def execution_of(
         stock: see `stock_router`.
         shared_gate: the module of the shared expert's gate, or None.
     """
+
+    from ...fusion_core.execution import LayerExecution  # needs Triton
 
     def make(runner: Any) -> LayerExecution:
         experts = Experts(runner.routed_experts, stock)
