@@ -156,7 +156,7 @@ def test_what_is_taken_is_fast_and_matches_as_re_does(parts: list[str]) -> None:
     except Doubt:
         return
     name = "a" * 58 + "!!"
-    start = time.perf_counter()
+    start = time.process_time()
     found = matches(name)
-    assert time.perf_counter() - start < 0.25
+    assert time.process_time() - start < 0.25
     assert found == bool(re.match(pattern, name))
