@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.kernels.aiter_router import router_class
-from ...fusion_core.routing import FusedRouter
 from ..handshake import check_complete
-from ..model_fusion import ModelFusion
 from . import native
 from .decide import announce_other, decide_for
 from .fusion import ACTIVE, CONSTRUCTED
 from .handshake import check_arguments, key_compile_cache
+from .runner import several_modes
 
 # Arguments of the layer factory whose work the fused router does.
 ROUTED_BY_US = (
@@ -120,21 +118,6 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         return runner
 
     return factory
-
-
-def several_modes(
-    fusion: ModelFusion, router: FusedRouter, shared_gate: Any, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Arguments of the layer factory that let a layer run in several modes: unquantised ones, on CUDA."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cuda() or fusion.decision.quant_method != UNQUANTISED:
-        return {}
-    from .runner import execution_of, runner_class, stock_router
-
-    assert fusion.plan is not None
-    make = execution_of(router, fusion.plan, stock_router(kwargs), shared_gate)
-    return {"runner_cls": runner_class(), "runner_args": {"make": make}}
 
 
 def block_init(original: Callable[..., None]) -> Callable[..., None]:

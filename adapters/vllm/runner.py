@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import FsePatchError
+from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.dispatch import ModePlan
 from ...fusion_core.gate_rows import GateRows
 from ...fusion_core.routing import FusedRouter
+from ..model_fusion import ModelFusion
 from .experts import Experts
 from .plan import KNOWN_BACKENDS, built_backend
 
@@ -89,3 +91,16 @@ def execution_of(
         )
 
     return make
+
+
+def several_modes(
+    fusion: ModelFusion, router: FusedRouter, shared_gate: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the layer factory that let a layer run in several modes: unquantised ones, on CUDA."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or fusion.decision.quant_method != UNQUANTISED:
+        return {}
+    assert fusion.plan is not None
+    make = execution_of(router, fusion.plan, stock_router(kwargs), shared_gate)
+    return {"runner_cls": runner_class(), "runner_args": {"make": make}}
