@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from generated import settle
+
 FILE = Path(__file__).parents[1] / "tests" / "fakes" / "aiter_signatures.json"
 # Releases after which something changed that a caller can see.
 TAGS = (
@@ -95,16 +97,7 @@ def main() -> int:
         print(f"{args.checkout} has no {', '.join(empty)}", file=sys.stderr)
         return 2
     new = {"source": "https://github.com/ROCm/aiter", "commit": commit, "states": states}
-    text = rows(new)
-    if old == new:
-        print(f"{FILE}: up to date")
-        return 0
-    if not args.write:
-        print(f"{FILE}: out of date; run again with --write", file=sys.stderr)
-        return 1
-    FILE.write_text(text, encoding="utf-8")
-    print(f"{FILE}: written")
-    return 0
+    return settle(FILE, rows(new), args.write)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from generated import settle
 from packaging.version import Version
 
 from fse_patch.adapters import guards, ledger
@@ -76,15 +77,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_status
     text = json.dumps(merge(book, old, new), indent=2) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        print(f"{path}: up to date")
-        return 0
-    if not args.write:
-        print(f"{path}: out of date; run again with --write", file=sys.stderr)
-        return 1
-    path.write_text(text, encoding="utf-8")
-    print(f"{path}: written")
-    return 0
+    return settle(path, text, args.write)
 
 
 if __name__ == "__main__":

@@ -66,9 +66,17 @@ def lint() -> list[Step]:
 
 
 def core(engines: list[str]) -> list[Step]:
-    """Every test folder that is not an engine's."""
+    """Every test folder that is not an engine's; the ledgers are compared with every engine that is built."""
     leave = [f"--ignore=tests/{e}" for e in (*engines, "kernels")]
-    return [Step("core tests", [str(CORE / "python"), "-m", "pytest", "tests", *leave], 1800)]
+    sites = sorted(map(str, VENVS.glob("*/lib/python3*/site-packages")))
+    return [
+        Step(
+            "core tests",
+            [str(CORE / "python"), "-m", "pytest", "tests", *leave],
+            1800,
+            {"FSE_PATCH_ENGINE_SITE": os.pathsep.join(sites)},
+        )
+    ]
 
 
 def kernels(rows: list[dict[str, object]]) -> list[Step]:
