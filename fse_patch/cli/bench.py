@@ -13,19 +13,26 @@ from .output import print_json
 from .verify import say
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
+# What `fse-patch tune` takes as well.
+Checkpoint = Annotated[Path, typer.Argument(help="Folder with the model's config.json; weights are random.")]
+Engine = Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")]
+Tokens = Annotated[str, typer.Option(help="Numbers of tokens, with commas.")]
+Layers = Annotated[int, typer.Option(min=1, help="Blocks with weights of their own.")]
+Rounds = Annotated[int, typer.Option(min=5, help="Rounds of the arms in turn.")]
+Csv = Annotated[Path | None, typer.Option(help="Append what was measured to this file.")]
+Commit = Annotated[str, typer.Option(help="Goes into the rows: which source this is.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def command(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder with the model's config.json; weights are random.")
-    ],
-    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")] = "vllm",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas.")] = DEFAULT_TOKENS,
-    layers: Annotated[int, typer.Option(min=1, help="Blocks with weights of their own.")] = 4,
-    rounds: Annotated[int, typer.Option(min=5, help="Rounds of the arms in turn.")] = 7,
-    csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
-    commit: Annotated[str, typer.Option(help="Goes into the rows: which source this is.")] = "",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    checkpoint: Checkpoint,
+    engine: Engine = "vllm",
+    tokens: Tokens = DEFAULT_TOKENS,
+    layers: Layers = 4,
+    rounds: Rounds = 7,
+    csv: Csv = None,
+    commit: Commit = "",
+    json: Json = False,
 ) -> None:
     """Exit status: 0 measured, 1 an error against float64 is too large, 3 refused, 2 bad input."""
     from .. import bench

@@ -8,24 +8,34 @@ from typing import Annotated
 import typer
 
 from ..errors import AuditError
-from ..settings import ENGINES, TUNED
-from .bench import DEFAULT_TOKENS, numbers, wrong
+from ..settings import TUNED
+from .bench import (
+    DEFAULT_TOKENS,
+    Checkpoint,
+    Commit,
+    Csv,
+    Engine,
+    Json,
+    Layers,
+    Rounds,
+    Tokens,
+    numbers,
+    wrong,
+)
 from .output import print_json
 from .verify import say
 
 
 def command(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder with the model's config.json; weights are random.")
-    ],
+    checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Table file; rows of other shapes in it are kept.")],
-    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")] = "vllm",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas.")] = DEFAULT_TOKENS,
-    layers: Annotated[int, typer.Option(min=1, help="Blocks with weights of their own.")] = 4,
-    rounds: Annotated[int, typer.Option(min=5, help="Rounds of the arms in turn.")] = 7,
-    csv: Annotated[Path | None, typer.Option(help="Append what was measured to this file.")] = None,
-    commit: Annotated[str, typer.Option(help="Goes into the rows: which source this is.")] = "",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    engine: Engine = "vllm",
+    tokens: Tokens = DEFAULT_TOKENS,
+    layers: Layers = 4,
+    rounds: Rounds = 7,
+    csv: Csv = None,
+    commit: Commit = "",
+    json: Json = False,
 ) -> None:
     """Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a device that is not quiet."""
     from .. import bench, tuning
