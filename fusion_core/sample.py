@@ -71,6 +71,7 @@ class SlotSample:
         self.layout = decision.layout
         self.role = decision.role
         self.naming = naming
+        self._below = f".{naming.family.shared_module}."
         self.layers = frozenset(layers)
         self._samples: dict[int, list[_Sample]] = {}
         self._other: dict[int, set[str]] = {}
@@ -78,7 +79,8 @@ class SlotSample:
     def tap(self, stream: Iterable[Named]) -> Iterator[Named]:
         """The stream as it is; weights of shared experts and their scales are sampled on their way."""
         for name, tensor in stream:
-            ref = self.naming.parse(name)
+            # Most names are other tensors', and the remap parses each of them anyway.
+            ref = self.naming.parse(name) if self._below in name else None
             if ref is not None and ref.is_shared and ref.role == self.role and ref.layer in self.layers:
                 self._note(ref, tensor)
             yield name, tensor
