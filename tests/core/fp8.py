@@ -18,15 +18,13 @@ import torch
 from fse_patch.fusion_core.canary import Reference, Served, reference
 from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
 from fse_patch.fusion_core.dequant import CheckpointLayer
-from fse_patch.fusion_core.dispatch import ModeCounter
 from fse_patch.fusion_core.families import family_of
 from fse_patch.fusion_core.layout import ExpertLayout
 from fse_patch.fusion_core.naming import TensorNaming
 from fse_patch.fusion_core.remap import Remap, SlotTensor
-from fse_patch.fusion_core.routing import FusedRouter
 from fse_patch.fusion_core.tensors import CheckpointTensors
 
-from .moe import decision
+from .moe import decision, router_of
 from .safetensors import save
 
 Tensors = dict[str, torch.Tensor]
@@ -253,14 +251,7 @@ class Kernel:
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] bfloat16 to the same."""
-        row = self.tensors.get(f"{MLP}shared_expert_gate.weight")
-        router = FusedRouter(
-            1,
-            self.made,
-            ModeCounter(),
-            shared_gate=None if row is None else lambda states: states @ row.T,
-            correction_bias=self.tensors.get(f"{MLP}gate.e_score_correction_bias"),
-        )
+        router = router_of(self.made, self.tensors, MLP, 1)
         weights, ids = router(hidden, hidden @ self.tensors[f"{MLP}gate.weight"].T)
         k = self.layout.top_k
         weights = torch.cat([self.weighed(weights[:, :k]), weights[:, k:] * self.slot_factor], dim=1)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.dispatch import ModeCounter
 from fse_patch.fusion_core.families import Role, SharedWeight
 from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.fusion_core.routing import FusedRouter
 
 
 def decision(
@@ -35,6 +38,18 @@ def decision(
         shared_weight=shared_weight,
         moe_layers=layers,
         fused_layers=layers,
+    )
+
+
+def router_of(made: FusionDecision, tensors: Mapping[str, torch.Tensor], mlp: str, layer: int) -> FusedRouter:
+    """The router of a layer, its gates from the checkpoint's tensors below ``mlp``."""
+    row = tensors.get(f"{mlp}shared_expert_gate.weight")
+    return FusedRouter(
+        layer,
+        made,
+        ModeCounter(),
+        shared_gate=None if row is None else lambda states: states @ row.T,
+        correction_bias=tensors.get(f"{mlp}gate.e_score_correction_bias"),
     )
 
 

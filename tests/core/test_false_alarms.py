@@ -21,15 +21,13 @@ from fse_patch.errors import AuditError
 from fse_patch.fusion_core.audit import SlotAudit, is_poisoned, poison
 from fse_patch.fusion_core.canary import NoReference, Served, deviation, judge, reference
 from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.dispatch import ModeCounter
 from fse_patch.fusion_core.families import family_of
 from fse_patch.fusion_core.layout import ExpertLayout
 from fse_patch.fusion_core.naming import TensorNaming
 from fse_patch.fusion_core.remap import Remap, SlotTensor
-from fse_patch.fusion_core.routing import FusedRouter
 from fse_patch.fusion_core.sample import SlotSample
 
-from .moe import decision
+from .moe import decision, router_of
 from .test_canary import layer_in_floats, opened
 
 MLP = "model.layers.1.mlp."
@@ -133,14 +131,7 @@ class Layer:
         yield from self.tensors.items()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        row = self.tensors.get(f"{MLP}shared_expert_gate.weight")
-        router = FusedRouter(
-            1,
-            self.made,
-            ModeCounter(),
-            shared_gate=None if row is None else lambda states: states @ row.T,
-            correction_bias=self.tensors.get(f"{MLP}gate.e_score_correction_bias"),
-        )
+        router = router_of(self.made, self.tensors, MLP, 1)
         weights, ids = router(hidden, hidden @ self.tensors[f"{MLP}gate.weight"].T)
         out = torch.zeros_like(hidden)
         for token, (row_weights, row_ids) in enumerate(zip(weights, ids.tolist(), strict=True)):

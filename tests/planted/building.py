@@ -14,7 +14,7 @@ import torch
 from fse_patch.adapters import model_fusion
 from fse_patch.fusion_core.layout import ExpertLayout
 
-from .plant import adapter, plant
+from .plant import PLANTS, adapter, plant
 
 Context = AbstractContextManager[Any]
 MODELS = {"vllm": "vllm.model_executor.models", "sglang": "sglang.srt.models"}
@@ -48,34 +48,21 @@ def engine_passes(name: str, **changes: Any) -> Callable[[str], Context]:
     return context
 
 
-@plant
-def engine_builds_another_top_k(engine: str) -> Context:
-    return engine_passes("qwen2_moe", top_k=1)(engine)
-
-
-@plant
-def engine_builds_one_expert_less(engine: str) -> Context:
-    return engine_passes("qwen2_moe", num_experts=7)(engine)
-
-
-@plant
-def engine_builds_another_width(engine: str) -> Context:
-    return engine_passes("qwen2_moe", intermediate_size=64)(engine)
-
-
-@plant
-def engine_builds_another_activation(engine: str) -> Context:
-    return engine_passes("qwen2_moe", activation="gelu")(engine)
-
-
-@plant
-def engine_weighs_the_input(engine: str) -> Context:
-    return engine_passes("qwen2_moe", apply_router_weight_on_input=True)(engine)
-
-
-@plant
-def engine_builds_another_scale(engine: str) -> Context:
-    return engine_passes("glm4_moe", routed_scaling_factor=1.0)(engine)
+# Name of the fault: the block, and the arguments that it passes.
+PASSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "engine_builds_another_top_k": ("qwen2_moe", {"top_k": 1}),
+    "engine_builds_one_expert_less": ("qwen2_moe", {"num_experts": 7}),
+    "engine_builds_another_width": ("qwen2_moe", {"intermediate_size": 64}),
+    "engine_builds_another_activation": ("qwen2_moe", {"activation": "gelu"}),
+    "engine_weighs_the_input": ("qwen2_moe", {"apply_router_weight_on_input": True}),
+    "engine_builds_another_scale": ("glm4_moe", {"routed_scaling_factor": 1.0}),
+    "engine_scores_otherwise": ("glm4_moe", {"scoring_func": "softmax"}),
+    "engine_replicates_experts": ("qwen2_moe", {"num_redundant_experts": 2}),
+    "engine_clamps": ("qwen2_moe", {"swiglu_limit": 7.0}),
+    "engine_fuses_by_itself_too": ("qwen2_moe", {"num_fused_shared_experts": 1}),
+    "engine_has_no_shared_expert": ("qwen2_moe", {"shared_experts": None}),
+}
+PLANTS |= {name: engine_passes(block, **changes) for name, (block, changes) in PASSED.items()}
 
 
 @plant
@@ -84,11 +71,6 @@ def engine_renormalises(engine: str) -> Context:
     if engine == "vllm":
         return engine_passes("qwen2_moe", renormalize=True)(engine)
     return topk_passes("qwen2_moe", renormalize=True)
-
-
-@plant
-def engine_scores_otherwise(engine: str) -> Context:
-    return engine_passes("glm4_moe", scoring_func="softmax")(engine)
 
 
 @plant
@@ -103,26 +85,6 @@ def engine_has_no_correction_bias(engine: str) -> Context:
     if engine == "vllm":
         return engine_passes("glm4_moe", e_score_correction_bias=None)(engine)
     return topk_passes("glm4_moe", correction_bias=None)
-
-
-@plant
-def engine_replicates_experts(engine: str) -> Context:
-    return engine_passes("qwen2_moe", num_redundant_experts=2)(engine)
-
-
-@plant
-def engine_clamps(engine: str) -> Context:
-    return engine_passes("qwen2_moe", swiglu_limit=7.0)(engine)
-
-
-@plant
-def engine_fuses_by_itself_too(engine: str) -> Context:
-    return engine_passes("qwen2_moe", num_fused_shared_experts=1)(engine)
-
-
-@plant
-def engine_has_no_shared_expert(engine: str) -> Context:
-    return engine_passes("qwen2_moe", shared_experts=None)(engine)
 
 
 def topk_passes(name: str, **changes: Any) -> Context:
