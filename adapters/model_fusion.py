@@ -1,115 +1,44 @@
-"""One role of one model while an engine builds, loads and runs it. Knows no engine by name."""
+"""One role of one model while an engine loads, updates and runs it. Knows no engine by name."""
 
 from __future__ import annotations
 
-import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
 
 from .. import settings
 from ..errors import AuditError, FsePatchError
-from ..fusion_core.audit import SlotAudit, clear_padding, is_poisoned, marks, poison
 from ..fusion_core.decision import FusionDecision
-from ..fusion_core.dispatch import ModeCounter, ModePlan
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named, Remap, SlotTensor
-from ..fusion_core.routing import SlotAppender
 from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
+from .built import BuiltModel
 from .gates import LoadedGates
 
-if TYPE_CHECKING:
-    from ..fusion_core.execution import LayerExecution  # needs Triton
 
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
-
-
-class ModelFusion(ABC):
-    """What constructor, loader and router of one role share: its decision, its layers, its audit."""
+class ModelFusion(BuiltModel):
+    """A fused model: its shared slots are written and audited here, and what was proved of it is noted."""
 
     def __init__(self, decision: FusionDecision, naming: TensorNaming, checkpoint: Path) -> None:
-        assert decision.layout is not None
-        self.decision = decision
-        self.layout = decision.layout
-        self.naming = naming
-        self.checkpoint = checkpoint
-        self.counter = ModeCounter()
-        self.audit = SlotAudit(decision.role)
-        self.routers: dict[int, SlotAppender] = {}
-        self.experts: dict[int, torch.nn.Module] = {}
-        self.blocks: dict[int, torch.nn.Module] = {}
-        # Which mode runs for how many tokens, and the layers that run by it; on a CPU there are none.
-        self.plan: ModePlan | None = None
-        self.executions: dict[int, LayerExecution] = {}
+        super().__init__(decision, naming, checkpoint)
         # Values of the slots that were found as the checkpoint has them, and parameters laid out otherwise.
         self.compared = 0
         self.not_compared: set[str] = set()
         # What `proving.prove` found; the layer that came closest to what is allowed says how far it was off.
         self.canary: dict[str, Any] = {"state": "pending", "layers": [], "deviation": 0.0, "tolerance": 1.0}
-        # Layer whose block is under construction and still holds its unfused shared MLP.
-        self.unstripped: int | None = None
         # Why layers could not take their part of the weight update under way.
         self.not_updated: dict[int, str] = {}
+        self.gates = LoadedGates(naming, decision.role)
         self._loading = False
         # Whether the first load found the slots poisoned; otherwise the engine has filled and packed them.
         self._fresh: bool | None = None
         self._as_loaded = AsLoaded()
-        self.gates = LoadedGates(naming, decision.role)
-
-    def layer_of(self, prefix: str) -> int | None:
-        """The fused layer that a module prefix lies in, or None."""
-        match = LAYER.search(prefix)
-        layer = int(match[1]) if match else -1
-        return layer if layer in self.decision.fused_layers else None
-
-    def add_layer(self, layer: int, router: SlotAppender, experts: torch.nn.Module) -> None:
-        """A fused layer was built: poison its shared slots and expect them to be written."""
-        if layer in self.routers:
-            raise FsePatchError(f"layer {layer} of the {self.decision.role} model was built twice")
-        # A loader that nobody hooked must not lead to a server that nobody proved.
-        router.closed = (
-            f"{self.decision.role} model: layer {layer} runs before `prove` had it; the model is not served"
-        )
-        self.routers[layer] = router
-        self.experts[layer] = experts
-        suffixes = set()
-        for name, parameter in self._fused_parameters(layer):
-            if parameter.ndim and parameter.shape[0] == self.layout.num_routed:
-                raise FsePatchError(
-                    f"layer {layer}: {name} has rows for {parameter.shape[0]} experts, and "
-                    f"{self.layout.num_experts} were decided"
-                )
-            poison(parameter.data[self.layout.num_routed :])
-            for elements in marks(parameter.data):
-                poison(elements)
-            suffixes.add(name)
-        slots = {n: p.data[self.layout.num_routed :] for n, p in experts.named_parameters(recurse=False)}
-        clear_padding(slots, self.layout.moe_intermediate_size // self._share(experts)[1])
-        self.audit.expect(layer, self.layout.shared_slots, suffixes)
-
-    def refresh_gates(self) -> None:
-        """See `GateRows.refresh`; whether or not anything is proved about them."""
-        for execution in self.executions.values():
-            if execution.gate is not None:
-                execution.gate.refresh()
-
-    def open(self) -> None:
-        """Let the layers run: what is to be proved about them is, or is about to be."""
-        self.refresh_gates()
-        for router in self.routers.values():
-            router.closed = ""
-
-    def _fused_parameters(self, layer: int) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for name, parameter in self.experts[layer].named_parameters(recurse=False):
-            if match := WEIGHT.fullmatch(name):
-                yield match[1], parameter
 
     def load(self, original: Callable[[Iterable[Named]], Any], weights: Iterable[Named]) -> Any:
         """Run the engine's ``load_weights`` on the routed stream; shared slots are written here."""
@@ -149,16 +78,6 @@ class ModelFusion(ABC):
         self.refresh_gates()
         self.gates.check(self.routers, self.blocks)
 
-    @property
-    def poisoned(self) -> list[int]:
-        """Layers in whose slots unwritten values are left."""
-        return [layer for layer in sorted(self.experts) if self._is_poisoned(layer)]
-
-    def _unrouted(self) -> list[int]:
-        """Layers in which an expert was not written."""
-        found = ((n, p.data) for n in sorted(self.experts) for _, p in self._fused_parameters(n))
-        return sorted({n for n, experts in found if any(map(is_poisoned, marks(experts)))})
-
     def _is_collected(self) -> bool:
         """Whether the engine collects what is loaded, to process it later as it did at its start."""
         return any(p.is_meta for n in self.experts for _, p in self._fused_parameters(n))
@@ -167,10 +86,6 @@ class ModelFusion(ABC):
         """The first shared slot of the first layer, of each parameter."""
         slot, found = self.layout.num_routed, (self._fused_parameters(n) for n in sorted(self.experts)[:1])
         return {name: p.data[slot : slot + 1] if p.ndim else p.data for layer in found for name, p in layer}
-
-    def _is_poisoned(self, layer: int) -> bool:
-        rows = slice(self.layout.num_routed, None)
-        return any(is_poisoned(p.data[rows]) for _, p in self._fused_parameters(layer))
 
     def _routed_only(self, weights: Iterable[Named]) -> Iterator[Named]:
         for item in Remap(self.decision, self.naming, self.routers)(self.gates.watch(weights)):
@@ -196,10 +111,6 @@ class ModelFusion(ABC):
     @abstractmethod
     def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand a slot tensor to the engine's weight loader; whether it took it."""
-
-    @abstractmethod
-    def _share(self, experts: torch.nn.Module) -> tuple[int, int]:
-        """Which part of each expert this process holds, and of how many."""
 
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
