@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,9 +39,9 @@ def live(cls: type, family: str, model_config: Any, quantised: object) -> dict[s
     gate = getattr(cls, GATE, None)
     if entry is None or (gate is not None and gate(model_config.hf_config, quantised)):
         return None
-    block_decides = family.startswith("qwen")
-    if block_decides and not qwen2_moe.can_fuse_shared_expert(model_config.hf_text_config, quantised):
-        return None
+    if block := entry.get("block"):
+        asked = importlib.import_module(f"sglang.srt.models.{block}").can_fuse_shared_expert
+        return entry if asked(model_config.hf_text_config, quantised) else None
     return entry
 
 
