@@ -77,7 +77,7 @@ def measure(
 
 
 def modes_for(pair: Pair, tokens: int) -> list[Mode]:
-    """What can run: split needs one slot, small pays for few tokens; where no modes are built there is one."""
+    """What can run: split needs one slot, small pays for few tokens; without executions there is one mode."""
     if not pair.fusion.executions:
         return ["fused"]
     small: list[Mode] = ["small"] if tokens <= SMALL_LIMIT else []
