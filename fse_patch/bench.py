@@ -77,7 +77,9 @@ def measure(
 
 
 def modes_for(pair: Pair, tokens: int) -> list[Mode]:
-    """What can run: split needs a single slot, small pays for few tokens only."""
+    """What can run: split needs one slot, small pays for few tokens; without executions there is one mode."""
+    if not pair.fusion.executions:
+        return ["fused"]
     small: list[Mode] = ["small"] if tokens <= SMALL_LIMIT else []
     split: list[Mode] = ["split"] if pair.layout.num_shared_slots == 1 else []
     return [*small, "fused", *split]
@@ -144,18 +146,20 @@ def errors(pair: Pair, seeds: int = SEEDS) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"tokens": [], "stock": [], "control": []}
     stock, fused = pair.stock[0], pair.fused[0]
-    execution = next(iter(pair.fusion.executions.values()))
+    first = min(pair.fusion.routers)
+    router, execution = pair.fusion.routers[first], pair.fusion.executions.get(first)
     for seed in range(seeds):
         states, wanted = reference(pair, seed)
         found["tokens"].append(len(states))
         with pair.forward_context(len(states)):
             found["stock"].append(_off(stock(states.clone()), wanted))
             for mode in modes_for(pair, len(states)):
-                execution.forced = mode
+                if execution is not None:
+                    execution.forced = mode
                 found.setdefault(mode, []).append(_off(fused(states.clone()), wanted))
-            execution.router.control_factor = CONTROL
+            router.control_factor = CONTROL
             found["control"].append(_off(fused(states.clone()), wanted))
-            execution.router.control_factor = 1.0
+            router.control_factor = 1.0
     return found
 
 

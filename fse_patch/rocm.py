@@ -3,7 +3,8 @@
     python -m fse_patch.rocm CHECKPOINT --engine vllm [--out rocm-report.json]
 
 It looks at AITER, in a process of its own because its kernels end the process on what they do not take, and
-runs `fse-patch verify`, with FSE_PATCH_ALLOW_UNMEASURED=1. The exit status is that of verify.
+runs `fse-patch verify` and `fse-patch bench`, with FSE_PATCH_ALLOW_UNMEASURED=1. The exit status is that of
+verify: a device on which fusing is slow is still right.
 """
 
 from __future__ import annotations
@@ -76,18 +77,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", required=True, choices=settings.ENGINES)
     parser.add_argument("--out", type=Path, default=Path("rocm-report.json"))
     args = parser.parse_args(argv)
-    verified = _child(
-        ["-m", "fse_patch.cli.app", "verify", args.checkpoint, "--engine", args.engine, "--json"]
-    )
-    report = {
+
+    def run(command: str) -> dict[str, Any]:
+        print(f"fse-patch {command} {args.checkpoint}", file=sys.stderr, flush=True)
+        given = [command, args.checkpoint, "--engine", args.engine, "--json"]
+        return _child(["-m", "fse_patch.cli.app", *given])
+
+    report: dict[str, Any] = {
         "fse_patch": __version__,
         "doctor": doctor.examine(),
         "aiter": _child(["-c", LOOK]),
-        "verify": verified,
+        "verify": run("verify"),
+        "bench": run("bench"),
     }
     args.out.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     print(f"{args.out}: written; attach it to an issue")
-    return int(verified["status"])
+    return int(report["verify"]["status"])
 
 
 if __name__ == "__main__":

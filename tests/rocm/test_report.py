@@ -52,3 +52,5 @@ def test_the_command_writes_a_file_and_ends_as_verify(
     assert report["doctor"]["environment"]["platform"] == "cpu"
     assert str(out) in capsys.readouterr().out
     assert any("nothing" in line for line in report["verify"]["output"])
+    assert report["bench"]["status"] == 2
+    assert any("no CUDA device" in line for line in report["bench"]["output"])
