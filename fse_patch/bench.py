@@ -32,8 +32,11 @@ CONTROL = 0.5
 Progress = Callable[[str], None]
 
 
-def open_pair(folder: Path, engine: str, layers: int) -> Pair:
+def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
     """Blocks for the model that a config.json describes.
+
+    Args:
+        quant: measure as if the experts were in this format: "fp8-block"; "": as the folder says.
 
     Raises:
         RefusedError: the model does not fuse.
@@ -51,7 +54,7 @@ def open_pair(folder: Path, engine: str, layers: int) -> Pair:
     from . import apply
 
     apply(engine)
-    return Pair(folder, decision, layers)
+    return Pair(folder, decision, layers, quant=quant)
 
 
 def measure(
@@ -116,7 +119,8 @@ def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
         "stock_us": statistics.median(stock) / layers * 1e6,
         "again": self_ratio.median,
         "valid": is_quiet(self_ratio),
-        "floor_us": floor_seconds(layout, 1, tokens, gates) * 1e6,
+        # Gates stay in 16 bit.
+        "floor_us": floor_seconds(layout, 1, tokens, gates * 2 // pair.itemsize, pair.itemsize) * 1e6,
     }
     for mode, values in seconds.items():
         found = ratio(stock, values)
@@ -186,13 +190,12 @@ def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     if gate is not None:
         share = (states.double() @ gate.weight.data.double().T).sigmoid()
     weights, ids = append_shared_slots(weights, ids, layout.shared_slots, share)
-    experts = pair.fused[0].experts.routed_experts
     out = torch.zeros_like(states, dtype=torch.float64)
     for token in range(len(states)):
         for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
-            one, up = (experts.w13_weight.data[expert].double() @ states[token].double()).chunk(2)
+            one, up = (pair.exact(expert, "w13") @ states[token].double()).chunk(2)
             inner = torch.nn.functional.silu(one) * up
-            out[token] += weight * (experts.w2_weight.data[expert].double() @ inner)
+            out[token] += weight * (pair.exact(expert, "w2") @ inner)
     return states, out
 
 

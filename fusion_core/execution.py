@@ -46,6 +46,19 @@ class GroupedExperts(Protocol):
         """The stream that stock runs the shared expert on for so many tokens; None: in turn."""
 
 
+class QuantisedExperts(Protocol):
+    """What stands for products with w13 and w2 where they are quantised; results have the states' dtype."""
+
+    def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
+        """Few tokens over k + S slots: [num_tokens, H]."""
+
+    def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """w13 of the one shared slot: [num_tokens, 2 * I]."""
+
+    def down(self, inner: torch.Tensor) -> torch.Tensor:
+        """w2 of the one shared slot, of inner states [num_tokens, I]: [num_tokens, H]."""
+
+
 class LayerExecution:
     """Runs one layer.
 
@@ -56,6 +69,7 @@ class LayerExecution:
             None where it is handed logits of E experts.
         gate_linear: router logits [num_tokens, E], as stock computes them, where the layer computes its own.
         shared_gate: module of the shared expert's gate, with a weight [1, H], or None.
+        quantised: None where the weights are plain ones.
     """
 
     def __init__(
@@ -66,6 +80,7 @@ class LayerExecution:
         gate: GateRows | None,
         gate_linear: Callable[[torch.Tensor], torch.Tensor] | None,
         shared_gate: torch.nn.Module | None,
+        quantised: QuantisedExperts | None = None,
     ) -> None:
         if (gate is None) != (gate_linear is None):
             raise ValueError("a layer with gates of its own needs both forms of them")
@@ -75,6 +90,7 @@ class LayerExecution:
         self.gate = gate
         self.gate_linear = gate_linear
         self.shared_gate = shared_gate
+        self.quantised = quantised
         self.layout = router.layout
         # In place of the plan's choice: each mode is proved before anything is served.
         self.forced: Mode | None = None
@@ -97,6 +113,8 @@ class LayerExecution:
             weights[:, self.layout.top_k] *= factor
         w13, w2 = self.experts.w13, self.experts.w2
         if mode == "small":
+            if self.quantised is not None:
+                return self.quantised.small(hidden_states, (weights, ids))
             return small_experts(hidden_states, w13, w2, weights, ids)
         return self.experts.gemm(hidden_states, w13, w2, (weights, ids))
 
@@ -130,17 +148,28 @@ class LayerExecution:
             logits = self.gate_linear(hidden_states)
         top_k = experts.choose(hidden_states, logits)
         out = experts.gemm(hidden_states, experts.w13[:routed], experts.w2[:routed], top_k)
-        down = experts.w2[routed].T
         if stream is None:
-            return out.addmm_(self._inner(hidden_states), down)
+            if self.quantised is not None:
+                return out.add_(self._shared(hidden_states))
+            return out.addmm_(self._inner(hidden_states), experts.w2[routed].T)
         with torch.cuda.stream(stream):
-            shared = self._inner(hidden_states) @ down
+            shared = self._shared(hidden_states)
         torch.cuda.current_stream().wait_stream(stream)
         return out.add_(shared)
 
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The shared expert's part of the output, [num_tokens, H]."""
+        inner = self._inner(hidden_states)
+        if self.quantised is not None:
+            return self.quantised.down(inner)
+        return inner @ self.experts.w2[self.layout.num_routed].T
+
     def _inner(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Inner states of the shared expert, [num_tokens, I], its weight in them."""
-        gate_up = torch.nn.functional.linear(hidden_states, self.experts.w13[self.layout.num_routed])
+        if self.quantised is not None:
+            gate_up = self.quantised.gate_up(hidden_states)
+        else:
+            gate_up = torch.nn.functional.linear(hidden_states, self.experts.w13[self.layout.num_routed])
         factor = self.router.control_factor
         if self.shared_gate is None:
             return silu_mul(gate_up, factor=factor)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .. import patches
 from ..errors import FsePatchError
+from .config import UNQUANTISED
 from .dispatch import Mode, ModePlan, always
 from .layout import ExpertLayout
 
@@ -33,8 +34,9 @@ class Situation:
     Args:
         engine, release, backend: who runs the grouped GEMM; backend in the engine's own word, lower case.
         device: the GPU's name, as its driver gives it.
-        dtype: of hidden states and weights, as torch names it.
+        dtype: of hidden states, and of weights that are not quantised, as torch names it.
         scoring, gated: how the layer routes, and whether the shared expert has a sigmoid gate.
+        quant: how the experts' weights are stored, with the size of blocks: "fp8-block 128x128"; or "none".
     """
 
     engine: str
@@ -49,6 +51,7 @@ class Situation:
     width: int
     scoring: str
     gated: bool
+    quant: str = UNQUANTISED
 
     @classmethod
     def of(cls, layout: ExpertLayout, parts: int, **rest: Any) -> Situation:
@@ -63,8 +66,9 @@ class Situation:
         )
 
     def __str__(self) -> str:
+        quant = "" if self.quant == UNQUANTISED else f" with {self.quant}"
         return (
-            f"{self.engine} {self.release} ({self.backend}) on {self.device}: {self.dtype}, "
+            f"{self.engine} {self.release} ({self.backend}) on {self.device}: {self.dtype}{quant}, "
             f"E={self.num_routed}+{self.num_shared_slots}, k={self.top_k}, H={self.hidden_size}, "
             f"I={self.width}"
         )
@@ -97,6 +101,7 @@ class Row(_Strict):
     dtype: Text
     scoring: Literal["softmax", "sigmoid"]
     gated: bool
+    quant: Text = UNQUANTISED
     steps: list[Step]
     otherwise: Choice
 
@@ -128,6 +133,7 @@ class Split(_Strict):
     backend: Text
     platform: Literal["cuda", "rocm"]
     dtypes: list[Text]
+    quants: list[Text] = [UNQUANTISED]
     max_slots: Size
     why: Text
 
@@ -214,5 +220,6 @@ def _is_stock(place: Split, situation: Situation, platform: str) -> bool:
         and place.backend == situation.backend
         and place.platform == platform
         and situation.dtype in place.dtypes
+        and situation.quant in place.quants
         and situation.num_shared_slots <= place.max_slots
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,23 +11,34 @@ from typing import Any
 
 import torch
 
+from ...errors import FsePatchError
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.dispatch import always
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
 from ..model_fusion import ACTIVE
+from .block_weights import copy, exact, fill, process
+from .described import described
+from .formats import format_of
 from .fusion import ModelFusion
 from .plan import backend, situation
 
 MODELS = "vllm.model_executor.models."
 # Module, class and what its constructor takes before the prefix. Qwen3.5 builds the block of Qwen3-Next.
 BLOCKS: dict[str, tuple[str, str, Callable[[Any], dict[str, Any]]]] = {
-    "qwen2_moe": ("qwen2_moe", "Qwen2MoeSparseMoeBlock", lambda c: {"config": c.model_config.hf_text_config}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        "Qwen2MoeSparseMoeBlock",
+        lambda c: {"config": c.model_config.hf_text_config, "quant_config": c.quant_config},
+    ),
     "qwen3_next": ("qwen3_next", "Qwen3NextSparseMoeBlock", lambda c: {"vllm_config": c}),
     "qwen3_5_moe": ("qwen3_next", "Qwen3NextSparseMoeBlock", lambda c: {"vllm_config": c}),
-    "glm4_moe": ("glm4_moe", "Glm4MoE", lambda c: {"config": c.model_config.hf_text_config}),
+    "glm4_moe": (
+        "glm4_moe",
+        "Glm4MoE",
+        lambda c: {"config": c.model_config.hf_text_config, "quant_config": c.quant_config},
+    ),
 }
-GATE_STD, WEIGHT_STD, BIAS_STD = 0.03, 0.02, 0.05
 
 
 class Pair:
@@ -36,22 +48,38 @@ class Pair:
         folder: has the model's config.json.
         decision: of that folder.
         layers: how many pairs; one pair's weights would stay in the cache.
+        quant: measure as if the experts were in this format, see `described`; "": as the folder says.
     """
 
-    def __init__(self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16", quant: str = ""
+    ) -> None:
         from vllm.engine.arg_utils import EngineArgs
 
-        self.config = EngineArgs(
-            model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype, enforce_eager=True
-        ).create_engine_config()
+        if quant:
+            # What is measured is not served: no checkpoint has to be proved for it.
+            decision = dataclasses.replace(decision, quant_method="fp8", formats=(quant,))
+        with described(folder, quant) as model:
+            self.config = EngineArgs(
+                model=str(model),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                enforce_eager=True,
+            ).create_engine_config()
         self.decision = decision
+        form = format_of(decision, self.config)
+        if form is None:
+            raise FsePatchError(f"{folder}: experts in {', '.join(decision.formats)} are not measured")
+        self.block = form.block
+        self.itemsize = torch.bfloat16.itemsize if form.block is None else torch.float8_e4m3fn.itemsize
         family = family_of(decision.model_type)
         assert family is not None
         assert decision.layout is not None
         self.layout = decision.layout
         with self._engine():
-            picked = backend(self.config, decision, self.layout.num_routed, self.layout.top_k)
-            self.situation = situation(decision, self.config, picked)
+            picked = backend(form, self.config, decision, self.layout.num_routed, self.layout.top_k)
+            self.situation = situation(form, decision, self.config, picked)
             self.fusion = ModelFusion(decision, TensorNaming(family, len(decision.moe_layers)), folder)
             # Every mode is asked for by name.
             self.fusion.plan = always("fused", "measuring")
@@ -63,7 +91,7 @@ class Pair:
                 ACTIVE.reset(token)
             for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
                 fill(stock, number)
-                self._copy(stock, fused, family.shared_module)
+                copy(stock, fused, family.shared_module, self.layout)
                 for block in (stock, fused):
                     process(block)
             self.fusion.open()
@@ -94,22 +122,9 @@ class Pair:
         cls = getattr(importlib.import_module(MODELS + module), name)
         return cls(**arguments(self.config), prefix=f"model.layers.{layer}.mlp")
 
-    def _copy(self, stock: Any, fused: Any, shared: str) -> None:
-        """The weights of a stock block to where a fused one has them."""
-        routed, ours = stock.experts.routed_experts, fused.experts.routed_experts
-        mlp, width = getattr(stock, shared), self.layout.moe_intermediate_size
-        slots = self.layout.num_shared_slots
-        for name in ("w13_weight", "w2_weight"):
-            getattr(ours, name).data[: self.layout.num_routed].copy_(getattr(routed, name).data)
-        gate, up = mlp.gate_up_proj.weight.data.chunk(2)
-        both = torch.cat([gate.view(slots, width, -1), up.view(slots, width, -1)], dim=1)
-        ours.w13_weight.data[self.layout.num_routed :].copy_(both)
-        down = mlp.down_proj.weight.data.view(-1, slots, width).transpose(0, 1)
-        ours.w2_weight.data[self.layout.num_routed :].copy_(down)
-        ours_too = dict(fused.named_parameters())
-        for name, parameter in stock.named_parameters():
-            if ".routed_experts." not in name and name in ours_too:
-                ours_too[name].data.copy_(parameter.data)
+    def exact(self, expert: int, name: str) -> torch.Tensor:
+        """w13 or w2 of an expert of the first fused block, in float64."""
+        return exact(self.fused[0].experts.routed_experts, expert, name, self.block)
 
     @contextlib.contextmanager
     def forward_context(self, tokens: int) -> Iterator[None]:
@@ -119,21 +134,3 @@ class Pair:
         with self._engine(), set_forward_context(None, self.config, num_tokens=tokens):
             get_forward_context().all_moe_layers = None
             yield
-
-
-def fill(block: Any, seed: int) -> None:
-    """Random weights, and a router that spreads the tokens."""
-    draw = torch.Generator("cuda").manual_seed(seed)
-    for name, parameter in block.named_parameters():
-        bias = name.endswith("e_score_correction_bias")
-        gate = name.endswith("gate.weight")
-        std = BIAS_STD if bias else GATE_STD if gate else WEIGHT_STD
-        parameter.data.normal_(0, std, generator=draw)
-
-
-def process(block: Any) -> None:
-    """What the engine does with loaded weights."""
-    for module in block.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if hasattr(method, "process_weights_after_loading"):
-            method.process_weights_after_loading(module)

@@ -35,9 +35,19 @@ class Experts:
         """vLLM's own kernels, without its modular kernel's copy of the result out of a workspace."""
         layer, (weights, ids) = self.routed_experts, top_k
         kernel = layer.quant_method.moe_kernel.impl
-        experts, tokens, rows, hidden, slots = kernel.fused_experts.moe_problem_size(
-            hidden_states, w13, w2, ids
+        # Rounds the states to FP8 where the kernel multiplies in it, and leaves plain ones alone. The kernel
+        # has scales of all experts, and reads those of the chosen ones.
+        states, scale, *_ = kernel.prepare_finalize.prepare(
+            hidden_states,
+            weights,
+            ids,
+            w13.shape[0],
+            None,
+            False,
+            kernel.fused_experts.quant_config,
+            defer_input_quant=kernel.fused_experts.expects_unquantized_inputs,
         )
+        experts, tokens, rows, hidden, slots = kernel.fused_experts.moe_problem_size(states, w13, w2, ids)
         workspace13, workspace2, _ = kernel._allocate_buffers(
             hidden_states.dtype,
             hidden_states.device,
@@ -54,7 +64,7 @@ class Experts:
         output = torch.empty_like(hidden_states)
         kernel.fused_experts.apply(
             output=output,
-            hidden_states=hidden_states,
+            hidden_states=states,
             w1=w13,
             w2=w2,
             topk_weights=weights,
@@ -62,8 +72,8 @@ class Experts:
             activation=layer.activation,
             global_num_experts=experts,
             expert_map=None,
-            a1q_scale=None,
-            a2_scale=None,
+            a1q_scale=scale,
+            a2_scale=kernel.fused_experts.a2_scale,
             workspace13=workspace13,
             workspace2=workspace2,
             expert_tokens_meta=None,

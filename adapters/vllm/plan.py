@@ -7,11 +7,11 @@ from typing import Any
 from packaging.version import Version
 
 from ... import settings
-from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.dispatch import ModePlan, always
 from ...fusion_core.tuned import Situation, plan_for
 from ..deciding import Refusal
+from .formats import UNKNOWN, ExpertFormat, dense_word, format_of
 
 # Backends whose experts `Experts.gemm` knows how to call.
 KNOWN_BACKENDS = {"triton"}
@@ -33,19 +33,23 @@ def plan_of(decision: FusionDecision, vllm_config: Any) -> tuple[ModePlan | None
     assert layout is not None
     if not current_platform.is_cuda():
         return _unmeasured(allowed, "on this platform")
-    if decision.quant_method != UNQUANTISED:
-        return _unmeasured(allowed, "for quantised experts")
+    form = format_of(decision, vllm_config)
+    if form is None:
+        return _unmeasured(allowed, "for experts of this format")
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
         return _unmeasured(
             False, "with VLLM_BATCH_INVARIANT: another mode for another batch breaks its promise"
         )
-    stock = backend(vllm_config, decision, layout.num_routed, layout.top_k)
-    fused = backend(vllm_config, decision, layout.num_experts, layout.fused_top_k)
+    stock = backend(form, vllm_config, decision, layout.num_routed, layout.top_k)
+    fused = backend(form, vllm_config, decision, layout.num_experts, layout.fused_top_k)
     if stock != fused or fused not in KNOWN_BACKENDS:
         return _unmeasured(
             False, f"with the MoE backend {stock} of the unfused layer, {fused} of the fused one"
         )
-    found = plan_for(situation(decision, vllm_config, fused), "cuda", settings.load().tuned_file)
+    here = situation(form, decision, vllm_config, fused)
+    if UNKNOWN in here.backend:
+        return _unmeasured(False, "with the kernel that vLLM picks for the unfused shared expert")
+    found = plan_for(here, "cuda", settings.load().tuned_file)
     if found == "slower":
         return None, "slower"
     return (found, "") if found else _unmeasured(allowed, "for this shape, dtype, device and release")
@@ -57,32 +61,37 @@ def _unmeasured(allowed: bool, where: str) -> tuple[ModePlan | None, str]:
     return None, f"no measurement shows that fusing is not slower {where}; `fse-patch tune` makes one"
 
 
-def situation(decision: FusionDecision, vllm_config: Any, found: str) -> Situation:
-    """What a table is asked for."""
+def situation(form: ExpertFormat, decision: FusionDecision, vllm_config: Any, found: str) -> Situation:
+    """What a table is asked for. Stock's kernel for the shared expert is a part of the backend."""
     from vllm import __version__
     from vllm.platforms import current_platform
 
     assert decision.layout is not None
     assert decision.routing is not None
+    parts = vllm_config.parallel_config.tensor_parallel_size
+    shared = decision.layout.num_shared_slots * decision.layout.moe_intermediate_size // parts
+    dense = dense_word(form, decision.layout.hidden_size, shared)
     return Situation.of(
         decision.layout,
-        vllm_config.parallel_config.tensor_parallel_size,
+        parts,
         engine=decision.engine,
         release=Version(__version__).public,
-        backend=found,
+        backend=f"{found}+{dense}" if dense else found,
         device=current_platform.get_device_name(),
         dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
         scoring=decision.routing.scoring,
         gated=decision.shared_weight == SHARED_GATE,
+        quant=form.quant,
     )
 
 
-def backend(vllm_config: Any, decision: FusionDecision, num_experts: int, top_k: int) -> str:
-    """The backend that vLLM picks for unquantised experts of this number, in lower case."""
+def backend(
+    form: ExpertFormat, vllm_config: Any, decision: FusionDecision, num_experts: int, top_k: int
+) -> str:
+    """The backend that vLLM picks for the grouped GEMM of so many experts, in lower case."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
     from vllm.model_executor.layers.fused_moe.layer import make_parallel_config
-    from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
 
     layout = decision.layout
     assert layout is not None
@@ -101,13 +110,13 @@ def backend(vllm_config: Any, decision: FusionDecision, num_experts: int, top_k:
         in_dtype=vllm_config.model_config.dtype,
         moe_backend=vllm_config.kernel_config.moe_backend,
     )
-    picked, _ = select_unquantized_moe_backend(config)
-    return str(picked.name).lower()
+    return form.grouped(config)
 
 
 def built_backend(runner: Any) -> str:
     """The backend that a layer was really built with."""
-    picked = getattr(runner.routed_experts.quant_method, "unquantized_backend", None)
+    method = runner.routed_experts.quant_method
+    picked = getattr(method, "unquantized_backend", None) or getattr(method, "fp8_backend", None)
     return "" if picked is None else str(picked.name).lower()
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import FsePatchError
-from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.dispatch import ModePlan
 from ...fusion_core.gate_rows import GateRows
 from ...fusion_core.routing import FusedRouter
 from ..model_fusion import ModelFusion
 from .experts import Experts
+from .formats import ExpertFormat, dense_kernels, format_of
 from .plan import KNOWN_BACKENDS, built_backend
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def stock_router(kwargs: dict[str, Any]) -> Any:
 
 
 def execution_of(
-    router: FusedRouter, plan: ModePlan, stock: Any, shared_gate: Any
+    router: FusedRouter, plan: ModePlan, form: ExpertFormat, stock: Any, shared_gate: Any
 ) -> Callable[[Any], LayerExecution]:
     """What makes the execution of a layer, as soon as its runner has its experts and its gate.
 
@@ -83,24 +83,37 @@ def execution_of(
         experts = Experts(runner.routed_experts, stock)
         if built_backend(runner) not in KNOWN_BACKENDS:
             raise FsePatchError(f"{runner.layer_name}: vLLM took the MoE backend {built_backend(runner)!r}")
+        quantised = quantised_of(form, runner.routed_experts, router.layout.num_routed)
         if runner.gate is None:
-            return LayerExecution(router, plan, experts, None, None, shared_gate)
+            return LayerExecution(router, plan, experts, None, None, shared_gate, quantised)
         gates = GateRows([runner.gate] if shared_gate is None else [runner.gate, shared_gate])
         return LayerExecution(
-            router, plan, experts, gates, lambda states: runner.gate(states)[0], shared_gate
+            router, plan, experts, gates, lambda states: runner.gate(states)[0], shared_gate, quantised
         )
 
     return make
 
 
+def quantised_of(form: ExpertFormat, experts: Any, slot: int) -> Any:
+    """The `QuantisedExperts` of a layer, None where its experts are plain."""
+    from .fp8 import Fp8Experts  # needs Triton
+
+    if form.block is None:
+        return None
+    _, hidden, width = experts.w2_weight.shape
+    return Fp8Experts(experts, form.block, dense_kernels(form, hidden, width), slot)
+
+
 def several_modes(
     fusion: ModelFusion, router: FusedRouter, shared_gate: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of the layer factory that let a layer run in several modes: unquantised ones, on CUDA."""
+    """Arguments of the layer factory that let a layer run in several modes: known formats, on CUDA."""
+    from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda() or fusion.decision.quant_method != UNQUANTISED:
+    form = format_of(fusion.decision, get_current_vllm_config()) if current_platform.is_cuda() else None
+    if form is None:
         return {}
     assert fusion.plan is not None
-    make = execution_of(router, fusion.plan, stock_router(kwargs), shared_gate)
+    make = execution_of(router, fusion.plan, form, stock_router(kwargs), shared_gate)
     return {"runner_cls": runner_class(), "runner_args": {"make": make}}

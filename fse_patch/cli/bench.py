@@ -21,6 +21,9 @@ Layers = Annotated[int, typer.Option(min=1, help="Blocks with weights of their o
 Rounds = Annotated[int, typer.Option(min=5, help="Rounds of the arms in turn.")]
 Csv = Annotated[Path | None, typer.Option(help="Append what was measured to this file.")]
 Commit = Annotated[str, typer.Option(help="Goes into the rows: which source this is.")]
+Quant = Annotated[
+    str, typer.Option(help="Measure the experts in this format: fp8-block. Default: as config.json says.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -32,12 +35,13 @@ def command(
     rounds: Rounds = 7,
     csv: Csv = None,
     commit: Commit = "",
+    quant: Quant = "",
     json: Json = False,
 ) -> None:
     """Exit status: 0 measured, 1 an error against float64 is too large, 3 refused, 2 bad input."""
     from .. import bench
 
-    pair = bench.open_pair(checkpoint, engine, layers)
+    pair = bench.open_pair(checkpoint, engine, layers, quant)
     rows = bench.measure(pair, numbers(tokens), rounds, say)
     errors = bench.errors(pair)
     if csv is not None:

@@ -17,6 +17,7 @@ from .bench import (
     Engine,
     Json,
     Layers,
+    Quant,
     Rounds,
     Tokens,
     numbers,
@@ -35,12 +36,13 @@ def command(
     rounds: Rounds = 7,
     csv: Csv = None,
     commit: Commit = "",
+    quant: Quant = "",
     json: Json = False,
 ) -> None:
     """Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a device that is not quiet."""
     from .. import bench, tuning
 
-    pair = bench.open_pair(checkpoint, engine, layers)
+    pair = bench.open_pair(checkpoint, engine, layers, quant)
     errors = bench.errors(pair)
     say(f"off float64: {errors}")
     if failures := wrong(errors):

@@ -13,7 +13,7 @@ import yaml
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.dispatch import ModePlan, always
 from fse_patch.fusion_core.gate_rows import GateRows
-from fse_patch.fusion_core.tuned import Situation, plan_for, shipped, split_places
+from fse_patch.fusion_core.tuned import Situation, Split, plan_for, shipped, split_places
 
 PLACE: dict[str, Any] = {
     "num_routed": 512, "num_shared_slots": 1, "top_k": 10, "hidden_size": 2048, "width": 512,
@@ -50,10 +50,18 @@ def test_a_table_is_for_one_situation(tmp_path: Path) -> None:
     assert (plan.mode_of(4), plan.mode_of(5)) == ("small", "split")
     others: list[dict[str, Any]] = [
         {"device": "Other GPU"}, {"release": "9.9.8"}, {"backend": "x"}, {"width": 256},
-        {"dtype": "float16"}, {"engine": "sglang"}, {"num_shared_slots": 2}, {"gated": False},
+        {"dtype": "float16"}, {"engine": "sglang"}, {"num_shared_slots": 2},
+        {"gated": False}, {"quant": "fp8-block 128x128"},
     ]  # fmt: skip
     for other in others:
         assert plan_for(replace(HERE, **other), "cuda", own) is None, other
+
+
+def test_a_table_of_quantised_experts_is_for_no_others(tmp_path: Path) -> None:
+    own = table(tmp_path / "own.yaml", quant="fp8-block 128x128")
+    assert isinstance(plan_for(replace(HERE, quant="fp8-block 128x128"), "cuda", own), ModePlan)
+    assert plan_for(HERE, "cuda", own) is None
+    assert plan_for(replace(HERE, quant="fp8-block 64x128"), "cuda", own) is None
 
 
 def test_slower_everywhere_or_somewhere_is_no_plan(tmp_path: Path) -> None:
@@ -62,9 +70,9 @@ def test_slower_everywhere_or_somewhere_is_no_plan(tmp_path: Path) -> None:
     assert plan_for(HERE, "cuda", table(tmp_path / "b.yaml", steps=steps)) == "slower"
 
 
-def test_without_a_table_split_stands_in_where_it_is_stock() -> None:
-    (place,) = split_places()
-    known = replace(HERE, release=place.releases[0], width=768)
+@pytest.mark.parametrize("place", split_places(), ids=lambda place: str(place.backend))
+def test_without_a_table_split_stands_in_where_it_is_stock(place: Split) -> None:
+    known = replace(HERE, release=place.releases[0], backend=place.backend, quant=place.quants[0], width=768)
     plan = plan_for(known, "cuda")
     assert isinstance(plan, ModePlan)
     assert plan.modes == {"split"}
@@ -74,6 +82,8 @@ def test_without_a_table_split_stands_in_where_it_is_stock() -> None:
     assert plan_for(replace(known, dtype="float32"), "cuda") is None
     assert plan_for(replace(known, backend="flashinfer_cutlass"), "cuda") is None
     assert plan_for(replace(known, release="0.25.9"), "cuda") is None
+    other = "none" if known.quant != "none" else "fp8-block 128x128"
+    assert plan_for(replace(known, quant=other), "cuda") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Weights of MoE blocks for measuring: random ones, and where a fused block has those of a stock one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...fusion_core.layout import ExpertLayout
+
+GATE_STD, WEIGHT_STD, BIAS_STD = 0.03, 0.02, 0.05
+# Of FP8 weights before their scale: the numbers of e4m3 reach 448.
+FP8_STD, FP8_MAX = 100.0, 448.0
+# Rows that are drawn at once: random numbers in float32 take four times the memory of FP8 weights.
+ROWS = 1 << 17
+
+
+def fill(block: Any, seed: int) -> None:
+    """Random weights, and a router that spreads the tokens. FP8 weights get scales that differ by block."""
+    draw = torch.Generator("cuda").manual_seed(seed)
+    for name, parameter in block.named_parameters():
+        values = parameter.data
+        if values.dtype == torch.float8_e4m3fn:
+            for part in values.view(-1, values.shape[-1]).split(ROWS):
+                part.copy_(
+                    torch.empty(part.shape).normal_(0, FP8_STD, generator=draw).clamp_(-FP8_MAX, FP8_MAX)
+                )
+        elif "weight_scale" in name:
+            values.uniform_(0.5, 1.5, generator=draw).mul_(WEIGHT_STD / FP8_STD)
+        else:
+            bias = name.endswith("e_score_correction_bias")
+            gate = name.endswith("gate.weight")
+            std = BIAS_STD if bias else GATE_STD if gate else WEIGHT_STD
+            values.normal_(0, std, generator=draw)
+
+
+def process(block: Any) -> None:
+    """What the engine does with loaded weights."""
+    for module in block.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "process_weights_after_loading"):
+            method.process_weights_after_loading(module)
+
+
+def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
+    """The weights of a stock block, as loaded, to where a fused one has them."""
+    routed, ours = stock.experts.routed_experts, fused.experts.routed_experts
+    mlp, first = getattr(stock, shared), layout.num_routed
+    for name, parameter in ours.named_parameters(recurse=False):
+        kind, _, suffix = name.partition("_")
+        if kind not in ("w13", "w2"):
+            continue
+        bits(parameter.data)[:first].copy_(bits(getattr(routed, name).data))
+        source = getattr(mlp.gate_up_proj if kind == "w13" else mlp.down_proj, suffix).data
+        slots = as_slots(bits(source), kind, layout.num_shared_slots)
+        bits(parameter.data)[first:].copy_(slots)
+    ours_too = dict(fused.named_parameters())
+    for name, parameter in stock.named_parameters():
+        if ".routed_experts." not in name and name in ours_too:
+            ours_too[name].data.copy_(parameter.data)
+
+
+def as_slots(values: torch.Tensor, kind: str, slots: int) -> torch.Tensor:
+    """A dense MLP's matrix, or the scales of its blocks, as experts have it: [slots, rows, columns]."""
+    if kind == "w2":
+        return values.view(len(values), slots, -1).transpose(0, 1)
+    gate, up = values.chunk(2)
+    return torch.cat([part.view(slots, -1, values.shape[1]) for part in (gate, up)], dim=1)
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """FP8 numbers as bytes: not every operation takes them."""
+    return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
+
+
+def exact(experts: Any, expert: int, name: str, block: tuple[int, int] | None) -> torch.Tensor:
+    """w13 or w2 of one expert in float64, its scales in it."""
+    weight: torch.Tensor = getattr(experts, f"{name}_weight").data[expert]
+    if block is None:
+        return weight.double()
+    from ...fusion_core.kernels.experts_fp8 import dequantised  # needs Triton
+
+    scale = getattr(experts, f"{name}_weight_scale_inv").data[expert]
+    return dequantised(weight[None], scale[None], block, halves=2 if name == "w13" else 1)[0]

@@ -1,0 +1,100 @@
+"""Formats of experts whose layers can run in several modes, and which of its kernels vLLM picks for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...fusion_core.config import UNQUANTISED
+from ...fusion_core.decision import FusionDecision
+
+# vLLM's kernels of dense FP8 layers that take a slot of the experts as it lies in memory; a word for each.
+DENSE = {
+    "FlashInferFp8DeepGEMMDynamicBlockScaledKernel": "flashinfer-deepgemm",
+    "DeepGemmFp8BlockScaledMMKernel": "deepgemm",
+    "CutlassFp8BlockScaledMMKernel": "cutlass",
+    "TritonFp8BlockScaledMMKernel": "triton",
+}
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class ExpertFormat:
+    """How experts are stored, and who computes with them.
+
+    Args:
+        quant: the word for it in tuned tables.
+        grouped: a FusedMoEConfig -> the backend that vLLM picks for experts like these, lower case.
+        block: rows and columns of a weight that share a scale; None for all of them.
+        dense: the method of vLLM's dense layers of this format; None where they are plain.
+    """
+
+    quant: str
+    grouped: Callable[[Any], str]
+    block: tuple[int, int] | None = None
+    dense: Callable[[], Any] | None = None
+
+
+def format_of(decision: FusionDecision, vllm_config: Any) -> ExpertFormat | None:
+    """The format of a decision's layers, or None where such layers run in one mode."""
+    if decision.quant_method == UNQUANTISED:
+        return ExpertFormat(UNQUANTISED, _unquantised)
+    config = vllm_config.quant_config
+    if decision.quant_method != "fp8" or decision.formats != ("fp8-block",) or config.get_name() != "fp8":
+        return None
+    rows, columns = config.weight_block_size
+
+    def method() -> Any:
+        from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+
+        return Fp8LinearMethod(config)
+
+    return ExpertFormat(f"fp8-block {rows}x{columns}", _fp8_block, (rows, columns), method)
+
+
+def _unquantised(config: Any) -> str:
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
+
+    return str(select_unquantized_moe_backend(config)[0].name).lower()
+
+
+def _fp8_block(config: Any) -> str:
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import select_fp8_moe_backend
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        kFp8Dynamic128Sym,
+        kFp8Static128BlockSym,
+    )
+
+    picked, _ = select_fp8_moe_backend(config, kFp8Static128BlockSym, kFp8Dynamic128Sym)
+    return str(picked.name).lower()
+
+
+def dense_kernels(form: ExpertFormat, hidden: int, width: int) -> list[Any]:
+    """vLLM's kernels for a dense MLP of this format, as stock's shared expert gets them: gate_up, then down.
+
+    Needs vLLM's current config and torch's default dtype, as while a model is built.
+    """
+    from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
+
+    assert form.dense is not None
+    method = form.dense()
+    return [
+        init_fp8_linear_kernel(
+            activation_quant_key=method.activation_quant_key,
+            weight_quant_key=method.weight_quant_key,
+            weight_shape=shape,
+            input_dtype=method.input_dtype,
+            out_dtype=method.out_dtype,
+            module_name=type(method).__name__,
+        )
+        for shape in ((2 * width, hidden), (hidden, width))
+    ]
+
+
+def dense_word(form: ExpertFormat, hidden: int, width: int) -> str:
+    """The word for those kernels, `UNKNOWN` where one is not of `DENSE`; "" where the layers are plain."""
+    if form.dense is None:
+        return ""
+    words = {DENSE.get(type(kernel).__name__, UNKNOWN) for kernel in dense_kernels(form, hidden, width)}
+    return UNKNOWN if UNKNOWN in words else ",".join(sorted(words))

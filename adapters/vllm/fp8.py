@@ -1,0 +1,74 @@
+"""What stands for plain products in one of vLLM's layers with FP8 experts in blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...fusion_core.kernels import experts_fp8
+
+if TYPE_CHECKING:
+    from ...fusion_core.execution import TopK
+
+
+class Slot:
+    """One matrix of one expert as vLLM's dense kernels ask for a layer's weight.
+
+    Read anew each time: a reload may put other parameters in the place of these. It keeps the checkpoint's
+    scales: stock rounds them to powers of two, and the weights again, which DeepGEMM does not need on Hopper.
+    """
+
+    input_scale = input_scale_ub = None
+
+    def __init__(self, experts: Any, name: str, number: int) -> None:
+        self.experts, self.name, self.number = experts, name, number
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in] float8_e4m3fn."""
+        weight: torch.Tensor = getattr(self.experts, f"{self.name}_weight")
+        return weight[self.number]
+
+    @property
+    def weight_scale_inv(self) -> torch.Tensor:
+        """[out / rows, in / columns] float32."""
+        scale: torch.Tensor = getattr(self.experts, f"{self.name}_weight_scale_inv")
+        return scale[self.number]
+
+
+class Fp8Experts:
+    """`QuantisedExperts` of a layer whose experts are Triton's, as in the checkpoint.
+
+    Args:
+        kernels: vLLM's own of a dense layer, for gate_up and for down; see `formats.dense_kernels`.
+        slot: number of the shared expert.
+    """
+
+    def __init__(self, experts: Any, block: tuple[int, int], kernels: list[Any], slot: int) -> None:
+        self.experts, self.block = experts, block
+        self.first, self.second = kernels
+        self.slots = Slot(experts, "w13", slot), Slot(experts, "w2", slot)
+
+    def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
+        """See `QuantisedExperts`."""
+        experts = self.experts
+        return experts_fp8.small_experts(
+            hidden_states,
+            experts.w13_weight,
+            experts.w13_weight_scale_inv,
+            experts.w2_weight,
+            experts.w2_weight_scale_inv,
+            self.block,
+            *top_k,
+        )
+
+    def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `QuantisedExperts`."""
+        states: torch.Tensor = self.first.apply_weights(self.slots[0], hidden_states)
+        return states
+
+    def down(self, inner: torch.Tensor) -> torch.Tensor:
+        """See `QuantisedExperts`."""
+        states: torch.Tensor = self.second.apply_weights(self.slots[1], inner)
+        return states

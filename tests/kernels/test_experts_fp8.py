@@ -1,0 +1,101 @@
+"""The FP8 experts of few tokens against float64 of the dequantised weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fse_patch.fusion_core.kernels import experts_fp8
+
+from .test_kernels import DEVICE, draw, off
+
+BLOCK = (128, 128)
+# Tokens, H, I, E, k, S; then the block of a scale, None for one scale a matrix.
+SHAPES = [
+    (2, 256, 128, 3, 2, 1, BLOCK),
+    (1, 256, 256, 3, 2, 1, BLOCK),
+    (2, 176, 80, 5, 2, 1, (64, 32)),  # partial blocks at the end of rows and columns
+    (2, 96, 48, 5, 2, 1, (16, 48)),
+    (3, 96, 48, 6, 3, 1, (1, experts_fp8.ALL)),  # a scale for each row
+    (2, 128, 48, 5, 2, 1, None),
+]
+if DEVICE == "cuda":
+    SHAPES += [
+        (1, 2048, 512, 512, 10, 1, BLOCK),
+        (4, 4096, 128, 512, 10, 1, BLOCK),
+        (2, 4096, 1408, 128, 8, 1, BLOCK),
+        (3, 2048, 512, 256, 8, 1, None),
+    ]
+else:
+    SHAPES += [(1, 4096, 16, 2, 1, 1, BLOCK), (1, 16, 1408, 1, 1, 1, BLOCK)]
+
+
+def drawn(
+    shape: tuple[int, ...], block: experts_fp8.Block | None, halves: int, seed: int
+) -> list[torch.Tensor]:
+    """FP8 weights [n, out, in] with scales that differ from block to block."""
+    total, out, inner = shape
+    weight = draw(*shape, seed=seed, scale=100.0).clamp(-448, 448).to(torch.float8_e4m3fn)
+    rows, columns = block or (experts_fp8.ALL, experts_fp8.ALL)
+    size = (total,) if block is None else (total, halves * -(-out // halves // rows), -(-inner // columns))
+    return [weight, draw(*size, seed=seed + 1).abs().add(0.3) * 5e-4]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_small_experts_with_fp8_weights(
+    shape: tuple[int, int, int, int, int, int, experts_fp8.Block | None],
+) -> None:
+    tokens, hidden, width, routed, top_k, slots, block = shape
+    states = draw(tokens, hidden, seed=4, dtype=torch.bfloat16)
+    w13, w13_scale = drawn((routed + slots, 2 * width, hidden), block, 2, 5)
+    w2, w2_scale = drawn((routed + slots, hidden, width), block, 1, 7)
+    ids = torch.stack([torch.randperm(routed)[:top_k] for _ in range(tokens)])
+    ids = torch.cat([ids, torch.arange(routed, routed + slots).expand(tokens, slots)], 1).int().to(DEVICE)
+    weights = draw(tokens, top_k + slots, seed=9).sigmoid()
+    got = experts_fp8.small_experts(states, w13, w13_scale, w2, w2_scale, block, weights, ids)
+
+    def wanted(one: torch.Tensor, two: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        used = ids.long().unique()
+        place = torch.searchsorted(used, ids.long())
+        held = w13[used], one[used], w2[used], two[used]
+        return experts_fp8.reference(states, *held, block, share, place)
+
+    limit = 8e-3
+    assert off(got, wanted(w13_scale, w2_scale, weights)) < limit
+    # The controls: scales of the neighbouring block, of rows and of columns; half of the last slot's weight.
+    for scale in (0, 1):
+        for axis in range(1 if block is None else 0, w13_scale.ndim):
+            both = [w13_scale, w2_scale]
+            if both[scale].shape[axis] > 1:
+                both[scale] = both[scale].roll(1, axis)
+                assert off(got, wanted(*both, weights)) > 2 * limit
+    wrong = weights.clone()
+    wrong[:, -1] *= 0.5
+    assert off(got, wanted(w13_scale, w2_scale, wrong)) > 2 * limit
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no NaN in float8")
+def test_a_weight_that_is_no_number_stays_one() -> None:
+    states = draw(1, 128, seed=4, dtype=torch.bfloat16)
+    w13, w13_scale = drawn((2, 256, 128), BLOCK, 2, 5)
+    w2, w2_scale = drawn((2, 128, 128), BLOCK, 1, 7)
+    ids = torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
+    weights = torch.ones(1, 2, device=DEVICE)
+    w2.view(torch.uint8)[1, 0, 0] = 0x7F
+    got = experts_fp8.small_experts(states, w13, w13_scale, w2, w2_scale, BLOCK, weights, ids)
+    assert bool(got[0, 0].isnan())
+    assert bool(got[0, 1:].isfinite().all())
+
+
+@pytest.mark.parametrize("fault", ["scale shape", "scale dtype", "width", "columns"])
+def test_what_does_not_fit_is_refused(fault: str) -> None:
+    block = (128, 40) if fault == "columns" else BLOCK
+    width = 120 if fault == "width" else 128
+    w13, w13_scale = drawn((2, 2 * width, 128), block, 2, 5)
+    w2, w2_scale = drawn((2, 128, width), block, 1, 7)
+    if fault == "scale shape":
+        w13_scale = w13_scale[:, :1]
+    if fault == "scale dtype":
+        w2_scale = w2_scale.double()
+    with pytest.raises(ValueError, match=r"scales of|multiple"):
+        experts_fp8.check(w13, w13_scale, w2, w2_scale, block)
