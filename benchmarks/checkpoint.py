@@ -1,9 +1,9 @@
 """Writes a checkpoint with the dimensions of a published model, fewer layers and random weights.
 
-    python benchmarks/checkpoint.py OUT [--shape qwen3_next] [--layers 4] [--config-only]
+    python benchmarks/checkpoint.py OUT [--shape qwen3_next] [--layers 4] [--quant fp8-block] [--config-only]
 
 Tensors have their published names, an expert and projection each. They are drawn on the GPU where there
-is one: a layer of Qwen3-Next has 3.2 GB.
+is one: a layer of Qwen3-Next has 3.2 GB. In FP8 the experts, routed and shared, have a scale for each block.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 # Bytes of one file; published ones are about as large.
 SHARD = 4 << 30
 VOCAB = 32000
+# Rows and columns of a block with a scale of its own, and the largest number of e4m3.
+BLOCK, E4M3_MAX = 128, 448.0
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_next": {
@@ -126,9 +128,41 @@ def values(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Te
     return noise.mul_(1.5 * shape[-1] ** -0.5)
 
 
-def write(out: Path, shape: str, layers: int, seed: int = 0) -> int:
-    """Write the checkpoint; returns its bytes."""
+def is_expert(name: str) -> bool:
+    """Whether a tensor is one of an expert's projections, routed or shared."""
+    return ".mlp." in name and name.endswith("_proj.weight")
+
+
+def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight in e4m3, and a float32 scale for each block; the last blocks may be smaller."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK)
+    scale = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp_min(1e-12) / E4M3_MAX
+    held = (blocks / scale).to(torch.float8_e4m3fn).view(padded.shape)[:rows, :columns]
+    return held.contiguous(), scale[:, 0, :, 0].contiguous()
+
+
+def config_of(shape: str, layers: int, quant: str = "") -> dict[str, Any]:
+    """The checkpoint's config.json."""
     config = {**SHAPES[shape], "num_hidden_layers": layers}
+    if not quant:
+        return config
+    plain = [name.removesuffix(".weight") for name, size in shapes_of(config) if len(size) > 1]
+    return config | {
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": [name for name in plain if not is_expert(f"{name}.weight")],
+        }
+    }
+
+
+def write(out: Path, shape: str, layers: int, quant: str = "", seed: int = 0) -> int:
+    """Write the checkpoint; returns its bytes."""
+    config = config_of(shape, layers, quant)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     draw = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
@@ -145,10 +179,14 @@ def write(out: Path, shape: str, layers: int, seed: int = 0) -> int:
         held, number = 0, number + 1
 
     for name, size in shapes_of(config):
-        tensor = values(name, size, draw).to(torch.bfloat16).cpu()
-        part[name] = tensor
-        held += tensor.nbytes
-        total += tensor.nbytes
+        tensor = values(name, size, draw).to(torch.bfloat16)
+        found = {name: tensor}
+        if quant and is_expert(name):
+            found = dict(zip((name, f"{name}_scale_inv"), fp8_blocks(tensor), strict=True))
+        part.update({name: tensor.cpu() for name, tensor in found.items()})
+        size_here = sum(tensor.nbytes for tensor in found.values())
+        held += size_here
+        total += size_here
         if held >= SHARD:
             flush()
     flush()
@@ -163,14 +201,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3_next")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--quant", choices=["fp8-block"], default="", help="of the experts")
     parser.add_argument("--config-only", action="store_true", help="for engines that make up the weights")
     args = parser.parse_args()
     if args.config_only:
         args.out.mkdir(parents=True, exist_ok=True)
-        config = {**SHAPES[args.shape], "num_hidden_layers": args.layers}
+        config = config_of(args.shape, args.layers, args.quant)
         (args.out / "config.json").write_text(json.dumps(config, indent=1))
         return
-    print(f"{args.out}: {write(args.out, args.shape, args.layers) / 2**30:.2f} GiB")
+    size = write(args.out, args.shape, args.layers, args.quant)
+    print(f"{args.out}: {size / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

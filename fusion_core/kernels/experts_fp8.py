@@ -1,8 +1,8 @@
 """The experts of few tokens over k+S slots with FP8 weights (e4m3), in the two steps of kernels/experts.py.
 
-Hidden and inner states stay as they are: engines' grouped GEMMs round them to FP8, but with few tokens nothing
-is gained by it, and the result is nearer to what the checkpoint says. Weights are multiplied in float32, and
-16 products at a time are scaled, so that a thread multiplies by a scale once for 16 weights.
+Hidden and inner states stay as they are: engines' grouped GEMMs round them to FP8, but with few tokens
+nothing is gained by it, and the result is nearer to what the checkpoint says. Weights are multiplied in
+float32, and 16 products at a time are scaled, so that a thread multiplies by a scale once for 16 weights.
 """
 
 from __future__ import annotations
@@ -192,16 +192,16 @@ def launch_w2(
 @triton.jit
 def _products(
     weight, scale, row, chunk, state, LAST: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """[rows, chunks]: sums of 16 products, scaled, of a matrix [LAST, COLUMNS] that starts at ``weight``."""
-    place = chunk * state.shape[1]
-    column = place[:, None] + tl.arange(0, state.shape[1])[None, :]
+    place = chunk * CHUNK
+    column = place[:, None] + tl.arange(0, CHUNK)[None, :]
     there = (row < LAST)[:, None] & (place < COLUMNS)[None, :]
     tile = weight + row[:, None, None] * COLUMNS + column[None, :, :]
     found = tl.load(tile, mask=there[:, :, None], other=0.0).to(tl.float32)
     across = place // BLOCK_COLUMNS
-    if BLOCK_ROWS % row.shape[0] == 0:
+    if BLOCK_ROWS % ROWS == 0:
         # All rows of the tile lie in one row of blocks.
         first = tl.min(row, 0) // BLOCK_ROWS * SCALE_COLUMNS
         factor = tl.load(scale + first + across, mask=place < COLUMNS, other=0.0)[None, :]
@@ -242,11 +242,12 @@ def _w13(
         column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         state = tl.load(x + pair // SLOTS * HIDDEN + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         gate += _products(
-            first, factors, row, chunk, state, WIDTH, HIDDEN, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS
+            first, factors, row, chunk, state, WIDTH, HIDDEN, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS,
+            CHUNK,
         )  # fmt: skip
         up += _products(
             first + WIDTH * HIDDEN, factors + UP * SCALE_COLUMNS, row, chunk, state, WIDTH, HIDDEN,
-            BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS,
+            BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS, CHUNK,
         )  # fmt: skip
     g = tl.sum(gate, 1)
     value = g / (1.0 + tl.exp(-g)) * tl.sum(up, 1)
@@ -285,7 +286,7 @@ def _w2(
             column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
             state = tl.load(inner + pair * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
             total += weight * _products(
-                w2 + expert * (HIDDEN * WIDTH), scale + expert * (SCALE_ROWS * SCALE_COLUMNS), row, chunk, state,
-                HIDDEN, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS,
+                w2 + expert * (HIDDEN * WIDTH), scale + expert * (SCALE_ROWS * SCALE_COLUMNS), row, chunk,
+                state, HIDDEN, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS, CHUNK,
             )  # fmt: skip
     tl.store(output + token * HIDDEN + row, tl.sum(total, 1).to(output.dtype.element_ty), mask=row < HIDDEN)

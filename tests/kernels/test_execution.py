@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fse_patch.adapters.vllm.fp8 import Fp8Experts, Slot
 from fse_patch.errors import AuditError
 from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
 from fse_patch.fusion_core.dispatch import MODES, ModeCounter, ModePlan, always
 from fse_patch.fusion_core.execution import LayerExecution, TopK
 from fse_patch.fusion_core.gate_rows import GateRows
-from fse_patch.fusion_core.kernels import silu_mul
+from fse_patch.fusion_core.kernels import experts_fp8, silu_mul
 from fse_patch.fusion_core.layout import ExpertLayout
 from fse_patch.fusion_core.routing import FusedRouter, route
 
+from .test_experts_fp8 import drawn
 from .test_kernels import DEVICE, draw, off
 
 DTYPE = torch.bfloat16
-LAYOUT = ExpertLayout(num_routed=12, num_shared_slots=1, top_k=3, hidden_size=96, moe_intermediate_size=40)
+LAYOUT = ExpertLayout(num_routed=12, num_shared_slots=1, top_k=3, hidden_size=96, moe_intermediate_size=48)
 QWEN = RoutingSpec("softmax", True)
 GLM = RoutingSpec("sigmoid", True, 2.5, has_correction_bias=True)
 # Rounding of inner states and output to bfloat16.
 ALLOWED = 0.02
+OWN_GATES = ("own gates", "fp8")
+BLOCK = (32, 32)
 
 
 class Linear(torch.nn.Module):
@@ -56,6 +61,26 @@ class Experts:
         return self.stream
 
 
+class Dense:
+    """vLLM's kernel of a dense FP8 layer, in torch."""
+
+    def apply_weights(self, slot: Slot, states: torch.Tensor) -> torch.Tensor:
+        halves = 2 if slot.name == "w13" else 1
+        weight = experts_fp8.dequantised(slot.weight[None], slot.weight_scale_inv[None], BLOCK, halves)[0]
+        return (states.double() @ weight.T).to(states.dtype)
+
+
+def in_fp8(experts: Experts) -> Fp8Experts:
+    """Gives the layer FP8 weights; the plain ones are what they stand for."""
+    held = SimpleNamespace()
+    for number, name in enumerate(("w13", "w2")):
+        weight, scale = drawn(tuple(getattr(experts, name).shape), BLOCK, 2 - number, 20 + number)
+        setattr(held, f"{name}_weight", weight)
+        setattr(held, f"{name}_weight_scale_inv", scale)
+        setattr(experts, name, experts_fp8.dequantised(weight, scale, BLOCK, 2 - number).to(DTYPE))
+    return Fp8Experts(held, BLOCK, [Dense(), Dense()], LAYOUT.num_routed)
+
+
 def layer(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, w: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
@@ -80,6 +105,7 @@ def build(kind: str, plan: ModePlan, stream: Any = None) -> tuple[LayerExecution
     bias = draw(LAYOUT.num_routed, seed=3, scale=0.1) if glm else None
     router = FusedRouter(0, decision, ModeCounter(), (lambda x: x[:, :1]) if shared_gate else None, bias)
     experts = Experts(spec, bias, stream)
+    quantised = in_fp8(experts) if kind == "fp8" else None
 
     def logits(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, gate.weight)
@@ -93,8 +119,8 @@ def build(kind: str, plan: ModePlan, stream: Any = None) -> tuple[LayerExecution
         ids = torch.cat([ids, torch.full_like(ids[:, :1], LAYOUT.num_routed)], 1)
         return layer(x, experts.w13, experts.w2, weights, ids)
 
-    own = GateRows([gate, shared_gate] if shared_gate else [gate]) if kind == "own gates" else None
-    made = LayerExecution(router, plan, experts, own, logits if own else None, shared_gate)
+    own = GateRows([gate, shared_gate] if shared_gate else [gate]) if kind in OWN_GATES else None
+    made = LayerExecution(router, plan, experts, own, logits if own else None, shared_gate, quantised)
     return made, (wanted, logits)
 
 
@@ -105,13 +131,13 @@ def clear(x: torch.Tensor, logits: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["own gates", "logits given", "glm"])
+@pytest.mark.parametrize("kind", [*OWN_GATES, "logits given", "glm"])
 def test_every_mode_gives_the_layer(kind: str, mode: Any) -> None:
     stream = torch.cuda.Stream() if DEVICE == "cuda" else None
     run, (wanted, logits) = build(kind, always(mode, "test"), stream)
     x = clear(draw(40, LAYOUT.hidden_size, seed=8, dtype=DTYPE), logits)[:5].contiguous()
     assert len(x) == 5
-    given = x if kind == "own gates" else logits(x)
+    given = x if kind in OWN_GATES else logits(x)
     before = x.clone()
     got = run(x, given)
     assert off(got, wanted(x)) < ALLOWED
