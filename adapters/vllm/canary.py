@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import proving
+from .warm import warm_up
 
 
 class Prover(proving.Prover):
@@ -53,6 +54,7 @@ def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         model = original(self, vllm_config, model_config, *args, **kwargs)
         if (fusion := getattr(model, "_fse_patch", None)) is not None:
             proving.prove(fusion, model_config.dtype, Prover(vllm_config))
+            warm_up(fusion, vllm_config)
         return model
 
     return load

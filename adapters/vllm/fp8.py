@@ -47,8 +47,8 @@ class Fp8Experts:
 
     def __init__(self, experts: Any, block: tuple[int, int], kernels: list[Any], slot: int) -> None:
         self.experts, self.block = experts, block
-        self.first, self.second = kernels
-        self.slots = Slot(experts, "w13", slot), Slot(experts, "w2", slot)
+        # Of gate_up and of down.
+        self.dense = list(zip(kernels, [Slot(experts, name, slot) for name in ("w13", "w2")], strict=True))
 
     def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
         """See `QuantisedExperts`."""
@@ -65,10 +65,13 @@ class Fp8Experts:
 
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `QuantisedExperts`."""
-        states: torch.Tensor = self.first.apply_weights(self.slots[0], hidden_states)
-        return states
+        return self._apply(0, hidden_states)
 
     def down(self, inner: torch.Tensor) -> torch.Tensor:
         """See `QuantisedExperts`."""
-        states: torch.Tensor = self.second.apply_weights(self.slots[1], inner)
-        return states
+        return self._apply(1, inner)
+
+    def _apply(self, number: int, states: torch.Tensor) -> torch.Tensor:
+        kernel, slot = self.dense[number]
+        found: torch.Tensor = kernel.apply_weights(slot, states)
+        return found

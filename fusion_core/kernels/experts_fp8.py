@@ -132,8 +132,7 @@ def launch_w13(
 ) -> None:
     """SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [num_tokens * (k + S), I]."""
     (rows, chunks, warps), (hidden, width) = tile, (w13.shape[2], inner.shape[1])
-    block_rows, block_columns = block or (ALL, ALL)
-    down = 0 if block is None else scale.shape[1] // 2
+    chunks = min(chunks, triton.next_power_of_2(hidden // CHUNK))
     _w13[(inner.shape[0], triton.cdiv(width, rows))](
         states,
         w13,
@@ -143,14 +142,12 @@ def launch_w13(
         SLOTS=ids.shape[1],
         HIDDEN=hidden,
         WIDTH=width,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        SCALE_COLUMNS=1 if block is None else scale.shape[2],
-        SCALE_ROWS=1 if block is None else scale.shape[1],
-        UP=down,
+        **_scales(scale, block),
+        UP=0 if block is None else scale.shape[1] // 2,
         ROWS=rows,
-        CHUNKS=min(chunks, triton.next_power_of_2(hidden // CHUNK)),
+        CHUNKS=chunks,
         CHUNK=CHUNK,
+        EVEN=width % rows == 0 and hidden % (chunks * CHUNK) == 0,
         num_warps=warps,
     )
 
@@ -167,7 +164,7 @@ def launch_w2(
 ) -> None:
     """The weighted sum over a token's slots of w2 · inner into ``output`` [num_tokens, H]."""
     (rows, chunks, warps), (hidden, width) = tile, w2.shape[1:]
-    block_rows, block_columns = block or (ALL, ALL)
+    chunks = min(chunks, triton.next_power_of_2(width // CHUNK))
     _w2[(output.shape[0], triton.cdiv(hidden, rows))](
         inner,
         w2,
@@ -178,28 +175,51 @@ def launch_w2(
         SLOTS=ids.shape[1],
         HIDDEN=hidden,
         WIDTH=width,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        SCALE_COLUMNS=1 if block is None else scale.shape[2],
-        SCALE_ROWS=1 if block is None else scale.shape[1],
+        **_scales(scale, block),
         ROWS=rows,
-        CHUNKS=min(chunks, triton.next_power_of_2(width // CHUNK)),
+        CHUNKS=chunks,
         CHUNK=CHUNK,
+        EVEN=hidden % rows == 0 and width % (chunks * CHUNK) == 0,
         num_warps=warps,
     )
+
+
+def _scales(scale: torch.Tensor, block: Block | None) -> dict[str, int]:
+    """How the kernels find a scale: one for all is a block of any size, in one row and column of blocks."""
+    rows, columns = (1, 1) if block is None else scale.shape[1:]
+    block_rows, block_columns = block or (ALL, ALL)
+    return {
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
+        "SCALE_ROWS": rows,
+        "SCALE_COLUMNS": columns,
+    }
+
+
+@triton.jit
+def _states(states, chunk, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
+    """[chunks, 16] of a row of states, float32."""
+    column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    if EVEN:
+        return tl.load(states + column).to(tl.float32)
+    return tl.load(states + column, mask=(chunk * CHUNK < COLUMNS)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _products(
     weight, scale, row, chunk, state, LAST: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """[rows, chunks]: sums of 16 products, scaled, of a matrix [LAST, COLUMNS] that starts at ``weight``."""
     place = chunk * CHUNK
     column = place[:, None] + tl.arange(0, CHUNK)[None, :]
     there = (row < LAST)[:, None] & (place < COLUMNS)[None, :]
     tile = weight + row[:, None, None] * COLUMNS + column[None, :, :]
-    found = tl.load(tile, mask=there[:, :, None], other=0.0).to(tl.float32)
+    if EVEN:
+        found = tl.load(tile).to(tl.float32)
+    else:
+        found = tl.load(tile, mask=there[:, :, None], other=0.0).to(tl.float32)
     across = place // BLOCK_COLUMNS
     if BLOCK_ROWS % ROWS == 0:
         # All rows of the tile lie in one row of blocks.
@@ -213,23 +233,11 @@ def _products(
 
 @triton.jit
 def _w13(
-    x,
-    w13,
-    scale,
-    ids,
-    inner,
-    SLOTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    UP: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    x, w13, scale, ids, inner, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, UP: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids + pair).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -239,15 +247,14 @@ def _w13(
     up = tl.zeros([ROWS, CHUNKS], tl.float32)
     for start in tl.static_range(0, HIDDEN, CHUNKS * CHUNK):
         chunk = start // CHUNK + tl.arange(0, CHUNKS)
-        column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        state = tl.load(x + pair // SLOTS * HIDDEN + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+        state = _states(x + pair // SLOTS * HIDDEN, chunk, HIDDEN, CHUNK, EVEN)
         gate += _products(
             first, factors, row, chunk, state, WIDTH, HIDDEN, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS,
-            CHUNK,
+            CHUNK, EVEN,
         )  # fmt: skip
         up += _products(
             first + WIDTH * HIDDEN, factors + UP * SCALE_COLUMNS, row, chunk, state, WIDTH, HIDDEN,
-            BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS, CHUNK,
+            BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS, CHUNK, EVEN,
         )  # fmt: skip
     g = tl.sum(gate, 1)
     value = g / (1.0 + tl.exp(-g)) * tl.sum(up, 1)
@@ -256,23 +263,11 @@ def _w13(
 
 @triton.jit
 def _w2(
-    inner,
-    w2,
-    scale,
-    ids,
-    weights,
-    output,
-    SLOTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    inner, w2, scale, ids, weights, output, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, CHUNKS], tl.float32)
@@ -283,10 +278,9 @@ def _w2(
         weight = tl.load(weights + pair)
         for start in tl.static_range(0, WIDTH, CHUNKS * CHUNK):
             chunk = start // CHUNK + tl.arange(0, CHUNKS)
-            column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-            state = tl.load(inner + pair * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+            state = _states(inner + pair * WIDTH, chunk, WIDTH, CHUNK, EVEN)
             total += weight * _products(
                 w2 + expert * (HIDDEN * WIDTH), scale + expert * (SCALE_ROWS * SCALE_COLUMNS), row, chunk,
-                state, HIDDEN, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS, CHUNK,
+                state, HIDDEN, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS, CHUNK, EVEN,
             )  # fmt: skip
     tl.store(output + token * HIDDEN + row, tl.sum(total, 1).to(output.dtype.element_ty), mask=row < HIDDEN)
