@@ -36,7 +36,7 @@ def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
     """Blocks for the model that a config.json describes.
 
     Args:
-        quant: measure as if the experts were in this format: "fp8-block"; "": as the folder says.
+        quant: measure as if the experts were in "fp8-block" or "fp8-tensor"; "": as the folder says.
 
     Raises:
         RefusedError: the model does not fuse.

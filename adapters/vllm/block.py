@@ -71,8 +71,8 @@ class Pair:
         form = format_of(decision, self.config)
         if form is None:
             raise FsePatchError(f"{folder}: experts in {', '.join(decision.formats)} are not measured")
-        self.block = form.block
-        self.itemsize = torch.bfloat16.itemsize if form.block is None else torch.float8_e4m3fn.itemsize
+        self.form = form
+        self.itemsize = (torch.float8_e4m3fn if form.scale else torch.bfloat16).itemsize
         family = family_of(decision.model_type)
         assert family is not None
         assert decision.layout is not None
@@ -124,7 +124,7 @@ class Pair:
 
     def exact(self, expert: int, name: str) -> torch.Tensor:
         """w13 or w2 of an expert of the first fused block, in float64."""
-        return exact(self.fused[0].experts.routed_experts, expert, name, self.block)
+        return exact(self.fused[0].experts.routed_experts, expert, name, self.form)
 
     @contextlib.contextmanager
     def forward_context(self, tokens: int) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...fusion_core.layout import ExpertLayout
+from .formats import ExpertFormat
 
 GATE_STD, WEIGHT_STD, BIAS_STD = 0.03, 0.02, 0.05
 # Of FP8 weights before their scale: the numbers of e4m3 reach 448.
@@ -62,6 +63,9 @@ def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
 
 def as_slots(values: torch.Tensor, kind: str, slots: int) -> torch.Tensor:
     """A dense MLP's matrix, or the scales of its blocks, as experts have it: [slots, rows, columns]."""
+    if values.ndim == 1:
+        # One scale for each matrix, whichever slot its rows are in.
+        return values.expand(slots, -1) if kind == "w13" else values.expand(slots)
     if kind == "w2":
         return values.view(len(values), slots, -1).transpose(0, 1)
     gate, up = values.chunk(2)
@@ -73,12 +77,12 @@ def bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 
 
-def exact(experts: Any, expert: int, name: str, block: tuple[int, int] | None) -> torch.Tensor:
+def exact(experts: Any, expert: int, name: str, form: ExpertFormat) -> torch.Tensor:
     """w13 or w2 of one expert in float64, its scales in it."""
     weight: torch.Tensor = getattr(experts, f"{name}_weight").data[expert]
-    if block is None:
+    if not form.scale:
         return weight.double()
     from ...fusion_core.kernels.experts_fp8 import dequantised  # needs Triton
 
-    scale = getattr(experts, f"{name}_weight_scale_inv").data[expert]
-    return dequantised(weight[None], scale[None], block, halves=2 if name == "w13" else 1)[0]
+    scale = getattr(experts, f"{name}_{form.scale}").data[expert]
+    return dequantised(weight[None], scale[None], form.block, halves=2 if name == "w13" else 1)[0]

@@ -18,7 +18,8 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
-    }
+    },
+    "fp8-tensor": {"quant_method": "fp8", "activation_scheme": "dynamic"},
 }
 
 

@@ -15,6 +15,16 @@ DENSE = {
     "DeepGemmFp8BlockScaledMMKernel": "deepgemm",
     "CutlassFp8BlockScaledMMKernel": "cutlass",
     "TritonFp8BlockScaledMMKernel": "triton",
+    "CutlassFP8ScaledMMLinearKernel": "cutlass",
+}
+# What vLLM asks its FP8 backends for: the key of the weights, those of activations, the parameters of scales.
+FP8: dict[str, tuple[str, dict[str, str], str]] = {
+    "fp8-block": ("kFp8Static128BlockSym", {"dynamic": "kFp8Dynamic128Sym"}, "weight_scale_inv"),
+    "fp8-tensor": (
+        "kFp8StaticTensorSym",
+        {"dynamic": "kFp8DynamicTensorSym", "static": "kFp8StaticTensorSym"},
+        "weight_scale",
+    ),
 }
 UNKNOWN = "unknown"
 
@@ -26,12 +36,14 @@ class ExpertFormat:
     Args:
         quant: the word for it in tuned tables.
         grouped: a FusedMoEConfig -> the backend that vLLM picks for experts like these, lower case.
+        scale: name of the experts' scales behind "w13_" and "w2_"; "" where they are plain.
         block: rows and columns of a weight that share a scale; None for all of them.
         dense: the method of vLLM's dense layers of this format; None where they are plain.
     """
 
     quant: str
     grouped: Callable[[Any], str]
+    scale: str = ""
     block: tuple[int, int] | None = None
     dense: Callable[[], Any] | None = None
 
@@ -40,34 +52,33 @@ def format_of(decision: FusionDecision, vllm_config: Any) -> ExpertFormat | None
     """The format of a decision's layers, or None where such layers run in one mode."""
     if decision.quant_method == UNQUANTISED:
         return ExpertFormat(UNQUANTISED, _unquantised)
-    config = vllm_config.quant_config
-    if decision.quant_method != "fp8" or decision.formats != ("fp8-block",) or config.get_name() != "fp8":
+    config, form = vllm_config.quant_config, ",".join(decision.formats)
+    if decision.quant_method != "fp8" or form not in FP8 or config.get_name() != "fp8":
         return None
-    rows, columns = config.weight_block_size
+    weights, activations, scale = FP8[form]
+    block = config.weight_block_size
 
     def method() -> Any:
         from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
 
         return Fp8LinearMethod(config)
 
-    return ExpertFormat(f"fp8-block {rows}x{columns}", _fp8_block, (rows, columns), method)
+    def grouped(moe_config: Any) -> str:
+        from vllm.model_executor.layers.fused_moe.oracle.fp8 import select_fp8_moe_backend
+        from vllm.model_executor.layers.quantization.utils import quant_utils
+
+        keys = weights, activations[config.activation_scheme]
+        picked, _ = select_fp8_moe_backend(moe_config, *(getattr(quant_utils, key) for key in keys))
+        return str(picked.name).lower()
+
+    detail = f"{block[0]}x{block[1]}" if block else config.activation_scheme
+    return ExpertFormat(f"{form} {detail}", grouped, scale, tuple(block) if block else None, method)
 
 
 def _unquantised(config: Any) -> str:
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
 
     return str(select_unquantized_moe_backend(config)[0].name).lower()
-
-
-def _fp8_block(config: Any) -> str:
-    from vllm.model_executor.layers.fused_moe.oracle.fp8 import select_fp8_moe_backend
-    from vllm.model_executor.layers.quantization.utils.quant_utils import (
-        kFp8Dynamic128Sym,
-        kFp8Static128BlockSym,
-    )
-
-    picked, _ = select_fp8_moe_backend(config, kFp8Static128BlockSym, kFp8Dynamic128Sym)
-    return str(picked.name).lower()
 
 
 def dense_kernels(form: ExpertFormat, hidden: int, width: int) -> list[Any]:

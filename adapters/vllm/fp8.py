@@ -1,4 +1,4 @@
-"""What stands for plain products in one of vLLM's layers with FP8 experts in blocks."""
+"""What stands for plain products in one of vLLM's layers with FP8 experts."""
 
 from __future__ import annotations
 
@@ -37,18 +37,46 @@ class Slot:
         return scale[self.number]
 
 
+class TensorSlot(Slot):
+    """The same where one scale is for all of a matrix: such kernels take it as [in, out]."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[in, out] float8_e4m3fn, columns contiguous."""
+        return super().weight.t()
+
+    @property
+    def weight_scale(self) -> torch.Tensor:
+        """0-d, float32."""
+        scale: torch.Tensor = getattr(self.experts, f"{self.name}_weight_scale")
+        return scale[self.number]
+
+    @property
+    def input_scale(self) -> torch.Tensor | None:  # type: ignore[override]
+        """That of activations, where the checkpoint has one: the largest of all experts."""
+        scale: torch.Tensor | None = getattr(self.experts, f"{self.name}_input_scale")
+        return scale
+
+
 class Fp8Experts:
     """`QuantisedExperts` of a layer whose experts are Triton's, as in the checkpoint.
 
     Args:
+        scale: name of the scales; see `formats.ExpertFormat`, as for ``block``.
         kernels: vLLM's own of a dense layer, for gate_up and for down; see `formats.dense_kernels`.
         slot: number of the shared expert.
     """
 
-    def __init__(self, experts: Any, block: tuple[int, int], kernels: list[Any], slot: int) -> None:
-        self.experts, self.block = experts, block
+    def __init__(
+        self, experts: Any, scale: str, block: tuple[int, int] | None, kernels: list[Any], slot: int
+    ) -> None:
+        self.experts, self.scale, self.block = experts, scale, block
+        kind = TensorSlot if block is None else Slot
         # Of gate_up and of down.
-        self.dense = list(zip(kernels, [Slot(experts, name, slot) for name in ("w13", "w2")], strict=True))
+        self.dense = list(zip(kernels, [kind(experts, name, slot) for name in ("w13", "w2")], strict=True))
+        if block is None:
+            for kernel, layer in self.dense:
+                kernel.process_weights_after_loading(layer)  # notes the size, and changes nothing of it
 
     def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
         """See `QuantisedExperts`."""
@@ -56,9 +84,9 @@ class Fp8Experts:
         return experts_fp8.small_experts(
             hidden_states,
             experts.w13_weight,
-            experts.w13_weight_scale_inv,
+            getattr(experts, f"w13_{self.scale}"),
             experts.w2_weight,
-            experts.w2_weight_scale_inv,
+            getattr(experts, f"w2_{self.scale}"),
             self.block,
             *top_k,
         )

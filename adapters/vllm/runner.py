@@ -98,10 +98,10 @@ def quantised_of(form: ExpertFormat, experts: Any, slot: int) -> Any:
     """The `QuantisedExperts` of a layer, None where its experts are plain."""
     from .fp8 import Fp8Experts  # needs Triton
 
-    if form.block is None:
+    if not form.scale:
         return None
     _, hidden, width = experts.w2_weight.shape
-    return Fp8Experts(experts, form.block, dense_kernels(form, hidden, width), slot)
+    return Fp8Experts(experts, form.scale, form.block, dense_kernels(form, hidden, width), slot)
 
 
 def several_modes(

@@ -22,7 +22,10 @@ Rounds = Annotated[int, typer.Option(min=5, help="Rounds of the arms in turn.")]
 Csv = Annotated[Path | None, typer.Option(help="Append what was measured to this file.")]
 Commit = Annotated[str, typer.Option(help="Goes into the rows: which source this is.")]
 Quant = Annotated[
-    str, typer.Option(help="Measure the experts in this format: fp8-block. Default: as config.json says.")
+    str,
+    typer.Option(
+        help="Measure the experts in this format: fp8-block or fp8-tensor. Default: as config.json says."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

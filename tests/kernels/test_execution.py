@@ -78,7 +78,7 @@ def in_fp8(experts: Experts) -> Fp8Experts:
         setattr(held, f"{name}_weight", weight)
         setattr(held, f"{name}_weight_scale_inv", scale)
         setattr(experts, name, experts_fp8.dequantised(weight, scale, BLOCK, 2 - number).to(DTYPE))
-    return Fp8Experts(held, BLOCK, [Dense(), Dense()], LAYOUT.num_routed)
+    return Fp8Experts(held, "weight_scale_inv", BLOCK, [Dense(), Dense()], LAYOUT.num_routed)
 
 
 def layer(
