@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...fusion_core.kernels import experts_fp8
-
 if TYPE_CHECKING:
     from ...fusion_core.execution import TopK
 
@@ -80,6 +78,8 @@ class Fp8Experts:
 
     def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
         """See `QuantisedExperts`."""
+        from ...fusion_core.kernels import experts_fp8  # needs Triton
+
         experts = self.experts
         return experts_fp8.small_experts(
             hidden_states,

@@ -19,6 +19,7 @@ from ...fusion_core.routing import FusedRouter
 from ..model_fusion import ModelFusion
 from .experts import Experts
 from .formats import ExpertFormat, dense_kernels, format_of
+from .fp8 import Fp8Experts
 from .plan import KNOWN_BACKENDS, built_backend
 
 if TYPE_CHECKING:
@@ -96,8 +97,6 @@ def execution_of(
 
 def quantised_of(form: ExpertFormat, experts: Any, slot: int) -> Any:
     """The `QuantisedExperts` of a layer, None where its experts are plain."""
-    from .fp8 import Fp8Experts  # needs Triton
-
     if not form.scale:
         return None
     _, hidden, width = experts.w2_weight.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .fp8 import Fp8Experts
 from .fusion import ModelFusion
 
 
@@ -13,8 +14,6 @@ def warm_up(fusion: ModelFusion, vllm_config: Any) -> None:
     if execution is None or "split" not in execution.plan.modes:
         return
     from vllm import envs
-
-    from .fp8 import Fp8Experts  # needs Triton
 
     if not isinstance(execution.quantised, Fp8Experts) or envs.VLLM_DEEP_GEMM_WARMUP == "skip":
         return

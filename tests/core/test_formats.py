@@ -1,0 +1,81 @@
+"""Formats of experts that vLLM's layers run in several modes, and how weights get into measured blocks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fse_patch.adapters.vllm.block_weights import as_slots
+from fse_patch.adapters.vllm.described import QUANTISATIONS, described
+from fse_patch.adapters.vllm.formats import FP8, format_of
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decision import FusionDecision
+
+
+def made(method: str, *formats: str) -> FusionDecision:
+    return FusionDecision(
+        "main", False, "disabled", "", "", "vllm", "qwen3_next", quant_method=method, formats=formats
+    )
+
+
+def config(name: str = "fp8", block: list[int] | None = None, scheme: str = "dynamic") -> Any:
+    quant = SimpleNamespace(get_name=lambda: name, weight_block_size=block, activation_scheme=scheme)
+    return SimpleNamespace(quant_config=quant)
+
+
+def test_formats_have_a_word_for_tables() -> None:
+    plain = format_of(made("none", "plain"), SimpleNamespace(quant_config=None))
+    assert plain is not None
+    assert (plain.quant, plain.scale, plain.block) == ("none", "", None)
+    block = format_of(made("fp8", "fp8-block"), config(block=[128, 64]))
+    assert block is not None
+    assert (block.quant, block.scale, block.block) == ("fp8-block 128x64", "weight_scale_inv", (128, 64))
+    tensor = format_of(made("fp8", "fp8-tensor"), config(scheme="static"))
+    assert tensor is not None
+    assert (tensor.quant, tensor.scale, tensor.block) == ("fp8-tensor static", "weight_scale", None)
+
+
+@pytest.mark.parametrize(
+    ("method", "formats", "name"),
+    [
+        ("fp8", ("fp8-channel",), "fp8"),
+        ("fp8", ("fp8-block", "plain"), "fp8"),
+        ("fp8", ("fp8-block",), "modelopt"),
+        ("compressed-tensors", ("fp8-block",), "compressed-tensors"),
+    ],
+)
+def test_other_formats_run_in_one_mode(method: str, formats: tuple[str, ...], name: str) -> None:
+    assert format_of(made(method, *formats), config(name, [128, 128])) is None
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_dense_layer_as_slots(slots: int) -> None:
+    width, hidden = 6, 5
+    gate, up = torch.randn(slots * width, hidden), torch.randn(slots * width, hidden)
+    down = torch.randn(hidden, slots * width)
+    w13, w2 = as_slots(torch.cat([gate, up]), "w13", slots), as_slots(down, "w2", slots)
+    for slot in range(slots):
+        rows = slice(slot * width, (slot + 1) * width)
+        assert torch.equal(w13[slot], torch.cat([gate[rows], up[rows]]))
+        assert torch.equal(w2[slot], down[:, rows])
+    # One scale for each matrix, or for each half of the first.
+    assert as_slots(torch.tensor([2.0, 3.0]), "w13", slots).tolist() == [[2.0, 3.0]] * slots
+    assert as_slots(torch.tensor([4.0]), "w2", slots).tolist() == [4.0] * slots
+
+
+def test_a_folder_that_declares_a_quantisation(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x"}))
+    with described(tmp_path, "") as same:
+        assert same == tmp_path
+    for quant in QUANTISATIONS:
+        assert quant in FP8
+        with described(tmp_path, quant) as folder:
+            found = json.loads((folder / "config.json").read_text())
+        assert found == {"model_type": "x", "quantization_config": QUANTISATIONS[quant]}
+    with pytest.raises(FsePatchError, match="fp9"), described(tmp_path, "fp9"):
+        pass
