@@ -2,7 +2,7 @@
 
 Hidden and inner states stay as they are: engines' grouped GEMMs round them to FP8, but with few tokens
 nothing is gained by it, and the result is nearer to what the checkpoint says. Weights are multiplied in
-float32, and 16 products at a time are scaled, so that a thread multiplies by a scale once for 16 weights.
+float32; a thread adds up the products of a chunk, and multiplies by the chunk's scale once.
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ import triton.language as tl
 
 from . import experts
 
-# Weights that a thread loads at once: 16 bytes. Blocks of scales must be whole numbers of them.
+# Most weights that a thread loads at once, 16 bytes: blocks of scales must be whole numbers of them.
 CHUNK = 16
 # Rows or columns that share a scale where there is one for all.
 ALL = 1 << 30
 Block = tuple[int, int]
-Tile = tuple[int, int, int]
-
-# Rows and chunks of a tile, and warps, by measurements on an H200.
+# Rows and chunks of a tile, warps, and weights of a chunk, which a thread multiplies and adds up by itself.
+Tile = tuple[int, int, int, int]
 
 
 def w13_tile(hidden: int) -> Tile:
     """For w13 [2 * I, H]."""
-    return (4, 128, 4) if hidden <= 2048 else (4, 256, 4)
+    return (4, 64, 2, 16)
 
 
 def w2_tile(width: int) -> Tile:
-    """For w2 [H, I]."""
-    return (4, 8, 1) if width <= 128 else (2, 32, 1)
+    """For w2 [H, I]; chunks of 8, because a thread loads so many of the inner states at once."""
+    return (4, 16, 1, 8) if width <= 128 else (2, 64, 1, 8)
 
 
 def dequantised(
@@ -131,8 +130,8 @@ def launch_w13(
     tile: Tile,
 ) -> None:
     """SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [num_tokens * (k + S), I]."""
-    (rows, chunks, warps), (hidden, width) = tile, (w13.shape[2], inner.shape[1])
-    chunks = min(chunks, triton.next_power_of_2(hidden // CHUNK))
+    (rows, chunks, warps, chunk), (hidden, width) = tile, (w13.shape[2], inner.shape[1])
+    chunks = min(chunks, triton.next_power_of_2(hidden // chunk))
     _w13[(inner.shape[0], triton.cdiv(width, rows))](
         states,
         w13,
@@ -146,8 +145,8 @@ def launch_w13(
         UP=0 if block is None else scale.shape[1] // 2,
         ROWS=rows,
         CHUNKS=chunks,
-        CHUNK=CHUNK,
-        EVEN=width % rows == 0 and hidden % (chunks * CHUNK) == 0,
+        CHUNK=chunk,
+        EVEN=width % rows == 0 and hidden % (chunks * chunk) == 0,
         num_warps=warps,
     )
 
@@ -163,8 +162,8 @@ def launch_w2(
     tile: Tile,
 ) -> None:
     """The weighted sum over a token's slots of w2 · inner into ``output`` [num_tokens, H]."""
-    (rows, chunks, warps), (hidden, width) = tile, w2.shape[1:]
-    chunks = min(chunks, triton.next_power_of_2(width // CHUNK))
+    (rows, chunks, warps, chunk), (hidden, width) = tile, w2.shape[1:]
+    chunks = min(chunks, triton.next_power_of_2(width // chunk))
     _w2[(output.shape[0], triton.cdiv(hidden, rows))](
         inner,
         w2,
@@ -178,8 +177,8 @@ def launch_w2(
         **_scales(scale, block),
         ROWS=rows,
         CHUNKS=chunks,
-        CHUNK=CHUNK,
-        EVEN=hidden % rows == 0 and width % (chunks * CHUNK) == 0,
+        CHUNK=chunk,
+        EVEN=hidden % rows == 0 and width % (chunks * chunk) == 0,
         num_warps=warps,
     )
 
@@ -198,7 +197,7 @@ def _scales(scale: torch.Tensor, block: Block | None) -> dict[str, int]:
 
 @triton.jit
 def _states(states, chunk, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
-    """[chunks, 16] of a row of states, float32."""
+    """[chunks, CHUNK] of a row of states, float32."""
     column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     if EVEN:
         return tl.load(states + column).to(tl.float32)
@@ -211,7 +210,7 @@ def _products(
     BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """[rows, chunks]: sums of 16 products, scaled, of a matrix [LAST, COLUMNS] that starts at ``weight``."""
+    """[rows, chunks]: sums of products, scaled, of a matrix [LAST, COLUMNS] that starts at ``weight``."""
     place = chunk * CHUNK
     column = place[:, None] + tl.arange(0, CHUNK)[None, :]
     there = (row < LAST)[:, None] & (place < COLUMNS)[None, :]

@@ -35,7 +35,8 @@ def drawn(
 ) -> list[torch.Tensor]:
     """FP8 weights [n, out, in] with scales that differ from block to block."""
     total, out, inner = shape
-    weight = draw(*shape, seed=seed, scale=100.0).clamp(-448, 448).to(torch.float8_e4m3fn)
+    noise = torch.empty(shape, device=DEVICE).normal_(generator=torch.Generator(DEVICE).manual_seed(seed))
+    weight = noise.mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
     rows, columns = block or (experts_fp8.ALL, experts_fp8.ALL)
     size = (total,) if block is None else (total, halves * -(-out // halves // rows), -(-inner // columns))
     return [weight, draw(*size, seed=seed + 1).abs().add(0.3) * 5e-4]
