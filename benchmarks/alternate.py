@@ -92,12 +92,12 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no process after so many")
     parser.add_argument("--limit", type=float, default=300, help="most seconds of a process")
-    parser.add_argument("options", nargs=argparse.REMAINDER)
-    args = parser.parse_args()
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    args, options = parser.parse_args(given[:end]), given[end + 1 :]
     begun = time.perf_counter()
     runs: list[dict[str, Any]] = json.loads(args.raw.read_text()) if args.raw.exists() else []
     done = {(run["arm"], run["round"]) for run in runs}
-    options = [option for option in args.options if option != "--"]
     for number in range(args.rounds):
         for name in ARMS if number % 2 == 0 else ARMS[::-1]:
             if (name, number) in done or time.perf_counter() - begun > args.seconds:
