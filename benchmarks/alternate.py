@@ -2,9 +2,9 @@
 
     python benchmarks/alternate.py FOLDER --rounds 5 --raw raw.json --csv end_to_end.csv [-- OPTIONS]
 
-OPTIONS go to benchmarks/end_to_end.py. Rounds alternate in order. Every process that ends is kept in the raw
-file, and a second call goes on with it, so that a run may be cut in parts. The ratio of a round is stock over
-fused; "again" compares each stock process with the one before it.
+OPTIONS go to the script of an arm, end_to_end.py. Rounds alternate in order. Every process that ends is kept
+in the raw file, and a second call goes on with it, so that a run may be cut in parts. The ratio of a round is
+stock over fused; "again" compares each stock process with the one before it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ from typing import Any
 
 from fse_patch.fusion_core.measure import ratio
 
-SCRIPT = Path(__file__).with_name("end_to_end.py")
 ARMS = ("stock", "fused")
 
 
 def arm(
-    name: str, number: int, folder: Path, engine: str, options: Sequence[str], limit: float, out: Path
+    name: str, number: int, command: Sequence[str], engine: str, limit: float, out: Path
 ) -> dict[str, Any]:
-    """What one process measured, and wrote to ``out``.
+    """What the process of ``command`` measured, and wrote to ``out``.
 
     Raises:
         SystemExit: it failed, or took longer than ``limit`` seconds; the end of what it said is shown.
     """
-    command = [sys.executable, str(SCRIPT), name, str(folder), "--out", str(out), *options]
     begun = time.perf_counter()
     try:
         done = subprocess.run(
@@ -64,7 +62,7 @@ def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     both = {name: {run["round"]: run["steps"] for run in runs if run["arm"] == name} for name in ARMS}
     rounds = sorted(both["stock"].keys() & both["fused"].keys())
     rows = []
-    for streams in both["stock"][rounds[0]]:
+    for streams in both["stock"][rounds[0]] if rounds else ():
         stock, fused = ([both[name][number][streams]["ms"] for number in rounds] for name in ARMS)
         found = ratio(stock, fused)
         row = {
@@ -86,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--engine", default="vllm")
+    parser.add_argument("--script", type=Path, default=Path(__file__).with_name("end_to_end.py"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--raw", type=Path, required=True)
     parser.add_argument("--csv", type=Path)
@@ -103,17 +102,18 @@ def main() -> None:
             if (name, number) in done or time.perf_counter() - begun > args.seconds:
                 continue
             out = args.raw.with_suffix(".arm")
-            runs.append(arm(name, number, args.folder, args.engine, options, args.limit, out))
+            command = [sys.executable, str(args.script), name, str(args.folder), "--out", str(out), *options]
+            runs.append(arm(name, number, command, args.engine, args.limit, out))
             args.raw.write_text(json.dumps(runs))
     rows = table(runs)
     for row in rows:
         print(" ".join(f"{k}={v:.4g}" for k, v in row.items()))
-    if args.csv:
+    if args.csv and rows:
         head = {
             "model": args.folder.name,
             "engine": args.engine,
             "commit": args.commit,
-            **runs[0]["versions"],
+            **runs[0].get("versions", {}),
         }
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*head, *rows[0]])
