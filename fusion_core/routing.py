@@ -92,6 +92,11 @@ def append_shared_slots(
     )
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether Triton's kernels can run on it."""
+    return tensor.is_cuda
+
+
 class SlotAppender:
     """Appends the shared slots of one layer to a top-k that the engine or `route` has made.
 
@@ -140,14 +145,21 @@ class SlotAppender:
     def append(
         self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], from [num_tokens, k] of both."""
+        """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], from [num_tokens, k] of both.
+
+        One launch on a GPU.
+        """
         self.enter("fused")
-        slot_weight: torch.Tensor | float = 1.0
-        if self.shared_gate is not None:
-            slot_weight = self.shared_gate(hidden_states).to(weights.dtype).sigmoid()
-        if self.output_scale != 1.0:
-            slot_weight = slot_weight / self.output_scale
-        weights, ids = append_shared_slots(weights, ids, self.layout.shared_slots, slot_weight)
+        gate = None if self.shared_gate is None else self.shared_gate(hidden_states)
+        if on_gpu(weights):
+            from .kernels.append import append  # needs Triton
+
+            weights, ids = append(weights, ids, self.layout.shared_slots, gate, 1.0 / self.output_scale)
+        else:
+            slot_weight = 1.0 if gate is None else gate.to(weights.dtype).sigmoid()
+            if self.output_scale != 1.0:
+                slot_weight = slot_weight / self.output_scale
+            weights, ids = append_shared_slots(weights, ids, self.layout.shared_slots, slot_weight)
         if self.control_factor != 1.0:
             weights[:, self.layout.top_k] *= self.control_factor
         return weights, ids

@@ -46,24 +46,9 @@ class AiterRouter(FusedRouter):
             return grouped_topk(caps, router_logits, self.correction_bias, self.layout.top_k, self.routing)
         return softmax_topk(caps, router_logits, self.layout.top_k, self.routing.renormalize)
 
-    def append(self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> TopK:
-        """As of `SlotAppender`, in one launch where that can be."""
-        if not on_gpu(weights) or self.control_factor != 1.0:
-            return super().append(hidden_states, weights, ids)
-        from .append import append  # needs Triton
-
-        self.enter("fused")
-        gate = None if self.shared_gate is None else self.shared_gate(hidden_states)
-        return append(weights, ids, self.layout.shared_slots, gate, 1.0 / self.output_scale)
-
     def __call__(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> TopK:
         """As of `FusedRouter`."""
         return self.append(hidden_states, *self.choose(router_logits))
-
-
-def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether Triton's kernels can run on it."""
-    return tensor.is_cuda
 
 
 def router_class() -> type[FusedRouter]:

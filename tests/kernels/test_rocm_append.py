@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 
-from fse_patch.fusion_core.kernels import aiter_router
+from fse_patch.fusion_core import routing
 from fse_patch.fusion_core.kernels.aiter_router import AiterRouter
 from fse_patch.fusion_core.routing import FusedRouter
 
@@ -21,7 +21,7 @@ def test_the_slots_are_appended_as_by_the_reference(name: str, profile: str | No
     wanted = build(name, FusedRouter)(*draw(name))
     with (
         installed(None if profile is None else PROFILES[profile]),
-        patch.object(aiter_router, "on_gpu", lambda _: True),
+        patch.object(routing, "on_gpu", lambda _: True),
     ):
         router = build(name, AiterRouter)
         bias = getattr(router, "correction_bias", None)

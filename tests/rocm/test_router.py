@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fse_patch.errors import AuditError
+from fse_patch.fusion_core import routing
 from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
 from fse_patch.fusion_core.dispatch import ModeCounter
 from fse_patch.fusion_core.kernels import aiter_router
@@ -167,7 +168,7 @@ def test_the_append_kernel_gets_what_the_reference_gets(name: str) -> None:
     wanted = build(name, FusedRouter)(*draw(name))
     with (
         installed(PROFILES["newest"]),
-        patch.object(aiter_router, "on_gpu", lambda _: True),
+        patch.object(routing, "on_gpu", lambda _: True),
         patch.dict(sys.modules, {"fse_patch.fusion_core.kernels.append": stand_in}),
     ):
         router: Any = build(name, AiterRouter)
