@@ -47,7 +47,6 @@ def command(
     from .. import plot as plots
 
     pair = bench.open_pair(checkpoint, engine, layers, quant)
-=======
     if plot is not None:
         plots.figure_class()
     pair = bench.open_pair(checkpoint, engine, layers)
