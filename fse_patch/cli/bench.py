@@ -46,10 +46,9 @@ def command(
     from .. import bench
     from .. import plot as plots
 
-    pair = bench.open_pair(checkpoint, engine, layers, quant)
     if plot is not None:
         plots.figure_class()
-    pair = bench.open_pair(checkpoint, engine, layers)
+    pair = bench.open_pair(checkpoint, engine, layers, quant)
     rows = bench.measure(pair, numbers(tokens), rounds, say)
     errors = bench.errors(pair)
     if csv is not None:
