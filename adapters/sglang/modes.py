@@ -1,0 +1,71 @@
+"""The execution of one of SGLang's MoE blocks, in several modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import FsePatchError
+from ...fusion_core.execution import LayerExecution
+from ...fusion_core.gate_rows import GateRows
+from ...fusion_core.routing import FusedRouter
+from ..built import BuiltModel
+from .experts import Experts, routed_topk
+from .plan import KNOWN_BACKENDS
+
+# Of a block: its execution.
+ATTRIBUTE = "_fse_patch_execution"
+
+
+class BlockExecution(LayerExecution):
+    """Runs one block. Where SGLang fuses by itself, ``native``, its mode "fused" is SGLang's own forward."""
+
+    native = False
+    # Of the operator that runs it under torch.compile.
+    number = -1
+
+    def is_left(self, hidden_states: torch.Tensor) -> bool:
+        """Whether SGLang's own forward runs ``hidden_states`` [num_tokens, H]."""
+        if not self.native:
+            return False
+        # The number of tokens is a symbol there; and what nothing has proved yet is not served.
+        if torch.compiler.is_compiling() or self.router.closed:
+            return True
+        mode = self.forced or self.plan.mode_of(hidden_states.shape[0])
+        # The control of `verify` needs a forward that knows it.
+        return mode == "fused" and self.router.control_factor == 1.0
+
+    def note_left(self) -> None:
+        """SGLang's own forward runs."""
+        if not self.router.closed:
+            self.router.enter("fused")
+
+
+def execution_of(fusion: BuiltModel, block: Any, router: FusedRouter) -> BlockExecution:
+    """The execution of a block, as soon as it is built.
+
+    Raises:
+        FsePatchError: SGLang took another backend for its experts.
+    """
+    backend = block.experts.quant_method.runner.runner_backend.value
+    if backend not in KNOWN_BACKENDS:
+        raise FsePatchError(f"layer {router.layer}: SGLang took the MoE backend {backend!r}")
+    assert fusion.plan is not None
+    shared_gate = getattr(block, "shared_expert_gate", None)
+
+    def gate_linear(hidden_states: torch.Tensor) -> torch.Tensor:
+        logits: Any = block.gate(hidden_states)
+        found: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+        return found
+
+    execution = BlockExecution(
+        router,
+        fusion.plan,
+        Experts(block.experts, routed_topk(block, fusion.decision), block.alt_stream),
+        GateRows([block.gate] if shared_gate is None else [block.gate, shared_gate]),
+        gate_linear,
+        shared_gate,
+    )
+    execution.native = not fusion.built_here
+    return execution
