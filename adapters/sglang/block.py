@@ -34,6 +34,7 @@ BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 GATE_STD, WEIGHT_STD, BIAS_STD = 0.03, 0.02, 0.05
 EXPERTS = ("w13_weight", "w2_weight")
+DEVICE = "cuda"
 
 
 class Pair:
@@ -84,7 +85,7 @@ class Pair:
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.config.dtype)
         try:
-            with torch.device("cuda"), torch.no_grad():
+            with torch.device(DEVICE), torch.no_grad():
                 yield
         finally:
             torch.set_default_dtype(before)
@@ -132,7 +133,7 @@ class Pair:
 
 def fill(block: Any, seed: int) -> None:
     """Random weights, and a router that spreads the tokens."""
-    draw = torch.Generator("cuda").manual_seed(seed)
+    draw = torch.Generator(DEVICE).manual_seed(seed)
     for name, parameter in block.named_parameters():
         bias = name.endswith("e_score_correction_bias")
         gate = name.endswith("gate.weight")

@@ -72,7 +72,7 @@ class NativeFusion(ModelFusion):
         self._refresh_float32()
 
     def _refresh_float32(self) -> None:
-        """GLM's gate keeps a copy in float32 from its first call on: it must be neither of a graph nor stale."""
+        """GLM's gate keeps a float32 copy from its first call on: it must be neither of a graph nor stale."""
         for block in self.blocks.values():
             gate: Any = block.gate
             if (held := getattr(gate, "_weight_fp32", None)) is not None:
