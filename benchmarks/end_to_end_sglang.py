@@ -1,11 +1,11 @@
-"""Decode steps of the real SGLang, one arm a process: random weights, a router that spreads them, CUDA graphs.
+"""Decode steps of the real SGLang, one arm a process: random weights that spread over experts, CUDA graphs.
 
     FSE_PATCH=0 python benchmarks/end_to_end_sglang.py stock FOLDER --out stock.json
     FSE_PATCH=sglang python benchmarks/end_to_end_sglang.py fused FOLDER --out fused.json
 
-FOLDER has a config.json alone (benchmarks/checkpoint.py writes one). Milliseconds a step are the slope between
-a short and a long answer, so that prefill does not count. In both arms a weight that routes is drawn anew by
-its name, in SGLang's scheduler: dummy weights alone send every token to the same experts.
+FOLDER has a config.json alone (benchmarks/checkpoint.py writes one). Milliseconds a step are the slope
+between a short and a long answer, so that prefill does not count. In both arms a weight that routes is drawn
+anew by its name, in SGLang's scheduler: dummy weights alone send every token to the same experts.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ def start(folder: Path, dtype: str) -> Any:
         dtype=dtype,
         load_format="dummy",
         skip_tokenizer_init=True,
+        disable_radix_cache=True,
         attention_backend="triton",
         sampling_backend="pytorch",
     )

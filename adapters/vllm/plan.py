@@ -9,16 +9,15 @@ from packaging.version import Version
 from ... import settings
 from ...fusion_core.config import UNQUANTISED
 from ...fusion_core.decision import FusionDecision
-from ...fusion_core.dispatch import ModePlan, always
-from ...fusion_core.tuned import Situation, plan_for
-from ..deciding import Refusal
+from ...fusion_core.dispatch import always
+from ...fusion_core.tuned import Situation
+from ..planning import SHARED_GATE, Planned, on_cuda, unmeasured
 
 # Backends whose experts `Experts.gemm` knows how to call.
 KNOWN_BACKENDS = {"triton"}
-SHARED_GATE = "sigmoid_gate"
 
 
-def plan_of(decision: FusionDecision, vllm_config: Any) -> tuple[ModePlan | None, str]:
+def plan_of(decision: FusionDecision, vllm_config: Any) -> Planned:
     """The plan for the layers of a decision, or None and why there is none.
 
     The backend is asked of vLLM's own selection, for the layer that stock would build and for the fused one.
@@ -32,29 +31,20 @@ def plan_of(decision: FusionDecision, vllm_config: Any) -> tuple[ModePlan | None
     layout = decision.layout
     assert layout is not None
     if not current_platform.is_cuda():
-        return _unmeasured(allowed, "on this platform")
+        return unmeasured(allowed, "on this platform")
     if decision.quant_method != UNQUANTISED:
-        return _unmeasured(allowed, "for quantised experts")
+        return unmeasured(allowed, "for quantised experts")
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
-        return _unmeasured(
+        return unmeasured(
             False, "with VLLM_BATCH_INVARIANT: another mode for another batch breaks its promise"
         )
     stock = backend(vllm_config, decision, layout.num_routed, layout.top_k)
     fused = backend(vllm_config, decision, layout.num_experts, layout.fused_top_k)
     if stock != fused or fused not in KNOWN_BACKENDS:
-        return _unmeasured(
+        return unmeasured(
             False, f"with the MoE backend {stock} of the unfused layer, {fused} of the fused one"
         )
-    found = plan_for(situation(decision, vllm_config, fused), "cuda", settings.load().tuned_file)
-    if found == "slower":
-        return None, "slower"
-    return (found, "") if found else _unmeasured(allowed, "for this shape, dtype, device and release")
-
-
-def _unmeasured(allowed: bool, where: str) -> tuple[ModePlan | None, str]:
-    if allowed:
-        return always("fused", f"{settings.ALLOW_UNMEASURED} is set; nothing was measured {where}"), ""
-    return None, f"no measurement shows that fusing is not slower {where}; `fse-patch tune` makes one"
+    return on_cuda(situation(decision, vllm_config, fused))
 
 
 def situation(decision: FusionDecision, vllm_config: Any, found: str) -> Situation:
@@ -109,10 +99,3 @@ def built_backend(runner: Any) -> str:
     """The backend that a layer was really built with."""
     picked = getattr(runner.routed_experts.quant_method, "unquantized_backend", None)
     return "" if picked is None else str(picked.name).lower()
-
-
-def refusal(why: str) -> Refusal:
-    """The refusal that stands for no plan."""
-    if why == "slower":
-        return "slower.measured", "a tuned table says that fusing is slower here for some number of tokens"
-    return "slower.unmeasured", why
