@@ -74,7 +74,7 @@ def decide_for(
         if must_go(decision):
             return "; SGLang's own fusion is switched off"
         plan = beside(decision)
-        return f"; modes by number of tokens, fused is SGLang's own: {plan}" if plan else ""
+        return f"; modes by number of tokens, fused is SGLang's own: {plan} ({plan.source})" if plan else ""
 
     decision = settle(ENGINE, role, locate, forbidden, remark)
     off = cls if must_go(decision) else None
@@ -86,7 +86,7 @@ def decide_for(
     fusion = (ModelFusion if decision.fuse else NativeFusion)(decision, naming, locate())
     fusion.plan = plan
     if decision.fuse and native.platform() == "cuda":
-        log.info("%s model: modes by number of tokens: %s", role, plan)
+        log.info("%s model: modes by number of tokens: %s (%s)", role, plan, plan.source)
     return fusion, off
 
 

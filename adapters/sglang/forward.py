@@ -54,13 +54,13 @@ def router_experts(original: Callable[..., Any]) -> Callable[..., Any]:
     """``_forward_router_experts`` of the Qwen block: all of a layer but the sum over processes."""
 
     @functools.wraps(original)
-    def _forward_router_experts(self: Any, hidden_states: torch.Tensor) -> Any:
+    def _forward_router_experts(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         execution: BlockExecution | None = getattr(self, ATTRIBUTE, None)
         if execution is None:
-            return original(self, hidden_states)
+            return original(self, hidden_states, **kwargs)
         if execution.is_left(hidden_states):
             execution.note_left()
-            return original(self, hidden_states)
+            return original(self, hidden_states, **kwargs)
         return _run(execution, hidden_states)
 
     setattr(_forward_router_experts, MARK, True)
