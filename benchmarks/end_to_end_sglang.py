@@ -47,7 +47,7 @@ def bench_spread(self: Any) -> None:
     model = self.tp_worker.model_runner.model
     for name, parameter in model.named_parameters():
         if name.endswith(DRAWN):
-            draw = torch.Generator("cuda").manual_seed(zlib.crc32(name.encode()))
+            draw = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
             parameter.data.normal_(0, STD, generator=draw)
         elif name.endswith("e_score_correction_bias"):
             parameter.data.zero_()

@@ -127,7 +127,7 @@ class Pair:
         """Within it, blocks run as while SGLang captures a graph of a decode step."""
         from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 
-        with self._engine(), model_capture_mode():
+        with torch.no_grad(), model_capture_mode():
             yield
 
 
