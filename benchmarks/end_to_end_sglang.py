@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "disable_radix_cache": True,
     "max_running_requests": max(STREAMS),
     "cuda_graph_bs_decode": list(STREAMS),
+    "cuda_graph_max_bs_decode": max(STREAMS),
     "mem_fraction_static": 0.8,
     "log_level": "warning",
 }

@@ -115,16 +115,16 @@ def several_modes(fusion: ModelFusion, layer: int, block: Any) -> bool:
     """Let a block run in several modes: an unquantised one, on CUDA, in releases known there."""
     if native.platform() != "cuda" or fusion.decision.quant_method != UNQUANTISED:
         return False
-    from .forward import attach, runs_modes  # needs Triton
-    from .modes import execution_of
+    from .forward import attach, runs_modes
+    from .modes import BlockModes, execution_of
 
     if not runs_modes(block):
         return False
     bias = getattr(block.gate, "e_score_correction_bias", None)
     router = FusedRouter(layer, fusion.decision, fusion.counter, shared_gate(block), bias)
     fusion.add_layer(layer, router, block.experts)
-    fusion.executions[layer] = execution = execution_of(fusion, block, router)
-    attach(block, execution)
+    fusion.executions[layer] = execution_of(fusion, block, router)
+    attach(block, BlockModes(fusion.executions[layer], native=False))
     return True
 
 

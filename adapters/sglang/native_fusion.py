@@ -33,7 +33,7 @@ class NativeFusion(ModelFusion):
         A block that is not stays SGLang's own, and the log says so.
         """
         from .forward import attach, runs_modes
-        from .modes import execution_of
+        from .modes import BlockModes, execution_of
 
         layer = self.layer_at(block.layer_id)
         if layer is None or not runs_modes(block):
@@ -49,7 +49,7 @@ class NativeFusion(ModelFusion):
         router.closed = f"layer {layer} was not proved yet"
         self.routers[layer], self.experts[layer], self.blocks[layer] = router, block.experts, block
         self.executions[layer] = execution
-        attach(block, execution)
+        attach(block, BlockModes(execution, native=True))
 
     def load(self, original: Callable[[Iterable[Named]], Any], weights: Iterable[Named]) -> Any:
         """Run SGLang's ``load_weights`` as it is; the gates are compared with what passes."""
