@@ -108,6 +108,7 @@ def _patch(entry: Entry, hashes: Mapping[str, dict[str, str]]) -> PatchSpec:
         why=entry.why,
         upstream=entry.upstream,
         remove_when=entry.remove_when,
+        setting=entry.setting,
     )
 
 

@@ -8,6 +8,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import FsePatchError
+from ..settings import SWITCHES
 from .source import split
 
 
@@ -31,12 +32,19 @@ def _target(text: str) -> str:
     return text if text.startswith(EVERY_ENTRY_CLASS) else _reference(text)
 
 
+def _switch(text: str) -> str:
+    if text not in SWITCHES:
+        raise ValueError(f"{text!r} asks for no patch; use one of {', '.join(SWITCHES)}")
+    return text
+
+
 # Start of a target that stands for one attribute of every entry class.
 EVERY_ENTRY_CLASS = "*."
 
 Text = Annotated[str, Field(min_length=1)]
 Reference = Annotated[str, AfterValidator(_reference)]
 Target = Annotated[str, AfterValidator(_target)]
+Switch = Annotated[str, AfterValidator(_switch)]
 Versions = Annotated[list[Annotated[str, AfterValidator(_specifier)]], Field(min_length=1)]
 
 
@@ -55,6 +63,7 @@ class Entry(BaseModel):
     why: Text
     upstream: Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*)")]
     remove_when: Text
+    setting: Switch | None = None
 
 
 class EntryClass(BaseModel):

@@ -39,6 +39,7 @@ class PatchSpec:
         why: what breaks without it.
         upstream: a link, or "none: " and the reason.
         remove_when: what makes it unnecessary.
+        setting: environment variable that asks for it; without one it is always put in.
     """
 
     id: str
@@ -51,6 +52,7 @@ class PatchSpec:
     why: str
     upstream: str
     remove_when: str
+    setting: str | None = None
 
     @property
     def module(self) -> str:

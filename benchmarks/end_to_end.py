@@ -38,6 +38,17 @@ def ran(model: Any) -> Any:
     return None if fusion is None else fusion.report()
 
 
+def versions() -> dict[str, str]:
+    """Of what a figure depends on."""
+    import torch
+    import vllm
+
+    from fse_patch import __version__
+
+    device = torch.cuda.get_device_name()
+    return {"device": device, "fse_patch": __version__, "vllm": vllm.__version__, "torch": torch.__version__}
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -64,7 +75,13 @@ def main() -> None:
     )
     started = time.perf_counter() - start
     llm.apply_model(spread)
-    report = {"arm": args.arm, "start_seconds": started, "ran": llm.apply_model(ran)[0], "steps": {}}
+    report = {
+        "arm": args.arm,
+        "versions": versions(),
+        "start_seconds": started,
+        "ran": llm.apply_model(ran)[0],
+        "steps": {},
+    }
     if (report["ran"] is None) != (args.arm == "stock"):
         raise SystemExit(f"the {args.arm} arm is not {args.arm}")
     for streams in STREAMS:

@@ -100,6 +100,7 @@ def apply(
             chosen = guards.check_version(
                 book, version, effective.allow_untested if allow_untested is None else allow_untested
             )
+            chosen = tuple(p for p in chosen if p.setting is None or p.setting in effective.switches)
             if errors := _guard(book, chosen):
                 raise next(iter(errors.values()))
             patches = PatchSet(

@@ -16,9 +16,12 @@ ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"
 ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
 ALLOW_UNPROVEN = "FSE_PATCH_ALLOW_UNPROVEN"
 VERIFY = "FSE_PATCH_VERIFY"
+GATE_KERNEL = "FSE_PATCH_GATE_KERNEL"
 TUNED = "FSE_PATCH_TUNED"
 POLICY = "FSE_PATCH_POLICY"
 VERIFY_CHOICES = ("off", "sample", "all")
+# Variables that ask for patches which nobody gets otherwise.
+SWITCHES = (GATE_KERNEL,)
 # Of every variable, what holds where it is not set.
 DEFAULTS = {
     ENABLE: "0",
@@ -29,6 +32,7 @@ DEFAULTS = {
     ALLOW_UNMEASURED: "0",
     ALLOW_UNPROVEN: "0",
     TUNED: "",
+    GATE_KERNEL: "0",
 }
 _TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
@@ -49,6 +53,8 @@ class Settings:
             that the canary cannot read.
         verify: FSE_PATCH_VERIFY: layers that the canary proves before serving: "off", "sample" (one), "all".
         tuned: FSE_PATCH_TUNED, path of a table that `fse-patch tune` has written, or None.
+        switches: those of `SWITCHES` that are on. FSE_PATCH_GATE_KERNEL: shared experts that stay unfused get
+            their gate in one launch.
     """
 
     engines: frozenset[str] = frozenset()
@@ -60,6 +66,7 @@ class Settings:
     allow_unproven: bool = False
     verify: str = "sample"
     tuned: str | None = None
+    switches: frozenset[str] = frozenset()
 
     @property
     def policy_file(self) -> Path | None:
@@ -133,4 +140,5 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         allow_unproven=_flag(env, ALLOW_UNPROVEN, False),
         verify=_choice(env, VERIFY, "sample", VERIFY_CHOICES),
         tuned=env.get(TUNED) or None,
+        switches=frozenset(name for name in SWITCHES if _flag(env, name, False)),
     )

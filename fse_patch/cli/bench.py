@@ -32,11 +32,15 @@ def command(
     rounds: Rounds = 7,
     csv: Csv = None,
     commit: Commit = "",
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: speed-up over tokens.")] = None,
     json: Json = False,
 ) -> None:
     """Exit status: 0 measured, 1 an error against float64 is too large, 3 refused, 2 bad input."""
     from .. import bench
+    from .. import plot as plots
 
+    if plot is not None:
+        plots.figure_class()
     pair = bench.open_pair(checkpoint, engine, layers)
     rows = bench.measure(pair, numbers(tokens), rounds, say)
     errors = bench.errors(pair)
@@ -57,6 +61,8 @@ def command(
         for row in rows:
             print(bench.line(row))
         print("\n".join(report["failures"]) or "numerics: every mode as close to float64 as stock")
+    if plot is not None:
+        plots.plot({checkpoint.resolve().name: rows}, plot)
     if report["failures"]:
         raise typer.Exit(1)
 

@@ -57,6 +57,7 @@ def _describe(book: Any) -> dict[str, Any]:
                 "why": p.why,
                 "upstream": p.upstream,
                 "remove_when": p.remove_when,
+                "setting": p.setting,
                 "guard": state(p),
             }
             for p in book.patches

@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping
 
 import pytest
+import yaml
 
 import fse_patch
-from fse_patch import runtime
+from fse_patch import runtime, settings
 from fse_patch.adapters import ledger
 from fse_patch.errors import FsePatchError, RefusedError
 
@@ -37,6 +38,20 @@ class TestApply:
         core = engine.load("core")
         assert fse_patch.apply("vllm") == fse_patch.apply("vllm")
         assert core.greet() == "hello!"
+
+    def test_a_patch_of_a_setting_is_put_in_on_request(
+        self, engine: Toy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine.write("core.py", "def greet():\n    return 'hello'\n\n\ndef wide():\n    return 1\n")
+        book = yaml.safe_load((ledger.FOLDER / "vllm.yaml").read_text())
+        (entry,) = book["patches"]
+        wide = {**entry, "id": "asked", "target": f"{engine.name}.core:wide", "setting": settings.GATE_KERNEL}
+        path = engine.ledger("core:greet", "core:wide", patches=[entry, wide])
+        assert path == ledger.FOLDER
+        assert [p.id for p in fse_patch.apply("vllm").patches] == ["core:greet"]
+        fse_patch.remove("vllm")
+        monkeypatch.setenv(settings.GATE_KERNEL, "1")
+        assert [p.id for p in fse_patch.apply("vllm").patches] == ["core:greet", "asked"]
 
     def test_remove_puts_the_original_back(self, engine: Toy) -> None:
         core = engine.load("core")

@@ -55,6 +55,7 @@ def test_reads(tmp_path: Path) -> None:
         ({"why": ""}, "patches.0.why"),
         ({"surprise": 1}, "patches.0.surprise"),
         ({"remove_when": None}, "patches.0.remove_when"),
+        ({"setting": "FSE_PATCH_NONE"}, "patches.0.setting"),
     ],
 )
 def test_bad_field(tmp_path: Path, change: dict[str, object], named: str) -> None:
