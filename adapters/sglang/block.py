@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from ...errors import FsePatchError
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.dispatch import always
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
+from ..filling import fill
 from ..model_fusion import ACTIVE, CONSTRUCTED
 from .fusion import ModelFusion
 from .native_fusion import NativeFusion
@@ -32,7 +34,6 @@ BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_5_moe": ("qwen2_moe", "Qwen2MoeSparseMoeBlock", {"support_shared_expert_fusion": True}),
     "glm4_moe": ("glm4_moe", "Glm4MoeSparseMoeBlock", {}),
 }
-GATE_STD, WEIGHT_STD, BIAS_STD = 0.03, 0.02, 0.05
 EXPERTS = ("w13_weight", "w2_weight")
 DEVICE = "cuda"
 
@@ -46,11 +47,17 @@ class Pair:
         folder: has the model's config.json.
         decision: of that folder.
         layers: how many pairs; one pair's weights would stay in the cache.
+        quant: as of `bench.open_pair`; "" alone is known.
     """
 
-    engine = "sglang"
+    # Of a weight, in bytes.
+    itemsize = 2
 
-    def __init__(self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16", quant: str = ""
+    ) -> None:
+        if quant:
+            raise FsePatchError(f"{quant}: SGLang's quantised blocks are not measured yet")
         self.config = start(folder, dtype)
         self.decision = decision
         family = family_of(decision.model_type)
@@ -73,7 +80,7 @@ class Pair:
             finally:
                 ACTIVE.reset(token)
             for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
-                fill(stock, number)
+                fill(stock, number, DEVICE)
                 self._copy(stock, fused, family.shared_module)
                 for block in (stock, fused):
                     # A block is called many times on the same states here: they must outlive it.
@@ -122,6 +129,11 @@ class Pair:
         ours[0][routed:].copy_(torch.cat([gate.view(slots, width, -1), up.view(slots, width, -1)], dim=1))
         ours[1][routed:].copy_(mlp.down_proj.weight.data.view(-1, slots, width).transpose(0, 1))
 
+    def exact(self, expert: int, part: str) -> torch.Tensor:
+        """ "w13" or "w2" of one expert or slot of the first pair, in float64."""
+        weight = getattr(self.fused[0].experts, f"{part}_weight")
+        return torch.as_tensor(weight.data[expert]).double()
+
     @contextlib.contextmanager
     def forward_context(self, tokens: int) -> Iterator[None]:
         """Within it, blocks run as while SGLang captures a graph of a decode step."""
@@ -129,13 +141,3 @@ class Pair:
 
         with torch.no_grad(), model_capture_mode():
             yield
-
-
-def fill(block: Any, seed: int) -> None:
-    """Random weights, and a router that spreads the tokens."""
-    draw = torch.Generator(DEVICE).manual_seed(seed)
-    for name, parameter in block.named_parameters():
-        bias = name.endswith("e_score_correction_bias")
-        gate = name.endswith("gate.weight")
-        std = BIAS_STD if bias else GATE_STD if gate else WEIGHT_STD
-        parameter.data.normal_(0, std, generator=draw)
