@@ -86,11 +86,23 @@ def main() -> None:
     args.out.write_text(json.dumps({"start_seconds": started, **report}, indent=1))
 
 
+def versions() -> dict[str, str]:
+    """Of what a figure depends on."""
+    import sglang
+    import torch
+
+    from fse_patch import __version__
+
+    device = torch.cuda.get_device_name()
+    names = {"fse_patch": __version__, "sglang": sglang.__version__, "torch": torch.__version__}
+    return {"device": device, **names}
+
+
 def run(engine: Any, args: argparse.Namespace, vocab: int) -> dict[str, Any]:
     """What one arm measures."""
     engine.collective_rpc("bench_spread")
     (process,) = arm.reports(engine)
-    report = {"arm": args.arm, "engine_args": args.engine_args, "steps": {}}
+    report = {"arm": args.arm, "versions": versions(), "engine_args": args.engine_args, "steps": {}}
     report |= {"ran": process["roles"], "decisions": process["refused"]}
     if bool(report["ran"]) != (args.arm == "fused"):
         raise SystemExit(f"the {args.arm} arm is not {args.arm}: {process}")
