@@ -27,6 +27,9 @@ WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
 class BuiltModel(ABC):
     """The fused layers of one role in this process: what constructor, loader and router of it share."""
 
+    # Whether the shared slots are built and loaded by us; otherwise the engine fuses by itself.
+    built_here = True
+
     def __init__(self, decision: FusionDecision, naming: TensorNaming, checkpoint: Path) -> None:
         assert decision.layout is not None
         self.decision = decision

@@ -19,10 +19,12 @@ def report() -> dict[str, Any]:
     A stand-in for a kernel package says of itself, in REPLACED, which of its operations ran.
     """
     stand_in = sys.modules.get("sgl_kernel")
+    roles = [fusion.report() for fusion in constructed()]
+    ours = {role["role"] for role in roles}
     return {
         "pid": os.getpid(),
-        "roles": [fusion.report() for fusion in constructed()],
-        "refused": [decision for decision in runtime.decisions() if not decision["fuse"]],
+        "roles": roles,
+        "refused": [d for d in runtime.decisions() if not d["fuse"] and d["role"] not in ours],
         "replaced_operations": sorted(vars(stand_in).get("REPLACED", ())) if stand_in else [],
     }
 

@@ -1,6 +1,7 @@
 """Writes a checkpoint with the dimensions of a published model, fewer layers and random weights.
 
     python benchmarks/checkpoint.py OUT [--shape qwen3_next] [--layers 4] [--quant fp8-block] [--config-only]
+    python benchmarks/checkpoint.py OUT --config benchmarks/shapes/SHAPE/config.json [--layers 24]
 
 Tensors have their published names, an expert and projection each. They are drawn on the GPU where there
 is one: a layer of Qwen3-Next has 3.2 GB. In FP8 the experts, routed and shared, have a scale for each block.
@@ -195,6 +196,14 @@ def write(out: Path, shape: str, layers: int, quant: str = "", seed: int = 0) ->
     return total
 
 
+def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The configuration with so many layers, of the same kinds in turn."""
+    interval = config.get("full_attention_interval", 0)
+    kinds = ["linear_attention", "full_attention"]
+    types = {"layer_types": [kinds[(n + 1) % interval == 0] for n in range(layers)]} if interval else {}
+    return {**config, "num_hidden_layers": layers, **types}
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -203,10 +212,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--quant", choices=["fp8-block"], default="", help="of the experts")
     parser.add_argument("--config-only", action="store_true", help="for engines that make up the weights")
+    parser.add_argument("--config", type=Path, help="in place of a shape; writes the configuration alone")
     args = parser.parse_args()
-    if args.config_only:
+    if args.config_only or args.config:
         args.out.mkdir(parents=True, exist_ok=True)
-        config = config_of(args.shape, args.layers, args.quant)
+        if args.config:
+            config = with_layers(json.loads(args.config.read_text()), args.layers)
+        else:
+            config = config_of(args.shape, args.layers, args.quant)
         (args.out / "config.json").write_text(json.dumps(config, indent=1))
         return
     size = write(args.out, args.shape, args.layers, args.quant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .adapters.vllm.block import Pair
+from .adapters import guards, ledger
 from .errors import FsePatchError, RefusedError
 from .fusion_core.decide import decide_roles
 from .fusion_core.dispatch import Mode
@@ -19,6 +20,7 @@ from .fusion_core.families import family_of
 from .fusion_core.measure import capture, floor_seconds, in_turn, is_quiet, ratio
 from .fusion_core.policy_file import load_policy
 from .fusion_core.routing import append_shared_slots, route
+from .settings import ENGINES
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # A row in which stock was not equal to itself is measured again.
@@ -30,6 +32,9 @@ SEEDS, ERROR_TOKENS, DRAWN = 5, 8, 256
 CLEAR = 0.005
 CONTROL = 0.5
 Progress = Callable[[str], None]
+# Where an engine's blocks are built, as a class `Pair`: stock, fused, fusion, situation, forward_context.
+PAIRS = {engine: f"fse_patch.adapters.{engine}.block" for engine in ENGINES}
+Pair = Any
 
 
 def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
@@ -42,8 +47,8 @@ def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
         RefusedError: the model does not fuse.
         FsePatchError: this engine or machine cannot be measured.
     """
-    if engine != "vllm":
-        raise FsePatchError(f"{engine}: only vllm is measured so far")
+    if engine not in PAIRS:
+        raise FsePatchError(f"{engine!r}: unknown engine; use one of {', '.join(PAIRS)}")
     if not torch.cuda.is_available():
         raise FsePatchError("no CUDA device here; nothing to measure")
     decision = decide_roles(folder, engine, load_policy(None))["main"]
@@ -54,7 +59,7 @@ def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
     from . import apply
 
     apply(engine)
-    return Pair(folder, decision, layers, quant=quant)
+    return importlib.import_module(PAIRS[engine]).Pair(folder, decision, layers, quant=quant)
 
 
 def measure(
@@ -204,14 +209,13 @@ def _off(output: torch.Tensor, wanted: torch.Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def versions() -> dict[str, str]:
+def versions(engine: str) -> dict[str, str]:
     """Of everything that a measurement depends on."""
     import triton
-    import vllm
 
     return {
         "fse_patch": __version__,
-        "vllm": str(vllm.__version__),
+        engine: guards.engine_version(ledger.load(engine)),
         "torch": str(torch.__version__),
         "triton": str(triton.__version__),
     }
@@ -225,7 +229,8 @@ def write_csv(path: Path, name: str, pair: Pair, rows: Sequence[dict[str, Any]],
         "backend": pair.situation.backend,
         "commit": commit,
     }
-    columns = [*head, *versions(), *max(rows, key=len)]
+    held = versions(pair.situation.engine)
+    columns = [*head, *held, *max(rows, key=len)]
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
@@ -233,4 +238,4 @@ def write_csv(path: Path, name: str, pair: Pair, rows: Sequence[dict[str, Any]],
             writer.writeheader()
         for row in rows:
             short = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**head, **versions(), **short})
+            writer.writerow({**head, **held, **short})

@@ -141,8 +141,7 @@ class LayerExecution:
         routed, experts = self.layout.num_routed, self.experts
         stream = experts.side_stream(hidden_states.shape[0])
         if stream is not None:
-            # From here on the shared expert may run; its memory must not be given away before it has.
-            hidden_states.record_stream(stream)
+            # From here on the shared expert may run. It is waited for below, before any memory is given away.
             stream.wait_stream(torch.cuda.current_stream())
         if self.gate_linear is not None:
             logits = self.gate_linear(hidden_states)

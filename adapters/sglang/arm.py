@@ -8,11 +8,8 @@ code that runs is the same.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 
 from fse_patch.adapters.arm import run_jobs
 from fse_patch.adapters.sglang import worker
+from fse_patch.adapters.sglang.standalone import free_port
 
 DEFAULTS: dict[str, Any] = {
     "skip_tokenizer_init": True,
@@ -60,15 +58,6 @@ def reports(engine: Any) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
         engine.collective_rpc("fse_report", folder=folder)
         return [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
-
-
-def free_port() -> int:
-    """A port below those that the system hands out: SGLang takes one of them, and may find it taken."""
-    for port in random.sample(range(20000, 32000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free port from 20000 to 32000")
 
 
 def start(job: dict[str, Any]) -> Any:

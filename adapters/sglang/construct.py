@@ -7,15 +7,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-
-from ...fusion_core.routing import SlotAppender
+from ...fusion_core.config import UNQUANTISED
+from ...fusion_core.routing import FusedRouter, SlotAppender
 from ..handshake import check_complete
 from ..model_fusion import ACTIVE, CONSTRUCTED
+from . import native
 from .decide import decide_for
 from .fusion import AppendHook, ModelFusion
-from .handshake import check_experts, check_topk, output_scale
+from .handshake import check_experts, check_topk, output_scale, shared_gate
 from .native import ARGUMENT, SWITCHED_OFF, switched_off
+from .native_fusion import NativeFusion
 
 
 def active() -> ModelFusion | None:
@@ -39,9 +40,10 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
                 model = original(model_config, load_config, *args, **kwargs)
         finally:
             ACTIVE.reset(token)
-        if fusion is None:
+        if fusion is None or not (fusion.built_here or fusion.executions):
             return model
-        check_complete(fusion, all_here=True)  # pipeline parallelism is refused
+        if fusion.built_here:
+            check_complete(fusion, all_here=True)  # pipeline parallelism is refused
         model._fse_patch = fusion
         CONSTRUCTED.add(fusion)
         return model
@@ -64,7 +66,7 @@ def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
     """Build the experts of a block, with room for the shared slots where its layer fuses."""
     fusion = active()
     layer = fusion.layer_at(kwargs.get("layer_id", -1)) if fusion else None
-    if fusion is None or layer is None:
+    if fusion is None or layer is None or not fusion.built_here:
         return cls(*args, **kwargs)
     check_experts(fusion, layer, cls, args, kwargs)
     layout = fusion.layout
@@ -90,20 +92,40 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
             kwargs[ARGUMENT] = False
         original(self, *args, **kwargs)
         fusion = active()
+        if isinstance(fusion, NativeFusion):
+            fusion.adopt(self)
         if fusion is None or fusion.building is None:
             return
         layer, experts = fusion.building
         check_topk(fusion, layer, self.topk)
-        appender = SlotAppender(
-            layer, fusion.decision, fusion.counter, shared_gate(self), output_scale(fusion, experts)
-        )
-        fusion.add_layer(layer, appender, experts)
-        experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
+        if not several_modes(fusion, layer, self):
+            appender = SlotAppender(
+                layer, fusion.decision, fusion.counter, shared_gate(self), output_scale(fusion, experts)
+            )
+            fusion.add_layer(layer, appender, experts)
+            experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
         setattr(self, fusion.naming.family.shared_module, None)
         fusion.blocks[layer] = self
         fusion.building = fusion.unstripped = None
 
     return __init__
+
+
+def several_modes(fusion: ModelFusion, layer: int, block: Any) -> bool:
+    """Let a block run in several modes: an unquantised one, on CUDA, in releases known there."""
+    if native.platform() != "cuda" or fusion.decision.quant_method != UNQUANTISED:
+        return False
+    from .forward import attach, runs_modes
+    from .modes import BlockModes, execution_of
+
+    if not runs_modes(block):
+        return False
+    bias = getattr(block.gate, "e_score_correction_bias", None)
+    router = FusedRouter(layer, fusion.decision, fusion.counter, shared_gate(block), bias)
+    fusion.add_layer(layer, router, block.experts)
+    fusion.executions[layer] = execution_of(fusion, block, router)
+    attach(block, BlockModes(fusion.executions[layer], native=False))
+    return True
 
 
 def glm_block_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -121,16 +143,3 @@ def glm_block_init(original: Callable[..., None]) -> Callable[..., None]:
             self.num_fused_shared_experts = self.experts.num_fused_shared_experts
 
     return __init__
-
-
-def shared_gate(block: Any) -> Callable[[torch.Tensor], Any] | None:
-    """The block's gate, as logits; a linear layer of the engine returns a bias beside them."""
-    gate = getattr(block, "shared_expert_gate", None)
-    if gate is None:
-        return None
-
-    def logits(hidden_states: torch.Tensor) -> Any:
-        out = gate(hidden_states)
-        return out[0] if isinstance(out, tuple) else out
-
-    return logits

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ... import settings
 from ...fusion_core.decision import FusionDecision
+from ...fusion_core.dispatch import ModePlan
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
 from ...fusion_core.native import gets_wrong
 from ..deciding import Refusal, announce_other, checkpoint_folder, config_difference, proof, role_of, settle
+from ..planning import refusal
 from ..quantisation import online
 from . import native
 from .fusion import ModelFusion
 from .native import ENGINE
+from .native_fusion import NativeFusion
+from .plan import native_plan, plan_of
 
+log = logging.getLogger("fse_patch")
+UPSTREAM: Final = "upstream.already"
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
 RUNNERS = {"auto", "triton"}
+# Switches of its TopK, which not every mode asks.
+SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
 
 
 def decide_for(
@@ -49,19 +57,37 @@ def decide_for(
     def locate() -> Path:
         return checkpoint_folder(model_config.model_path, model_config.revision, load_config.download_dir)
 
-    decision = settle(
-        ENGINE,
-        role,
-        locate,
-        lambda decision: refusals(decision, model_config, load_config, quantised, own),
-        lambda decision: "; SGLang's own fusion is switched off" if must_go(decision) else "",
-    )
+    def forbidden(decision: FusionDecision) -> Iterator[Refusal]:
+        yield from refusals(decision, model_config, load_config, quantised, own)
+        plan, why = plan_of(decision, model_config)
+        if plan is None:
+            yield refusal(why)
+
+    def beside(decision: FusionDecision) -> ModePlan | None:
+        """Modes for what SGLang fuses by itself, where nothing else forbids them."""
+        if decision.reason != UPSTREAM:
+            return None
+        others = refusals(decision, model_config, load_config, quantised, own)
+        return native_plan(decision, model_config) if {code for code, _ in others} == {UPSTREAM} else None
+
+    def remark(decision: FusionDecision) -> str:
+        if must_go(decision):
+            return "; SGLang's own fusion is switched off"
+        plan = beside(decision)
+        return f"; modes by number of tokens, fused is SGLang's own: {plan} ({plan.source})" if plan else ""
+
+    decision = settle(ENGINE, role, locate, forbidden, remark)
     off = cls if must_go(decision) else None
-    if not decision.fuse:
+    plan = plan_of(decision, model_config)[0] if decision.fuse else beside(decision)
+    if plan is None:
         return None, off
     assert family is not None
     naming = TensorNaming(family, model_config.hf_text_config.num_hidden_layers)
-    return ModelFusion(decision, naming, locate()), off
+    fusion = (ModelFusion if decision.fuse else NativeFusion)(decision, naming, locate())
+    fusion.plan = plan
+    if decision.fuse and native.platform() == "cuda":
+        log.info("%s model: modes by number of tokens: %s (%s)", role, plan, plan.source)
+    return fusion, off
 
 
 def refusals(
@@ -76,15 +102,15 @@ def refusals(
     Args:
         own: SGLang's own fusion, where it is live; see `native.live`.
     """
+    from sglang.srt.environ import envs
     from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
     from sglang.srt.runtime_context import get_server_args
-    from sglang.srt.utils import cpu_has_amx_support
 
     server = get_server_args()
     if server.disable_shared_experts_fusion:
         yield "disabled", "--disable-shared-experts-fusion is given"
     if own is not None and not gets_wrong(own, decision):
-        yield "upstream.already", "SGLang fuses this model by itself here"
+        yield UPSTREAM, "SGLang fuses this model by itself here"
     if server.ep_size > 1 or not get_moe_a2a_backend().is_none():
         yield "parallel.ep", "expert parallelism is on; run without --ep-size and --moe-a2a-backend"
     if server.enable_eplb or server.ep_num_redundant_experts:
@@ -107,13 +133,12 @@ def refusals(
             "routed experts are recorded; run without --enable-return-routed-experts "
             "and --expert-distribution-recorder-mode",
         )
+    if any(setting is not None and setting.get() for setting in (getattr(envs, n, None) for n in SIMULATORS)):
+        yield "routing.simulator", f"one of {', '.join(SIMULATORS)} is set; unset it"
     load_format = getattr(load_config.load_format, "value", load_config.load_format)
     if load_format not in LOAD_FORMATS:
         yield "load.format", f"--load-format is {load_format}; use auto or safetensors"
     yield from online(decision, model_config.quantization, quantised)
     if differing := config_difference(decision, model_config.hf_text_config):
         yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
-    platform = native.platform()
-    yield from proof(decision, platform)
-    if (platform != "cpu" or cpu_has_amx_support()) and not settings.load().allow_unmeasured:
-        yield "slower.unmeasured", "no measurement shows that fusing is not slower here"
+    yield from proof(decision, native.platform())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,8 +12,10 @@ from ...fusion_core.native import fusing
 from .. import guards, ledger
 
 ENGINE = "sglang"
-# Every release asks this of the class before it builds a layer; a text is a no.
+# Releases from 0.5.18 on ask this of the class before they build a layer; a text is a no.
 GATE = "shared_experts_fusion_disable_reason"
+# Classes of 0.5.17 look into the configuration by this method instead.
+OLD_GATE = "determine_num_fused_shared_experts"
 # Blocks that do not ask it take the answer as this argument.
 ARGUMENT = "support_shared_expert_fusion"
 SWITCHED_OFF: ContextVar[bool] = ContextVar("fse_patch_native_off", default=False)
@@ -48,14 +50,22 @@ def live(cls: type, family: str, model_config: Any, quantised: object) -> dict[s
 @contextmanager
 def switched_off(cls: type) -> Iterator[None]:
     """Build ``cls`` without the native fusion, whatever SGLang would decide."""
-    own = vars(cls).get(GATE)
+    own, old = vars(cls).get(GATE), hasattr(cls, OLD_GATE) and not hasattr(cls, GATE)
     setattr(cls, GATE, staticmethod(lambda *_: "fse_patch decides for this model."))
     token = SWITCHED_OFF.set(True)
     try:
-        yield
+        with _configured_off() if old else nullcontext():
+            yield
     finally:
         SWITCHED_OFF.reset(token)
         if own is None:
             delattr(cls, GATE)
         else:
             setattr(cls, GATE, own)
+
+
+def _configured_off() -> AbstractContextManager[Any]:
+    from sglang.srt.runtime_context import get_exec
+
+    scope: AbstractContextManager[Any] = get_exec().moe.override(disable_shared_experts_fusion=True)
+    return scope

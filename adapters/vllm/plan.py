@@ -8,17 +8,16 @@ from packaging.version import Version
 
 from ... import settings
 from ...fusion_core.decision import FusionDecision
-from ...fusion_core.dispatch import ModePlan, always
-from ...fusion_core.tuned import Situation, plan_for
-from ..deciding import Refusal
+from ...fusion_core.dispatch import always
+from ...fusion_core.tuned import Situation
+from ..planning import SHARED_GATE, Planned, on_cuda, unmeasured
 from .formats import UNKNOWN, ExpertFormat, dense_word, format_of
 
 # Backends whose experts `Experts.gemm` knows how to call.
 KNOWN_BACKENDS = {"triton"}
-SHARED_GATE = "sigmoid_gate"
 
 
-def plan_of(decision: FusionDecision, vllm_config: Any) -> tuple[ModePlan | None, str]:
+def plan_of(decision: FusionDecision, vllm_config: Any) -> Planned:
     """The plan for the layers of a decision, or None and why there is none.
 
     The backend is asked of vLLM's own selection, for the layer that stock would build and for the fused one.
@@ -32,33 +31,24 @@ def plan_of(decision: FusionDecision, vllm_config: Any) -> tuple[ModePlan | None
     layout = decision.layout
     assert layout is not None
     if not current_platform.is_cuda():
-        return _unmeasured(allowed, "on this platform")
+        return unmeasured(allowed, "on this platform")
     form = format_of(decision, vllm_config)
     if form is None:
-        return _unmeasured(allowed, "for experts of this format")
+        return unmeasured(allowed, "for experts of this format")
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
-        return _unmeasured(
+        return unmeasured(
             False, "with VLLM_BATCH_INVARIANT: another mode for another batch breaks its promise"
         )
     stock = backend(form, vllm_config, decision, layout.num_routed, layout.top_k)
     fused = backend(form, vllm_config, decision, layout.num_experts, layout.fused_top_k)
     if stock != fused or fused not in KNOWN_BACKENDS:
-        return _unmeasured(
+        return unmeasured(
             False, f"with the MoE backend {stock} of the unfused layer, {fused} of the fused one"
         )
     here = situation(form, decision, vllm_config, fused)
     if UNKNOWN in here.backend:
-        return _unmeasured(False, "with the kernel that vLLM picks for the unfused shared expert")
-    found = plan_for(here, "cuda", settings.load().tuned_file)
-    if found == "slower":
-        return None, "slower"
-    return (found, "") if found else _unmeasured(allowed, "for this shape, dtype, device and release")
-
-
-def _unmeasured(allowed: bool, where: str) -> tuple[ModePlan | None, str]:
-    if allowed:
-        return always("fused", f"{settings.ALLOW_UNMEASURED} is set; nothing was measured {where}"), ""
-    return None, f"no measurement shows that fusing is not slower {where}; `fse-patch tune` makes one"
+        return unmeasured(False, "with the kernel that vLLM picks for the unfused shared expert")
+    return on_cuda(here)
 
 
 def situation(form: ExpertFormat, decision: FusionDecision, vllm_config: Any, found: str) -> Situation:
@@ -118,10 +108,3 @@ def built_backend(runner: Any) -> str:
     method = runner.routed_experts.quant_method
     picked = getattr(method, "unquantized_backend", None) or getattr(method, "fp8_backend", None)
     return "" if picked is None else str(picked.name).lower()
-
-
-def refusal(why: str) -> Refusal:
-    """The refusal that stands for no plan."""
-    if why == "slower":
-        return "slower.measured", "a tuned table says that fusing is slower here for some number of tokens"
-    return "slower.unmeasured", why

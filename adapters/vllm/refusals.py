@@ -8,8 +8,9 @@ from typing import Any
 from ...fusion_core.decision import FusionDecision
 from ...fusion_core.native import gets_wrong
 from ..deciding import Refusal, config_difference, proof
+from ..planning import refusal
 from ..quantisation import online
-from .plan import plan_of, refusal
+from .plan import plan_of
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}

@@ -56,7 +56,7 @@ def command(
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "situation": str(pair.situation),
-        "versions": bench.versions(),
+        "versions": bench.versions(engine),
         "rows": rows,
         "errors": errors,
         "failures": wrong(errors),

@@ -50,7 +50,7 @@ def command(
     rows = bench.measure(pair, numbers(tokens), rounds, say)
     if csv is not None:
         bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
-    row = tuning.store(out, pair.situation, rows, bench.versions(), f"fse-patch tune {commit}".strip())
+    row = tuning.store(out, pair.situation, rows, bench.versions(engine), f"fse-patch tune {commit}".strip())
     if json:
         print_json(row)
         return

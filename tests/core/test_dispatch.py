@@ -70,9 +70,16 @@ def test_slower_everywhere_or_somewhere_is_no_plan(tmp_path: Path) -> None:
     assert plan_for(HERE, "cuda", table(tmp_path / "b.yaml", steps=steps)) == "slower"
 
 
-@pytest.mark.parametrize("place", split_places(), ids=lambda place: str(place.backend))
+@pytest.mark.parametrize("place", split_places(), ids=lambda place: f"{place.engine}-{place.backend}")
 def test_without_a_table_split_stands_in_where_it_is_stock(place: Split) -> None:
-    known = replace(HERE, release=place.releases[0], backend=place.backend, quant=place.quants[0], width=768)
+    known = replace(
+        HERE,
+        engine=place.engine,
+        release=place.releases[0],
+        backend=place.backend,
+        quant=place.quants[0],
+        width=768,
+    )
     plan = plan_for(known, "cuda")
     assert isinstance(plan, ModePlan)
     assert plan.modes == {"split"}

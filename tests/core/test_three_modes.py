@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from fse_patch import doctor, settings
-from fse_patch.adapters import proving
-from fse_patch.adapters.vllm import configs
+from fse_patch.adapters import configs, proving
 from fse_patch.fusion_core.canary import CanaryError, Reference
 from fse_patch.fusion_core.dispatch import ModeCounter, ModePlan
 from fse_patch.fusion_core.layout import ExpertLayout
@@ -84,7 +83,9 @@ def test_the_kernels_table_of_e_stands_in(monkeypatch: pytest.MonkeyPatch) -> No
         return tables.get(E)
 
     layouts = [LAYOUT, ExpertLayout(256, 1, 8, 2048, 512), ExpertLayout(60, 4, 4, 2048, 1408)]
-    monkeypatch.setattr(configs, "CONSTRUCTED", [SimpleNamespace(layout=layout) for layout in layouts])
+    monkeypatch.setattr(
+        configs, "CONSTRUCTED", [SimpleNamespace(layout=layout, built_here=True) for layout in layouts]
+    )
     patched = configs.get_moe_configs(original)
     assert patched(513, 512, None, 0, 0) == {1: "tuned for 512"}
     assert asked == [(513, 512, None, 0, 0), (512, 512, None, 0, 0)]

@@ -93,7 +93,7 @@ def test_without_a_gpu_nothing_is_measured(
     extra = ["--out", str(tmp_path / "t.yaml")] if command == "tune" else []
     for arguments, words in (
         ([], "no CUDA device"),
-        (["--engine", "sglang"], "only vllm"),
+        (["--engine", "sglang"], "no CUDA device"),
         (["--tokens", "1,x"], ""),
     ):
         result = CliRunner().invoke(app, [command, folder, *extra, *arguments])

@@ -1,4 +1,4 @@
-"""Tuned tables of vLLM's own grouped GEMM: keyed by the number of experts, and none has one for E+S."""
+"""Tuned tables of an engine's own grouped GEMM: keyed by the number of experts, and few have one for E+S."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from .fusion import CONSTRUCTED
+from .model_fusion import CONSTRUCTED
 
 log = logging.getLogger("fse_patch")
 
@@ -18,7 +18,7 @@ def get_moe_configs(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def tuned(E: int, N: int, dtype: str | None, *args: Any, **kwargs: Any) -> Any:
         found = original(E, N, dtype, *args, **kwargs)
-        routed = {f.layout.num_routed for f in CONSTRUCTED if f.layout.num_experts == E}
+        routed = {f.layout.num_routed for f in CONSTRUCTED if f.built_here and f.layout.num_experts == E}
         if found is None and routed:
             found = original(routed.pop(), N, dtype, *args, **kwargs)
             log.debug(

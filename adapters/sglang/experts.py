@@ -1,0 +1,82 @@
+"""What the modes of a fused layer need of SGLang's experts: weights, grouped GEMM, routing, second stream."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...fusion_core.decision import FusionDecision
+
+if TYPE_CHECKING:
+    from ...fusion_core.execution import TopK  # needs Triton
+
+
+class Experts:
+    """`GroupedExperts` of one of SGLang's layers, whose experts are Triton's.
+
+    Args:
+        experts: its FusedMoE.
+        topk: its TopK, or one that gives k columns with the scale in their weights; see `routed_topk`.
+        stream: what stock runs the shared expert beside, or None.
+    """
+
+    def __init__(self, experts: Any, topk: Any, stream: torch.cuda.Stream | None) -> None:
+        from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import outplace_fused_experts
+        from sglang.srt.model_executor.runner import get_is_capture_mode
+
+        self.experts = experts
+        self.topk = topk
+        self.stream = stream
+        self._run = outplace_fused_experts
+        self._capturing = get_is_capture_mode
+
+    @property
+    def w13(self) -> torch.Tensor:
+        """See `GroupedExperts`."""
+        weight: torch.Tensor = self.experts.w13_weight
+        return weight
+
+    @property
+    def w2(self) -> torch.Tensor:
+        """See `GroupedExperts`."""
+        weight: torch.Tensor = self.experts.w2_weight
+        return weight
+
+    def gemm(
+        self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
+    ) -> torch.Tensor:
+        """SGLang's own kernels, as its runner calls them where no expert is elsewhere; never in place."""
+        weights, ids = top_k
+        output: torch.Tensor = self._run(hidden_states, w13, w2, weights, ids, filter_expert=False)
+        return output
+
+    def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
+        """See `GroupedExperts`."""
+        found = self.topk(hidden_states, logits)
+        return found.topk_weights, found.topk_ids
+
+    def side_stream(self, num_tokens: int) -> torch.cuda.Stream | None:
+        """As SGLang's blocks take it: while a graph is captured."""
+        return self.stream if self._capturing() else None
+
+
+def routed_topk(block: Any, decision: FusionDecision) -> Any:
+    """A TopK of k columns for a block, the scale in its weights: its own one where that is such."""
+    routing, layout = decision.routing, decision.layout
+    assert routing is not None
+    assert layout is not None
+    if routing.scoring == "softmax":
+        return block.topk
+    from sglang.srt.layers.moe.topk import TopK
+
+    return TopK(
+        top_k=layout.top_k,
+        renormalize=routing.renormalize,
+        use_grouped_topk=True,
+        num_expert_group=routing.num_expert_group,
+        topk_group=routing.topk_group,
+        correction_bias=block.topk.topk_config.correction_bias,
+        routed_scaling_factor=routing.routed_scaling_factor,
+        apply_routed_scaling_factor_on_output=True,
+    )

@@ -1,0 +1,57 @@
+"""SGLang's process-wide state without its scheduler: configuration and process groups, for single blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+
+def free_port() -> int:
+    """A port below those that the system hands out: SGLang takes one of them, and may find it taken."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port from 20000 to 32000")
+
+
+def start(folder: Path, dtype: str) -> Any:
+    """Set up this process for blocks of the model that a config.json describes, on one GPU; once a process.
+
+    Returns:
+        SGLang's ModelConfig.
+    """
+    import torch
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(
+        model_path=str(folder),
+        dtype=dtype,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        disable_radix_cache=True,
+        attention_backend="triton",
+        sampling_backend="pytorch",
+    )
+    publish(args, role="scheduler")
+    initialize_moe_config(args)
+    config = ModelConfig.from_server_args(args)
+    torch.cuda.set_device(0)
+    bootstrap.init_torch_distributed(
+        server_args=args,
+        model_config=config,
+        device="cuda",
+        ps=ParallelState.trivial(),
+        dist_port=free_port(),
+        is_draft_worker=False,
+        local_omp_cpuid=None,
+    )
+    return config
