@@ -15,12 +15,18 @@ from .fusion_core.tuned import SLOWER, Situation, read_table
 
 # Below this a mode counts as slower than stock.
 EQUAL = 0.985
+# How far stock may be off itself for a row to say anything.
+FARTHEST = 0.05
 HEAD = ("engine", "release", "backend", "device")
 
 
 def best_mode(row: dict[str, Any]) -> str:
-    """The mode with the best median ratio and a lower bound not slower than stock; "slower" without one."""
-    good = [m for m in MODES if row.get(f"{m}_lower", 0.0) >= EQUAL]
+    """The mode with the best median ratio and a lower bound not slower than stock; "slower" without one.
+
+    In a row that is not valid, lower bounds count for less by what stock was off itself.
+    """
+    doubt = 0.0 if row["valid"] else abs(row["again"] - 1)
+    good = [m for m in MODES if row.get(f"{m}_lower", 0.0) - doubt >= EQUAL]
     return max(good, key=lambda m: float(row[f"{m}_ratio"]), default=SLOWER)
 
 
@@ -28,11 +34,11 @@ def steps(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """Steps, and the mode beyond them. Between two measured numbers the mode of the larger one holds.
 
     Raises:
-        FsePatchError: a row is not valid: stock was not equal to itself.
+        FsePatchError: stock was so far off itself that nothing can be said.
     """
     if not rows:
         raise FsePatchError("nothing was measured")
-    if noisy := [row["tokens"] for row in rows if not row["valid"]]:
+    if noisy := [row["tokens"] for row in rows if abs(row["again"] - 1) > FARTHEST]:
         raise FsePatchError(
             f"stock was not as fast as stock at {noisy} tokens; measure again on a quiet device"
         )

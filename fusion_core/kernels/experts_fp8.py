@@ -24,12 +24,12 @@ Tile = tuple[int, int, int, int]
 
 def w13_tile(hidden: int) -> Tile:
     """For w13 [2 * I, H]."""
-    return (4, 64, 2, 16)
+    return (2, 64, 1, 16) if hidden <= 2048 else (1, 64, 1, 16)
 
 
 def w2_tile(width: int) -> Tile:
     """For w2 [H, I]; chunks of 8, because a thread loads so many of the inner states at once."""
-    return (4, 16, 1, 8) if width <= 128 else (2, 64, 1, 8)
+    return (4, 16, 1, 8) if width <= 128 else (1, 64, 1, 8)
 
 
 def dequantised(

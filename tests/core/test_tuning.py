@@ -22,8 +22,8 @@ from .test_dispatch import HERE
 SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
 
 
-def row(tokens: int, valid: bool = True, **ratios: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"tokens": tokens, "valid": valid}
+def row(tokens: int, again: float = 1.0, **ratios: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"tokens": tokens, "again": again, "valid": abs(again - 1) <= 0.005}
     for mode, value in ratios.items():
         found |= {f"{mode}_ratio": value, f"{mode}_lower": value - 0.004}
     return found
@@ -48,9 +48,17 @@ def test_no_mode_that_is_slower_than_stock() -> None:
 
 def test_a_row_in_which_stock_was_not_stock_is_refused() -> None:
     with pytest.raises(FsePatchError, match=r"\[2\] tokens"):
-        tuning.steps([row(1, split=1.1), row(2, valid=False, split=1.1)])
+        tuning.steps([row(1, split=1.1), row(2, again=0.94, split=1.1)])
     with pytest.raises(FsePatchError, match="nothing"):
         tuning.steps([])
+
+
+def test_where_stock_was_off_itself_a_mode_must_win_by_as_much() -> None:
+    assert tuning.best_mode(row(2, again=0.98, small=1.6, split=1.0)) == "small"
+    assert tuning.best_mode(row(2, again=1.02, split=1.0)) == "slower"
+    # The controls: by a little less it is not enough, and a valid row asks for nothing more.
+    assert tuning.best_mode(row(2, again=1.02, small=1.004)) == "slower"
+    assert tuning.best_mode(row(2, again=1.005, split=0.99)) == "split"
 
 
 def test_a_table_keeps_the_rows_of_other_shapes(tmp_path: Path) -> None:
