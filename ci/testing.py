@@ -74,7 +74,7 @@ def core(engines: list[str]) -> list[Step]:
             "core tests",
             [str(CORE / "python"), "-m", "pytest", "tests", *leave],
             1800,
-            {"FSE_PATCH_ENGINE_SITE": os.pathsep.join(sites)},
+            {"ENGINE_SITES": os.pathsep.join(sites)},
         )
     ]
 

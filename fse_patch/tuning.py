@@ -11,7 +11,7 @@ import yaml
 
 from .errors import FsePatchError
 from .fusion_core.dispatch import MODES
-from .fusion_core.tuned import SLOWER, Situation, read_table
+from .fusion_core.tuned import SLOWER, Situation, read_table, split_is_stock
 
 # Below this a mode counts as slower than stock.
 EQUAL = 0.985
@@ -20,17 +20,28 @@ FARTHEST = 0.05
 HEAD = ("engine", "release", "backend", "device")
 
 
-def best_mode(row: dict[str, Any]) -> str:
+def best_mode(row: dict[str, Any], split_is_stock: bool = False) -> str:
     """The mode with the best median ratio and a lower bound not slower than stock; "slower" without one.
 
-    In a row that is not valid, lower bounds count for less by what stock was off itself.
+    In a row that is not valid, bounds count for less by what stock was off itself.
+
+    Args:
+        split_is_stock: `split` runs stock's kernels here, and would run without a table. Where nothing else
+            is shown to be as fast, its median is enough.
     """
     doubt = 0.0 if row["valid"] else abs(row["again"] - 1)
     good = [m for m in MODES if row.get(f"{m}_lower", 0.0) - doubt >= EQUAL]
+    if not good and split_is_stock and row.get("split_ratio", 0.0) - doubt >= EQUAL:
+        return "split"
     return max(good, key=lambda m: float(row[f"{m}_ratio"]), default=SLOWER)
 
 
-def steps(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def is_open(row: dict[str, Any]) -> bool:
+    """Whether no mode is shown to be as fast as stock, though one has such a median: more rounds decide."""
+    return best_mode(row) == SLOWER and any(row.get(f"{m}_ratio", 0.0) >= EQUAL for m in MODES)
+
+
+def steps(rows: Sequence[dict[str, Any]], split_is_stock: bool = False) -> tuple[list[dict[str, Any]], str]:
     """Steps, and the mode beyond them. Between two measured numbers the mode of the larger one holds.
 
     Raises:
@@ -44,7 +55,7 @@ def steps(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         )
     found: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda r: int(r["tokens"])):
-        mode = best_mode(row)
+        mode = best_mode(row, split_is_stock)
         if found and found[-1]["mode"] == mode:
             found[-1]["up_to"] = row["tokens"]
         else:
@@ -53,7 +64,12 @@ def steps(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
 
 
 def store(
-    path: Path, situation: Situation, rows: Sequence[dict[str, Any]], versions: dict[str, str], measured: str
+    path: Path,
+    situation: Situation,
+    rows: Sequence[dict[str, Any]],
+    versions: dict[str, str],
+    measured: str,
+    platform: str = "cuda",
 ) -> dict[str, Any]:
     """Put the row of a situation into a table file, in the place of an older one; returns it.
 
@@ -62,7 +78,7 @@ def store(
     """
     key = {name: value for name, value in asdict(situation).items() if name not in HEAD}
     head = {name: value for name, value in asdict(situation).items() if name in HEAD}
-    between, otherwise = steps(rows)
+    between, otherwise = steps(rows, split_is_stock(situation, platform))
     row = {**key, "steps": between, "otherwise": otherwise}
     kept: list[dict[str, Any]] = []
     if path.exists():

@@ -194,10 +194,15 @@ def plan_for(
         for row in table.rows:
             if _holds(table, row, situation):
                 return _plan(row, f"table {name}")
-    for place in split_places() if places is None else places:
-        if _is_stock(place, situation, platform):
-            return always("split", "no table; split is stock's kernels")
+    if split_is_stock(situation, platform, places):
+        return always("split", "no table; split is stock's kernels")
     return None
+
+
+def split_is_stock(situation: Situation, platform: str, places: Iterable[Split] | None = None) -> bool:
+    """Whether `split` runs the kernels of stock there; ``places`` as of `plan_for`."""
+    allowed = split_places() if places is None else places
+    return any(_is_stock(place, situation, platform) for place in allowed)
 
 
 def _holds(table: Table, row: Row, situation: Situation) -> bool:

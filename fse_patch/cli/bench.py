@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,9 +50,12 @@ def command(
 
     if plot is not None:
         plots.figure_class()
-    pair = bench.open_pair(checkpoint, engine, layers, quant)
-    rows = bench.measure(pair, numbers(tokens), rounds, say)
-    errors = bench.errors(pair)
+    counts = numbers(tokens)
+    # Engines log to stdout, where the report goes.
+    with redirect_stdout(sys.stderr):
+        pair = bench.open_pair(checkpoint, engine, layers, quant)
+        rows = bench.measure(pair, counts, rounds, say)
+        errors = bench.errors(pair)
     if csv is not None:
         bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
     report: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -40,17 +42,29 @@ def command(
     json: Json = False,
 ) -> None:
     """Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a device that is not quiet."""
+    import torch
+
     from .. import bench, tuning
 
-    pair = bench.open_pair(checkpoint, engine, layers, quant)
-    errors = bench.errors(pair)
-    say(f"off float64: {errors}")
-    if failures := wrong(errors):
-        raise AuditError("; ".join(failures))
-    rows = bench.measure(pair, numbers(tokens), rounds, say)
+    counts = numbers(tokens)
+    # Engines log to stdout, where the report goes.
+    with redirect_stdout(sys.stderr):
+        pair = bench.open_pair(checkpoint, engine, layers, quant)
+        errors = bench.errors(pair)
+        say(f"off float64: {errors}")
+        if failures := wrong(errors):
+            raise AuditError("; ".join(failures))
+        rows = bench.measure(pair, counts, rounds, say)
     if csv is not None:
         bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
-    row = tuning.store(out, pair.situation, rows, bench.versions(engine), f"fse-patch tune {commit}".strip())
+    row = tuning.store(
+        out,
+        pair.situation,
+        rows,
+        bench.versions(engine),
+        f"fse-patch tune {commit}".strip(),
+        "cuda" if torch.version.hip is None else "rocm",
+    )
     if json:
         print_json(row)
         return

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fse_patch import tuning
+from fse_patch import bench, tuning
 from fse_patch.cli.app import app
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.dispatch import ModePlan
@@ -51,6 +51,34 @@ def test_a_row_in_which_stock_was_not_stock_is_refused() -> None:
         tuning.steps([row(1, split=1.1), row(2, again=0.94, split=1.1)])
     with pytest.raises(FsePatchError, match="nothing"):
         tuning.steps([])
+
+
+def test_a_row_that_decides_nothing_is_split_where_that_is_stock() -> None:
+    wide = {**row(8192, fused=0.97), "split_ratio": 1.003, "split_lower": 0.97}
+    assert tuning.is_open(wide)
+    assert tuning.best_mode(wide) == "slower"
+    assert tuning.best_mode(wide, split_is_stock=True) == "split"
+    # The controls: a split that is slower, another mode that is fast, and rows that leave nothing open.
+    assert tuning.best_mode({**wide, "split_ratio": 0.98}, split_is_stock=True) == "slower"
+    assert tuning.best_mode({**wide, "small_ratio": 1.1, "small_lower": 1.09}, split_is_stock=True) == "small"
+    assert not tuning.is_open(row(8192, fused=0.97, split=1.0))
+    assert not tuning.is_open(row(8192, fused=0.97, split=0.97))
+
+
+def test_open_rows_are_measured_in_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {**row(8, fused=0.9), "split_ratio": 1.003, "split_lower": 0.97, "stock_us": 1.0, "floor_us": 1.0}
+    wide |= {"fused_us": 1.0, "split_us": 1.0}
+    found = iter([wide, wide, {**wide, "split_lower": 0.99}])
+    asked = []
+
+    def measure(pair: Any, tokens: int, rounds: int) -> dict[str, Any]:
+        asked.append(rounds)
+        return next(found)
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    (kept,) = bench.measure(None, [8], 7)
+    assert asked == [7, 28, 28]
+    assert kept["split_lower"] == 0.99
 
 
 def test_where_stock_was_off_itself_a_mode_must_win_by_as_much() -> None:

@@ -1,6 +1,6 @@
 """Every entry of the shipped ledgers, against real installed engines, read and not imported.
 
-Engines come from FSE_PATCH_ENGINE_SITE (site-packages folders) and from the environment that runs the tests.
+Engines come from ENGINE_SITES (site-packages folders) and from the environment that runs the tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BOOKS = {engine: ledger.load(engine) for engine in ENGINES if ledger.exists(engi
 
 def installed() -> list[tuple[str, str, tuple[str, ...]]]:
     """Engine, version and folders of every installation that can be seen."""
-    given = os.environ.get("FSE_PATCH_ENGINE_SITE", "")
+    given = os.environ.get("ENGINE_SITES", "")
     sites = [(s,) for s in given.split(os.pathsep) if s]
     found = []
     for site in [*sites, tuple(sys.path)]:
@@ -47,7 +47,7 @@ def test_every_tested_release_has_patches_and_fingerprints(engine: str) -> None:
             assert version in source.fingerprints, f"{source.reference}: run ci/fingerprint.py on {version}"
 
 
-@pytest.mark.skipif(not installed(), reason="no engine here and none in FSE_PATCH_ENGINE_SITE")
+@pytest.mark.skipif(not installed(), reason="no engine here and none in ENGINE_SITES")
 @pytest.mark.parametrize(
     ("engine", "version", "site"), [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in installed()]
 )
@@ -57,7 +57,7 @@ def test_guards_pass_on_installed_engines(engine: str, version: str, site: tuple
     assert {p.id: guards.guard(p, site) for p in patches} == {p.id: "" for p in patches}
 
 
-@pytest.mark.skipif(not installed(), reason="no engine here and none in FSE_PATCH_ENGINE_SITE")
+@pytest.mark.skipif(not installed(), reason="no engine here and none in ENGINE_SITES")
 @pytest.mark.parametrize(
     ("engine", "version", "site"), [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in installed()]
 )
@@ -76,7 +76,7 @@ def test_tuned_tables_of_installed_engines_are_found(
 def test_guards_notice_another_release(engine: str, version: str, site: tuple[str, ...]) -> None:
     """The control: with the fingerprints of that release taken out, some guard must object."""
     if not engine:
-        pytest.skip("no engine here and none in FSE_PATCH_ENGINE_SITE")
+        pytest.skip("no engine here and none in ENGINE_SITES")
     problems = []
     for patch in guards.check_version(BOOKS[engine], version):
         known = patch.source.fingerprints
