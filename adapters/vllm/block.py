@@ -16,8 +16,9 @@ from ...fusion_core.decision import FusionDecision
 from ...fusion_core.dispatch import always
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
+from ..filling import fill
 from ..model_fusion import ACTIVE
-from .block_weights import copy, exact, fill, process
+from .block_weights import copy, exact, process
 from .described import described
 from .formats import format_of
 from .fusion import ModelFusion

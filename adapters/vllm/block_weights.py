@@ -9,31 +9,6 @@ import torch
 from ...fusion_core.layout import ExpertLayout
 from .formats import ExpertFormat
 
-GATE_STD, WEIGHT_STD, BIAS_STD = 0.03, 0.02, 0.05
-# Of FP8 weights before their scale: the numbers of e4m3 reach 448.
-FP8_STD, FP8_MAX = 100.0, 448.0
-# Rows that are drawn at once: random numbers in float32 take four times the memory of FP8 weights.
-ROWS = 1 << 17
-
-
-def fill(block: Any, seed: int) -> None:
-    """Random weights, and a router that spreads the tokens. FP8 weights get scales that differ by block."""
-    draw = torch.Generator("cuda").manual_seed(seed)
-    for name, parameter in block.named_parameters():
-        values = parameter.data
-        if values.dtype == torch.float8_e4m3fn:
-            for part in values.view(-1, values.shape[-1]).split(ROWS):
-                part.copy_(
-                    torch.empty(part.shape).normal_(0, FP8_STD, generator=draw).clamp_(-FP8_MAX, FP8_MAX)
-                )
-        elif "weight_scale" in name:
-            values.uniform_(0.5, 1.5, generator=draw).mul_(WEIGHT_STD / FP8_STD)
-        else:
-            bias = name.endswith("e_score_correction_bias")
-            gate = name.endswith("gate.weight")
-            std = BIAS_STD if bias else GATE_STD if gate else WEIGHT_STD
-            values.normal_(0, std, generator=draw)
-
 
 def process(block: Any) -> None:
     """What the engine does with loaded weights."""
