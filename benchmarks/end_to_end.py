@@ -3,8 +3,7 @@
     FSE_PATCH=0 python benchmarks/end_to_end.py stock FOLDER --out stock.json
     FSE_PATCH=vllm python benchmarks/end_to_end.py fused FOLDER --out fused.json
 
-FOLDER has a config.json alone (benchmarks/checkpoint.py --config-only writes one). Milliseconds a step are
-the slope between a short and a long answer, so that prefill does not count.
+FOLDER has a config.json alone (benchmarks/checkpoint.py --config-only writes one).
 """
 
 from __future__ import annotations
@@ -16,19 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHORT, LONG, PROMPT = 33, 161, 64
-STREAMS = (1, 2, 4, 8, 16, 64)
-ROUTER_STD = 0.05
+import decode
 
 
 def spread(model: Any) -> int:
-    """Random router and embeddings: dummy weights alone send every token to the same experts."""
-    import torch
-
-    draw = torch.Generator(device="cuda").manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate.weight") or "embed_tokens" in name:
-            parameter.data.normal_(0, ROUTER_STD, generator=draw)
+    """What a worker of vLLM runs; see `decode.spread`."""
+    decode.spread(model)
     return 0
 
 
@@ -68,9 +60,9 @@ def main() -> None:
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_model_len=1024,
-        max_num_seqs=64,
+        max_num_seqs=max(decode.STREAMS),
         enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": list(STREAMS)},
+        compilation_config={"cudagraph_capture_sizes": list(decode.STREAMS)},
         **args.engine_args,
     )
     started = time.perf_counter() - start
@@ -80,25 +72,17 @@ def main() -> None:
         "versions": versions(),
         "start_seconds": started,
         "ran": llm.apply_model(ran)[0],
-        "steps": {},
     }
     if (report["ran"] is None) != (args.arm == "stock"):
         raise SystemExit(f"the {args.arm} arm is not {args.arm}")
-    for streams in STREAMS:
-        prompts = [
-            {"prompt_token_ids": [(i * 131 + j * 17) % 31000 + 10 for j in range(PROMPT)]}
-            for i in range(streams)
-        ]
-        seconds: dict[int, list[float]] = {SHORT: [], LONG: []}
-        for _ in range(args.repeats):
-            for length in (SHORT, LONG):
-                params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
-                start = time.perf_counter()
-                llm.generate(prompts, params, use_tqdm=False)
-                seconds[length].append(time.perf_counter() - start)
-        step = (min(seconds[LONG]) - min(seconds[SHORT])) / (LONG - SHORT) * 1e3
-        report["steps"][streams] = {"ms": step, "seconds": seconds}
-        print(f"{args.arm}, {streams} streams: {step:.3f} ms a step", flush=True)
+
+    def generate(prompts: list[list[int]], length: int) -> list[int]:
+        params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [out.outputs[0].token_ids[-1] for out in outputs]
+
+    vocab = json.loads((args.folder / "config.json").read_text())["vocab_size"]
+    report["steps"] = decode.steps(args.arm, generate, vocab, args.repeats)
     args.out.write_text(json.dumps(report, indent=1))
 
 

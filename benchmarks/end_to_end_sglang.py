@@ -3,9 +3,8 @@
     FSE_PATCH=0 python benchmarks/end_to_end_sglang.py stock FOLDER --out stock.json
     FSE_PATCH=sglang python benchmarks/end_to_end_sglang.py fused FOLDER --out fused.json
 
-FOLDER has a config.json alone (benchmarks/checkpoint.py writes one). Milliseconds a step are the slope
-between a short and a long answer, so that prefill does not count. In both arms a weight that routes is drawn
-anew by its name, in SGLang's scheduler: dummy weights alone send every token to the same experts.
+FOLDER has a config.json alone (benchmarks/checkpoint.py writes one). The weights that route are drawn anew in
+SGLang's scheduler.
 """
 
 from __future__ import annotations
@@ -13,19 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
+import decode
 import wrapt
 
 from fse_patch.adapters.sglang import arm, worker
 
-SHORT, LONG, PROMPT = 33, 161, 64
-STREAMS = (1, 2, 4, 8, 16, 64)
-STD = 0.05
-# Of these, whatever the model: what routes, what comes in, what goes out.
-DRAWN = ("gate.weight", "embed_tokens.weight", "lm_head.weight")
 DEFAULTS: dict[str, Any] = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
@@ -33,9 +27,9 @@ DEFAULTS: dict[str, Any] = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "disable_radix_cache": True,
-    "max_running_requests": max(STREAMS),
-    "cuda_graph_bs_decode": list(STREAMS),
-    "cuda_graph_max_bs_decode": max(STREAMS),
+    "max_running_requests": max(decode.STREAMS),
+    "cuda_graph_bs_decode": list(decode.STREAMS),
+    "cuda_graph_max_bs_decode": max(decode.STREAMS),
     "mem_fraction_static": 0.8,
     "log_level": "warning",
 }
@@ -43,14 +37,10 @@ DEFAULTS: dict[str, Any] = {
 
 def bench_spread(self: Any) -> None:
     """Runs in the scheduler: see above. In place, so that captured graphs see it."""
-    import torch
-
     model = self.tp_worker.model_runner.model
+    decode.spread(model)
     for name, parameter in model.named_parameters():
-        if name.endswith(DRAWN):
-            draw = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
-            parameter.data.normal_(0, STD, generator=draw)
-        elif name.endswith("e_score_correction_bias"):
+        if name.endswith("e_score_correction_bias"):
             parameter.data.zero_()
         elif name.endswith("norm.weight") and type(model).__name__.startswith("Glm"):
             parameter.data.fill_(1)  # norms of the other families are centred on zero
@@ -102,26 +92,17 @@ def run(engine: Any, args: argparse.Namespace, vocab: int) -> dict[str, Any]:
     """What one arm measures."""
     engine.collective_rpc("bench_spread")
     (process,) = arm.reports(engine)
-    report = {"arm": args.arm, "versions": versions(), "engine_args": args.engine_args, "steps": {}}
+    report = {"arm": args.arm, "versions": versions(), "engine_args": args.engine_args}
     report |= {"ran": process["roles"], "decisions": process["refused"]}
     if bool(report["ran"]) != (args.arm == "fused"):
         raise SystemExit(f"the {args.arm} arm is not {args.arm}: {process}")
-    for streams in STREAMS:
-        prompts = [[(i * 131 + j * 17) % (vocab - 10) + 10 for j in range(PROMPT)] for i in range(streams)]
-        seconds: dict[int, list[float]] = {SHORT: [], LONG: []}
-        last: set[int] = set()
-        for number in range(args.repeats + 1):
-            for length in (SHORT, LONG):
-                params = {"temperature": 0.0, "max_new_tokens": length, "ignore_eos": True}
-                start = time.perf_counter()
-                outputs = engine.generate(input_ids=prompts, sampling_params=params)
-                if number:  # the first one warms up
-                    seconds[length].append(time.perf_counter() - start)
-                last = {out["output_ids"][-1] for out in outputs}
-        step = (min(seconds[LONG]) - min(seconds[SHORT])) / (LONG - SHORT) * 1e3
-        # Streams that have come to the same tokens choose the same experts.
-        report["steps"][streams] = {"ms": step, "seconds": seconds, "different_tokens": len(last)}
-        print(f"{args.arm}, {streams} streams: {step:.3f} ms a step, {len(last)} tokens", flush=True)
+
+    def generate(prompts: list[list[int]], length: int) -> list[int]:
+        params = {"temperature": 0.0, "max_new_tokens": length, "ignore_eos": True}
+        outputs = engine.generate(input_ids=prompts, sampling_params=params)
+        return [out["output_ids"][-1] for out in outputs]
+
+    report["steps"] = decode.steps(args.arm, generate, vocab, args.repeats)
     (after,) = arm.reports(engine)
     return {**report, "calls_by_mode": [role["calls_by_mode"] for role in after["roles"]]}
 
