@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..errors import AuditError
-from ..fusion_core.canary import UNIT
 from ..fusion_core.naming import TensorNaming
 from ..fusion_core.remap import Named
+from ..fusion_core.served import UNIT
 
 GATE = ".shared_expert_gate.weight"
 PROBES = 8

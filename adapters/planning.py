@@ -20,7 +20,7 @@ def unmeasured(allowed: bool, where: str) -> Planned:
 
 
 def on_cuda(situation: Situation) -> Planned:
-    """The plan for unquantised layers on a CUDA device: measured, or stock's kernels on views."""
+    """The plan for layers on a CUDA device: measured, or stock's kernels on views."""
     effective = settings.load()
     found = plan_for(situation, "cuda", effective.tuned_file)
     if isinstance(found, ModePlan):

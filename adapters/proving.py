@@ -12,9 +12,10 @@ import torch
 
 from .. import metrics, settings
 from ..errors import AuditError
-from ..fusion_core.canary import CanaryError, Served, judge, reference
+from ..fusion_core.canary import CanaryError, judge, reference
 from ..fusion_core.config import UNQUANTISED
 from ..fusion_core.dequant import CheckpointLayer, NoReference
+from ..fusion_core.served import Served
 from ..fusion_core.tensors import CheckpointTensors
 from .model_fusion import ModelFusion
 
@@ -57,6 +58,7 @@ def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
     if fusion.canary["state"] == "pending":
         fusion.open()
         _prove(fusion, dtype, prover)
+        fusion.proved()
         metrics.publish()
 
 

@@ -13,16 +13,13 @@ from ..errors import AuditError
 from .decision import FusionDecision, RoutingSpec
 from .dequant import E4M3_MAX, CheckpointLayer, Kernel, NoReference, Round, as_it_is
 from .layout import ExpertLayout
+from .served import Served
 from .shares import share_error, share_spread
 
 # Tokens drawn at once, and how often: a token counts only if its choice of experts is no near tie.
 DRAWN, ROUNDS = 64, 8
 # Experts that the tokens choose in all; each costs three matrices read from the checkpoint.
 EXPERTS = 16
-# Half a unit in the last place: 2^-p for a significand of p bits (IEEE 754; bfloat16 has 8 of them).
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# TF32, which GPUs may multiply float32 in, keeps a significand of 11 bits.
-TF32_UNIT = 2.0**-11
 # Kernels sum in any order: far above the noise of float32, far below any weight in a wrong place.
 LEAST_TOLERANCE = 1e-4
 # What the roundings of one forward may add up to, in that of a reference rounded at the same places.
@@ -37,27 +34,6 @@ SIGMAS = 6
 
 class CanaryError(AuditError):
     """A fused layer does not compute what its checkpoint says: the model must not be served."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """In which dtypes the engine holds a layer: its experts and hidden states, gate, bias and shared gate.
-
-    ``ue8m0``: kernels of the device may take scales of FP8 weights as powers of two.
-    """
-
-    dtype: torch.dtype
-    gate: torch.dtype
-    bias: torch.dtype
-    shared_gate: torch.dtype
-    device: str = "cpu"
-    ue8m0: bool = False
-
-    @property
-    def unit(self) -> float:
-        """Relative size of one rounding."""
-        float32_on_gpu = self.dtype == torch.float32 and self.device != "cpu"
-        return TF32_UNIT if float32_on_gpu else UNIT[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -106,6 +82,13 @@ def choose(
     if top_k < choice.shape[1]:
         margin = torch.minimum(margin, values[:, top_k - 1] - values[:, top_k])
     return order[:, :top_k], margin
+
+
+def _steepness(spec: RoutingSpec) -> float:
+    """How much of an error of a logit may be in what `choose` compares: sigmoids are flat, groups add two."""
+    if spec.scoring == "softmax":
+        return 1.0
+    return 0.5 if spec.num_expert_group > spec.topk_group else 0.25
 
 
 def weigh(logits: torch.Tensor, ids: torch.Tensor, spec: RoutingSpec) -> torch.Tensor:
@@ -245,7 +228,7 @@ def _clear_tokens(
         drawn = (size * drawn).to(served.dtype)
         logits = drawn.double() @ gate.T
         ids, margin = choose(logits, layout.top_k, routing, bias)
-        clear = margin > 2 * ROUNDINGS * served.unit * logits.abs().amax(dim=1)
+        clear = margin > 2 * _steepness(routing) * ROUNDINGS * served.gate_unit * logits.abs().amax(dim=1)
         tokens = torch.cat([tokens, drawn[clear]]) if len(tokens) else drawn[clear]
         chosen = torch.cat([chosen, ids[clear]]) if len(chosen) else ids[clear]
         if len(tokens) >= wanted:

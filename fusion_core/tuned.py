@@ -69,6 +69,7 @@ class Situation:
         quant = "" if self.quant == UNQUANTISED else f" with {self.quant}"
         return (
             f"{self.engine} {self.release} ({self.backend}) on {self.device}: {self.dtype}{quant}, "
+            f"{self.scoring}{', gated' if self.gated else ''}, "
             f"E={self.num_routed}+{self.num_shared_slots}, k={self.top_k}, H={self.hidden_size}, "
             f"I={self.width}"
         )
@@ -134,6 +135,8 @@ class Split(_Strict):
     platform: Literal["cuda", "rocm"]
     dtypes: list[Text]
     quants: list[Text] = [UNQUANTISED]
+    # By name; None stands for every one of the platform.
+    devices: list[Text] | None = None
     max_slots: Size
     why: Text
 
@@ -226,5 +229,6 @@ def _is_stock(place: Split, situation: Situation, platform: str) -> bool:
         and place.platform == platform
         and situation.dtype in place.dtypes
         and situation.quant in place.quants
+        and (place.devices is None or situation.device in place.devices)
         and situation.num_shared_slots <= place.max_slots
     )

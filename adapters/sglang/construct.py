@@ -13,7 +13,7 @@ from ..handshake import check_complete
 from ..model_fusion import ACTIVE, CONSTRUCTED
 from . import native
 from .decide import decide_for
-from .fusion import AppendHook, ModelFusion
+from .fusion import AppendHook, ModelFusion, PastModes
 from .handshake import check_experts, check_topk, output_scale, shared_gate
 from .native import ARGUMENT, SWITCHED_OFF, switched_off
 from .native_fusion import NativeFusion
@@ -125,6 +125,7 @@ def several_modes(fusion: ModelFusion, layer: int, block: Any) -> bool:
     fusion.add_layer(layer, router, block.experts)
     fusion.executions[layer] = execution_of(fusion, block, router)
     attach(block, BlockModes(fusion.executions[layer], native=False))
+    block.experts.register_forward_pre_hook(PastModes(layer), with_kwargs=True)
     return True
 
 

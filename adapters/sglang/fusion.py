@@ -41,6 +41,23 @@ class ModelFusion(model_fusion.ModelFusion):
         return int(experts.moe_tp_rank), int(experts.moe_tp_size)
 
 
+class PastModes:
+    """Forward pre-hook of experts whose block runs in modes, which call their kernels and not them.
+
+    Whoever else calls them has a top-k without the shared slots, and would leave the shared expert out.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def __call__(
+        self, experts: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args[0] if args else kwargs["hidden_states"]):
+            raise FsePatchError(f"layer {self.layer}: SGLang runs its experts past the modes of their block")
+        return args, kwargs
+
+
 class AppendHook:
     """Forward pre-hook of the fused experts: the engine's top-k goes in with the shared slots appended."""
 

@@ -14,6 +14,9 @@ from .handshake import check_native, shared_gate
 
 log = logging.getLogger("fse_patch")
 
+# States of the canary after which weights of a checkpoint would be served on trust.
+UNPROVED = ("off", "no_reference")
+
 
 class NativeFusion(ModelFusion):
     """Layout and loading are SGLang's; its decision is refused as ``upstream.already``."""
@@ -70,6 +73,14 @@ class NativeFusion(ModelFusion):
         """See `BuiltModel.open`."""
         super().open()
         self._refresh_float32()
+
+    def proved(self) -> None:
+        """Without a proof layers stay as SGLang has them: its own forward is right without us."""
+        if self.canary["state"] not in UNPROVED:
+            return
+        for layer, router in self.routers.items():
+            router.closed = f"layer {layer} was not proved"
+        log.warning("%s model: not proved: its layers stay as SGLang has them", self.decision.role)
 
     def _refresh_float32(self) -> None:
         """GLM's gate keeps a float32 copy from its first call on: it must be neither of a graph nor stale."""

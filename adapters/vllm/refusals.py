@@ -41,6 +41,8 @@ def refusals(
         yield "parallel.eplb", "the expert load balancer is on; run without --enable-eplb"
     if parallel.data_parallel_size > 1:
         yield "parallel.dp", f"data_parallel_size is {parallel.data_parallel_size}; run with 1"
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        yield "parallel.dp", "prefill context parallelism is on; run without it"
     if vllm_config.lora_config is not None:
         yield "lora", "LoRA is enabled; run without --enable-lora"
     outputs = getattr(vllm_config, "aux_output_config", model)

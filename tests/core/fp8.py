@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from fse_patch.fusion_core.canary import Reference, Served, reference
+from fse_patch.fusion_core.canary import Reference, reference
 from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
 from fse_patch.fusion_core.dequant import CheckpointLayer
 from fse_patch.fusion_core.families import family_of
 from fse_patch.fusion_core.layout import ExpertLayout
 from fse_patch.fusion_core.naming import TensorNaming
 from fse_patch.fusion_core.remap import Remap, SlotTensor
+from fse_patch.fusion_core.served import Served
 from fse_patch.fusion_core.tensors import CheckpointTensors
 
 from .moe import decision, router_of

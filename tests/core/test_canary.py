@@ -15,7 +15,7 @@ from fse_patch.fusion_core.canary import (
     CanaryError,
     CheckpointLayer,
     NoReference,
-    Served,
+    _clear_tokens,
     choose,
     deviation,
     judge,
@@ -25,6 +25,7 @@ from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
 from fse_patch.fusion_core.families import family_of
 from fse_patch.fusion_core.layout import ExpertLayout
 from fse_patch.fusion_core.naming import TensorNaming
+from fse_patch.fusion_core.served import Served
 from fse_patch.fusion_core.tensors import CheckpointTensors
 
 from .moe import choose as choose_in_floats
@@ -198,6 +199,30 @@ def test_a_router_that_sees_no_difference_has_no_reference(tmp_path: Path) -> No
     tensors["model.layers.1.mlp.gate.weight"] *= 0
     with pytest.raises(NoReference, match="no random token"):
         reference(opened(tmp_path, decision, tensors), decision, F32)
+
+
+def test_glm_of_its_published_size_has_clear_tokens() -> None:
+    """GLM-4.5-Air, its gate in float32: what is compared are sigmoids, which errors of logits shrink in."""
+    layout = ExpertLayout(128, 1, 8, 4096, 1408)
+    routing = RoutingSpec("sigmoid", True, 1.0, has_correction_bias=True)
+    made = decision(layout, routing, "constant", layers=(1,), model_type="glm4_moe")
+    draw = torch.Generator().manual_seed(3)
+    gate = (0.03 * torch.randn(128, 4096, generator=draw)).double()
+    bias = (0.05 * torch.randn(128, generator=draw)).double()
+    served = Served(torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, "cuda")
+    tokens, chosen = _clear_tokens(gate, bias, made, served, 0, None)
+    assert chosen.shape == (len(tokens), 8)
+    # Errors as large as the roundings of that gate leave the choice as it is.
+    logits = tokens.double() @ gate.T
+    noise = torch.randn(logits.shape, generator=draw, dtype=torch.float64).clamp(-2, 2) * served.gate_unit
+    size = logits.abs().amax(1, keepdim=True)
+
+    def chosen_with(times: float) -> torch.Tensor:
+        return choose(logits + times * noise * size, 8, routing, bias)[0].sort().values
+
+    assert torch.equal(chosen_with(1), chosen.sort().values)
+    # The control: larger errors do not.
+    assert not torch.equal(chosen_with(100), chosen.sort().values)
 
 
 @pytest.mark.parametrize("what", ["scales", "8 bit", "layer"])

@@ -130,11 +130,9 @@ def test_plan_says_that_a_format_is_not_proven(tmp_path: Path) -> None:
         config_of("qwen3_next", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]}),
         with_scales(model_tensors("qwen3_next"), 16),
     )
-    report = json.loads(fse_patch("plan", folder, "--engine", "sglang", "--json").stdout)
+    report = json.loads(fse_patch("plan", folder, "--engine", "vllm", "--json").stdout)
     assert (report["fuse"], report["formats"], report["proven"]) == (True, ["fp8-block"], [])
     assert "quant.unproven" in report["note"]
-    report = json.loads(fse_patch("plan", folder, "--engine", "vllm", "--json").stdout)
-    assert (report["fuse"], report["formats"], report["proven"]) == (True, ["fp8-block"], ["cuda"])
     plain = write_checkpoint(tmp_path / "p", config_of("qwen3_next"), model_tensors("qwen3_next"))
     report = json.loads(fse_patch("plan", plain, "--engine", "vllm", "--json").stdout)
     assert (report["formats"], report["note"]) == (["plain"], "")

@@ -78,6 +78,7 @@ def test_without_a_table_split_stands_in_where_it_is_stock(place: Split) -> None
         release=place.releases[0],
         backend=place.backend,
         quant=place.quants[0],
+        device=(place.devices or [HERE.device])[0],
         width=768,
     )
     plan = plan_for(known, "cuda")
@@ -91,6 +92,8 @@ def test_without_a_table_split_stands_in_where_it_is_stock(place: Split) -> None
     assert plan_for(replace(known, release="0.25.9"), "cuda") is None
     other = "none" if known.quant != "none" else "fp8-block 128x128"
     assert plan_for(replace(known, quant=other), "cuda") is None
+    if place.devices is not None:
+        assert plan_for(replace(known, device="NVIDIA B200"), "cuda") is None
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 
 from fse_patch.errors import AuditError
 from fse_patch.fusion_core.audit import SlotAudit, is_poisoned, poison
-from fse_patch.fusion_core.canary import NoReference, Served, deviation, judge, reference
+from fse_patch.fusion_core.canary import NoReference, deviation, judge, reference
 from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
 from fse_patch.fusion_core.families import family_of
 from fse_patch.fusion_core.layout import ExpertLayout
 from fse_patch.fusion_core.naming import TensorNaming
 from fse_patch.fusion_core.remap import Remap, SlotTensor
 from fse_patch.fusion_core.sample import SlotSample
+from fse_patch.fusion_core.served import Served
 
 from .moe import decision, router_of
 from .test_canary import layer_in_floats, opened

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from fse_patch.fusion_core.proven import proven_platforms, read_proven, unproven
 
 from .golden import ROWS, write_row
 
-RAW = Path(__file__).parents[2] / "benchmarks" / "raw"
 PROVEN = {"fp8-block": {"vllm": ("cpu",)}}
 FP8 = next(row for row in ROWS if row["id"] == "qwen3-next-fp8-block")
 PLAIN = next(row for row in ROWS if row["id"] == "qwen3-next-bf16")
@@ -27,15 +25,9 @@ def made(method: str, formats: tuple[str, ...], engine: str = "vllm") -> FusionD
     )
 
 
-def test_what_is_proven_on_a_gpu_has_a_report() -> None:
-    assert read_proven() == {"fp8-block": {"vllm": ("cuda",)}}
-    report = json.loads((RAW / "verify_h200_vllm_0.26.0_fp8_block.json").read_text())
-    assert (report["passed"], report["engine"], report["fused_layers"]) == (True, "vllm", [0, 1, 2, 3])
-    assert {r["canary"]["state"] for r in report["roles"]} == {"passed"}
-    assert report["mean_abs_logprob_diff"] <= 2 * report["stock_noise"]
-    assert report["control_diff"] >= 10 * report["stock_noise"]
-    assert proven_platforms(made("fp8", ("fp8-block",))) == ["cuda"]
-    assert proven_platforms(made("fp8", ("fp8-channel",))) == []
+def test_nothing_quantised_is_proven_yet() -> None:
+    assert read_proven() == {}
+    assert proven_platforms(made("fp8", ("fp8-block",))) == []
     assert proven_platforms(made("none", ("plain",))) == ["cpu", "cuda", "rocm"]
 
 
@@ -86,10 +78,8 @@ def test_adapters_refuse_what_is_not_proven(tmp_path: Path, monkeypatch: pytest.
     plain = decide(write_row(tmp_path / "plain", PLAIN), "vllm")
     assert quantised.fuse
     assert plain.fuse
-    for platform in ("cpu", "cuda", "rocm", ""):
+    for platform in ("cpu", "cuda", ""):
         assert list(proof(plain, platform)) == []
-    assert list(proof(quantised, "cuda")) == []
-    for platform in ("cpu", "rocm", ""):
         ((reason, detail),) = proof(quantised, platform)
         assert reason == "quant.unproven"
         assert detail.startswith("fp8-block would fuse")

@@ -3,7 +3,8 @@
     python -m tests.sglang.on_cuda BUILDS.json RESULTS.json
 
 Kernels of ours run in Triton's interpreter, SGLang's grouped GEMM in float64. A build is {"folder", "table",
-"fault"}; its result {"decisions", "report", "error"}.
+"fault", "verify"}; its result {"decisions", "report", "error"} and, of a model with modes, how many layers
+have them, whether all are left to SGLang, and what a call past them gives.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import fse_patch
 from fse_patch import runtime
 from fse_patch.adapters import planning
 from fse_patch.adapters.sglang import native, plan, standalone
+from fse_patch.adapters.sglang.modes import ATTRIBUTE
 from fse_patch.errors import FsePatchError
 
 DEVICE_NAME = "Some GPU"
@@ -108,7 +110,20 @@ def start(folder: str) -> Any:
     return adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), 1)
 
 
-def build(folder: str, table: str, fault: bool) -> dict[str, Any]:
+def left_and_past(fusion: Any) -> dict[str, Any]:
+    """Whether SGLang's own forward runs all blocks, and what their experts answer to another than them."""
+    states = torch.zeros(1, fusion.layout.hidden_size, dtype=torch.bfloat16)
+    blocks = list(fusion.blocks.values())
+    found = {"left": all(getattr(block, ATTRIBUTE).is_left(states) for block in blocks), "past": ""}
+    if fusion.built_here:
+        try:
+            blocks[0].experts(states, None)
+        except FsePatchError as error:
+            found["past"] = str(error)
+    return found
+
+
+def build(folder: str, table: str, fault: bool, verify: str) -> dict[str, Any]:
     """What became of one model."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
@@ -119,7 +134,8 @@ def build(folder: str, table: str, fault: bool) -> dict[str, Any]:
     runtime.clear()
     found: dict[str, Any] = {"report": None, "error": ""}
     small = shared_left_out(execution.small_experts) if fault else execution.small_experts
-    with cuda(), patch.dict(os.environ, FSE_PATCH_TUNED=table), ExitStack() as stack:
+    env = {"FSE_PATCH_TUNED": table, "FSE_PATCH_VERIFY": verify}
+    with cuda(), patch.dict(os.environ, env), ExitStack() as stack:
         stack.enter_context(patch.object(execution, "small_experts", small))
         config = start(folder)
         try:
@@ -129,6 +145,7 @@ def build(folder: str, table: str, fault: bool) -> dict[str, Any]:
             if (fusion := getattr(model, "_fse_patch", None)) is not None:
                 found["report"] = fusion.report()
                 found["executions"] = len(fusion.executions)
+                found |= left_and_past(fusion)
         except FsePatchError as error:
             found["error"] = f"{type(error).__name__}: {error}"
     return {**found, "decisions": runtime.decisions()}

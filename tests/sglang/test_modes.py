@@ -31,6 +31,8 @@ BUILDS: dict[str, tuple[str, str, list[tuple[int, str]], bool]] = {
     "native": ("qwen3_next", NATIVE, THREE, False),
     "native, no table": ("qwen3_next", OURS, THREE, False),
     "native, broken": ("qwen3_next", NATIVE, THREE, True),
+    "native, unproved": ("qwen3_next", NATIVE, THREE, False),
+    "ours, unproved": ("qwen3_5_text", OURS, THREE, False),
     # Without "fused": on a CPU the scale of GLM is left out by code that takes it for CUDA.
     "native glm": ("glm4_moe_scale", NATIVE, [(1, "small")], False),
 }
@@ -52,8 +54,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "folder": str(checkpoints.path(recipe, "bfloat16")),
             "table": table(folder / f"{number}.yaml", backend, steps),
             "fault": fault,
+            "verify": "off" if name.endswith("unproved") else "sample",
         }
-        for number, (recipe, backend, steps, fault) in enumerate(BUILDS.values())
+        for number, (name, (recipe, backend, steps, fault)) in enumerate(BUILDS.items())
     ]
     request, results = folder / "builds.json", folder / "results.json"
     request.write_text(json.dumps(wanted))
@@ -70,6 +73,19 @@ def test_every_mode_of_ours_is_proved(built: dict[str, Any]) -> None:
     assert found["report"]["canary"]["state"] == "passed", found["report"]["canary"]
     assert found["executions"] == len(found["report"]["built_layers"]) == 2
     assert found["report"]["modes"] == "small up to 1, fused up to 2, split beyond"
+
+
+def test_nobody_runs_experts_past_their_modes(built: dict[str, Any]) -> None:
+    assert "past the modes" in built["ours"]["past"]
+
+
+def test_without_a_proof_sglangs_own_forward_stays(built: dict[str, Any]) -> None:
+    found = built["native, unproved"]
+    assert (found["report"]["canary"]["state"], found["left"]) == ("off", True)
+    # The controls: with a proof it does not, and what SGLang cannot run by itself runs as it was asked to.
+    assert not built["native"]["left"]
+    ours = built["ours, unproved"]
+    assert (ours["report"]["canary"]["state"], ours["left"]) == ("off", False)
 
 
 @pytest.mark.parametrize("name", ["ours, broken", "native, broken"])
