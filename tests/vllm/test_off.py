@@ -31,7 +31,8 @@ def patches() -> list[Any]:
 
     book = ledger.load("vllm")
     version = Version(guards.engine_version(book))
-    return [p for p in book.patches if p.is_for(version)]
+    # What a setting asks for is not put in without it.
+    return [p for p in book.patches if p.is_for(version) and p.setting is None]
 
 
 def import_models(modules: str) -> None:
