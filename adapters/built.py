@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -20,8 +19,6 @@ from ..fusion_core.routing import SlotAppender
 
 if TYPE_CHECKING:
     from ..fusion_core.execution import LayerExecution  # needs Triton
-
-log = logging.getLogger("fse_patch")
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 WEIGHT = re.compile(r"(?:w13|w2)_(.+)")
@@ -92,10 +89,6 @@ class BuiltModel(ABC):
         self.refresh_gates()
         for router in self.routers.values():
             router.closed = ""
-
-    def proved(self) -> None:
-        """The proof ended, and nothing speaks against serving."""
-        log.debug("%s model: canary: %s", self.decision.role, self.canary["state"])
 
     @property
     def poisoned(self) -> list[int]:

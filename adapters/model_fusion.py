@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -20,6 +21,8 @@ from ..fusion_core.sample import SlotSample
 from .as_loaded import AsLoaded
 from .built import BuiltModel
 from .gates import LoadedGates
+
+log = logging.getLogger("fse_patch")
 
 
 class ModelFusion(BuiltModel):
@@ -111,6 +114,10 @@ class ModelFusion(BuiltModel):
     @abstractmethod
     def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand a slot tensor to the engine's weight loader; whether it took it."""
+
+    def proved(self) -> None:
+        """The proof ended, and nothing speaks against serving."""
+        log.debug("%s model: canary: %s", self.decision.role, self.canary["state"])
 
     def report(self) -> dict[str, Any]:
         """What this process really did, for `verify` and `status`."""
