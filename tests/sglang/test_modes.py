@@ -16,6 +16,8 @@ import yaml
 from ..running import ROOT, Checkpoints
 from .on_cuda import DEVICE_NAME
 
+# Modes are for CUDA; on a CPU one release stands for them, by the way in which it starts a model.
+pytestmark = pytest.mark.one_release
 HEAD = {"engine": "sglang", "release": version("sglang"), "device": DEVICE_NAME, "versions": {}}
 SHAPE = {"num_routed": 8, "num_shared_slots": 1, "hidden_size": 64, "width": 32, "dtype": "bfloat16"}
 QWEN = {**SHAPE, "top_k": 4, "scoring": "softmax", "gated": True}
