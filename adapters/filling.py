@@ -1,4 +1,4 @@
-"""Random weights of an engine's MoE block, for measuring."""
+"""Weights of an engine's MoE blocks, for measuring: random ones, and a shared expert's as slots have them."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ def fill(block: Any, seed: int, device: str = "cuda") -> None:
             gate = name.endswith("gate.weight")
             std = BIAS_STD if bias else GATE_STD if gate else WEIGHT_STD
             values.normal_(0, std, generator=draw)
+
+
+def as_slots(values: torch.Tensor, kind: str, slots: int) -> torch.Tensor:
+    """A dense MLP's matrix, or the scales of its blocks, as experts have it: [slots, rows, columns]."""
+    if values.ndim == 1:
+        # One scale for each matrix, whichever slot its rows are in.
+        return values.expand(slots, -1) if kind == "w13" else values.expand(slots)
+    if kind == "w2":
+        return values.view(len(values), slots, -1).transpose(0, 1)
+    gate, up = values.chunk(2)
+    return torch.cat([part.view(slots, -1, values.shape[1]) for part in (gate, up)], dim=1)

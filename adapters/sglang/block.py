@@ -15,7 +15,7 @@ from ...fusion_core.decision import FusionDecision
 from ...fusion_core.dispatch import always
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
-from ..filling import fill
+from ..filling import as_slots, fill
 from ..model_fusion import ACTIVE, CONSTRUCTED
 from .fusion import ModelFusion
 from .native_fusion import NativeFusion
@@ -121,13 +121,11 @@ class Pair:
             for name, data in zip(EXPERTS, theirs, strict=True):
                 getattr(fused.experts, name).data = data
             return
-        mlp, width = getattr(stock, shared), self.layout.moe_intermediate_size
-        routed, slots = self.layout.num_routed, self.layout.num_shared_slots
-        for source, target in zip(theirs, ours, strict=True):
+        mlp, routed, slots = getattr(stock, shared), self.layout.num_routed, self.layout.num_shared_slots
+        dense = {"w13": mlp.gate_up_proj, "w2": mlp.down_proj}
+        for source, target, (kind, layer) in zip(theirs, ours, dense.items(), strict=True):
             target[:routed].copy_(source)
-        gate, up = mlp.gate_up_proj.weight.data.chunk(2)
-        ours[0][routed:].copy_(torch.cat([gate.view(slots, width, -1), up.view(slots, width, -1)], dim=1))
-        ours[1][routed:].copy_(mlp.down_proj.weight.data.view(-1, slots, width).transpose(0, 1))
+            target[routed:].copy_(as_slots(layer.weight.data, kind, slots))
 
     def exact(self, expert: int, part: str) -> torch.Tensor:
         """ "w13" or "w2" of one expert or slot of the first pair, in float64."""

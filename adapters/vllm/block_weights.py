@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...fusion_core.layout import ExpertLayout
+from ..filling import as_slots
 from .formats import ExpertFormat
 
 
@@ -34,17 +35,6 @@ def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
     for name, parameter in stock.named_parameters():
         if ".routed_experts." not in name and name in ours_too:
             ours_too[name].data.copy_(parameter.data)
-
-
-def as_slots(values: torch.Tensor, kind: str, slots: int) -> torch.Tensor:
-    """A dense MLP's matrix, or the scales of its blocks, as experts have it: [slots, rows, columns]."""
-    if values.ndim == 1:
-        # One scale for each matrix, whichever slot its rows are in.
-        return values.expand(slots, -1) if kind == "w13" else values.expand(slots)
-    if kind == "w2":
-        return values.view(len(values), slots, -1).transpose(0, 1)
-    gate, up = values.chunk(2)
-    return torch.cat([part.view(slots, -1, values.shape[1]) for part in (gate, up)], dim=1)
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

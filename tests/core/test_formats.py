@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fse_patch.adapters.vllm.block_weights import as_slots
+from fse_patch.adapters.filling import as_slots
 from fse_patch.adapters.vllm.described import QUANTISATIONS, described
 from fse_patch.adapters.vllm.formats import FP8, format_of
 from fse_patch.errors import FsePatchError
