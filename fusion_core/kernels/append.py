@@ -40,6 +40,8 @@ def append(
     total = top_k + len(slots)
     out_weights = torch.empty(tokens, total, dtype=weights.dtype, device=weights.device)
     out_ids = torch.empty(tokens, total, dtype=ids.dtype, device=ids.device)
+    if not tokens:
+        return out_weights, out_ids  # no GPU takes an empty grid
     _append[(tokens,)](
         weights,
         ids,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import begin, options
+
 # Rows and columns of a tile, and warps, by measurements on an H200.
 
 
@@ -69,6 +71,7 @@ def small_experts(
         ROWS=rows,
         BLOCK=min(columns, triton.next_power_of_2(hidden)),
         num_warps=warps,
+        **options(states),
     )
     rows, columns, warps, unroll = w2_tile(width)
     _w2[(tokens, triton.cdiv(hidden, rows))](
@@ -84,6 +87,7 @@ def small_experts(
         BLOCK=min(columns, triton.next_power_of_2(width)),
         UNROLL=unroll,
         num_warps=warps,
+        **options(states),
     )
     return output
 
@@ -99,7 +103,9 @@ def _w13(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids + pair).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -133,7 +139,9 @@ def _w2(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import experts
+from .launch import begin, options
 
 # Most weights that a thread loads at once, 16 bytes: blocks of scales must be whole numbers of them.
 CHUNK = 16
@@ -148,6 +149,7 @@ def launch_w13(
         CHUNK=chunk,
         EVEN=width % rows == 0 and hidden % (chunks * chunk) == 0,
         num_warps=warps,
+        **options(states),
     )
 
 
@@ -180,6 +182,7 @@ def launch_w2(
         CHUNK=chunk,
         EVEN=hidden % rows == 0 and width % (chunks * chunk) == 0,
         num_warps=warps,
+        **options(inner),
     )
 
 
@@ -235,8 +238,9 @@ def _w13(
     x, w13, scale, ids, inner, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     SCALE_ROWS: tl.constexpr, UP: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids + pair).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -265,8 +269,9 @@ def _w2(
     inner, w2, scale, ids, weights, output, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     SCALE_ROWS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, CHUNKS], tl.float32)

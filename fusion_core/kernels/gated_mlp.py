@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import begin, options
+
 
 def reference(
     hidden_states: torch.Tensor, gate: torch.Tensor, mlp: torch.Tensor, residual: torch.Tensor | None = None
@@ -35,12 +37,24 @@ def gated_mlp(
         ADD=residual is not None,
         BLOCK=triton.next_power_of_2(hidden),
         num_warps=8 if hidden > 2048 else 4,
+        **options(mlp),
     )
     return out
 
 
 @triton.jit
-def _gated_mlp(x, gate, mlp, residual, out, HIDDEN: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_mlp(
+    x,
+    gate,
+    mlp,
+    residual,
+    out,
+    HIDDEN: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
     start = tl.program_id(0).to(tl.int64) * HIDDEN
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN

@@ -9,6 +9,7 @@ import triton.language as tl
 from ..decision import RoutingSpec
 from ..routing import append_shared_slots
 from ..routing import route as route_reference
+from .launch import begin, options
 
 # More would not fit the registers of one program, and no model of the families asks for more.
 MAX_TOP_K = 16
@@ -82,6 +83,7 @@ def route(
         IN_GROUP_P2=triton.next_power_of_2(experts // groups),
         OUT_P2=triton.next_power_of_2(top_k + len(slots)),
         num_warps=1,
+        **options(logits),
     )
     return weights, ids
 
@@ -107,9 +109,13 @@ def _route(
     GROUPS_P2: tl.constexpr,
     IN_GROUP_P2: tl.constexpr,
     OUT_P2: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, GROUPS_P2 * IN_GROUP_P2)
+    PLACES: tl.constexpr = GROUPS_P2 * IN_GROUP_P2
+    NONE: tl.constexpr = -(1 << 31)
+    place = tl.arange(0, PLACES)
     in_group: tl.constexpr = EXPERTS // GROUPS
     expert = place // IN_GROUP_P2 * in_group + place % IN_GROUP_P2
     real = (place // IN_GROUP_P2 < GROUPS) & (place % IN_GROUP_P2 < in_group)
@@ -120,23 +126,25 @@ def _route(
         score = 1.0 / (1.0 + tl.exp(-score))
     elif not RENORMALIZE:
         total = tl.sum(tl.exp(score - peak), 0)
-    choice = tl.where(real, score, float("-inf"))
+    choice = score
     if BIASED:
         choice += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
     if GROUPS > 1:
+        choice = tl.where(real, choice, float("-inf"))
         choice = _keep_groups(choice, GROUPS, TOP_GROUPS, GROUPS_P2, IN_GROUP_P2, BIASED)
+    # Reductions of 32-bit integers are one instruction. Of equal values the first place wins; no choice falls
+    # beyond the experts.
+    key = tl.where(real, _ordered(choice), NONE)
     out = tl.arange(0, OUT_P2)
-    weight = tl.zeros([OUT_P2], tl.float32)
     chosen = tl.zeros([OUT_P2], tl.int32)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(choice, 0)
-        won = place == best
-        value = tl.sum(tl.where(won, score, 0.0), 0)
-        if not SIGMOID:
-            value = tl.exp(value - peak)
-        weight = tl.where(out == k, value, weight)
-        chosen = tl.where(out == k, tl.sum(tl.where(won, expert, 0), 0), chosen)
-        choice = tl.where(won, float("-inf"), choice)
+        best = tl.max(key, 0)
+        won = tl.min(tl.where(key == best, place, PLACES), 0)
+        chosen = tl.where(out == k, won // IN_GROUP_P2 * in_group + won % IN_GROUP_P2, chosen)
+        key = tl.where(place == won, NONE, key)
+    routed = out < TOP_K
+    weight = tl.load(logits + token * stride + chosen, mask=routed, other=float("-inf")).to(tl.float32)
+    weight = 1.0 / (1.0 + tl.exp(-weight)) if SIGMOID else tl.exp(weight - peak)
     if RENORMALIZE:
         total = tl.sum(weight, 0)
     weight = weight / total * scale
@@ -144,11 +152,18 @@ def _route(
     if GATED:
         gate = tl.load(logits + token * stride + EXPERTS).to(tl.float32)
         shared = slot_weight / (1.0 + tl.exp(-gate))
-    weight = tl.where(out < TOP_K, weight, shared)
-    chosen = tl.where(out < TOP_K, chosen, EXPERTS + out - TOP_K)
+    weight = tl.where(routed, weight, shared)
+    chosen = tl.where(routed, chosen, EXPERTS + out - TOP_K)
     row = token * (TOP_K + SLOTS) + out
     tl.store(weights + row, weight, mask=out < TOP_K + SLOTS)
     tl.store(ids + row, chosen, mask=out < TOP_K + SLOTS)
+
+
+@triton.jit
+def _ordered(value):
+    """int32 in the order of float32, all above the least one; both zeros are one."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import begin, options
+
 ROWS = 2
 COLUMNS = 1024
 
@@ -32,14 +34,24 @@ def router_logits(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tens
         BLOCK=min(COLUMNS, triton.next_power_of_2(hidden)),
         ROWS=ROWS,
         num_warps=4,
+        **options(hidden_states),
     )
     return logits
 
 
 @triton.jit
 def _router_logits(
-    x, gate, logits, rows, stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    x,
+    gate,
+    logits,
+    rows,
+    stride,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fse_patch.fusion_core.decision import RoutingSpec
-from fse_patch.fusion_core.kernels import append, experts, gated_mlp, route, router_logits
+from fse_patch.fusion_core.kernels import append, experts, gated_mlp, launch, route, router_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -55,6 +55,22 @@ def test_route(spec: str, experts_: int, top_k: int, slots: int) -> None:
     assert off(got[0], wanted[0]) < 1e-6
     # The control: another factor on the slots shows.
     assert off(got[0], route.reference(logits.double(), top_k, ids, how, bias, 0.404)[0]) > 1e-5
+
+
+@pytest.mark.parametrize("spec", ["qwen", "glm_no_bias"])
+def test_of_equal_experts_the_first_are_chosen(spec: str) -> None:
+    logits = torch.full((3, 21), -1.0, device=DEVICE)
+    logits[0, :] = 0.0
+    logits[0, :7] = -0.0  # as large as the other zeros
+    logits[1, 11:15] = 2.0
+    logits[2, :] = float("-inf")
+    logits[2, 5] = -3.0
+    _, ids = route.route(logits, 4, range(20, 21), SPECS[spec])
+    wanted = [[0, 1, 2, 3, 20], [11, 12, 13, 14, 20], [5, 0, 1, 2, 20]]
+    assert ids.tolist() == wanted
+    # The control: an expert that is a little larger comes first.
+    logits[0, 9] = 1e-3
+    assert route.route(logits, 4, range(20, 21), SPECS[spec])[1][0].tolist() == [9, 0, 1, 2, 20]
 
 
 def test_route_takes_16_at_most() -> None:
@@ -109,6 +125,55 @@ def test_append(slots: int, gated: bool) -> None:
     assert off(got[0], append.reference(weights, ids, range(40, 40 + slots), gate, 0.5)[0]) > 1e-3
     assert got[0].is_contiguous()
     assert got[1].is_contiguous()
+
+
+def test_nothing_is_launched_to_append_to_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(append, "_append", None)
+    ids = torch.empty(0, 6, dtype=torch.int32, device=DEVICE)
+    got = append.append(draw(0, 6, seed=8), ids, range(40, 42), None)
+    assert [tuple(part.shape) for part in got] == [(0, 8), (0, 8)]
+    # The control: with a token it would be.
+    with pytest.raises(TypeError):
+        append.append(draw(1, 6, seed=8), ids.new_zeros(1, 6), range(40, 42), None)
+
+
+def test_kernels_wait_for_what_was_launched_before() -> None:
+    """In a graph, where launches overlap if anywhere: states come from a kernel that takes long."""
+    hidden, width, experts_ = 256, 64, 16
+    source = draw(512, hidden, seed=11, dtype=torch.bfloat16)
+    gate = draw(experts_, hidden, seed=12, dtype=torch.bfloat16, scale=0.1)
+    w13 = draw(experts_, 2 * width, hidden, seed=13, dtype=torch.bfloat16, scale=0.1)
+    w2 = draw(experts_, hidden, width, seed=14, dtype=torch.bfloat16, scale=0.1)
+    states = torch.zeros_like(source[:2])
+
+    def chain() -> torch.Tensor:
+        states.copy_(source.double().exp().log().bfloat16()[:2])
+        logits = router_logits.router_logits(states, gate)
+        weights, ids = route.route(logits, 4, range(experts_, experts_), QWEN)
+        return experts.small_experts(states, w13, w2, weights, ids)
+
+    got = chain()
+    if DEVICE == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = chain()
+        states.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+    weights, ids = route.reference(
+        router_logits.reference(source[:2], gate), 4, range(experts_, experts_), QWEN
+    )
+    wanted = experts.reference(source[:2], w13, w2, weights, ids)
+    assert off(got, wanted) < 1e-2
+    # The control: states of before.
+    assert off(experts.small_experts(torch.zeros_like(states), w13, w2, weights.float(), ids), wanted) > 0.5
+
+
+def test_launches_overlap_where_the_device_can() -> None:
+    tensor = torch.empty(1, device=DEVICE)
+    overlaps = DEVICE == "cuda" and torch.cuda.get_device_capability() >= launch.HOPPER
+    assert launch.options(tensor)["PDL"] == overlaps
+    assert launch.options(torch.empty(1)) == {"PDL": False}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,0 +1,36 @@
+"""How kernels that follow each other overlap: programmatic dependent launch, on NVIDIA GPUs from Hopper on.
+
+A kernel launched so is set up while the one before it still runs. It calls `begin` before it touches memory:
+that waits until all that was launched before has ended and is visible, and then lets the next one be set up.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+HOPPER = (9, 0)
+
+
+def options(tensor: torch.Tensor) -> dict[str, Any]:
+    """Arguments of a launch on the tensor's device, for a kernel that takes ``PDL`` and calls `begin`."""
+    if tensor.is_cuda and _supported(tensor.device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@cache
+def _supported(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= HOPPER
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """From here on all that was launched before is there."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
