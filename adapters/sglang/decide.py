@@ -127,6 +127,8 @@ def refusals(
             "backend.topk_format",
             f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}",
         )
+    if server.kt_weight_path is not None:
+        yield "backend.routing", "KTransformers runs experts by their number; run without --kt-weight-path"
     if server.enable_return_routed_experts or server.expert_distribution_recorder_mode:
         yield (
             "routing.capture",

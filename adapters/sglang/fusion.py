@@ -32,6 +32,20 @@ class ModelFusion(model_fusion.ModelFusion):
             return layers[index] if index < len(layers) else None
         return index if index in layers else None
 
+    def refresh_gates(self) -> None:
+        """See `BuiltModel.refresh_gates`."""
+        super().refresh_gates()
+        self.refresh_float32()
+
+    def refresh_float32(self) -> None:
+        """GLM's gate keeps a float32 copy from its first call on: it must be neither of a graph nor stale."""
+        for layer in self.executions:
+            gate: Any = self.blocks[layer].gate
+            if (held := getattr(gate, "_weight_fp32", None)) is not None:
+                held.copy_(gate.weight.data)
+            elif hasattr(gate, "_weight_fp32"):
+                gate._weight_fp32 = gate.weight.data.float()
+
     def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         # It returns nothing; what it leaves out shows as poison.
         parameter.weight_loader(parameter, part.tensor, name, shard_id=part.shard, expert_id=part.slot)

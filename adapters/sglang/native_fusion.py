@@ -64,15 +64,10 @@ class NativeFusion(ModelFusion):
         finally:
             self._loading = False
         self.audit.loads += 1
-        self._refresh_float32()
+        self.refresh_float32()
         if self.canary["state"] != "pending":
             self.check_gates()  # into a model that runs already
         return loaded
-
-    def open(self) -> None:
-        """See `BuiltModel.open`."""
-        super().open()
-        self._refresh_float32()
 
     def proved(self) -> None:
         """Without a proof layers stay as SGLang has them: its own forward is right without us."""
@@ -81,15 +76,6 @@ class NativeFusion(ModelFusion):
         for layer, router in self.routers.items():
             router.closed = f"layer {layer} was not proved"
         log.warning("%s model: not proved: its layers stay as SGLang has them", self.decision.role)
-
-    def _refresh_float32(self) -> None:
-        """GLM's gate keeps a float32 copy from its first call on: it must be neither of a graph nor stale."""
-        for block in self.blocks.values():
-            gate: Any = block.gate
-            if (held := getattr(gate, "_weight_fp32", None)) is not None:
-                held.copy_(gate.weight.data)
-            elif hasattr(gate, "_weight_fp32"):
-                gate._weight_fp32 = gate.weight.data.float()
 
     def report(self) -> dict[str, Any]:
         """See `ModelFusion.report`."""

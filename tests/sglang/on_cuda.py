@@ -3,8 +3,9 @@
     python -m tests.sglang.on_cuda BUILDS.json RESULTS.json
 
 Kernels of ours run in Triton's interpreter, SGLang's grouped GEMM in float64. A build is {"folder", "table",
-"fault", "verify"}; its result {"decisions", "report", "error"} and, of a model with modes, how many layers
-have them, whether all are left to SGLang, and what a call past them gives.
+"fault", "verify"}, and perhaps the device's "capability", arguments of the "server", and a "probe" of
+`probes.py`; its result {"decisions", "report", "error"} and, of a model with modes, how many layers have
+them, whether all are left to SGLang, what a call past them gives, and what the probe found.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from fse_patch.adapters.sglang import native, plan, standalone
 from fse_patch.adapters.sglang.modes import ATTRIBUTE
 from fse_patch.errors import FsePatchError
 
+from . import probes
+
 DEVICE_NAME = "Some GPU"
 
 
@@ -45,7 +48,7 @@ def grouped(
 
 
 @contextmanager
-def cuda() -> Iterator[None]:
+def cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """The models' modules believe that they are on a GPU, of a release whose layers run in modes."""
     from sglang.srt import runtime_context
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
@@ -67,7 +70,7 @@ def cuda() -> Iterator[None]:
                 stack.enter_context(patch.object(owner, name, factory(getattr(owner, name))))
         stack.enter_context(patch.object(native, "platform", lambda: "cuda"))
         stack.enter_context(patch.object(runtime_context, "get_stream", lambda _: None))
-        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
+        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: capability))
         stack.enter_context(patch.object(torch.cuda, "Stream", lambda *_: None))
         stack.enter_context(patch("sglang.srt.utils.get_device_name", lambda *_: DEVICE_NAME))
         stack.enter_context(patch.object(fused_moe, "outplace_fused_experts", grouped))
@@ -83,7 +86,7 @@ def shared_left_out(original: Any) -> Any:
     return small
 
 
-def start(folder: str) -> Any:
+def start(folder: str, **server: Any) -> Any:
     """SGLang's state in this process; it is started once, and told of each model."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
@@ -96,7 +99,7 @@ def start(folder: str) -> Any:
 
     args = ServerArgs(
         model_path=folder, dtype="bfloat16", device="cpu", skip_tokenizer_init=True,
-        disable_radix_cache=True, attention_backend="torch_native", sampling_backend="pytorch",
+        disable_radix_cache=True, attention_backend="torch_native", sampling_backend="pytorch", **server,
     )  # fmt: skip
     publish(args, role="scheduler")
     initialize_moe_config(*[args][: len(signature(initialize_moe_config).parameters)])
@@ -123,7 +126,15 @@ def left_and_past(fusion: Any) -> dict[str, Any]:
     return found
 
 
-def build(folder: str, table: str, fault: bool, verify: str) -> dict[str, Any]:
+def build(
+    folder: str,
+    table: str,
+    fault: bool,
+    verify: str,
+    capability: tuple[int, int] = (9, 0),
+    server: dict[str, Any] | None = None,
+    probe: str = "",
+) -> dict[str, Any]:
     """What became of one model."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
@@ -135,9 +146,9 @@ def build(folder: str, table: str, fault: bool, verify: str) -> dict[str, Any]:
     found: dict[str, Any] = {"report": None, "error": ""}
     small = shared_left_out(execution.small_experts) if fault else execution.small_experts
     env = {"FSE_PATCH_TUNED": table, "FSE_PATCH_VERIFY": verify}
-    with cuda(), patch.dict(os.environ, env), ExitStack() as stack:
+    with cuda(tuple(capability)), patch.dict(os.environ, env), ExitStack() as stack:
         stack.enter_context(patch.object(execution, "small_experts", small))
-        config = start(folder)
+        config = start(folder, **(server or {}))
         try:
             model = get_model(
                 model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu")
@@ -146,7 +157,9 @@ def build(folder: str, table: str, fault: bool, verify: str) -> dict[str, Any]:
                 found["report"] = fusion.report()
                 found["executions"] = len(fusion.executions)
                 found |= left_and_past(fusion)
-        except FsePatchError as error:
+                found["probe"] = probes.PROBES[probe](fusion) if probe else None
+        # SGLang's own errors too: what it cannot build here, it was to be left alone with.
+        except (FsePatchError, ImportError, NotImplementedError) as error:
             found["error"] = f"{type(error).__name__}: {error}"
     return {**found, "decisions": runtime.decisions()}
 

@@ -47,18 +47,18 @@ def table(path: Path, backend: str, steps: list[tuple[int, str]]) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("modes")
+def run_builds(
+    folder: Path, builds: dict[str, tuple[str, str, list[tuple[int, str]], dict[str, Any]]]
+) -> dict[str, Any]:
+    """Results of `on_cuda`, by name: checkpoint, backend of the table, its steps, and the rest of a build."""
     checkpoints = Checkpoints(folder, "sglang")
     wanted = [
         {
             "folder": str(checkpoints.path(recipe, "bfloat16")),
             "table": table(folder / f"{number}.yaml", backend, steps),
-            "fault": fault,
-            "verify": "off" if name.endswith("unproved") else "sample",
+            **rest,
         }
-        for number, (name, (recipe, backend, steps, fault)) in enumerate(BUILDS.items())
+        for number, (recipe, backend, steps, rest) in enumerate(builds.values())
     ]
     request, results = folder / "builds.json", folder / "results.json"
     request.write_text(json.dumps(wanted))
@@ -66,7 +66,21 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.sglang.on_cuda", str(request), str(results)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(BUILDS, json.loads(results.read_text()), strict=True))
+    return dict(zip(builds, json.loads(results.read_text()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    builds = {
+        name: (
+            recipe,
+            backend,
+            steps,
+            {"fault": fault, "verify": "off" if name.endswith("unproved") else "sample"},
+        )
+        for name, (recipe, backend, steps, fault) in BUILDS.items()
+    }
+    return run_builds(tmp_path_factory.mktemp("modes"), builds)
 
 
 def test_every_mode_of_ours_is_proved(built: dict[str, Any]) -> None:
