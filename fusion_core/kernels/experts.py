@@ -15,14 +15,16 @@ from .launch import begin, options
 # Rows and columns of a tile, and warps, by measurements on an H200.
 
 
-def w13_tile(hidden: int) -> tuple[int, int, int]:
+def w13_tile(hidden: int, width: int) -> tuple[int, int, int]:
     """For w13 [2 * I, H]."""
-    return (8, 1024, 4) if hidden <= 2048 else (8, 2048, 8)
+    if hidden <= 2048:
+        return (4, 1024, 2)
+    return (8, 2048, 8) if width > 512 else (4, 2048, 4)
 
 
 def w2_tile(width: int) -> tuple[int, int, int, bool]:
     """For w2 [H, I]; and whether to unroll the slots, which pays only where a slot takes few tiles."""
-    return (2, 128, 1, False) if width <= 128 else (2, 256, 1, width <= 512)
+    return (2, 128 if width <= 128 else 256, 1, width <= 512)
 
 
 def reference(
@@ -59,7 +61,7 @@ def small_experts(
     states = hidden_states.contiguous()
     inner = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
-    rows, columns, warps = w13_tile(hidden)
+    rows, columns, warps = w13_tile(hidden, width)
     _w13[(tokens * slots, triton.cdiv(width, rows))](
         states,
         w13,

@@ -25,7 +25,7 @@ Tile = tuple[int, int, int, int]
 
 def w13_tile(hidden: int) -> Tile:
     """For w13 [2 * I, H]."""
-    return (2, 64, 1, 16) if hidden <= 2048 else (1, 64, 1, 16)
+    return (2, 64, 1, 16) if hidden <= 2048 else (1, 128, 2, 16)
 
 
 def w2_tile(width: int) -> Tile:
