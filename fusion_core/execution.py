@@ -82,18 +82,31 @@ class LayerExecution:
         shared_gate: torch.nn.Module | None,
         quantised: QuantisedExperts | None = None,
     ) -> None:
-        if (gate is None) != (gate_linear is None):
-            raise ValueError("a layer with gates of its own needs both forms of them")
         self.router = router
         self.plan = plan
         self.experts = experts
-        self.gate = gate
-        self.gate_linear = gate_linear
+        self.gate: GateRows | None = None
+        self.gate_linear: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.shared_gate = shared_gate
         self.quantised = quantised
         self.layout = router.layout
         # In place of the plan's choice: each mode is proved before anything is served.
         self.forced: Mode | None = None
+        if gate is not None:
+            self.compute_logits(gate, gate_linear)
+
+    def compute_logits(
+        self, gate: GateRows, gate_linear: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> None:
+        """From now on the layer computes its own logits; arguments as of the class.
+
+        Raises:
+            ValueError: one of both forms is missing, or rows of the shared gate.
+        """
+        rows = self.layout.num_routed + (self.shared_gate is not None)
+        if gate_linear is None or gate.count != rows:
+            raise ValueError(f"a layer with gates of its own needs both forms of them, and {rows} rows")
+        self.gate, self.gate_linear = gate, gate_linear
 
     def __call__(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The layer's output [num_tokens, H], new memory.
@@ -125,6 +138,8 @@ class LayerExecution:
         if self.gate is not None:
             if mode == "small":
                 logits = router_logits(hidden_states, self.gate.rows)
+            elif self.gate_linear is not None and self.gate.count == layout.num_routed:
+                logits = self.gate_linear(hidden_states)
             else:
                 # The columns beyond E + G are of the alignment; routing reads the first ones of each row.
                 logits = torch.nn.functional.linear(hidden_states, self.gate.padded)[:, : self.gate.count]

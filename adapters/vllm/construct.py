@@ -14,6 +14,7 @@ from . import native
 from .decide import announce_other, decide_for
 from .fusion import ACTIVE, CONSTRUCTED
 from .handshake import check_arguments, key_compile_cache
+from .own_gate import take_gate
 from .runner import several_modes
 
 # Arguments of the layer factory whose work the fused router does.
@@ -130,6 +131,9 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
         if fusion is not None and fusion.unstripped is not None:
             setattr(self, fusion.naming.family.shared_module, None)
             fusion.blocks[fusion.unstripped] = self
+            execution = fusion.executions.get(fusion.unstripped)
+            if execution is not None and execution.gate is None:
+                take_gate(self, execution)
             fusion.unstripped = None
 
     return __init__

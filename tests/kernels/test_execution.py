@@ -27,16 +27,16 @@ QWEN = RoutingSpec("softmax", True)
 GLM = RoutingSpec("sigmoid", True, 2.5, has_correction_bias=True)
 # Rounding of inner states and output to bfloat16.
 ALLOWED = 0.02
-OWN_GATES = ("own gates", "fp8")
+OWN_GATES = ("own gates", "fp8", "glm, own gate")
 BLOCK = (32, 32)
 
 
 class Linear(torch.nn.Module):
     """A gate as engines have it."""
 
-    def __init__(self, rows: int, seed: int) -> None:
+    def __init__(self, rows: int, seed: int, dtype: torch.dtype = DTYPE) -> None:
         super().__init__()
-        weight = draw(rows, LAYOUT.hidden_size, seed=seed, dtype=DTYPE, scale=0.3)
+        weight = draw(rows, LAYOUT.hidden_size, seed=seed, dtype=dtype, scale=0.3)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
@@ -95,20 +95,22 @@ def layer(
 
 def build(kind: str, plan: ModePlan, stream: Any = None) -> tuple[LayerExecution, Any]:
     """An execution, and what it must give for hidden states (with a factor on the shared expert)."""
-    glm = kind == "glm"
+    glm = kind.startswith("glm")
     spec = GLM if glm else QWEN
     decision = FusionDecision(
         "main", True, "ok", "", "", "vllm", "x", layout=LAYOUT, routing=spec,
         shared_weight="constant" if glm else "sigmoid_gate", moe_layers=(0,), fused_layers=(0,),
     )  # fmt: skip
-    gate, shared_gate = Linear(LAYOUT.num_routed, 1), None if glm else Linear(1, 2)
+    # GLM routes in float32.
+    gate = Linear(LAYOUT.num_routed, 1, torch.float32 if glm else DTYPE)
+    shared_gate = None if glm else Linear(1, 2)
     bias = draw(LAYOUT.num_routed, seed=3, scale=0.1) if glm else None
     router = FusedRouter(0, decision, ModeCounter(), (lambda x: x[:, :1]) if shared_gate else None, bias)
     experts = Experts(spec, bias, stream)
     quantised = in_fp8(experts) if kind == "fp8" else None
 
     def logits(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, gate.weight)
+        return torch.nn.functional.linear(x.to(gate.weight.dtype), gate.weight)
 
     def wanted(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         weights, ids = route(x.double() @ gate.weight.double().T, LAYOUT.top_k, spec, bias)
@@ -147,6 +149,15 @@ def test_every_mode_gives_the_layer(kind: str, mode: Any) -> None:
     assert off(got, wanted(x, 0.5)) > 5 * ALLOWED
     run.router.control_factor = 0.5
     assert off(run(x, given), wanted(x, 0.5)) < ALLOWED
+
+
+def test_gates_of_another_size_are_no_gates_of_the_layer() -> None:
+    run, (_, logits) = build("glm", always("small", "test"))
+    few = GateRows([Linear(LAYOUT.num_routed - 1, 1)])
+    for gate, linear in ((few, logits), (GateRows([Linear(LAYOUT.num_routed, 1)]), None)):
+        with pytest.raises(ValueError, match=f"{LAYOUT.num_routed} rows"):
+            run.compute_logits(gate, linear)
+    assert run.gate is None
 
 
 def test_nothing_runs_before_it_was_proved() -> None:
