@@ -1,4 +1,4 @@
-"""Plots of what `fse-patch bench` measured: speed-up over the number of tokens, with the memory floor."""
+"""Plots of what `fse-patch bench` measured: speed-up over the number of tokens, or of streams end to end."""
 
 from __future__ import annotations
 
@@ -33,21 +33,34 @@ def plot(shapes: Mapping[str, Rows], path: Path) -> None:
     Raises:
         FsePatchError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = draw(shapes, figure_class())
+    _save(draw(shapes, figure_class()), path)
+
+
+def plot_streams(models: Mapping[str, Rows], path: Path) -> None:
+    """A panel for each model; rows as of `end_to_end.rows`, or as its CSV has them; raises as `plot`."""
+    _save(draw(models, figure_class(), _streams_panel), path)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=DPI)
     except (OSError, ValueError) as error:
         raise FsePatchError(f"{path}: {error}") from error
 
 
-def draw(shapes: Mapping[str, Rows], new: Callable[..., Any]) -> Any:
-    """The figure; ``new`` makes an empty one."""
+def draw(
+    shapes: Mapping[str, Rows],
+    new: Callable[..., Any],
+    panel_of: Callable[[Any, str, Rows], None] | None = None,
+) -> Any:
+    """The figure; ``new`` makes an empty one, ``panel_of`` draws a panel (default: of blocks)."""
+    drawn = panel_of or _panel
     lines = -(-len(shapes) // COLUMNS)
     columns = min(len(shapes), COLUMNS)
     figure = new(figsize=(WIDTH * columns, HEIGHT * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flat
     for panel, (name, rows) in zip(panels, shapes.items(), strict=False):
-        _panel(panel, name, rows)
+        drawn(panel, name, rows)
     for panel in list(figure.axes)[len(shapes) :]:
         panel.remove()
     return figure
@@ -69,6 +82,20 @@ def _panel(panel: Any, name: str, rows: Rows) -> None:
     # The floor leaves the panel where compute decides.
     panel.set_ylim(0.5, 1.15 * max(best, floor[0]))
     panel.set(title=name, xlabel="tokens", ylabel="times as fast as stock")
+    panel.legend()
+
+
+def _streams_panel(panel: Any, name: str, rows: Rows) -> None:
+    held = [row for row in rows if row["ratio"] not in (None, "")]
+    streams = [int(row["streams"]) for row in held]
+    ratios, lower, again = ([float(row[key]) for row in held] for key in ("ratio", "lower", "again"))
+    panel.plot(streams, ratios, marker="o", markersize=3, label="fused")
+    panel.plot(streams, lower, linestyle="--", linewidth=0.8, label="lower end of 95 %")
+    panel.plot(streams, again, linestyle=":", color="grey", marker="o", markersize=2, label="stock again")
+    panel.axhline(1.0, color="black", linewidth=0.8)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:.0f}")
+    panel.set(title=name, xlabel="streams", ylabel="times as fast as stock, end to end")
     panel.legend()
 
 

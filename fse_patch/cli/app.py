@@ -20,7 +20,7 @@ COMMANDS = {
     "verify": "Run the real engine stock and fused and compare log-probabilities.",
     "policy": "Explain a decision rule by rule, or check a policy file.",
     "doctor": "What is installed, switched on and in force here, and what of it is wrong.",
-    "bench": "Stock against every mode of the fused block on this device, in time and error.",
+    "bench": "Stock against fused on this device: every mode of the block, or decoding end to end.",
     "tune": "Measure the crossovers between the modes on this device, and store them.",
     "patches": "List every patch: target, versions, why, and when it goes away.",
 }

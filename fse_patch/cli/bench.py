@@ -1,4 +1,4 @@
-"""`fse-patch bench`: stock against every mode of the fused MoE block, on this device."""
+"""`fse-patch bench`: stock against every mode of the fused MoE block, or end to end, on this device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import typer
 
 from ..errors import FsePatchError
 from ..settings import ENGINES
+from . import bench_end_to_end as whole
 from .output import print_json
 from .verify import say
 
+LAYERS = 4
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 # What `fse-patch tune` takes as well.
 Checkpoint = Annotated[Path, typer.Argument(help="Folder with the model's config.json; weights are random.")]
@@ -36,15 +38,37 @@ def command(
     checkpoint: Checkpoint,
     engine: Engine = "vllm",
     tokens: Tokens = DEFAULT_TOKENS,
-    layers: Layers = 4,
+    layers: Layers = LAYERS,
     rounds: Rounds = 7,
     csv: Csv = None,
     commit: Commit = "",
     quant: Quant = "",
     plot: Annotated[Path | None, typer.Option(help="Write a picture: speed-up over tokens.")] = None,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Decode with the whole engine.")] = False,
+    streams: whole.Streams = whole.STREAMS,
+    sets: whole.Sets = 0,
+    seconds: whole.Seconds = 0,
+    engine_args: whole.EngineArgs = "{}",
+    timeout: whole.Timeout = whole.TIMEOUT,
+    raw: whole.Raw = None,
     json: Json = False,
 ) -> None:
     """Exit status: 0 measured, 1 an error against float64 is too large, 3 refused, 2 bad input."""
+    others = {"tokens": tokens != DEFAULT_TOKENS, "layers": layers != LAYERS, "quant": bool(quant)}
+    theirs = {"streams": streams != whole.STREAMS, "sets": bool(sets), "seconds": bool(seconds)}
+    theirs |= {
+        "engine-args": engine_args != "{}",
+        "timeout": timeout != whole.TIMEOUT,
+        "raw": raw is not None,
+    }
+    for name, given in (others if end_to_end else theirs).items():
+        if given:
+            raise FsePatchError(f"--{name}: not {'with' if end_to_end else 'without'} --end-to-end")
+    if end_to_end:
+        counted = tuple(numbers(streams, "streams"))
+        limits, files = (rounds, seconds, timeout), whole.Files(raw, csv, commit, plot, json)
+        whole.run(checkpoint, engine, counted, sets, engine_args, limits, files)
+        return
     from .. import bench
     from .. import plot as plots
 
@@ -94,13 +118,13 @@ def wrong(errors: dict[str, Any]) -> list[str]:
     return found
 
 
-def numbers(text: str) -> list[int]:
-    """Numbers of tokens.
+def numbers(text: str, option: str = "tokens") -> list[int]:
+    """Numbers of tokens or streams, in order.
 
     Raises:
         FsePatchError: the text has something else in it.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise FsePatchError(f"--tokens {text!r}: give numbers such as 1,2,4,8")
+        raise FsePatchError(f"--{option} {text!r}: give numbers such as 1,2,4,8")
     return sorted({int(part) for part in parts})

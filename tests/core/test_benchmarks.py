@@ -1,109 +1,237 @@
-"""The scripts of benchmarks/ that say what was measured, on arms that take known times."""
+"""Decode steps end to end: the parent against scripted arms that take known times."""
 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
-import subprocess
-import sys
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from typer.testing import CliRunner
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-ARM = """
-import json, os, sys
-name, folder, _, out = sys.argv[1:5]
-if len(sys.argv) > 5 and name == sys.argv[5]:
-    sys.exit("broken")
-assert os.environ["FSE_PATCH"] == {"stock": "0", "fused": "vllm"}[name]
-ms = {"1": {"stock": 3.0, "fused": 2.0}[name], "64": 5.0}
-steps = {streams: {"ms": value} for streams, value in ms.items()}
-json.dump({"arm": name, "versions": {"vllm": "0"}, "steps": steps}, open(out, "w"))
-"""
+from fse_patch import end_to_end, live_arms
+from fse_patch.cli import app, bench_end_to_end
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decide import decide_roles
+from fse_patch.live_arms import ARMS, ArmError
+from fse_patch.plot import _streams_panel, draw
 
+from .decode_arm import LAYERS
 
-def alternate(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "arm.py").write_text(ARM)
-    files = ["--raw", str(tmp_path / "raw.json"), "--csv", str(tmp_path / "out.csv")]
-    script = ["--script", str(tmp_path / "arm.py")]
-    return subprocess.run(
-        [sys.executable, str(FOLDER / "alternate.py"), str(tmp_path), *script, *files, *more],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+MS = {"stock": 3.0, "fused": 2.0, "again": 3.0}
+SHAPE = Path(__file__).parents[2] / "benchmarks" / "shapes" / "qwen3_next_80b"
 
 
-def test_arms_in_turn(tmp_path: Path) -> None:
-    assert alternate(tmp_path, "--rounds", "1").returncode == 0
-    # A second call goes on: what was measured is kept.
-    done = alternate(tmp_path, "--rounds", "3")
-    assert done.returncode == 0, done.stderr
-    runs = json.loads((tmp_path / "raw.json").read_text())
-    order = ["stock", "fused", "fused", "stock", "stock", "fused"]
-    assert [run["arm"] for run in runs] == order
-    with (tmp_path / "out.csv").open(newline="") as file:
-        one, many = csv.DictReader(file)
-    assert (one["streams"], one["rounds"], one["ratio"], one["lower"], one["again"]) == (
-        "1", "3", "1.5", "1.5", "1.0",
-    )  # fmt: skip
-    assert (many["streams"], many["ratio"], many["vllm"]) == ("64", "1.0", "0")
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(live_arms.ARM_MODULES, "vllm", "tests.core.decode_arm")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
-@pytest.mark.parametrize("arm", ["stock", "fused"])
-def test_an_arm_that_fails_ends_the_run(tmp_path: Path, arm: str) -> None:
-    done = alternate(tmp_path, "--rounds", "2", "--", arm)
-    assert done.returncode == 1
-    assert f"{arm} 0: status 1" in done.stderr
-    assert "broken" in done.stderr
-    assert not (tmp_path / "out.csv").exists()
+def job(tmp_path: Path, **changed: Any) -> end_to_end.Job:
+    script = {"ms": MS, "prompt": 7.0, "notes": str(tmp_path / "notes"), **changed.pop("script", {})}
+    given = {"streams": (1, 4), "rounds": 6, "limit": 30.0, "engine_args": script, **changed}
+    return end_to_end.Job(tmp_path, "vllm", tuple(LAYERS), 1000, **given)
 
 
-def test_milliseconds_a_step_are_a_slope(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    decode = importlib.import_module("decode")
-    now = [0.0]
-    monkeypatch.setattr(decode.time, "perf_counter", lambda: now[0])
-    calls: list[tuple[int, int]] = []
-
-    def generate(prompts: list[list[int]], length: int) -> list[int]:
-        # Prefill takes 7 s, a step 2 ms for each stream; the first call of a kind a second more.
-        calls.append((len(prompts), length))
-        now[0] += 7.0 + 0.002 * len(prompts) * length + (calls.count(calls[-1]) == 1)
-        return [prompt[0] % 3 for prompt in prompts]
-
-    found: dict[int, Any] = decode.steps("stock", generate, 1000, 2)
-    assert list(found) == list(decode.STREAMS)
-    assert {streams: round(step["ms"], 6) for streams, step in found.items()} == {
-        streams: 2.0 * streams for streams in decode.STREAMS
-    }
-    assert found[1]["different_tokens"] == 1
-    assert found[64]["different_tokens"] == 3
+def notes(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
 
 
-def test_both_arms_draw_the_same_weights() -> None:
-    import torch
-
-    sys.path.insert(0, str(FOLDER))
+def alive(pid: int) -> bool:
     try:
-        decode = importlib.import_module("decode")
-    finally:
-        sys.path.remove(str(FOLDER))
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
-    def model(first: str) -> torch.nn.Module:
-        made = torch.nn.Module()
-        for name in (first, "shared"):
-            made.add_module(name, torch.nn.Linear(8, 4))
-        made.gate = torch.nn.Linear(8, 4)
-        return made
 
-    one, other = model("a"), model("b")
-    plain = one.get_parameter("a.weight").clone()
-    for built in (one, other):
-        decode.spread(built)
-    assert torch.equal(one.get_parameter("gate.weight"), other.get_parameter("gate.weight"))
-    assert torch.equal(one.get_parameter("a.weight"), plain)
-    assert not torch.equal(one.get_parameter("shared.weight"), other.get_parameter("shared.weight"))
+def test_rows_have_the_known_times(tmp_path: Path) -> None:
+    raw = tmp_path / "raw.json"
+    found = end_to_end.measure(job(tmp_path), raw=raw)
+    one, four = end_to_end.rows(found.readings)
+    for row, streams in ((one, 1), (four, 4)):
+        ms = [round(row[f"{name}_ms"], 6) for name in ARMS]
+        assert ms == [3.0 * streams, 2.0 * streams, 3.0 * streams]
+        assert (row["streams"], row["rounds"], row["different_tokens"]) == (streams, 6, streams)
+        assert row["ratio"] == pytest.approx(1.5)
+        assert row["lower"] == pytest.approx(1.5)
+        assert row["again"] == pytest.approx(1.0)
+        assert row["valid"] is True
+    held = json.loads(raw.read_text())
+    assert held["readings"] == found.readings
+    assert held["arms"]["fused"]["versions"] == {"fse_patch": "0", "vllm": "0"}
+    assert held["reports"]["fused"]["roles"]
+
+
+def test_a_second_stock_that_is_not_like_the_first_makes_rows_invalid(tmp_path: Path) -> None:
+    script = {"ms": {**MS, "again": 3.0 * 1.006}}
+    found = end_to_end.measure(job(tmp_path, rounds=1, script=script))
+    assert [row["valid"] for row in end_to_end.rows(found.readings)] == [False, False]
+
+
+def test_arms_work_in_turn_and_none_always_follows_the_same(tmp_path: Path) -> None:
+    end_to_end.measure(job(tmp_path))
+    asked = [note for note in notes(tmp_path) if note["do"] == "decode"]
+    warm, taken = asked[: 2 * 2 * 3], asked[2 * 2 * 3 :]
+    assert {(n["arm"], n["streams"], n["tokens"]) for n in warm} == {
+        (name, streams, tokens) for name in ARMS for streams in (1, 4) for tokens in (33, 289)
+    }
+    # Of each reading a short and a long answer; all streams of a round before the next one begins.
+    pairs = list(zip(taken[::2], taken[1::2], strict=True))
+    assert all(
+        (a["arm"], a["tokens"], b["arm"], b["tokens"]) == (a["arm"], 33, a["arm"], 289) for a, b in pairs
+    )
+    assert [a["streams"] for a, _ in pairs] == [1, 1, 1, 4, 4, 4] * 6
+    orders = [tuple(a["arm"] for a, _ in pairs[i : i + 3]) for i in range(0, len(pairs), 3)]
+    assert {frozenset(order) for order in orders} == {frozenset(ARMS)}
+    assert len(set(orders)) == 6
+    assert not any(alive(pid) for pid in {note["pid"] for note in asked})
+
+
+def test_many_streams_take_a_shorter_answer() -> None:
+    lengths = end_to_end.Lengths()
+    assert [lengths.long_for(streams) for streams in (1, 16, 17, 64)] == [289, 289, 161, 161]
+
+
+def test_a_run_that_is_cut_has_all_streams(tmp_path: Path) -> None:
+    said: list[str] = []
+    raw = tmp_path / "raw.json"
+    started = time.monotonic()
+    cut = job(tmp_path, rounds=500, seconds=4.0, script={"pause": 0.02})
+    found = end_to_end.measure(cut, progress=said.append, raw=raw)
+    assert time.monotonic() - started < 20
+    rows = end_to_end.rows(found.readings)
+    assert [row["streams"] for row in rows] == [1, 4]
+    assert rows[0]["rounds"] == rows[1]["rounds"] < 500
+    assert f"4 s are over: {rows[0]['rounds']} of 500 rounds" in said
+    assert len(json.loads(raw.read_text())["readings"]) == rows[0]["rounds"] * 6
+    with pytest.raises(FsePatchError, match="no round began within --seconds 0"):
+        end_to_end.measure(job(tmp_path, seconds=0.0))
+
+
+@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize(
+    ("fault", "words", "log"),
+    [
+        ("dies", "ended with status 7", "the last words"),
+        ("fails", "RuntimeError: out of memory", "a traceback"),
+    ],
+)
+def test_an_arm_that_ends_takes_the_others_with_it(
+    tmp_path: Path, name: str, fault: str, words: str, log: str
+) -> None:
+    raw = tmp_path / "raw.json"
+    with pytest.raises(ArmError, match=f"{name} arm: {words}") as caught:
+        end_to_end.measure(job(tmp_path, script={"arm": name, "fault": fault}), raw=raw)
+    assert log in caught.value.log
+    assert caught.value.exit_status == 2
+    assert not any(alive(pid) for pid in {note["pid"] for note in notes(tmp_path)})
+
+
+def test_a_killed_run_keeps_its_rounds(tmp_path: Path) -> None:
+    raw = tmp_path / "raw.json"
+    with pytest.raises(ArmError):
+        end_to_end.measure(job(tmp_path, script={"arm": "again", "fault": "dies"}, streams=(1,)), raw=raw)
+    # Two of its questions warm up and two are a round: the sixth is in the second round.
+    assert [r["round"] for r in json.loads(raw.read_text())["readings"]] == [0, 0, 0]
+
+
+def test_a_silent_arm_is_not_waited_for(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ArmError, match="fused arm: silent for 3 s"):
+        end_to_end.measure(job(tmp_path, limit=3.0, script={"arm": "fused", "fault": "silent"}))
+    assert time.monotonic() - started < 15
+    assert not any(alive(pid) for pid in {note["pid"] for note in notes(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "words"),
+    [
+        ("fused", "wrong state", "fused arm: is stock: slower.unmeasured: no table"),
+        ("stock", "wrong state", "stock arm: is not stock"),
+        ("again", "wrong state", "again arm: is not stock"),
+        ("fused", "half", r"fused arm: layers \[0\] are fused, \[0, 1\] were decided"),
+    ],
+)
+def test_an_arm_in_the_wrong_state_ends_the_run(tmp_path: Path, name: str, fault: str, words: str) -> None:
+    with pytest.raises(ArmError, match=words):
+        end_to_end.measure(job(tmp_path, script={"arm": name, "fault": fault}))
+    assert not (tmp_path / "notes").exists()  # nothing was measured
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
+    monkeypatch.setattr(bench_end_to_end.guards, "engine_version", lambda book: "0.32.0")
+    monkeypatch.setattr(bench_end_to_end.guards, "check_version", lambda *_: None)
+    monkeypatch.setattr(bench_end_to_end, "decide_roles", decided)
+    return CliRunner().invoke(app.app, ["bench", str(SHAPE), *options])
+
+
+def decided(*_: Any) -> dict[str, Any]:
+    return {"main": replace(decide_roles(SHAPE, "vllm")["main"], fused_layers=tuple(LAYERS))}
+
+
+def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = json.dumps({"ms": MS, "prompt": 7.0, "notes": str(tmp_path / "notes")})
+    files = [f"--csv={tmp_path / 'a.csv'}", f"--raw={tmp_path / 'a.json'}", f"--plot={tmp_path / 'a.png'}"]
+    options = [
+        "--end-to-end",
+        "--streams=2,64",
+        "--rounds=5",
+        "--commit=abc",
+        "--engine-args",
+        script,
+        "--json",
+    ]
+    done = bench(monkeypatch, *options, *files)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [row["ratio"] for row in report["rows"]] == pytest.approx([1.5, 1.5])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        two, many = csv.DictReader(file)
+    assert (two["streams"], two["rounds"], two["ratio"], two["again"]) == ("2", "5", "1.5", "1.0")
+    assert (many["streams"], many["model"], many["vllm"], many["commit"]) == ("64", SHAPE.name, "0", "abc")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((tmp_path / "a.json").read_text())["readings"]) == 5 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sets", "2"], "--sets: not without --end-to-end"),
+        (["--end-to-end", "--tokens", "1"], "--tokens: not with --end-to-end"),
+        (["--end-to-end", "--streams", "one"], "--streams 'one'"),
+        (["--end-to-end", "--engine-args", "[]"], "--engine-args: give a JSON object"),
+        (["--end-to-end", "--raw", "/none/a.json"], "there is no such folder"),
+    ],
+)
+def test_bad_input_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, options: list[str], words: str) -> None:
+    done = bench(monkeypatch, *options)
+    assert isinstance(done.exception, FsePatchError)
+    assert words in str(done.exception)
+
+
+def test_the_picture_shows_the_rows() -> None:
+    rows = [
+        {"streams": 1, "ratio": 1.5, "lower": 1.4, "again": 1.0},
+        {"streams": 2, "ratio": None, "lower": None, "again": None},
+        {"streams": 4, "ratio": 1.2, "lower": 1.1, "again": 0.99},
+    ]
+    (panel,) = draw({"one": rows}, Figure, _streams_panel).axes
+    drawn = {line.get_label(): list(map(tuple, line.get_xydata())) for line in panel.get_lines()}
+    assert drawn["fused"] == [(1.0, 1.5), (4.0, 1.2)]
+    assert drawn["stock again"] == [(1.0, 1.0), (4.0, 0.99)]
+
+
+def test_a_long_answer_that_takes_no_longer_gives_no_ratio() -> None:
+    readings = [{"round": 0, "streams": 1, "arm": name, "ms": 1.0, "different_tokens": 1} for name in ARMS]
+    assert end_to_end.rows(readings)[0]["ratio"] == 1.0
+    readings[1]["ms"] = 0.0
+    row = end_to_end.rows(readings)[0]
+    assert (row["ratio"], row["valid"]) == (None, False)
+    assert "too short" in end_to_end.line(row)

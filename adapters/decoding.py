@@ -1,0 +1,131 @@
+"""What the arms of an end-to-end measurement share: questions and answers, prompts, random weights."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .model_fusion import constructed
+
+PROMPT = 64  # ids of a prompt
+# Dummy weights alone send every token to the same experts: what routes, comes in and goes out is drawn anew.
+DRAWN = ("gate.weight", "embed_tokens.weight", "lm_head.weight")
+STD = 0.05
+Request = dict[str, Any]
+
+
+class Engine(ABC):
+    """A live engine of an arm.
+
+    Args:
+        request: name, checkpoint, engine_args, streams (most of each kind that will be asked for),
+            total_tokens (of all streams at their longest), sets, number (of the arm).
+    """
+
+    @abstractmethod
+    def __init__(self, request: Request) -> None: ...
+
+    @abstractmethod
+    def ready(self) -> dict[str, Any]:
+        """`verifying.report` of the process with the model, and its versions, device and shared sets."""
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
+        """Greedy answers of ``tokens`` tokens to all prompts at once; the last token of each."""
+
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """`verifying.report` by now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it."""
+
+
+def spread(model: Any) -> None:
+    """Draw those weights, in place and by their names, so that all arms have the same.
+
+    GLM's norms become 1 and its correction of scores 0: those of the other families are centred on zero.
+    """
+    glm = type(model).__name__.startswith("Glm")
+    for name, parameter in model.named_parameters():
+        if name.endswith(DRAWN):
+            draw = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+            parameter.data.normal_(0, STD, generator=draw)
+        elif name.endswith("e_score_correction_bias"):
+            parameter.data.zero_()
+        elif glm and name.endswith("norm.weight"):
+            parameter.data.fill_(1)
+    # Modes read gates from tensors of their own.
+    for fusion in constructed():
+        fusion.refresh_gates()
+
+
+def prompts(streams: int, vocab: int) -> list[list[int]]:
+    """Prompts of token ids, [streams][PROMPT], different from each other and the same in every arm."""
+    return [[(i * 131 + j * 17) % (vocab - 10) + 10 for j in range(PROMPT)] for i in range(streams)]
+
+
+def versions(engine: Any) -> dict[str, str]:
+    """Of what a figure depends on; ``engine`` is its package."""
+    from .. import __version__
+
+    return {"fse_patch": __version__, engine.__name__: engine.__version__, "torch": str(torch.__version__)}
+
+
+def device() -> str:
+    """Its name."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def decode(engine: Engine, vocab: int, streams: int, tokens: int) -> dict[str, Any]:
+    """``seconds`` of one call, and how many streams ended differently.
+
+    Streams that have come to the same tokens choose the same experts.
+    """
+    asked = prompts(streams, vocab)
+    start = time.perf_counter()
+    last = engine.generate(asked, tokens)
+    return {"seconds": time.perf_counter() - start, "different_tokens": len(set(last))}
+
+
+def serve(request: Path, open_engine: Callable[[Request], Engine]) -> None:
+    """Open the engine, and answer the parent until it says ``end`` or is gone.
+
+    Args:
+        request: `Engine`'s and ``address``, ``authkey`` (hexadecimal) and ``vocab`` (number of token ids).
+    """
+    asked = json.loads(request.read_text())
+    with Client(asked["address"], "AF_UNIX", authkey=bytes.fromhex(asked["authkey"])) as parent:
+        parent.send(asked["name"])
+        engine = None
+        try:
+            start = time.perf_counter()
+            engine = open_engine(asked)
+            parent.send({"start_seconds": time.perf_counter() - start, **engine.ready()})
+            _answer(parent, engine, asked["vocab"])
+        except EOFError:
+            return  # the parent is gone
+        except Exception as error:
+            traceback.print_exc()
+            parent.send({"error": f"{type(error).__name__}: {error}"})
+        finally:
+            if engine is not None:
+                engine.close()
+
+
+def _answer(parent: Connection, engine: Engine, vocab: int) -> None:
+    while (question := parent.recv())["do"] != "end":
+        if question["do"] == "decode":
+            parent.send(decode(engine, vocab, question["streams"], question["tokens"]))
+        else:
+            parent.send(engine.report())

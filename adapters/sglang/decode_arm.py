@@ -1,0 +1,148 @@
+"""One arm of an end-to-end measurement: the real SGLang with random weights, in a process of its own.
+
+    python -m fse_patch.adapters.sglang.decode_arm REQUEST.json
+
+Request as of `serve`. Whether the arm is stock or fused is the process's FSE_PATCH alone. The model is in the
+scheduler, a process that SGLang spawns and that runs this module too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import wrapt
+
+from fse_patch.adapters import decoding, verifying
+from fse_patch.adapters.sglang import arm, worker
+from fse_patch.adapters.sglang.standalone import free_port
+from fse_patch.adapters.shared_sets import SharedSets
+from fse_patch.errors import FsePatchError
+
+METHODS = "sglang.srt.layers.quantization.unquant"
+ARMS = 3
+# Tokens of the cache beyond those that are asked for.
+MORE_TOKENS = 4096
+DEFAULTS: dict[str, Any] = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "dtype": "bfloat16",
+    "disable_radix_cache": True,
+    "sleep_on_idle": True,  # two arms wait while the third is measured
+    "log_level": "warning",
+}
+CUDA_DEFAULTS: dict[str, Any] = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    # Of what is free at the start: the cache is bounded by its tokens, and state by the requests.
+    "mem_fraction_static": 0.9,
+    # With graphs of prompts SGLang sizes its cache after them, from what other engines leave free by then.
+    "disable_prefill_cuda_graph": True,
+}
+CPU_DEFAULTS: dict[str, Any] = {
+    **arm.CPU_DEFAULTS,
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,
+    "chunked_prefill_size": -1,
+    "mem_fraction_static": 0.3,
+}
+
+
+def arguments(request: decoding.Request, cuda: bool) -> dict[str, Any]:
+    """What the engine of a request gets."""
+    streams = request["streams"]
+    chosen = {**DEFAULTS, **(CUDA_DEFAULTS if cuda else CPU_DEFAULTS)}
+    if cuda:
+        chosen |= {"cuda_graph_bs_decode": list(streams), "cuda_graph_max_bs_decode": max(streams)}
+    # Arms that start at once must not find the same port free.
+    while (port := free_port()) % ARMS != request["number"]:
+        pass
+    chosen |= {"max_running_requests": max(streams), "nccl_port": port}
+    chosen["max_total_tokens"] = request["total_tokens"] + MORE_TOKENS
+    return {**chosen, **request["engine_args"]}
+
+
+class Engine(decoding.Engine):
+    """See `decoding.Engine`."""
+
+    def __init__(self, request: decoding.Request) -> None:
+        import sglang
+        import torch
+
+        self.request = request
+        chosen = arguments(request, torch.cuda.is_available())
+        self.engine = sglang.Engine(model_path=request["checkpoint"], **chosen)
+
+    def ready(self) -> dict[str, Any]:
+        """See `decoding.Engine`.
+
+        Raises:
+            FsePatchError: the experts are not shared as asked, or the streams do not fit.
+        """
+        import sglang
+
+        with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
+            file = Path(folder) / "ready.json"
+            self.engine.collective_rpc("bench_open", file=str(file))
+            found: dict[str, Any] = json.loads(file.read_text())
+        if "error" in found:
+            raise FsePatchError(found["error"])
+        most = max(self.request["streams"])
+        if found["requests"] < most or found["tokens"] < self.request["total_tokens"]:
+            raise FsePatchError(
+                f"SGLang has room for {found['requests']} requests and {found['tokens']} tokens, and {most} "
+                f"streams of {self.request['total_tokens']} tokens are asked for; free memory on the device"
+            )
+        about = {"versions": decoding.versions(sglang), "device": decoding.device()}
+        return {**about, **found}
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
+        """See `decoding.Engine`."""
+        params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
+        outputs = self.engine.generate(input_ids=prompts, sampling_params=params)
+        return [out["output_ids"][-1] for out in outputs]
+
+    def report(self) -> dict[str, Any]:
+        """See `decoding.Engine`."""
+        (found,) = arm.reports(self.engine)
+        return found
+
+    def close(self) -> None:
+        """See `decoding.Engine`."""
+        self.engine.shutdown()
+
+
+def bench_open(self: Any, file: str) -> None:
+    """Runs in the scheduler: draw weights, in place so that captured graphs see it, and say what is there."""
+    model = self.tp_worker.model_runner.model
+    decoding.spread(model)
+    for module in model.modules():
+        if getattr(module, "_weight_fp32", None) is not None:
+            module._weight_fp32.copy_(module.weight.data)
+    room = {"requests": self.max_running_requests, "tokens": self.max_total_num_tokens}
+    try:
+        found = {**verifying.report(), **room, "shared": SETS.check()}
+    except FsePatchError as error:
+        found = {"error": str(error)}
+    Path(file).write_text(json.dumps(found))
+
+
+def extend(scheduler: Any) -> None:
+    """Give the Scheduler class what is called."""
+    scheduler.Scheduler.bench_open = bench_open
+
+
+# SGLang spawns its schedulers, and a spawned process runs its parent's main module under this name.
+if __name__ == "__mp_main__":
+    SETS = SharedSets(json.loads(Path(sys.argv[1]).read_text())["sets"])
+    SETS.install(METHODS)
+    worker.install()
+    wrapt.register_post_import_hook(extend, worker.SCHEDULER)
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    decoding.serve(Path(sys.argv[1]), Engine)

@@ -1,0 +1,131 @@
+"""`fse-patch bench --end-to-end`: decode steps of the real engine, stock, fused and stock again."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..adapters import guards, ledger
+from ..errors import FsePatchError, RefusedError
+from ..fusion_core.decide import decide_roles
+from ..fusion_core.headers import read_json
+from ..fusion_core.policy_file import load_policy
+from ..settings import ENGINES
+from ..settings import load as load_settings
+from .output import print_json
+from .verify import parse_engine_args, say, vocab_size
+
+# What `fse-patch bench` takes with --end-to-end alone.
+Streams = Annotated[str, typer.Option(help="With --end-to-end: numbers of streams, with commas.")]
+Sets = Annotated[
+    int,
+    typer.Option(
+        min=0, help="With --end-to-end: layers share so many sets of routed experts; 0: each its own."
+    ),
+]
+Seconds = Annotated[
+    float, typer.Option(min=0, help="With --end-to-end: begin no round after so many; 0: no limit.")
+]
+EngineArgs = Annotated[str, typer.Option(help="With --end-to-end: more engine arguments, as a JSON object.")]
+Raw = Annotated[Path | None, typer.Option(help="With --end-to-end: every reading goes into this JSON file.")]
+Timeout = Annotated[
+    float, typer.Option(min=1, help="With --end-to-end: seconds for an engine to start or to answer.")
+]
+STREAMS = "1,2,4,8,16,64"
+TIMEOUT = 900.0
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the results go."""
+
+    raw: Path | None
+    csv: Path | None
+    commit: str
+    plot: Path | None
+    json: bool
+
+
+def run(
+    checkpoint: Path,
+    engine: str,
+    streams: tuple[int, ...],
+    sets: int,
+    engine_args: str,
+    limits: tuple[int, float, float],
+    out: Files,
+) -> None:
+    """Measure and report.
+
+    Args:
+        limits: rounds, seconds after which none begins (0: no limit), seconds for an answer.
+
+    Raises:
+        RefusedError: the model does not fuse.
+        FsePatchError: bad input, or an arm failed; the end of its log is printed.
+    """
+    from .. import end_to_end
+    from .. import plot as plots
+    from ..live_arms import ArmError
+
+    if engine not in ENGINES:
+        raise FsePatchError(f"{engine!r}: unknown engine; use one of {', '.join(ENGINES)}")
+    if out.plot is not None:
+        plots.figure_class()
+    arguments = parse_engine_args(engine_args)
+    for file in (out.raw, out.csv, out.plot):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise FsePatchError(f"{file}: there is no such folder")
+    decision = decide_roles(checkpoint, engine, load_policy(load_settings().policy_file))["main"]
+    if not decision.fuse:
+        raise RefusedError(decision.reason, decision.detail)
+    book = ledger.load(engine)
+    guards.check_version(book, guards.engine_version(book), load_settings().allow_untested)
+    rounds, seconds, timeout = limits
+    job = end_to_end.Job(
+        checkpoint,
+        engine,
+        tuple(decision.fused_layers),
+        vocab_size(read_json(checkpoint / "config.json"), checkpoint),
+        streams,
+        rounds,
+        sets,
+        arguments,
+        seconds or math.inf,
+        timeout,
+    )
+    # Ended by a signal, Python runs no clean-up, and engines would be left behind on their device.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        found = end_to_end.measure(job, progress=say, raw=out.raw)
+    except ArmError as error:
+        if error.log:
+            print(error.log, file=sys.stderr)
+        raise
+    rows = end_to_end.rows(found.readings)
+    if out.csv is not None:
+        end_to_end.write_csv(out.csv, job, found, rows, out.commit)
+    report: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "engine": engine,
+        "versions": found.versions,
+        "sets": sets,
+        "start_seconds": {name: told["start_seconds"] for name, told in found.arms.items()},
+        "roles": found.reports["fused"]["roles"],
+        "rows": rows,
+    }
+    if out.json:
+        print_json(report)
+    else:
+        print(", ".join(f"{name} {version}" for name, version in found.versions.items()))
+        for role in report["roles"]:
+            print(f"{role['role']}: {len(role['fused_layers'])} layers fused; {role['modes'] or 'one mode'}")
+        print("\n".join(map(end_to_end.line, rows)))
+    if out.plot is not None:
+        plots.plot_streams({checkpoint.resolve().name: rows}, out.plot)

@@ -1,0 +1,45 @@
+"""`fse-patch bench --end-to-end` with three live engines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fse_patch import end_to_end
+from fse_patch.fusion_core.decide import decide_roles
+from fse_patch.live_arms import ARMS
+
+from ..running import VOCAB, Checkpoints
+
+pytestmark = pytest.mark.one_release
+
+
+def test_three_live_engines_share_sets_of_experts(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path, "sglang").path("glm4_moe_shared2_scale")
+    layers = tuple(decide_roles(folder, "sglang")["main"].fused_layers)
+    assert len(layers) > 1  # otherwise nothing could be shared
+    job = end_to_end.Job(
+        folder,
+        "sglang",
+        layers,
+        VOCAB,
+        streams=(1, 2),
+        rounds=2,
+        sets=1,
+        engine_args={"dtype": "float32"},
+        limit=240.0,
+        lengths=end_to_end.Lengths(3, 7, 7, 2),
+    )
+    found = end_to_end.measure(job, os.environ, raw=tmp_path / "raw.json")
+    assert [(row["streams"], row["rounds"]) for row in end_to_end.rows(found.readings)] == [(1, 2), (2, 2)]
+    for name in ARMS:
+        assert found.arms[name]["shared"] == {"layers": len(layers), "sets": 1}
+        # In processes that SGLang spawned, and that the parent did not start.
+        assert found.reports[name]["pid"] != os.getpid()
+    assert len({found.reports[name]["pid"] for name in ARMS}) == 3
+    assert [found.reports[name]["roles"] for name in ("stock", "again")] == [[], []]
+    (role,) = found.reports["fused"]["roles"]
+    assert role["fused_layers"] == list(layers)
+    assert role["calls_by_mode"]["fused"] > 0
