@@ -119,11 +119,9 @@ def measure(
     begun = time.monotonic()
     progress(f"starting {len(ARMS)} {job.engine} engines: {', '.join(ARMS)}")
     with LiveArms(job.engine, job.request(), os.environ if env is None else env, job.limit) as arms:
-        found = Measured(arms.answers())
+        found = Measured(arms.answers(lambda name, told: progress(ready(name, told))))
         if wrong := wrong_states(found.arms, job.layers):
             raise ArmError("; ".join(wrong), "")
-        for name, told in found.arms.items():
-            progress(f"{name}: ready after {told['start_seconds']:.0f} s")
         warm_up(arms, job, progress)
         ran = [r for r in arms.ask("fused", {"do": "report"})["roles"] if r["role"] == "main"]
         if ran[0]["fused_layers"] != list(job.layers):
@@ -140,6 +138,12 @@ def measure(
     if not found.readings:
         raise FsePatchError(f"no round began within --seconds {job.seconds:.0f}; give more")
     return found
+
+
+def ready(name: str, told: Answer) -> str:
+    """What an arm says of itself at its start, in short."""
+    state = "fused" if told["roles"] else "stock"
+    return f"{name}: {state}, ready after {told['start_seconds']:.0f} s"
 
 
 def warm_up(arms: LiveArms, job: Job, progress: Progress) -> None:

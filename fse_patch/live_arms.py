@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from types import TracebackType
@@ -86,10 +86,14 @@ class LiveArms:
             self._send(name, question)
         return self.answers()
 
-    def answers(self) -> dict[str, Answer]:
-        """What each arm says next; raises as `ask`."""
+    def answers(self, tell: Callable[[str, Answer], None] = lambda *_: None) -> dict[str, Answer]:
+        """What each arm says next, and ``tell`` is called with; raises as `ask`."""
         end = time.monotonic() + self.limit
-        return {name: self.answer(name, end) for name in ARMS}
+        found = {}
+        for name in ARMS:
+            found[name] = self.answer(name, end)
+            tell(name, found[name])
+        return found
 
     def answer(self, name: str, end: float | None = None) -> Answer:
         """What an arm says next, until ``end`` of the monotonic clock; raises as `ask`."""
