@@ -1,4 +1,4 @@
-"""Plot a CSV of `fse-patch bench` or `fse-patch tune`, a panel for each shape.
+"""Plot a CSV of `fse-patch bench` (with `--end-to-end` too) or `fse-patch tune`, a panel for each model.
 
 python benchmarks/plot.py block_h200_vllm_0.26.0.csv
 """
@@ -9,7 +9,7 @@ import csv
 import sys
 from pathlib import Path
 
-from fse_patch.plot import plot
+from fse_patch.plot import plot, plot_streams
 
 
 def main(source: Path) -> None:
@@ -17,8 +17,9 @@ def main(source: Path) -> None:
     shapes: dict[str, list[dict[str, str]]] = {}
     with source.open(newline="") as file:
         for row in csv.DictReader(file):
-            shapes.setdefault(row["shape"], []).append(row)
-    plot(shapes, source.with_suffix(".png"))
+            shapes.setdefault(row.get("shape") or row["model"], []).append(row)
+    steps = "streams" in next(iter(shapes.values()))[0]
+    (plot_streams if steps else plot)(shapes, source.with_suffix(".png"))
 
 
 if __name__ == "__main__":

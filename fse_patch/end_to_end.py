@@ -28,16 +28,26 @@ Reading = dict[str, Any]
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a short and of a long answer; many streams, above ``few``, take a shorter long one."""
+    """Tokens of a short and of a long answer; many streams, above ``few``, take a shorter long one.
+
+    A reading is the best of ``repeats`` answers for up to ``short_steps`` streams, whose steps are so short
+    that it counts when the host does something else for a while; of one for more.
+    """
 
     short: int = 33
     long: int = 289
     long_many: int = 161
     few: int = 16
+    repeats: int = 3
+    short_steps: int = 4
 
     def long_for(self, streams: int) -> int:
         """The long answer of so many streams."""
         return self.long if streams <= self.few else self.long_many
+
+    def repeats_for(self, streams: int) -> int:
+        """Answers of each length in a reading of so many streams."""
+        return self.repeats if streams <= self.short_steps else 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,8 @@ class Job:
 class Measured:
     """What was measured: of each arm what it said at its start and at its end, and every reading.
 
-    A reading has round, streams, arm, short and long (seconds), ms (a step) and different_tokens.
+    A reading has round, streams, arm, short and long (seconds of each answer), ms (a step) and
+    different_tokens.
     """
 
     arms: dict[str, Answer]
@@ -161,17 +172,22 @@ def take_round(arms: LiveArms, job: Job, number: int) -> list[Reading]:
         for name in ORDERS[number % len(ORDERS)]:
             lengths = (job.lengths.short, job.lengths.long_for(streams))
             short, long = (
-                arms.ask(name, {"do": "decode", "streams": streams, "tokens": tokens}) for tokens in lengths
+                [
+                    arms.ask(name, {"do": "decode", "streams": streams, "tokens": tokens})
+                    for _ in range(job.lengths.repeats_for(streams))
+                ]
+                for tokens in lengths
             )
+            seconds = [[answer["seconds"] for answer in answers] for answers in (short, long)]
             found.append(
                 {
                     "round": number,
                     "streams": streams,
                     "arm": name,
-                    "short": short["seconds"],
-                    "long": long["seconds"],
-                    "ms": milliseconds(short["seconds"], long["seconds"], *lengths),
-                    "different_tokens": long["different_tokens"],
+                    "short": seconds[0],
+                    "long": seconds[1],
+                    "ms": milliseconds(min(seconds[0]), min(seconds[1]), *lengths),
+                    "different_tokens": min(answer["different_tokens"] for answer in long),
                 }
             )
     return found
