@@ -25,7 +25,11 @@ def options(tensor: torch.Tensor) -> dict[str, Any]:
 
 @cache
 def _supported(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= HOPPER
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < HOPPER:
+        return False
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return hasattr(CUDAOptions, "launch_pdl")  # older releases of Triton refuse the argument
 
 
 @triton.jit

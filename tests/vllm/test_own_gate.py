@@ -56,10 +56,10 @@ def probe(checkpoint: str, reference: str) -> dict[str, Any]:
                 part.quant_method.process_weights_after_loading(part)
         x = torch.randn(5, config.model_config.get_hidden_size(), generator=draw)
 
-        def run() -> Any:
+        def run(call: Any = block) -> Any:
             with set_forward_context(None, config, num_tokens=len(x)):
                 get_forward_context().all_moe_layers = None
-                return block(x.clone())
+                return call(x.clone())
 
         stock = run()
         execution = SimpleNamespace(
@@ -69,6 +69,8 @@ def probe(checkpoint: str, reference: str) -> dict[str, Any]:
         take_gate(block, execution)
         block.experts = Layer(block.experts)
         found = {"same": float((run() - stock).norm() / stock.norm())}
+        traced = torch.compile(block, backend="eager", fullgraph=True, dynamic=True)
+        found["compiled"] = float((run(traced) - stock).norm() / stock.norm())
         found["rows"] = taken["rows"].count - len(gate)
         # What is in the matrix is what the module answers by.
         taken["rows"].rows[: len(gate)].copy_(gate.flip(0))
@@ -80,5 +82,6 @@ def probe(checkpoint: str, reference: str) -> dict[str, Any]:
 def test_the_layer_computes_the_logits_of_its_block(checkpoints: Checkpoints, family: str) -> None:
     found = in_process(f"{__name__}:probe", str(checkpoints.path(family)), BLOCKS[family])
     assert found["same"] == 0.0
+    assert found["compiled"] < 1e-6
     assert found["rows"] == (family == "qwen2_moe")
     assert found["control"] > 0.01
