@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import weights
-from .recipes import RECIPES, VOCAB
+from . import recipes, weights
+from .recipes import RECIPES
 
 
 def make(recipe: str, out: str | Path, dtype: str = "float32", seed: int = 0) -> Path:
@@ -73,7 +73,7 @@ def _tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<bos>", "<eos>"]
-    words = special + [f"w{i}" for i in range(VOCAB - len(special))]
+    words = special + [f"w{i}" for i in range(recipes.VOCAB - len(special))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCAB, HIDDEN, MOE_WIDTH, EXPERTS = 256, 64, 32, 8
+VOCAB, HIDDEN, MOE_WIDTH, EXPERTS, HEAD_DIM = 256, 64, 32, 8, 32
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -25,7 +25,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _LINEAR_ATTENTION: dict[str, Any] = {
-    "head_dim": 32,
+    "head_dim": HEAD_DIM,
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
     "linear_num_key_heads": 2,
@@ -90,12 +90,13 @@ def _qwen3_next() -> Any:
 
 
 def _qwen3_5_text_config() -> dict[str, Any]:
-    # Rotary part: head_dim * 0.25 = 8 numbers, so 4 frequencies; the sections must add up to 4.
+    # Rotary part: a quarter of head_dim, two numbers a frequency; sections must add up to the frequencies.
+    side = HEAD_DIM // 32
     rope = {
         "rope_type": "default",
         "rope_theta": 10000.0,
         "partial_rotary_factor": 0.25,
-        "mrope_section": [2, 1, 1],
+        "mrope_section": [2 * side, side, side],
         "mrope_interleaved": True,
     }
     return {**_COMMON, **_LINEAR_ATTENTION, **_QWEN_MOE, "rope_parameters": rope}
@@ -151,7 +152,7 @@ def _glm4_moe(
     return Glm4MoeForCausalLM(
         Glm4MoeConfig(
             **{**dims, "num_hidden_layers": 3},
-            head_dim=32,
+            head_dim=HEAD_DIM,
             intermediate_size=128,
             n_routed_experts=EXPERTS,
             n_shared_experts=shared,

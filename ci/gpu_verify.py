@@ -1,0 +1,214 @@
+"""Small checkpoints through `verify` on a GPU, every mode of a fused layer in one run.
+
+    python ci/gpu_verify.py ENGINE OUT [--fp8 FOLDER] [--only GROUP ...]
+
+In an environment with a CUDA build of the engine, transformers and fse_patch. OUT gets the checkpoints, the
+tables that choose the modes, and a report for each job. FOLDER is what `benchmarks/checkpoint.py --quant
+fp8-block` wrote: vLLM runs it in each mode. The arms of a group run side by side. Exit status 1 if a job
+fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fse_patch import verify
+from fse_patch.adapters import guards, ledger
+from fse_patch.fusion_core.decide import decide_roles
+from fse_patch.fusion_core.decision import FusionDecision
+
+# Prompts of 186 tokens run as 128 and 58, then 4 tokens a step: one run has all three modes.
+CHUNK = 128
+THREE_MODES = {
+    "steps": [{"up_to": 16, "mode": "small"}, {"up_to": 80, "mode": "fused"}],
+    "otherwise": "split",
+}
+ONLY_FUSED: dict[str, Any] = {"steps": [], "otherwise": "fused"}
+SMALL_AND_SPLIT = {"steps": [{"up_to": 16, "mode": "small"}], "otherwise": "split"}
+VLLM = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, "max_num_batched_tokens": CHUNK}
+GDN = {"gdn_prefill_backend": "triton"}
+GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}
+SGLANG = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "max_total_tokens": 4096,
+    "chunked_prefill_size": CHUNK,
+}
+SGLANG_GRAPHS = {
+    "disable_cuda_graph": False,
+    "disable_prefill_cuda_graph": True,
+    "cuda_graph_bs_decode": [1, 2, 4],
+    "cuda_graph_max_bs_decode": 4,
+}
+FP8 = "fp8"
+FP8_ENV = {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "FSE_PATCH_ALLOW_UNPROVEN": "1"}
+PLAIN_SCALES = {"VLLM_USE_DEEP_GEMM_E8M0": "0"}
+LIMIT = 400.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs that one process of each arm runs one after the other.
+
+    Args:
+        jobs: name -> (recipe, or `FP8` for the folder that is given, engine arguments).
+        backend: who runs the grouped GEMM, in the words of tuned tables.
+        choice: the modes by number of tokens.
+    """
+
+    jobs: Mapping[str, tuple[str, Mapping[str, Any]]]
+    backend: str = "triton"
+    choice: Mapping[str, Any] = field(default_factory=lambda: THREE_MODES)
+    quant: str = "none"
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def fp8(choice: Mapping[str, Any], env: Mapping[str, str]) -> Group:
+    """The FP8 checkpoint in vLLM."""
+    arguments = {**VLLM, **GDN, "kv_cache_memory_bytes": 2 << 30}
+    return Group({"qwen3_next": (FP8, arguments)}, "triton+deepgemm", choice, "fp8-block 128x128", env)
+
+
+GROUPS: dict[str, dict[str, Group]] = {
+    "vllm": {
+        "small": Group(
+            {
+                "qwen3_next": ("qwen3_next", {**VLLM, **GDN}),
+                # The text-only class is not in this release's registry.
+                "qwen3_5": ("qwen3_5_vl", {**VLLM, **GDN, "language_model_only": True}),
+                "glm4": ("glm4_moe_scale", VLLM),
+                "glm4_graphs": ("glm4_moe_scale", {**VLLM, **GRAPHS}),
+            }
+        ),
+        "fp8": fp8(SMALL_AND_SPLIT, FP8_ENV),
+        "fp8_fused": fp8(ONLY_FUSED, FP8_ENV),
+        "fp8_plain_scales": fp8(SMALL_AND_SPLIT, {**FP8_ENV, **PLAIN_SCALES}),
+        "fp8_fused_plain_scales": fp8(ONLY_FUSED, {**FP8_ENV, **PLAIN_SCALES}),
+    },
+    "sglang": {
+        "ours": Group(
+            {
+                "qwen3_5": ("qwen3_5_text", SGLANG),
+                "qwen3_5_graphs": ("qwen3_5_text", {**SGLANG, **SGLANG_GRAPHS}),
+            }
+        ),
+        "native": Group(
+            {"qwen3_next": ("qwen3_next", SGLANG), "glm4": ("glm4_moe_scale", SGLANG)},
+            "triton, fused natively",
+        ),
+    },
+}
+
+
+def table(
+    engine: str, release: str, device: str, group: Group, decisions: Sequence[FusionDecision]
+) -> dict[str, Any]:
+    """A tuned table that has the group's modes for the layers of ``decisions``."""
+    rows = {}
+    for decision in decisions:
+        layout, routing = decision.layout, decision.routing
+        assert layout is not None
+        assert routing is not None
+        row = {
+            "num_routed": layout.num_routed,
+            "num_shared_slots": layout.num_shared_slots,
+            "top_k": layout.top_k,
+            "hidden_size": layout.hidden_size,
+            "width": layout.moe_intermediate_size,
+            "dtype": "bfloat16",
+            "scoring": routing.scoring,
+            "gated": decision.shared_weight == "sigmoid_gate",
+            "quant": group.quant,
+        }
+        rows[json.dumps(row)] = {**row, **group.choice}
+    head = {"engine": engine, "release": release, "backend": group.backend, "device": device}
+    return {**head, "versions": {}, "measured": "by hand, to verify every mode", "rows": list(rows.values())}
+
+
+def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: Path) -> list[dict[str, Any]]:
+    """The reports of a group's jobs, in their order."""
+    import torch
+
+    jobs = []
+    for recipe, arguments in group.jobs.values():
+        decision = decide_roles(folders[recipe], engine)["main"]
+        vocab = json.loads((folders[recipe] / "config.json").read_text())
+        vocab_size = vocab.get("text_config", vocab)["vocab_size"]
+        jobs.append(verify.VerifyJob(folders[recipe], (decision,), vocab_size, "bfloat16", arguments))
+    release = guards.engine_version(ledger.load(engine)).partition("+")[0]
+    decisions = [job.decisions[0] for job in jobs]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    held = table(engine, release, device, group, decisions)
+    tuned = out / f"{engine}_{name}.yaml"
+    tuned.write_text(yaml.safe_dump(held))
+    env = {**os.environ, **group.env, "FSE_PATCH_TUNED": str(tuned)}
+    with ThreadPoolExecutor(2) as pool:
+        arms = pool.map(
+            lambda fused: verify.run_arm(
+                engine, jobs, fused, {**env, "VLLM_CACHE_ROOT": str(out / f"cache_{fused}")}, LIMIT
+            ),
+            (False, True),
+        )
+    return [
+        {"engine": engine, "engine_version": release, **verify.judge(job, stock, fused)}
+        for job, stock, fused in zip(jobs, *arms, strict=True)
+    ]
+
+
+def line(report: Mapping[str, Any]) -> str:
+    """A report in words."""
+    if "mean_abs_logprob_diff" not in report:
+        return f"FAILED {'; '.join(report['failures'])}\n{report.get('log', '')[-2000:]}"
+    canary = ", ".join(str(role.get("canary", {}).get("state")) for role in report["roles"])
+    return (
+        f"{'passed' if report['passed'] else 'FAILED'}: {report['mean_abs_logprob_diff']:.4f} off, noise "
+        f"{report['stock_noise']:.4f}, control {report['control_diff']:.3f}; {report['calls_by_mode']}; "
+        f"canary {canary}; {'; '.join(report['failures'])}"
+    )
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("engine", choices=GROUPS)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--fp8", type=Path, help="an FP8 checkpoint; its groups are left out without it")
+    parser.add_argument("--only", nargs="*", default=[], help="these groups alone")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    groups = {
+        name: group
+        for name, group in GROUPS[args.engine].items()
+        if (name in args.only or not args.only) and (args.fp8 or not name.startswith(FP8))
+    }
+    from checkpoints import gpu
+    from checkpoints.make import make
+
+    gpu.enlarge()
+    wanted = {recipe for group in groups.values() for recipe, _ in group.jobs.values()} - {FP8}
+    folders = {recipe: make(recipe, args.out / recipe, "bfloat16") for recipe in sorted(wanted)}
+    if args.fp8:
+        folders[FP8] = args.fp8
+    failed = False
+    for name, group in groups.items():
+        for job, report in zip(group.jobs, run(args.engine, name, group, folders, args.out), strict=True):
+            print(f"{args.engine} {name} {job}: {line(report)}", flush=True)
+            report.pop("log", None)
+            report["checkpoint"] = Path(report["checkpoint"]).name
+            (args.out / f"{args.engine}_{name}_{job}.json").write_text(json.dumps(report, indent=2) + "\n")
+            failed |= not report["passed"]
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What ci/gpu_verify.py runs: its tables lead to the modes that they are for, and its recipes are there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import gpu_verify
+import pytest
+import yaml
+from checkpoints.recipes import RECIPES
+
+from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.dispatch import MODES, ModePlan
+from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.fusion_core.tuned import Situation, plan_for
+
+LAYOUT = ExpertLayout(num_routed=32, num_shared_slots=1, top_k=4, hidden_size=256, moe_intermediate_size=128)
+DECISION = FusionDecision(
+    "main", True, "ok", "", "", "vllm", "x", layout=LAYOUT, routing=RoutingSpec("softmax", True),
+    shared_weight="sigmoid_gate", moe_layers=(0,), fused_layers=(0,),
+)  # fmt: skip
+GROUPS = [(engine, name) for engine, groups in gpu_verify.GROUPS.items() for name in groups]
+
+
+@pytest.mark.parametrize(("engine", "name"), GROUPS, ids="-".join)
+def test_a_table_leads_to_the_modes_of_its_group(tmp_path: Path, engine: str, name: str) -> None:
+    group = gpu_verify.GROUPS[engine][name]
+    assert {recipe for recipe, _ in group.jobs.values()} <= {*RECIPES, gpu_verify.FP8}
+    file = tmp_path / "table.yaml"
+    # Two models of one shape are one row.
+    file.write_text(yaml.safe_dump(gpu_verify.table(engine, "1.0", "A GPU", group, [DECISION, DECISION])))
+    here = Situation.of(
+        LAYOUT, 1, engine=engine, release="1.0", backend=group.backend, device="A GPU", dtype="bfloat16",
+        scoring="softmax", gated=True, quant=group.quant,
+    )  # fmt: skip
+    plan = plan_for(here, "cuda", file, places=())
+    assert isinstance(plan, ModePlan)
+    wanted = set(MODES) if group.choice is gpu_verify.THREE_MODES else plan.modes
+    assert plan.modes == wanted
+    if wanted == set(MODES):
+        prompts = sum(gpu_verify.verify.PROMPT_LENGTHS)
+        assert [plan.mode_of(n) for n in (gpu_verify.CHUNK, prompts - gpu_verify.CHUNK, 4)] == [
+            "split", "fused", "small",
+        ]  # fmt: skip
+    # The control: another device has no plan.
+    assert plan_for(replace(here, device="Another"), "cuda", file, places=()) is None
+
+
+def test_every_fp8_group_runs_in_every_mode_with_and_without_rounded_scales() -> None:
+    found = {
+        (str(group.choice["otherwise"]), "VLLM_USE_DEEP_GEMM_E8M0" in group.env)
+        for name, group in gpu_verify.GROUPS["vllm"].items()
+        if name.startswith(gpu_verify.FP8)
+    }
+    assert found == {("split", False), ("split", True), ("fused", False), ("fused", True)}
