@@ -87,6 +87,7 @@ GROUPS: dict[str, dict[str, Group]] = {
                 # The text-only class is not in this release's registry.
                 "qwen3_5": ("qwen3_5_vl", {**VLLM, **GDN, "language_model_only": True}),
                 "glm4": ("glm4_moe_scale", VLLM),
+                "qwen2_moe": ("qwen2_moe", VLLM),
                 "glm4_graphs": ("glm4_moe_scale", {**VLLM, **GRAPHS}),
             }
         ),

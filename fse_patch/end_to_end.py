@@ -30,7 +30,7 @@ Reading = dict[str, Any]
 class Lengths:
     """Tokens of a short and of a long answer; many streams, above ``few``, take a shorter long one.
 
-    A reading is the best of ``repeats`` answers for up to ``short_steps`` streams, whose steps are so short
+    A reading is the median of ``repeats`` answers for up to ``short_steps`` streams, whose steps are so short
     that it counts when the host does something else for a while; of one for more.
     """
 
@@ -186,7 +186,9 @@ def take_round(arms: LiveArms, job: Job, number: int) -> list[Reading]:
                     "arm": name,
                     "short": seconds[0],
                     "long": seconds[1],
-                    "ms": milliseconds(min(seconds[0]), min(seconds[1]), *lengths),
+                    "ms": milliseconds(
+                        statistics.median(seconds[0]), statistics.median(seconds[1]), *lengths
+                    ),
                     "different_tokens": min(answer["different_tokens"] for answer in long),
                 }
             )
@@ -275,14 +277,17 @@ def write_csv(path: Path, job: Job, found: Measured, measured: Sequence[dict[str
     """Append the rows of one model.
 
     Raises:
-        FsePatchError: the file cannot be written.
+        FsePatchError: the file cannot be written, or has other columns.
     """
     head = {"model": job.checkpoint.resolve().name, "engine": job.engine, "sets": job.sets, "commit": commit}
     head |= found.versions
+    columns = [*head, *measured[0]]
     fresh = not path.exists()
+    if not fresh and path.read_text().partition("\n")[0].strip() != ",".join(columns):
+        raise FsePatchError(f"{path}: has other columns; give the rows of each engine a file of their own")
     try:
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*head, *measured[0]])
+            writer = csv.DictWriter(file, columns)
             if fresh:
                 writer.writeheader()
             for row in measured:

@@ -138,7 +138,8 @@ class LayerExecution:
         if self.gate is not None:
             if mode == "small":
                 logits = router_logits(hidden_states, self.gate.rows)
-            elif self.gate_linear is not None and self.gate.count == layout.num_routed:
+            elif self.gate_linear is not None and self.shared_gate is None:
+                # As stock has them: GLM's are float32, and in 16 bit two that are close may change places.
                 logits = self.gate_linear(hidden_states)
             else:
                 # The columns beyond E + G are of the alignment; routing reads the first ones of each row.

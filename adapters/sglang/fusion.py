@@ -35,10 +35,7 @@ class ModelFusion(model_fusion.ModelFusion):
     def refresh_gates(self) -> None:
         """See `BuiltModel.refresh_gates`."""
         super().refresh_gates()
-        self.refresh_float32()
-
-    def refresh_float32(self) -> None:
-        """GLM's gate keeps a float32 copy from its first call on: it must be neither of a graph nor stale."""
+        # GLM's gate keeps a float32 copy from its first call on: it must be neither of a graph nor stale.
         for layer in self.executions:
             gate: Any = self.blocks[layer].gate
             if (held := getattr(gate, "_weight_fp32", None)) is not None:

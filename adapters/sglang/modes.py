@@ -61,7 +61,7 @@ def execution_of(fusion: BuiltModel, block: Any, router: FusedRouter) -> LayerEx
     Raises:
         FsePatchError: SGLang took another backend for its experts.
     """
-    from .execution import Float32Gate, LayerExecution
+    from ...fusion_core.execution import LayerExecution
 
     backend = block.experts.quant_method.runner.runner_backend.value
     if backend not in KNOWN_BACKENDS:
@@ -74,8 +74,7 @@ def execution_of(fusion: BuiltModel, block: Any, router: FusedRouter) -> LayerEx
         found: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
         return found
 
-    kind = LayerExecution if router.correction_bias is None else Float32Gate
-    return kind(
+    return LayerExecution(
         router,
         fusion.plan,
         Experts(block.experts, routed_topk(block, fusion.decision), block.alt_stream),

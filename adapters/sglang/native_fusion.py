@@ -64,7 +64,6 @@ class NativeFusion(ModelFusion):
         finally:
             self._loading = False
         self.audit.loads += 1
-        self.refresh_float32()
         if self.canary["state"] != "pending":
             self.check_gates()  # into a model that runs already
         return loaded

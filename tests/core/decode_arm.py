@@ -60,7 +60,7 @@ def main(request: Path) -> None:
             time.sleep(script.get("pause", 0))
             step = script["ms"][name] / 1e3 * question["streams"]
             seconds = script["prompt"] + step * question["tokens"]
-            if asked_for % 2 == 0:
+            if asked_for % 3 == 0:
                 seconds += script.get("hiccup", 0.0)
             parent.send({"seconds": seconds, "different_tokens": question["streams"]})
 

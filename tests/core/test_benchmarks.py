@@ -111,6 +111,19 @@ def test_what_holds_a_host_up_once_is_not_in_a_reading_of_few_streams(tmp_path: 
         assert (abs(one[0] - MS["stock"]) < 1e-6) == close
 
 
+def test_rows_of_two_engines_have_a_file_each(tmp_path: Path) -> None:
+    found = end_to_end.measure(job(tmp_path, rounds=1))
+    rows, file = end_to_end.rows(found.readings), tmp_path / "rows.csv"
+    for _ in range(2):
+        end_to_end.write_csv(file, job(tmp_path), found, rows, "abc")
+    held = file.read_text()
+    assert len(held.splitlines()) == 1 + 2 * len(rows)
+    found.arms["fused"]["versions"] = {"fse_patch": "0", "sglang": "0"}
+    with pytest.raises(FsePatchError, match="has other columns"):
+        end_to_end.write_csv(file, job(tmp_path), found, rows, "abc")
+    assert file.read_text() == held
+
+
 def test_a_run_that_is_cut_has_all_streams(tmp_path: Path) -> None:
     said: list[str] = []
     raw = tmp_path / "raw.json"

@@ -117,15 +117,23 @@ def test_shipped_tables_can_be_read_and_name_each_shape_once() -> None:
         assert len(keys) == len(set(keys)), name
 
 
-def test_sglang_runs_by_its_shipped_table() -> None:
-    engine = {"engine": "sglang", "release": "0.5.17", "backend": "triton", "device": "NVIDIA H200"}
-    here = Situation(**{**engine, **PLACE, "num_routed": 256, "top_k": 8})
-    plan = plan_for(here, "cuda", places=())
+@pytest.mark.parametrize(
+    ("file", "backend", "shape"),
+    [
+        ("nvidia_h200_sglang.yaml", "triton", {"num_routed": 256, "top_k": 8}),
+        ("nvidia_h200_sglang_native.yaml", "triton, fused natively", {"num_routed": 512, "top_k": 10}),
+    ],
+)
+def test_sglang_runs_by_a_table_that_is_named(file: str, backend: str, shape: dict[str, Any]) -> None:
+    engine = {"engine": "sglang", "release": "0.5.17", "backend": backend, "device": "NVIDIA H200"}
+    here = Situation(**{**engine, **PLACE, **shape})
+    table = Path(__file__).parents[2] / "benchmarks" / "tables" / file
+    plan = plan_for(here, "cuda", table, places=())
     assert isinstance(plan, ModePlan)
     assert (plan.mode_of(1), plan.mode_of(8192)) == ("small", "split")
-    # The controls: nothing is known of another release, nor shipped for what SGLang fuses by itself.
-    assert plan_for(replace(here, release="0.5.18"), "cuda", places=()) is None
-    assert plan_for(replace(here, backend="triton, fused natively"), "cuda", places=()) is None
+    # The controls: another release, and nothing named.
+    assert plan_for(replace(here, release="0.5.18"), "cuda", table, places=()) is None
+    assert plan_for(here, "cuda", places=()) is None
 
 
 class Gate(torch.nn.Module):

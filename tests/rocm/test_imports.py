@@ -30,8 +30,7 @@ ADAPTERS = [
     f"fse_patch.adapters.{engine}.{path.stem}"
     for engine in ("vllm", "sglang")
     for path in sorted((ROOT / "adapters" / engine).glob("*.py"))
-    # What needs Triton, which `core` does not have, is imported where a layer runs by it.
-    if path.stem not in ("__init__", "arm", "execution")
+    if path.stem not in ("__init__", "arm")
 ]
 
 
