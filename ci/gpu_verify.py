@@ -16,16 +16,20 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fse_patch import verify
-from fse_patch.adapters import guards, ledger
+from fse_patch import tuning, verify
+from fse_patch.adapters import decoding, guards, ledger
+from fse_patch.adapters.planning import SHARED_GATE
+from fse_patch.cli.verify import vocab_size
 from fse_patch.fusion_core.decide import decide_roles
 from fse_patch.fusion_core.decision import FusionDecision
+from fse_patch.fusion_core.headers import read_json
+from fse_patch.fusion_core.tuned import Situation
 
 # Prompts of 186 tokens run as 128 and 58, then 4 tokens a step: one run has all three modes.
 CHUNK = 128
@@ -117,39 +121,37 @@ def table(
     """A tuned table that has the group's modes for the layers of ``decisions``."""
     rows = {}
     for decision in decisions:
-        layout, routing = decision.layout, decision.routing
-        assert layout is not None
-        assert routing is not None
-        row = {
-            "num_routed": layout.num_routed,
-            "num_shared_slots": layout.num_shared_slots,
-            "top_k": layout.top_k,
-            "hidden_size": layout.hidden_size,
-            "width": layout.moe_intermediate_size,
-            "dtype": "bfloat16",
-            "scoring": routing.scoring,
-            "gated": decision.shared_weight == "sigmoid_gate",
-            "quant": group.quant,
-        }
-        rows[json.dumps(row)] = {**row, **group.choice}
-    head = {"engine": engine, "release": release, "backend": group.backend, "device": device}
+        assert decision.layout is not None
+        assert decision.routing is not None
+        situation = Situation.of(
+            decision.layout,
+            1,
+            engine=engine,
+            release=release,
+            backend=group.backend,
+            device=device,
+            dtype="bfloat16",
+            scoring=decision.routing.scoring,
+            gated=decision.shared_weight == SHARED_GATE,
+            quant=group.quant,
+        )
+        held = asdict(situation)
+        head = {name: held.pop(name) for name in tuning.HEAD}
+        rows[situation] = {**held, **group.choice}
     return {**head, "versions": {}, "measured": "by hand, to verify every mode", "rows": list(rows.values())}
 
 
 def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: Path) -> list[dict[str, Any]]:
     """The reports of a group's jobs, in their order."""
-    import torch
-
     jobs = []
     for recipe, arguments in group.jobs.values():
-        decision = decide_roles(folders[recipe], engine)["main"]
-        vocab = json.loads((folders[recipe] / "config.json").read_text())
-        vocab_size = vocab.get("text_config", vocab)["vocab_size"]
-        jobs.append(verify.VerifyJob(folders[recipe], (decision,), vocab_size, "bfloat16", arguments))
+        folder = folders[recipe]
+        vocab = vocab_size(read_json(folder / "config.json"), folder)
+        decision = decide_roles(folder, engine)["main"]
+        jobs.append(verify.VerifyJob(folder, (decision,), vocab, "bfloat16", arguments))
     release = guards.engine_version(ledger.load(engine)).partition("+")[0]
     decisions = [job.decisions[0] for job in jobs]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    held = table(engine, release, device, group, decisions)
+    held = table(engine, release, decoding.device(), group, decisions)
     tuned = out / f"{engine}_{name}.yaml"
     tuned.write_text(yaml.safe_dump(held))
     env = {**os.environ, **group.env, "FSE_PATCH_TUNED": str(tuned)}
@@ -188,10 +190,11 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     groups = {
-        name: group
-        for name, group in GROUPS[args.engine].items()
-        if (name in args.only or not args.only) and (args.fp8 or not name.startswith(FP8))
+        name: group for name, group in GROUPS[args.engine].items() if args.fp8 or not name.startswith(FP8)
     }
+    if unknown := set(args.only) - groups.keys():
+        parser.error(f"--only {sorted(unknown)[0]}: not among {', '.join(groups)}; FP8 needs --fp8")
+    groups = {name: groups[name] for name in args.only or groups}
     from checkpoints import gpu
     from checkpoints.make import make
 

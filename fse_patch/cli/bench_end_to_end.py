@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapters import guards, ledger
-from ..errors import FsePatchError, RefusedError
-from ..fusion_core.decide import decide_roles
+from ..errors import FsePatchError
 from ..fusion_core.headers import read_json
-from ..fusion_core.policy_file import load_policy
 from ..settings import ENGINES
-from ..settings import load as load_settings
 from .output import print_json
-from .verify import parse_engine_args, say, vocab_size
+from .verify import decided, end_engines_on_sigterm, parse_engine_args, say, vocab_size
 
 # What `fse-patch bench` takes with --end-to-end alone.
 Streams = Annotated[str, typer.Option(help="With --end-to-end: numbers of streams, with commas.")]
@@ -82,16 +77,12 @@ def run(
     for file in (out.raw, out.csv, out.plot):
         if file is not None and not file.resolve().parent.is_dir():
             raise FsePatchError(f"{file}: there is no such folder")
-    decision = decide_roles(checkpoint, engine, load_policy(load_settings().policy_file))["main"]
-    if not decision.fuse:
-        raise RefusedError(decision.reason, decision.detail)
-    book = ledger.load(engine)
-    guards.check_version(book, guards.engine_version(book), load_settings().allow_untested)
+    decisions, _ = decided(checkpoint, engine)
     rounds, seconds, timeout = limits
     job = end_to_end.Job(
         checkpoint,
         engine,
-        tuple(decision.fused_layers),
+        tuple(decisions["main"].fused_layers),
         vocab_size(read_json(checkpoint / "config.json"), checkpoint),
         streams,
         rounds,
@@ -100,8 +91,7 @@ def run(
         seconds or math.inf,
         timeout,
     )
-    # Ended by a signal, Python runs no clean-up, and engines would be left behind on their device.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_engines_on_sigterm()
     try:
         found = end_to_end.measure(job, progress=say, raw=out.raw)
     except ArmError as error:

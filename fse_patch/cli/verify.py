@@ -13,6 +13,8 @@ import typer
 from ..adapters import guards, ledger
 from ..errors import FsePatchError, RefusedError
 from ..fusion_core.decide import decide_roles
+from ..fusion_core.decision import FusionDecision
+from ..fusion_core.families import Role
 from ..fusion_core.headers import read_json
 from ..fusion_core.policy_file import load_policy
 from ..settings import ENGINES
@@ -38,13 +40,7 @@ def command(
 ) -> None:
     """Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
     arguments = parse_engine_args(engine_args)
-    decisions = decide_roles(checkpoint, engine, load_policy(load_settings().policy_file))
-    book = ledger.load(engine)
-    version = guards.engine_version(book)
-    main = decisions["main"]
-    if not main.fuse:
-        raise RefusedError(main.reason, main.detail)
-    guards.check_version(book, version, load_settings().allow_untested)
+    decisions, version = decided(checkpoint, engine)
     # A draft is built only where the engine is told to speculate.
     roles = tuple(d for role, d in decisions.items() if role == "main" or SPECULATION[engine] in arguments)
     config = read_json(checkpoint / "config.json")
@@ -55,8 +51,7 @@ def command(
         checkpoint_dtype(config) if dtype == "auto" else dtype,
         arguments,
     )
-    # Ended by a signal, Python runs no clean-up, and an engine would be left behind on its device.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_engines_on_sigterm()
     (report,) = run_verify([job], engine, version, timeout=timeout, progress=say)
     log = report.pop("log", "")
     if log:
@@ -66,6 +61,29 @@ def command(
         raise RefusedError(refused["reason"], refused["detail"])
     if not report["passed"]:
         raise typer.Exit(1)
+
+
+def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, FusionDecision], str]:
+    """The decisions for each role of a checkpoint whose main model fuses, and the installed engine's version.
+
+    Raises:
+        RefusedError: it does not fuse, or the version is not one that was tested.
+        FsePatchError: the checkpoint cannot be read, or the engine is not installed.
+    """
+    settings = load_settings()
+    decisions = decide_roles(checkpoint, engine, load_policy(settings.policy_file))
+    book = ledger.load(engine)
+    version = guards.engine_version(book)
+    main = decisions["main"]
+    if not main.fuse:
+        raise RefusedError(main.reason, main.detail)
+    guards.check_version(book, version, settings.allow_untested)
+    return decisions, version
+
+
+def end_engines_on_sigterm() -> None:
+    """Ended by a signal, Python runs no clean-up, and engines would be left behind on their device."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def say(line: str) -> None:

@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from fse_patch import end_to_end, live_arms
-from fse_patch.cli import app, bench_end_to_end
+from fse_patch.adapters import guards
+from fse_patch.cli import app
+from fse_patch.cli import verify as cli_verify
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.decide import decide_roles
 from fse_patch.live_arms import ARMS, ArmError
@@ -191,9 +193,9 @@ def test_an_arm_in_the_wrong_state_ends_the_run(tmp_path: Path, name: str, fault
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
-    monkeypatch.setattr(bench_end_to_end.guards, "engine_version", lambda book: "0.32.0")
-    monkeypatch.setattr(bench_end_to_end.guards, "check_version", lambda *_: None)
-    monkeypatch.setattr(bench_end_to_end, "decide_roles", decided)
+    monkeypatch.setattr(guards, "engine_version", lambda book: "0.32.0")
+    monkeypatch.setattr(guards, "check_version", lambda *_: None)
+    monkeypatch.setattr(cli_verify, "decide_roles", decided)
     return CliRunner().invoke(app.app, ["bench", str(SHAPE), *options])
 
 
