@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 import traceback
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ class Engine(ABC):
     @abstractmethod
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
         """Greedy answers of ``tokens`` tokens to all prompts at once; the last token of each."""
+
+    def steps(self) -> Sequence[float]:
+        """When each step of the last call ended, in seconds of one clock; nothing where that is not known."""
+        return ()
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
@@ -88,14 +94,22 @@ def device() -> str:
 
 
 def decode(engine: Engine, vocab: int, streams: int, tokens: int) -> dict[str, Any]:
-    """``seconds`` of one call, and how many streams ended differently.
+    """``seconds`` of one call, ``held_up`` of them, and how many streams ended differently.
 
     Streams that have come to the same tokens choose the same experts.
     """
     asked = prompts(streams, vocab)
     start = time.perf_counter()
     last = engine.generate(asked, tokens)
-    return {"seconds": time.perf_counter() - start, "different_tokens": len(set(last))}
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "held_up": held_up(engine.steps()), "different_tokens": len(set(last))}
+
+
+def held_up(ended: Sequence[float]) -> float:
+    """Seconds by which steps that took twice the median and more were longer than it."""
+    taken = [after - before for before, after in pairwise(ended)]
+    usual = statistics.median(taken) if taken else 0.0
+    return sum(step - usual for step in taken if step >= 2 * usual)
 
 
 def serve(request: Path, open_engine: Callable[[Request], Engine]) -> None:

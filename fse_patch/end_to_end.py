@@ -95,8 +95,8 @@ class Job:
 class Measured:
     """What was measured: of each arm what it said at its start and at its end, and every reading.
 
-    A reading has round, streams, arm, short and long (seconds of each answer), ms (a step) and
-    different_tokens.
+    A reading has round, streams, arm, short and long (seconds of each answer), held_up (of each long one, in
+    single steps), ms (a step) and different_tokens.
     """
 
     arms: dict[str, Answer]
@@ -186,6 +186,7 @@ def take_round(arms: LiveArms, job: Job, number: int) -> list[Reading]:
                     "arm": name,
                     "short": seconds[0],
                     "long": seconds[1],
+                    "held_up": [answer["held_up"] for answer in long],
                     "ms": milliseconds(
                         statistics.median(seconds[0]), statistics.median(seconds[1]), *lengths
                     ),

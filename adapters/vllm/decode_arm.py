@@ -2,22 +2,24 @@
 
     python -m fse_patch.adapters.vllm.decode_arm REQUEST.json
 
-Request as of `serve`. Whether the arm is stock or fused is the process's FSE_PATCH alone.
+Request as of `serve`. Whether the arm is stock or fused is the process's FSE_PATCH alone. The model is in the
+process that vLLM starts for its engine, forked or spawned; a spawned one runs this module too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fse_patch.adapters import decoding, verifying
-from fse_patch.adapters.shared_sets import SharedSets
+from fse_patch.adapters import decoding
+from fse_patch.adapters.vllm import decode_worker
 from fse_patch.errors import FsePatchError
 
-METHODS = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
 # Steps of an answer beyond one a token: prompts, and what is scheduled ahead.
 MORE_STEPS = 16
 DEFAULTS: dict[str, Any] = {
@@ -37,32 +39,36 @@ class Engine(decoding.Engine):
     """See `decoding.Engine`."""
 
     def __init__(self, request: decoding.Request) -> None:
-        import torch
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        self.sets = SharedSets(request["sets"])
-        self.sets.install(METHODS)
         streams = request["streams"]
         chosen = {**DEFAULTS, "max_num_seqs": max(streams)}
-        if torch.cuda.is_available():
+        if current_platform.is_cuda_alike():  # torch would open the device, and vLLM could not fork
             chosen["compilation_config"] = {"cudagraph_capture_sizes": list(streams)}
         self.llm = LLM(model=request["checkpoint"], **{**chosen, **request["engine_args"]})
-        self.llm.apply_model(decoding.spread)
-        self.steps = 0
+        (self.opened,) = self.llm.apply_model(decode_worker.opened)
+        self.ended: list[float] = []
         step = self.llm.llm_engine.step
 
-        def counted() -> Any:
-            self.steps += 1
-            return step()
+        def noted() -> Any:
+            outputs = step()
+            self.ended.append(time.perf_counter())
+            return outputs
 
-        self.llm.llm_engine.step = counted
+        self.llm.llm_engine.step = noted
 
     def ready(self) -> dict[str, Any]:
-        """See `decoding.Engine`."""
+        """See `decoding.Engine`.
+
+        Raises:
+            FsePatchError: the experts are not shared as asked.
+        """
         import vllm
 
-        about = {"versions": decoding.versions(vllm), "device": decoding.device()}
-        return {**about, **verifying.report(), "shared": self.sets.check()}
+        if "error" in self.opened:
+            raise FsePatchError(self.opened["error"])
+        return {"versions": decoding.versions(vllm), **self.opened}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
         """See `decoding.Engine`.
@@ -72,27 +78,37 @@ class Engine(decoding.Engine):
         """
         from vllm import SamplingParams
 
-        self.steps = 0
+        self.ended.clear()
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self.llm.generate(asked, params, use_tqdm=False)
-        if self.steps > tokens + MORE_STEPS:
+        if len(self.ended) > tokens + MORE_STEPS:
             raise FsePatchError(
-                f"{len(prompts)} streams of {tokens} tokens took {self.steps} steps: they do not run "
+                f"{len(prompts)} streams of {tokens} tokens took {len(self.ended)} steps: they do not run "
                 "at once; give a larger kv_cache_memory_bytes in --engine-args"
             )
         return [out.outputs[0].token_ids[-1] for out in outputs]
 
+    def steps(self) -> list[float]:
+        """See `decoding.Engine`."""
+        return self.ended
+
     def report(self) -> dict[str, Any]:
         """See `decoding.Engine`."""
-        return verifying.report()
+        found: dict[str, Any]
+        (found,) = self.llm.apply_model(decode_worker.report)
+        return found
 
     def close(self) -> None:
         """See `decoding.Engine`."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
+# A spawned process runs its parent's main module under this name.
+if __name__ in ("__main__", "__mp_main__"):
+    decode_worker.SETS.number = json.loads(Path(sys.argv[1]).read_text())["sets"]
+    decode_worker.SETS.install(decode_worker.METHODS)
 if __name__ == "__main__":
-    # The model in this process: what it says of itself is asked for here.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # Functions of our own are called in the process with the model.
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     decoding.serve(Path(sys.argv[1]), Engine)

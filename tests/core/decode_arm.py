@@ -62,7 +62,13 @@ def main(request: Path) -> None:
             seconds = script["prompt"] + step * question["tokens"]
             if asked_for % 3 == 0:
                 seconds += script.get("hiccup", 0.0)
-            parent.send({"seconds": seconds, "different_tokens": question["streams"]})
+            parent.send(
+                {
+                    "seconds": seconds,
+                    "held_up": script.get("hiccup", 0.0),
+                    "different_tokens": question["streams"],
+                }
+            )
 
 
 if __name__ == "__main__":

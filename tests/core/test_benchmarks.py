@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from fse_patch import end_to_end, live_arms
-from fse_patch.adapters import guards
+from fse_patch.adapters import decoding, guards
 from fse_patch.cli import app
 from fse_patch.cli import verify as cli_verify
 from fse_patch.errors import FsePatchError
@@ -111,6 +111,13 @@ def test_what_holds_a_host_up_once_is_not_in_a_reading_of_few_streams(tmp_path: 
         one = [r["ms"] for r in found.readings if (r["streams"], r["arm"]) == (1, "stock")]
         # The control: a reading of one answer has it.
         assert (abs(one[0] - MS["stock"]) < 1e-6) == close
+        assert all(r["held_up"] == [0.5] * len(r["long"]) for r in found.readings)
+
+
+def test_steps_that_took_twice_as_long_were_held_up() -> None:
+    even = [float(step) for step in range(10)]
+    assert decoding.held_up(even) == decoding.held_up([]) == decoding.held_up([1.0]) == 0.0
+    assert decoding.held_up([*even[:5], *(step + 3.0 for step in even[5:])]) == 3.0
 
 
 def test_rows_of_two_engines_have_a_file_each(tmp_path: Path) -> None:
