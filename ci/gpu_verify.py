@@ -172,10 +172,12 @@ def line(report: Mapping[str, Any]) -> str:
     """A report in words."""
     if "mean_abs_logprob_diff" not in report:
         return f"FAILED {'; '.join(report['failures'])}\n{report.get('log', '')[-2000:]}"
+    noises = ", ".join(f"{name} {mean:.4f}" for name, mean in report["stock_noises"].items())
     canary = ", ".join(str(role.get("canary", {}).get("state")) for role in report["roles"])
     return (
-        f"{'passed' if report['passed'] else 'FAILED'}: {report['mean_abs_logprob_diff']:.4f} off, noise "
-        f"{report['stock_noise']:.4f}, control {report['control_diff']:.3f}; {report['calls_by_mode']}; "
+        f"{'passed' if report['passed'] else 'FAILED'}: {report['mean_abs_logprob_diff']:.4f} off, "
+        f"{report['mean_abs_answer_diff']:.4f} in {report['answer_tokens']} steps of answers; noises "
+        f"{noises}, control {report['control_diff']:.3f}; {report['calls_by_mode']}; "
         f"canary {canary}; {'; '.join(report['failures'])}"
     )
 

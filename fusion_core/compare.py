@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +11,7 @@ from typing import Any
 # a float32 sum: 1e-6 is normal, a wrong weight moves the mean by 1e-3 and more.
 MEAN_FLOAT32, MAX_FLOAT32 = 5e-6, 1e-4
 # In 16 bit: the mean at most twice the noise of stock against itself (in other batches, or with one
-# more rounding where batches do not matter), and a control at least ten times that.
+# more rounding, whichever is more), and a control at least ten times that.
 NOISE_FACTOR, CONTROL_FACTOR = 2.0, 10.0
 
 
@@ -35,6 +37,31 @@ def difference(one: list[list[float]], other: list[list[float]]) -> Difference:
     if any(v != v for v in values):
         return Difference(float("nan"), float("nan"), len(values))
     return Difference(sum(values) / len(values), max(values), len(values))
+
+
+def steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
+    """Compare the decode steps of two runs' greedy answers, as far as both had the same context.
+
+    Where the tokens part, each has the largest log-probability of one distribution: that step is the last
+    that counts. The first token comes of the prompt, and does not.
+
+    Args:
+        one, other: ``greedy``, token ids [prompts][tokens], and ``greedy_logprobs`` of them.
+    """
+    ends = [
+        next((n + 1 for n, (a, b) in enumerate(zip(*both, strict=True)) if a != b), len(both[0]))
+        for both in zip(one["greedy"], other["greedy"], strict=True)
+    ]
+    values = [
+        [found[1:end] for found, end in zip(run["greedy_logprobs"], ends, strict=True)]
+        for run in (one, other)
+    ]
+    return difference(*values) if any(values[0]) else Difference(0.0, 0.0, 0)
+
+
+def largest(found: Iterable[Difference]) -> Difference:
+    """The one with the largest mean; one that is no number, if there is one."""
+    return max(found, key=lambda one: math.inf if math.isnan(one.mean) else one.mean)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ CPU_DEFAULTS = {"device": "cpu", "attention_backend": "torch_native"}
 
 
 def score(engine: Any, prompts: list[list[int]], new_tokens: int, batched: bool) -> dict[str, Any]:
-    """Teacher-forced log-probability of every prompt token but the first, and the greedy tokens."""
+    """Teacher-forced log-probability of every prompt token but the first, and greedy tokens with theirs."""
     params = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
     outputs = [
         out
@@ -50,6 +50,9 @@ def score(engine: Any, prompts: list[list[int]], new_tokens: int, batched: bool)
     return {
         "logprobs": [[value for value, *_ in tokens[1:]] for tokens in scored],
         "greedy": [list(out["output_ids"]) for out in outputs],
+        "greedy_logprobs": [
+            [value for value, *_ in out["meta_info"]["output_token_logprobs"]] for out in outputs
+        ],
     }
 
 

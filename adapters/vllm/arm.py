@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) -> dict[str, Any]:
-    """Teacher-forced log-probability of every prompt token but the first, and the greedy tokens."""
+    """Teacher-forced log-probability of every prompt token but the first, and greedy tokens with theirs."""
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -42,6 +42,10 @@ def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) ->
             for prompt, out in zip(prompts, outputs, strict=True)
         ],
         "greedy": [list(out.outputs[0].token_ids) for out in outputs],
+        "greedy_logprobs": [
+            [step[token].logprob for token, step in zip(o.token_ids, o.logprobs, strict=True)]
+            for o in (out.outputs[0] for out in outputs)
+        ],
     }
 
 

@@ -2,8 +2,9 @@
 
     python -m fse_patch.adapters.vllm.decode_arm REQUEST.json
 
-Request as of `serve`. Whether the arm is stock or fused is the process's FSE_PATCH alone. The model is in the
-process that vLLM starts for its engine, forked or spawned; a spawned one runs this module too.
+Request as of `serve`. Whether the arm is stock or fused is the process's FSE_PATCH alone. The model is in
+this process, which the host disturbs least; with VLLM_ENABLE_V1_MULTIPROCESSING=1 in one that vLLM forks or
+spawns, as `vllm serve` has it. A spawned one runs this module too.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ if __name__ in ("__main__", "__mp_main__"):
     decode_worker.SETS.number = json.loads(Path(sys.argv[1]).read_text())["sets"]
     decode_worker.SETS.install(decode_worker.METHODS)
 if __name__ == "__main__":
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     # Functions of our own are called in the process with the model.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     decoding.serve(Path(sys.argv[1]), Engine)

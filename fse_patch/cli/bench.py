@@ -66,7 +66,8 @@ def command(
             raise FsePatchError(f"--{name}: not {'with' if end_to_end else 'without'} --end-to-end")
     if end_to_end:
         counted = tuple(numbers(streams, "streams"))
-        limits, files = (rounds, seconds, timeout), whole.Files(raw, csv, commit, plot, json)
+        limits = whole.Limits(rounds, seconds, timeout)
+        files = whole.Files(raw, csv, commit, plot, json)
         whole.run(checkpoint, engine, counted, sets, engine_args, limits, files)
         return
     from .. import bench

@@ -14,7 +14,7 @@ from ..errors import FsePatchError
 from ..fusion_core.headers import read_json
 from ..settings import ENGINES
 from .output import print_json
-from .verify import decided, end_engines_on_sigterm, parse_engine_args, say, vocab_size
+from .verify import decided, engines_end_on_sigterm, parse_engine_args, say, vocab_size
 
 # What `fse-patch bench` takes with --end-to-end alone.
 Streams = Annotated[str, typer.Option(help="With --end-to-end: numbers of streams, with commas.")]
@@ -47,19 +47,25 @@ class Files:
     json: bool
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Rounds, seconds after which none begins (0: no limit), and seconds that an answer may take."""
+
+    rounds: int
+    seconds: float
+    timeout: float
+
+
 def run(
     checkpoint: Path,
     engine: str,
     streams: tuple[int, ...],
     sets: int,
     engine_args: str,
-    limits: tuple[int, float, float],
+    limits: Limits,
     out: Files,
 ) -> None:
     """Measure and report.
-
-    Args:
-        limits: rounds, seconds after which none begins (0: no limit), seconds for an answer.
 
     Raises:
         RefusedError: the model does not fuse.
@@ -78,22 +84,21 @@ def run(
         if file is not None and not file.resolve().parent.is_dir():
             raise FsePatchError(f"{file}: there is no such folder")
     decisions, _ = decided(checkpoint, engine)
-    rounds, seconds, timeout = limits
     job = end_to_end.Job(
         checkpoint,
         engine,
         tuple(decisions["main"].fused_layers),
         vocab_size(read_json(checkpoint / "config.json"), checkpoint),
         streams,
-        rounds,
+        limits.rounds,
         sets,
         arguments,
-        seconds or math.inf,
-        timeout,
+        limits.seconds or math.inf,
+        limits.timeout,
     )
-    end_engines_on_sigterm()
     try:
-        found = end_to_end.measure(job, progress=say, raw=out.raw)
+        with engines_end_on_sigterm():
+            found = end_to_end.measure(job, progress=say, raw=out.raw)
     except ArmError as error:
         if error.log:
             print(error.log, file=sys.stderr)

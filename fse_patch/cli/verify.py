@@ -5,6 +5,8 @@ from __future__ import annotations
 import json as json_module
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,8 +53,8 @@ def command(
         checkpoint_dtype(config) if dtype == "auto" else dtype,
         arguments,
     )
-    end_engines_on_sigterm()
-    (report,) = run_verify([job], engine, version, timeout=timeout, progress=say)
+    with engines_end_on_sigterm():
+        (report,) = run_verify([job], engine, version, timeout=timeout, progress=say)
     log = report.pop("log", "")
     if log:
         print(log, file=sys.stderr)
@@ -81,9 +83,14 @@ def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, FusionDecision], 
     return decisions, version
 
 
-def end_engines_on_sigterm() -> None:
+@contextmanager
+def engines_end_on_sigterm() -> Iterator[None]:
     """Ended by a signal, Python runs no clean-up, and engines would be left behind on their device."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say(line: str) -> None:

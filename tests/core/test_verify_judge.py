@@ -50,6 +50,7 @@ def arm(fused: bool, by: float = 0.0, workers: int = 2, drafts: bool = False, dt
         "logprobs": shifted(by),
         "rebatched": shifted(by),
         "greedy": [[1, 2], [3, 4]],
+        "greedy_logprobs": [[-1.0 + by, -2.0 + by], [-1.5 + by, -0.5 + by]],
         "workers": [{"pid": 11 + n, "roles": copy.deepcopy(roles)} for n in range(workers)],
         "control": shifted(by + (0.01 if fused else 0.0)),
     }
@@ -66,6 +67,8 @@ def test_a_run_that_is_right_passes() -> None:
     assert report["slots_loaded"] == 4
     assert report["tokens"] == 5
     assert report["greedy_tokens_equal"] is True
+    assert report["answer_tokens"] == 2
+    assert report["mean_abs_answer_diff"] == pytest.approx(1e-6)
     assert report["mean_abs_logprob_diff"] == pytest.approx(1e-6)
     assert report["control_diff"] == pytest.approx(0.010001)
 
@@ -233,9 +236,37 @@ def test_16_bit_is_measured_by_the_noise_of_stock() -> None:
     assert not judge(job("bfloat16"), stock, arm(True, 2.1e-4, dtype="bfloat16"))["passed"]
     fused["control"] = shifted(9e-4)
     assert not judge(job("bfloat16"), stock, fused)["passed"]
-    # Another batch composition that already differs is the yardstick, and not the jitter.
-    stock["rebatched"] = shifted(1e-5)
-    assert judge(job("bfloat16"), stock, fused)["stock_noise"] == pytest.approx(1e-5)
+    # Of other batches and of one more rounding the larger is the yardstick.
+    for batches, noise in ((1e-5, 1e-4), (2e-4, 2e-4)):
+        stock["rebatched"] = shifted(batches)
+        report = judge(job("bfloat16"), stock, fused)
+        assert report["stock_noise"] == pytest.approx(noise)
+        assert report["stock_noises"] == {
+            "rebatched": pytest.approx(batches),
+            "jittered": pytest.approx(1e-4),
+        }
+
+
+def test_steps_of_an_answer_are_compared_up_to_where_the_tokens_part() -> None:
+    stock, fused = arm(False, dtype="bfloat16"), arm(True, dtype="bfloat16")
+    fused["greedy_logprobs"][1][1] += 5e-4  # 2.5e-4 in the mean of two
+    assert judge(job("bfloat16"), stock, fused)["failures"] == [
+        "log-probabilities of answers differ by 0.00025 (mean of 2)"
+    ]
+    # Where they part, both are the best of their step; what comes after is another text.
+    fused["greedy"][1] = [7, 4]
+    report = judge(job("bfloat16"), stock, fused)
+    assert (report["failures"], report["answer_tokens"]) == ([], 1)
+    fused["greedy"][0] = [7, 2]
+    assert judge(job("bfloat16"), stock, fused)["failures"] == [
+        "no step of an answer could be compared: all first tokens differ"
+    ]
+
+
+@pytest.mark.parametrize("name", ["rebatched", "jittered"])
+def test_a_yardstick_that_is_no_number_lets_nothing_pass(name: str) -> None:
+    stock = {**arm(False, dtype="bfloat16"), name: shifted(float("nan"))}
+    assert not judge(job("bfloat16"), stock, arm(True, dtype="bfloat16"))["passed"]
 
 
 def test_float32_takes_no_noise_for_a_tolerance() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from fse_patch.fusion_core.kernels import experts_fp8
 
-from .test_kernels import DEVICE, draw, off
+from .test_kernels import DEVICE, chosen, draw, off
 
 BLOCK = (128, 128)
 # Tokens, H, I, E, k, S; then the block of a scale, None for one scale a matrix.
@@ -50,7 +50,9 @@ def test_small_experts_with_fp8_weights(
     states = draw(tokens, hidden, seed=4, dtype=torch.bfloat16)
     w13, w13_scale = drawn((routed + slots, 2 * width, hidden), block, 2, 5)
     w2, w2_scale = drawn((routed + slots, hidden, width), block, 1, 7)
-    ids = torch.stack([torch.randperm(routed)[:top_k] for _ in range(tokens)])
+    for scale in (w13_scale, w2_scale):
+        scale[-1] += 5e-4  # the last slot counts, whichever experts are chosen beside it
+    ids = chosen(tokens, routed, top_k)
     ids = torch.cat([ids, torch.arange(routed, routed + slots).expand(tokens, slots)], 1).int().to(DEVICE)
     weights = draw(tokens, top_k + slots, seed=9).sigmoid()
     got = experts_fp8.small_experts(states, w13, w13_scale, w2, w2_scale, block, weights, ids)

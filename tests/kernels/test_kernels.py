@@ -33,6 +33,12 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: floa
     return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
 
 
+def chosen(tokens: int, routed: int, top_k: int) -> torch.Tensor:
+    """Different experts for each token, [tokens, top_k]."""
+    generator = torch.Generator().manual_seed(6)
+    return torch.stack([torch.randperm(routed, generator=generator)[:top_k] for _ in range(tokens)])
+
+
 def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Relative error; NaN never passes."""
     found = float((got.double() - wanted.double()).norm() / wanted.double().norm())
@@ -97,7 +103,7 @@ def test_small_experts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     states = draw(tokens, hidden, seed=4, dtype=dtype)
     w13 = draw(experts_ + slots, 2 * width, hidden, seed=5, dtype=dtype, scale=0.05)
     w2 = draw(experts_ + slots, hidden, width, seed=6, dtype=dtype, scale=0.05)
-    ids = torch.stack([torch.randperm(experts_)[:top_k] for _ in range(tokens)])
+    ids = chosen(tokens, experts_, top_k)
     ids = torch.cat([ids, torch.arange(experts_, experts_ + slots).expand(tokens, slots)], 1).int().to(DEVICE)
     weights = draw(tokens, top_k + slots, seed=7).sigmoid()
     got = experts.small_experts(states, w13, w2, weights, ids)

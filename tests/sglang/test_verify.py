@@ -23,6 +23,7 @@ def test_float32(runs: Runs, case: Case) -> None:
     assert report["max_abs_logprob_diff"] <= 1e-4
     assert report["control_diff"] > report["tolerance"]["mean"]
     assert report["greedy_tokens_equal"]
+    assert report["answer_tokens"] > 0
     # Stand-ins for kernels ran where they had to, and nowhere else.
     assert bool(report["replaced_operations"]) == (case in cases.REPLACED)
 

@@ -59,6 +59,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "slot_written_twice": ("qwen2_moe_wide4", "written more than once"),
     "scale_applied_twice": ("glm4_moe_scale", "log-probabilities differ"),
     "shared_expert_scaled": ("glm4_moe_scale", "log-probabilities differ"),
+    "answers_1_percent": ("qwen2_moe", "log-probabilities of answers differ"),
     "patch_never_fired": ("qwen2_moe", "was not fused"),
     "control_without_effect": ("qwen2_moe", "the control"),
 }

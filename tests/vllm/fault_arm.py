@@ -17,6 +17,7 @@ from fse_patch.fusion_core import routing
 
 from ..slot_faults import SLOT_FAULTS
 
+FEW = 4  # tokens of a decode step: a token of each prompt
 honest_route = routing.route
 
 
@@ -27,6 +28,11 @@ def scaled_twice(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Any:
 
 def shared_scaled(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
     return honest_append(weights, ids, slots, slot_weight * 2.5)
+
+
+def shared_scaled_in_few_tokens(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
+    few = 1.01 if weights.shape[0] <= FEW else 1.0
+    return honest_append(weights, ids, slots, slot_weight * few)
 
 
 @contextmanager
@@ -46,6 +52,7 @@ FAULTS = {
     **SLOT_FAULTS,
     "scale_applied_twice": lambda: patch.object(routing, "route", scaled_twice),
     "shared_expert_scaled": lambda: patch.object(routing, "append_shared_slots", shared_scaled),
+    "answers_1_percent": lambda: patch.object(routing, "append_shared_slots", shared_scaled_in_few_tokens),
     "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: (None, False)),
     "refused_by_policy": refused_by_policy,
     "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),

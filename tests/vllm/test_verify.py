@@ -23,6 +23,7 @@ def test_float32(runs: Runs, case: Case) -> None:
     assert report["max_abs_logprob_diff"] <= 1e-4
     assert report["control_diff"] > report["tolerance"]["mean"]
     assert report["greedy_tokens_equal"]
+    assert report["answer_tokens"] > 0
 
 
 @pytest.mark.parametrize("case", cases.DRAFTS, ids=ids)

@@ -1,0 +1,54 @@
+"""Tables of modes in the repository are what the measurements beside them lead to."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fse_patch import tuning
+from fse_patch.fusion_core.tuned import Row, read_table
+
+ROOT = Path(__file__).parents[2]
+FILES = {
+    "patches/tuned/nvidia_h200_vllm.yaml": "block_h200_vllm_0.26.0.csv",
+    "patches/tuned/nvidia_h200_vllm_fp8.yaml": "block_h200_vllm_0.26.0_fp8.csv",
+    "benchmarks/tables/nvidia_h200_sglang.yaml": "block_h200_sglang_0.5.17.csv",
+    "benchmarks/tables/nvidia_h200_sglang_native.yaml": "block_h200_sglang_0.5.17.csv",
+}
+# Hidden size, width and number of routed experts of what `benchmarks/shapes` names so.
+SHAPES = {
+    (2048, 512, 512): "qwen3_next_80b",
+    (2048, 512, 256): "qwen3.5_35b",
+    (4096, 128, 512): "qwen3.5_397b_tp8",
+    (4096, 1408, 128): "glm4.5_air",
+}
+
+
+def measured(file: str, shape: str) -> list[dict[str, Any]]:
+    with (ROOT / "benchmarks" / file).open(newline="") as source:
+        rows = [row for row in csv.DictReader(source) if row["shape"].removesuffix("_text") == shape]
+    names = ("again", *(f"{mode}_{what}" for mode in tuning.MODES for what in ("ratio", "lower")))
+    return [
+        {"tokens": int(row["tokens"]), "valid": row["valid"] == "True"}
+        | {name: float(row[name]) for name in names if row[name]}
+        for row in rows
+    ]
+
+
+def shape_of(row: Row) -> str:
+    return SHAPES[row.hidden_size, row.width, row.num_routed]
+
+
+@pytest.mark.parametrize("table", FILES)
+def test_a_table_is_what_was_measured(table: str) -> None:
+    for row in read_table(ROOT / table).rows:
+        stored = [step.model_dump() for step in row.steps], row.otherwise
+        rows = measured(FILES[table], shape_of(row))
+        assert tuning.steps(rows, split_is_stock=True) == stored, shape_of(row)
+        # The control: small mode at one token slower than stock.
+        first = min(rows, key=lambda found: int(found["tokens"]))
+        first["small_lower"] = 0.9
+        assert tuning.steps(rows, split_is_stock=True) != stored
