@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
+BEST = 5  # tokens of each step of an answer whose log-probabilities are compared
 
 
 def run_jobs(request: Path, result: Path, run_job: Callable[[Job], dict[str, Any]]) -> None:

@@ -105,10 +105,12 @@ def decode(engine: Engine, vocab: int, streams: int, tokens: int) -> dict[str, A
     return {"seconds": seconds, "held_up": held_up(engine.steps()), "different_tokens": len(set(last))}
 
 
-def held_up(ended: Sequence[float]) -> float:
-    """Seconds by which steps that took twice the median and more were longer than it."""
+def held_up(ended: Sequence[float]) -> float | None:
+    """Seconds by which steps of twice the median and more were longer than it; None where none is known."""
     taken = [after - before for before, after in pairwise(ended)]
-    usual = statistics.median(taken) if taken else 0.0
+    if not taken:
+        return None
+    usual = statistics.median(taken)
     return sum(step - usual for step in taken if step >= 2 * usual)
 
 

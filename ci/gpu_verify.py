@@ -33,6 +33,8 @@ from fse_patch.fusion_core.tuned import Situation
 
 # Prompts of 186 tokens run as 128 and 58, then 4 tokens a step: one run has all three modes.
 CHUNK = 128
+# Prompts too run by the mode of few tokens.
+FEW = 16
 THREE_MODES = {
     "steps": [{"up_to": 16, "mode": "small"}, {"up_to": 80, "mode": "fused"}],
     "otherwise": "split",
@@ -41,7 +43,7 @@ ONLY_FUSED: dict[str, Any] = {"steps": [], "otherwise": "fused"}
 SMALL_AND_SPLIT = {"steps": [{"up_to": 16, "mode": "small"}], "otherwise": "split"}
 VLLM = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, "max_num_batched_tokens": CHUNK}
 GDN = {"gdn_prefill_backend": "triton"}
-GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}
+GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, FEW]}}
 SGLANG = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
@@ -92,7 +94,13 @@ GROUPS: dict[str, dict[str, Group]] = {
                 "qwen3_5": ("qwen3_5_vl", {**VLLM, **GDN, "language_model_only": True}),
                 "glm4": ("glm4_moe_scale", VLLM),
                 "qwen2_moe": ("qwen2_moe", VLLM),
-                "glm4_graphs": ("glm4_moe_scale", {**VLLM, **GRAPHS}),
+            }
+        ),
+        "few": Group(
+            {
+                "qwen3_next": ("qwen3_next", {**VLLM, **GDN, "max_num_batched_tokens": FEW}),
+                "glm4_graphs": ("glm4_moe_scale", {**VLLM, **GRAPHS, "max_num_batched_tokens": FEW}),
+                "glm4_graphs_of_steps": ("glm4_moe_scale", {**VLLM, **GRAPHS}),
             }
         ),
         "fp8": fp8(SMALL_AND_SPLIT, FP8_ENV),
@@ -105,10 +113,15 @@ GROUPS: dict[str, dict[str, Group]] = {
             {
                 "qwen3_5": ("qwen3_5_text", SGLANG),
                 "qwen3_5_graphs": ("qwen3_5_text", {**SGLANG, **SGLANG_GRAPHS}),
+                "qwen3_5_few": ("qwen3_5_text", {**SGLANG, "chunked_prefill_size": FEW}),
             }
         ),
         "native": Group(
-            {"qwen3_next": ("qwen3_next", SGLANG), "glm4": ("glm4_moe_scale", SGLANG)},
+            {
+                "qwen3_next": ("qwen3_next", SGLANG),
+                "qwen3_next_few": ("qwen3_next", {**SGLANG, "chunked_prefill_size": FEW}),
+                "glm4": ("glm4_moe_scale", SGLANG),
+            },
             "triton, fused natively",
         ),
     },

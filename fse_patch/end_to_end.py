@@ -96,7 +96,7 @@ class Measured:
     """What was measured: of each arm what it said at its start and at its end, and every reading.
 
     A reading has round, streams, arm, short and long (seconds of each answer), held_up (of each long one, in
-    single steps), ms (a step) and different_tokens.
+    single steps; None where steps are not known), ms (a step) and different_tokens.
     """
 
     arms: dict[str, Answer]

@@ -1,18 +1,23 @@
-"""Whether two runs of one model agree: teacher-forced log-probabilities, with a control that must not."""
+"""Whether two runs of one model agree: log-probabilities of prompts and answers; a control must not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 # float32 limits on the absolute log-probability difference to stock, in nats. Fusing only reorders
 # a float32 sum: 1e-6 is normal, a wrong weight moves the mean by 1e-3 and more.
 MEAN_FLOAT32, MAX_FLOAT32 = 5e-6, 1e-4
-# In 16 bit: the mean at most twice the noise of stock against itself (in other batches, or with one
-# more rounding, whichever is more), and a control at least ten times that.
+# In 16 bit: the mean at most twice the noise of stock against itself, and a control at least ten times that.
 NOISE_FACTOR, CONTROL_FACTOR = 2.0, 10.0
+# The noise is the larger of two: stock in other batches, and half of what one more rounding of its embedding
+# does. Small models hardly show the first; a fused model rounds elsewhere, and stays within the whole second.
+NOISES = {"rebatched": 1.0, "jittered": 0.5}
+
+Tokens = Sequence[int]
+Best = Sequence[Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -32,36 +37,63 @@ def difference(one: list[list[float]], other: list[list[float]]) -> Difference:
     """
     if [len(p) for p in one] != [len(p) for p in other] or not any(one):
         raise ValueError("the two runs did not score the same tokens")
-    values = [abs(a - b) for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)]
+    return summary([abs(a - b) for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)])
+
+
+def summary(values: Sequence[float]) -> Difference:
+    """Of absolute differences; without any, of 0 tokens."""
     # max() would let a NaN that is not in front pass for agreement.
     if any(v != v for v in values):
         return Difference(float("nan"), float("nan"), len(values))
-    return Difference(sum(values) / len(values), max(values), len(values))
+    return Difference(sum(values) / max(1, len(values)), max(values, default=0.0), len(values))
 
 
-def steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
-    """Compare the decode steps of two runs' greedy answers, as far as both had the same context.
+def answer_steps(stock: Mapping[str, Any], fused: Mapping[str, Any]) -> list[list[float]]:
+    """How far apart the decode steps of two greedy answers are, as far as both had the same context.
 
-    Where the tokens part, each has the largest log-probability of one distribution: that step is the last
-    that counts. The first token comes of the prompt, and does not.
+    A step is compared by the token that stock took, in nats. Where that is none of fused's best, by the least
+    that it is off. The step in which the tokens part is the last; the first token is the prompt's, and does
+    not count: where those differ already there is no step.
 
     Args:
-        one, other: ``greedy``, token ids [prompts][tokens], and ``greedy_logprobs`` of them.
+        stock, fused: ``greedy``, token ids [prompts][tokens], and ``greedy_best``, for each of them the best
+            token ids of its step with their log-probabilities, the one that was taken among them.
+
+    Raises:
+        ValueError: an arm says more of one answer than of another.
     """
-    ends = [
-        next((n + 1 for n, (a, b) in enumerate(zip(*both, strict=True)) if a != b), len(both[0]))
-        for both in zip(one["greedy"], other["greedy"], strict=True)
+    return [
+        list(_steps(ours, theirs, best, other_best))
+        for ours, theirs, best, other_best in zip(
+            stock["greedy"], fused["greedy"], stock["greedy_best"], fused["greedy_best"], strict=True
+        )
     ]
-    values = [
-        [found[1:end] for found, end in zip(run["greedy_logprobs"], ends, strict=True)]
-        for run in (one, other)
-    ]
-    return difference(*values) if any(values[0]) else Difference(0.0, 0.0, 0)
 
 
-def largest(found: Iterable[Difference]) -> Difference:
-    """The one with the largest mean; one that is no number, if there is one."""
-    return max(found, key=lambda one: math.inf if math.isnan(one.mean) else one.mean)
+def _steps(tokens: Tokens, others: Tokens, best: Best, other_best: Best) -> Iterator[float]:
+    same = True
+    for n, (token, other, held, found) in enumerate(zip(tokens, others, best, other_best, strict=True)):
+        if not same:
+            return
+        same = token == other
+        if n:
+            wanted, known = dict(held)[token], dict(found)
+            if token in known or any(map(math.isnan, known.values())):
+                yield abs(wanted - known.get(token, math.nan))
+            else:
+                yield max(0.0, wanted - min(known.values()))
+
+
+def noise_of(stock: Mapping[str, Any]) -> tuple[Difference, dict[str, float]]:
+    """Stock against itself: what counts, as of `NOISES`, and the means that were found.
+
+    Args:
+        stock: ``logprobs`` of prompts, and of the same in the ways that `NOISES` names, where they were run.
+    """
+    found = {name: difference(stock["logprobs"], stock[name]) for name in NOISES if name in stock}
+    scaled = [Difference(NOISES[name] * one.mean, one.max, one.tokens) for name, one in found.items()]
+    noise = max(scaled, key=lambda one: math.inf if math.isnan(one.mean) else one.mean)
+    return noise, {name: one.mean for name, one in found.items()}
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class LayerExecution:
         self.experts = experts
         self.gate: GateRows | None = None
         self.gate_linear: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.logits_first = False
         self.shared_gate = shared_gate
         self.quantised = quantised
         self.layout = router.layout
@@ -96,9 +97,15 @@ class LayerExecution:
             self.compute_logits(gate, gate_linear)
 
     def compute_logits(
-        self, gate: GateRows, gate_linear: Callable[[torch.Tensor], torch.Tensor] | None
+        self,
+        gate: GateRows,
+        gate_linear: Callable[[torch.Tensor], torch.Tensor] | None,
+        before_shared: bool = False,
     ) -> None:
         """From now on the layer computes its own logits; arguments as of the class.
+
+        Args:
+            before_shared: stock's shared expert starts after them, and not beside them.
 
         Raises:
             ValueError: one of both forms is missing, or rows of the shared gate.
@@ -106,7 +113,7 @@ class LayerExecution:
         rows = self.layout.num_routed + (self.shared_gate is not None)
         if gate_linear is None or gate.count != rows:
             raise ValueError(f"a layer with gates of its own needs both forms of them, and {rows} rows")
-        self.gate, self.gate_linear = gate, gate_linear
+        self.gate, self.gate_linear, self.logits_first = gate, gate_linear, before_shared
 
     def __call__(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The layer's output [num_tokens, H], new memory.
@@ -156,10 +163,12 @@ class LayerExecution:
         """Stock's way on views: grouped GEMM over k, the dense MLP beside it or after it."""
         routed, experts = self.layout.num_routed, self.experts
         stream = experts.side_stream(hidden_states.shape[0])
+        if self.gate_linear is not None and self.logits_first:
+            logits = self.gate_linear(hidden_states)
         if stream is not None:
             # From here on the shared expert may run. It is waited for below, before any memory is given away.
             stream.wait_stream(torch.cuda.current_stream())
-        if self.gate_linear is not None:
+        if self.gate_linear is not None and not self.logits_first:
             logits = self.gate_linear(hidden_states)
         top_k = experts.choose(hidden_states, logits)
         out = experts.gemm(hidden_states, experts.w13[:routed], experts.w2[:routed], top_k)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fse_patch.adapters.arm import run_jobs
+from fse_patch.adapters.arm import BEST, run_jobs
 from fse_patch.adapters.sglang import worker
 from fse_patch.adapters.sglang.standalone import free_port
 
@@ -36,13 +36,17 @@ CPU_DEFAULTS = {"device": "cpu", "attention_backend": "torch_native"}
 
 
 def score(engine: Any, prompts: list[list[int]], new_tokens: int, batched: bool) -> dict[str, Any]:
-    """Teacher-forced log-probability of every prompt token but the first, and greedy tokens with theirs."""
+    """Teacher-forced log-probability of every prompt token but the first, and greedy tokens with the best."""
     params = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
     outputs = [
         out
         for batch in ([prompts] if batched else [[p] for p in prompts])
         for out in engine.generate(
-            input_ids=batch, sampling_params=params, return_logprob=True, logprob_start_len=0
+            input_ids=batch,
+            sampling_params=params,
+            return_logprob=True,
+            logprob_start_len=0,
+            top_logprobs_num=BEST,
         )
     ]
     # The last id of the vocabulary is scored as id 0, in both arms alike.
@@ -50,10 +54,16 @@ def score(engine: Any, prompts: list[list[int]], new_tokens: int, batched: bool)
     return {
         "logprobs": [[value for value, *_ in tokens[1:]] for tokens in scored],
         "greedy": [list(out["output_ids"]) for out in outputs],
-        "greedy_logprobs": [
-            [value for value, *_ in out["meta_info"]["output_token_logprobs"]] for out in outputs
-        ],
+        "greedy_best": [best_of_steps(out["meta_info"]) for out in outputs],
     }
+
+
+def best_of_steps(told: dict[str, Any]) -> list[list[tuple[int, float]]]:
+    """Token ids and log-probabilities of each step of an answer, the token that was taken among them."""
+    taken, best = told["output_token_logprobs"], told["output_top_logprobs"]
+    return [
+        [(token, value) for value, token, *_ in (*step, one)] for one, step in zip(taken, best, strict=True)
+    ]
 
 
 def reports(engine: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fse_patch.adapters.arm import run_jobs
+from fse_patch.adapters.arm import BEST, run_jobs
 
 EXTENSION = "fse_patch.adapters.vllm.worker.VerifyExtension"
 DEFAULTS: dict[str, Any] = {
@@ -27,11 +27,16 @@ DEFAULTS: dict[str, Any] = {
 
 
 def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) -> dict[str, Any]:
-    """Teacher-forced log-probability of every prompt token but the first, and greedy tokens with theirs."""
+    """Teacher-forced log-probability of every prompt token but the first, and greedy tokens with the best."""
     from vllm import SamplingParams
 
     params = SamplingParams(
-        temperature=0, max_tokens=new_tokens, prompt_logprobs=0, logprobs=1, ignore_eos=True, detokenize=False
+        temperature=0,
+        max_tokens=new_tokens,
+        prompt_logprobs=0,
+        logprobs=BEST,
+        ignore_eos=True,
+        detokenize=False,
     )
     asked = [{"prompt_token_ids": p} for p in prompts]
     batches = [asked] if batched else [[p] for p in asked]
@@ -42,9 +47,9 @@ def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) ->
             for prompt, out in zip(prompts, outputs, strict=True)
         ],
         "greedy": [list(out.outputs[0].token_ids) for out in outputs],
-        "greedy_logprobs": [
-            [step[token].logprob for token, step in zip(o.token_ids, o.logprobs, strict=True)]
-            for o in (out.outputs[0] for out in outputs)
+        "greedy_best": [
+            [[(token, found.logprob) for token, found in step.items()] for step in out.outputs[0].logprobs]
+            for out in outputs
         ],
     }
 

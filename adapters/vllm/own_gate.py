@@ -32,5 +32,6 @@ def take_gate(block: Any, execution: LayerExecution) -> None:
         out: torch.Tensor = block.experts(hidden_states=states, router_logits=states)
         return out.view(hidden_states.shape)
 
-    execution.compute_logits(GateRows([gate] if shared_gate is None else [gate, shared_gate]), logits)
+    rows = GateRows([gate] if shared_gate is None else [gate, shared_gate])
+    execution.compute_logits(rows, logits, before_shared=True)
     block.forward = forward

@@ -50,7 +50,7 @@ def arm(fused: bool, by: float = 0.0, workers: int = 2, drafts: bool = False, dt
         "logprobs": shifted(by),
         "rebatched": shifted(by),
         "greedy": [[1, 2], [3, 4]],
-        "greedy_logprobs": [[-1.0 + by, -2.0 + by], [-1.5 + by, -0.5 + by]],
+        "greedy_best": [[[(1, -1.0 + by)], [(2, -2.0 + by), (9, -3.0)]], [[(3, -1.5)], [(4, -0.5 + by)]]],
         "workers": [{"pid": 11 + n, "roles": copy.deepcopy(roles)} for n in range(workers)],
         "control": shifted(by + (0.01 if fused else 0.0)),
     }
@@ -228,38 +228,58 @@ def test_an_arm_that_failed_is_named_with_its_log(name: str) -> None:
 
 
 def test_16_bit_is_measured_by_the_noise_of_stock() -> None:
+    # Half of what one more rounding does, where other batches do nothing.
     stock = arm(False, dtype="bfloat16")
-    fused = arm(True, 1.9e-4, dtype="bfloat16")
+    fused = arm(True, 0.9e-4, dtype="bfloat16")
     report = judge(job("bfloat16"), stock, fused)
     assert report["failures"] == []
-    assert report["stock_noise"] == pytest.approx(1e-4)
-    assert not judge(job("bfloat16"), stock, arm(True, 2.1e-4, dtype="bfloat16"))["passed"]
-    fused["control"] = shifted(9e-4)
+    assert report["stock_noise"] == pytest.approx(0.5e-4)
+    assert report["stock_noises"] == {"rebatched": 0.0, "jittered": pytest.approx(1e-4)}
+    assert not judge(job("bfloat16"), stock, arm(True, 1.1e-4, dtype="bfloat16"))["passed"]
+    fused["control"] = shifted(4e-4)
     assert not judge(job("bfloat16"), stock, fused)["passed"]
-    # Of other batches and of one more rounding the larger is the yardstick.
-    for batches, noise in ((1e-5, 1e-4), (2e-4, 2e-4)):
+    # Of both the larger is the yardstick.
+    for batches, noise in ((1e-5, 0.5e-4), (2e-4, 2e-4)):
         stock["rebatched"] = shifted(batches)
-        report = judge(job("bfloat16"), stock, fused)
-        assert report["stock_noise"] == pytest.approx(noise)
-        assert report["stock_noises"] == {
-            "rebatched": pytest.approx(batches),
-            "jittered": pytest.approx(1e-4),
-        }
+        assert judge(job("bfloat16"), stock, fused)["stock_noise"] == pytest.approx(noise)
 
 
-def test_steps_of_an_answer_are_compared_up_to_where_the_tokens_part() -> None:
-    stock, fused = arm(False, dtype="bfloat16"), arm(True, dtype="bfloat16")
-    fused["greedy_logprobs"][1][1] += 5e-4  # 2.5e-4 in the mean of two
-    assert judge(job("bfloat16"), stock, fused)["failures"] == [
+def answers(*changes: tuple[int, list[int], list[list[tuple[int, float]]]]) -> list[str]:
+    """What is wrong with a fused arm whose answers of these numbers are these tokens and best ones."""
+    fused = arm(True, dtype="bfloat16")
+    for number, tokens, best in changes:
+        fused["greedy"][number], fused["greedy_best"][number] = tokens, best
+    found: list[str] = judge(job("bfloat16"), arm(False, dtype="bfloat16"), fused)["failures"]
+    return found
+
+
+def test_steps_of_an_answer_are_compared_by_the_token_that_stock_took() -> None:
+    first = [(3, -1.5)]
+    assert answers((1, [3, 4], [first, [(4, -0.5 - 5e-4)]])) == [
         "log-probabilities of answers differ by 0.00025 (mean of 2)"
     ]
-    # Where they part, both are the best of their step; what comes after is another text.
-    fused["greedy"][1] = [7, 4]
-    report = judge(job("bfloat16"), stock, fused)
-    assert (report["failures"], report["answer_tokens"]) == ([], 1)
-    fused["greedy"][0] = [7, 2]
-    assert judge(job("bfloat16"), stock, fused)["failures"] == [
-        "no step of an answer could be compared: all first tokens differ"
+    # Tokens that part in a near tie: stock's is hardly less likely. The rest is another text.
+    assert answers((1, [3, 5], [first, [(5, -0.49), (4, -0.5)]])) == []
+    # Each has a best token as likely as the other's, and gives the other's 2 nats less.
+    assert answers((1, [3, 5], [first, [(5, -0.5), (4, -2.5)]])) == [
+        "log-probabilities of answers differ by 1 (mean of 2)"
+    ]
+    # Stock's token is none of fused's best: at least so far off.
+    assert answers((1, [3, 5], [first, [(5, -0.5), (6, -1.5)]])) == [
+        "log-probabilities of answers differ by 0.5 (mean of 2)"
+    ]
+    nan = float("nan")
+    for best in ([(4, nan)], [(5, nan), (6, -1.0)], [(5, -1.0), (6, nan)]):
+        assert answers((1, [3, best[0][0]], [first, best])) == [
+            "log-probabilities of answers differ by nan (mean of 2)"
+        ]
+
+
+def test_an_answer_that_differs_from_its_first_token_on_has_no_steps() -> None:
+    other = [[(7, -1.0)], [(4, -9.0)]]
+    assert answers((1, [7, 4], other)) == []
+    assert answers((0, [7, 4], other), (1, [7, 4], other)) == [
+        "2 of 2 answers differ from their first token on"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,6 +159,27 @@ def test_gates_of_another_size_are_no_gates_of_the_layer() -> None:
         with pytest.raises(ValueError, match=f"{LAYOUT.num_routed} rows"):
             run.compute_logits(gate, linear)
     assert run.gate is None
+
+
+@pytest.mark.parametrize("before_shared", [True, False])
+def test_the_shared_expert_of_split_starts_where_stock_starts_it(
+    monkeypatch: pytest.MonkeyPatch, before_shared: bool
+) -> None:
+    events: list[str] = []
+    stream = SimpleNamespace(wait_stream=lambda _: events.append("shared may start"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    run, (wanted, logits) = build("glm", always("split", "test"), stream)
+
+    def noted(states: torch.Tensor) -> torch.Tensor:
+        events.append("logits")
+        found: torch.Tensor = logits(states)
+        return found
+
+    run.compute_logits(GateRows([Linear(LAYOUT.num_routed, 1, torch.float32)]), noted, before_shared)
+    x = clear(draw(40, LAYOUT.hidden_size, seed=8, dtype=DTYPE), logits)[:5].contiguous()
+    assert off(run(x, x), wanted(x)) < ALLOWED
+    assert events == (["logits", "shared may start"] if before_shared else ["shared may start", "logits"])
 
 
 def test_nothing_runs_before_it_was_proved() -> None:

@@ -30,7 +30,8 @@ def replays() -> list[float]:
         return route.route(router_logits.router_logits(states, gate), TOP_K, range(EXPERTS, EXPERTS), QWEN)
 
     def of_experts(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return weights.new_zeros(4, EXPERTS).scatter(1, ids.long(), weights)
+        # What did not wait may have read anything.
+        return weights.new_zeros(4, EXPERTS).scatter(1, ids.long().clamp(0, EXPERTS - 1), weights)
 
     routed()  # compiles
     graph = torch.cuda.CUDAGraph()

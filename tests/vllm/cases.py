@@ -64,5 +64,8 @@ FAULTS: dict[str, tuple[str, str]] = {
     "control_without_effect": ("qwen2_moe", "the control"),
 }
 FAULTY = [Case(recipe, fault=fault) for fault, (recipe, _) in FAULTS.items()]
+# The same in 16 bit, where noise is the measure; and what it is compared with.
+ANSWERS = [Case("qwen2_moe", "bfloat16"), Case("glm4_moe_scale", "bfloat16")]
+FAULTY_ANSWERS = [Case(case.recipe, case.dtype, fault="answers_halved") for case in ANSWERS]
 # Checkpoints that a policy refuses.
 REFUSED = [Case(recipe, fault="refused_by_policy") for recipe in ("qwen2_moe", "glm4_moe_scale")]

@@ -31,11 +31,11 @@ class Runs(running.Runs):
     @property
     def float32(self) -> Pair:
         """With the float32 shim of linear attention, and an arm that can be told to make a fault."""
-        both = [*cases.FLOAT32, *cases.STOCK, *cases.DRAFTS]
+        both = [*cases.FLOAT32, *cases.STOCK, *cases.DRAFTS, *cases.ANSWERS]
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(verify.ARM_MODULES, "vllm", "tests.vllm.fault_arm")
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-            fused = [*both, *cases.PERMUTED, *cases.REFUSED, *cases.FAULTY]
+            fused = [*both, *cases.PERMUTED, *cases.REFUSED, *cases.FAULTY, *cases.FAULTY_ANSWERS]
             return self.pair("float32", both, fused, {"PYTHONPATH": path})
 
     @property

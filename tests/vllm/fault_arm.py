@@ -30,9 +30,14 @@ def shared_scaled(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any
     return honest_append(weights, ids, slots, slot_weight * 2.5)
 
 
-def shared_scaled_in_few_tokens(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
-    few = 1.01 if weights.shape[0] <= FEW else 1.0
-    return honest_append(weights, ids, slots, slot_weight * few)
+def in_few_tokens(factor: float) -> Any:
+    """The shared expert's weight times ``factor`` where answers are decoded."""
+
+    def append(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
+        few = factor if weights.shape[0] <= FEW else 1.0
+        return honest_append(weights, ids, slots, slot_weight * few)
+
+    return patch.object(routing, "append_shared_slots", append)
 
 
 @contextmanager
@@ -52,7 +57,8 @@ FAULTS = {
     **SLOT_FAULTS,
     "scale_applied_twice": lambda: patch.object(routing, "route", scaled_twice),
     "shared_expert_scaled": lambda: patch.object(routing, "append_shared_slots", shared_scaled),
-    "answers_1_percent": lambda: patch.object(routing, "append_shared_slots", shared_scaled_in_few_tokens),
+    "answers_1_percent": lambda: in_few_tokens(1.01),
+    "answers_halved": lambda: in_few_tokens(0.5),
     "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: (None, False)),
     "refused_by_policy": refused_by_policy,
     "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),

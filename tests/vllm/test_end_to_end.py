@@ -38,11 +38,14 @@ def job(folder: Path, **changed: Any) -> end_to_end.Job:
     return end_to_end.Job(folder, "vllm", layers, VOCAB, **given)
 
 
-def test_three_live_engines_share_sets_of_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_served", ["0", "1"])
+def test_three_live_engines_share_sets_of_experts(
+    checkpoints: Checkpoints, tmp_path: Path, as_served: str
+) -> None:
     one_set = job(checkpoints.path("qwen3_next"), sets=1)
     assert len(one_set.layers) > 1  # otherwise nothing could be shared
-    as_served = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    found = end_to_end.measure(one_set, as_served, raw=tmp_path / "raw.json")
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": as_served}
+    found = end_to_end.measure(one_set, env, raw=tmp_path / "raw.json")
     assert [(row["streams"], row["rounds"]) for row in end_to_end.rows(found.readings)] == [(1, 2), (2, 2)]
     for name in ARMS:
         assert found.arms[name]["shared"] == {"layers": len(one_set.layers), "sets": 1}

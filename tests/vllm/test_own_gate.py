@@ -64,7 +64,7 @@ def probe(checkpoint: str, reference: str) -> dict[str, Any]:
         stock = run()
         execution = SimpleNamespace(
             shared_gate=getattr(block, "shared_expert_gate", None),
-            compute_logits=lambda rows, linear: taken.update(rows=rows, linear=linear),
+            compute_logits=lambda rows, linear, **order: taken.update(rows=rows, linear=linear, **order),
         )
         take_gate(block, execution)
         block.experts = Layer(block.experts)
@@ -72,6 +72,7 @@ def probe(checkpoint: str, reference: str) -> dict[str, Any]:
         traced = torch.compile(block, backend="eager", fullgraph=True, dynamic=True)
         found["compiled"] = float((run(traced) - stock).norm() / stock.norm())
         found["rows"] = taken["rows"].count - len(gate)
+        found["before_shared"] = taken["before_shared"]
         # What is in the matrix is what the module answers by.
         taken["rows"].rows[: len(gate)].copy_(gate.flip(0))
         return {**found, "control": float((run() - stock).norm() / stock.norm())}
@@ -83,5 +84,6 @@ def test_the_layer_computes_the_logits_of_its_block(checkpoints: Checkpoints, fa
     found = in_process(f"{__name__}:probe", str(checkpoints.path(family)), BLOCKS[family])
     assert found["same"] == 0.0
     assert found["compiled"] < 1e-6
+    assert found["before_shared"]  # as both blocks have it
     assert found["rows"] == (family == "qwen2_moe")
     assert found["control"] > 0.01

@@ -63,6 +63,17 @@ def test_a_fault_is_caught(runs: Runs, case: Case) -> None:
     assert any(words in failure for failure in report["failures"]), report["failures"]
 
 
+@pytest.mark.parametrize("number", range(len(cases.ANSWERS)))
+def test_answers_in_16_bit(runs: Runs, number: int) -> None:
+    pair, right, wrong = runs.float32, cases.ANSWERS[number], cases.FAULTY_ANSWERS[number]
+    report = runs.report(right, pair.stock[right.name], pair.fused[right.name])
+    assert report["failures"] == []
+    assert report["answer_tokens"] >= 12
+    faulty = runs.report(wrong, pair.stock[right.name], pair.fused[wrong.name])
+    assert ["answers" in failure for failure in faulty["failures"]] == [True], faulty["failures"]
+    assert faulty["mean_abs_answer_diff"] > 2 * faulty["tolerance"]["mean"]
+
+
 @pytest.mark.parametrize("case", cases.PERMUTED, ids=ids)
 def test_weight_order_does_not_matter(runs: Runs, case: Case) -> None:
     fused = runs.float32.fused
