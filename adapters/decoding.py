@@ -1,4 +1,4 @@
-"""What the arms of an end-to-end measurement share: questions and answers, prompts, random weights."""
+"""What the arms of an end-to-end measurement share: questions and answers, prompts, times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import statistics
 import time
 import traceback
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -16,12 +15,7 @@ from typing import Any
 
 import torch
 
-from .model_fusion import constructed
-
 PROMPT = 64  # ids of a prompt
-# Dummy weights alone send every token to the same experts: what routes, comes in and goes out is drawn anew.
-DRAWN = ("gate.weight", "embed_tokens.weight", "lm_head.weight")
-STD = 0.05
 Request = dict[str, Any]
 
 
@@ -55,25 +49,6 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """End it."""
-
-
-def spread(model: Any) -> None:
-    """Draw those weights, in place and by their names, so that all arms have the same.
-
-    GLM's norms become 1 and its correction of scores 0: those of the other families are centred on zero.
-    """
-    glm = type(model).__name__.startswith("Glm")
-    for name, parameter in model.named_parameters():
-        if name.endswith(DRAWN):
-            draw = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
-            parameter.data.normal_(0, STD, generator=draw)
-        elif name.endswith("e_score_correction_bias"):
-            parameter.data.zero_()
-        elif glm and name.endswith("norm.weight"):
-            parameter.data.fill_(1)
-    # Modes read gates from tensors of their own.
-    for fusion in constructed():
-        fusion.refresh_gates()
 
 
 def prompts(streams: int, vocab: int) -> list[list[int]]:

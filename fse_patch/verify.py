@@ -35,7 +35,6 @@ PROMPT_LENGTHS = (5, 17, 64, 100)
 CONTROL_FACTORS = {"float32": 1.01}
 CONTROL_16_BIT = 0.0
 
-
 Progress = Callable[[str], None]
 
 

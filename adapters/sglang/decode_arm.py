@@ -18,7 +18,7 @@ from typing import Any
 
 import wrapt
 
-from fse_patch.adapters import decoding, verifying
+from fse_patch.adapters import decoding, drawing
 from fse_patch.adapters.sglang import arm, worker
 from fse_patch.adapters.sglang.standalone import free_port
 from fse_patch.adapters.shared_sets import SharedSets
@@ -98,8 +98,7 @@ class Engine(decoding.Engine):
                 f"SGLang has room for {found['requests']} requests and {found['tokens']} tokens, and {most} "
                 f"streams of {self.request['total_tokens']} tokens are asked for; free memory on the device"
             )
-        about = {"versions": decoding.versions(sglang), "device": decoding.device()}
-        return {**about, **found}
+        return {"versions": decoding.versions(sglang), **found}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
         """See `decoding.Engine`."""
@@ -120,16 +119,12 @@ class Engine(decoding.Engine):
 def bench_open(self: Any, file: str) -> None:
     """Runs in the scheduler: draw weights, in place so that captured graphs see it, and say what is there."""
     model = self.tp_worker.model_runner.model
-    decoding.spread(model)
+    found = drawing.opened(model, SETS)
     for module in model.modules():
         if getattr(module, "_weight_fp32", None) is not None:
             module._weight_fp32.copy_(module.weight.data)
     room = {"requests": self.max_running_requests, "tokens": self.max_total_num_tokens}
-    try:
-        found = {**verifying.report(), **room, "shared": SETS.check()}
-    except FsePatchError as error:
-        found = {"error": str(error)}
-    Path(file).write_text(json.dumps(found))
+    Path(file).write_text(json.dumps({**found, **room}))
 
 
 def extend(scheduler: Any) -> None:

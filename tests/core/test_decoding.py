@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fse_patch import end_to_end
-from fse_patch.adapters import decoding
+from fse_patch.adapters import decoding, drawing
 from fse_patch.adapters.shared_sets import SharedSets
 from fse_patch.errors import FsePatchError
 
@@ -62,7 +62,7 @@ def test_all_arms_draw_the_same_weights() -> None:
     one, other = made("a"), made("b")
     plain = one.get_parameter("a.weight").clone()
     for built in (one, other):
-        decoding.spread(built)
+        drawing.spread(built)
     assert torch.equal(one.get_parameter("gate.weight"), other.get_parameter("gate.weight"))
     assert torch.equal(one.get_parameter("a.weight"), plain)
     assert not torch.equal(one.get_parameter("shared.weight"), other.get_parameter("shared.weight"))
@@ -73,7 +73,7 @@ def test_norms_of_glm_alone_become_one() -> None:
     other, glm = made("a"), made("a")
     glm.__class__ = type("Glm4MoeForCausalLM", (torch.nn.Module,), {})
     for model in (other, glm):
-        decoding.spread(model)
+        drawing.spread(model)
     assert other.get_parameter("norm.weight").tolist() == [0.5] * 4
     assert glm.get_parameter("norm.weight").tolist() == [1.0] * 4
 
