@@ -68,16 +68,23 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def decode(engine: Engine, vocab: int, streams: int, tokens: int) -> dict[str, Any]:
-    """``seconds`` of one call, ``held_up`` of them, and how many streams ended differently.
+def decode(engine: Engine, vocab: int, streams: int, tokens: int, tail: int = 0) -> dict[str, Any]:
+    """Seconds of one call and of its last ``tail`` steps, `held_up`, and how many streams ended differently.
 
-    Streams that have come to the same tokens choose the same experts.
+    Streams that have come to the same tokens choose the same experts. ``tail`` is None where the engine does
+    not tell when so many steps ended.
     """
     asked = prompts(streams, vocab)
     start = time.perf_counter()
     last = engine.generate(asked, tokens)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "held_up": held_up(engine.steps()), "different_tokens": len(set(last))}
+    ended = engine.steps()
+    return {
+        "seconds": seconds,
+        "tail": ended[-1] - ended[-1 - tail] if 0 < tail < len(ended) else None,
+        "held_up": held_up(ended),
+        "different_tokens": len(set(last)),
+    }
 
 
 def held_up(ended: Sequence[float]) -> float | None:
@@ -117,6 +124,7 @@ def serve(request: Path, open_engine: Callable[[Request], Engine]) -> None:
 def _answer(parent: Connection, engine: Engine, vocab: int) -> None:
     while (question := parent.recv())["do"] != "end":
         if question["do"] == "decode":
-            parent.send(decode(engine, vocab, question["streams"], question["tokens"]))
+            asked = (question["streams"], question["tokens"], question.get("tail", 0))
+            parent.send(decode(engine, vocab, *asked))
         else:
             parent.send(engine.report())

@@ -30,8 +30,9 @@ Reading = dict[str, Any]
 class Lengths:
     """Tokens of a short and of a long answer; many streams, above ``few``, take a shorter long one.
 
-    A reading is the median of ``repeats`` answers for up to ``short_steps`` streams, whose steps are so short
-    that it counts when the host does something else for a while; of one for more.
+    Their difference is the number of steps that are timed. A reading is the median of ``repeats`` answers for
+    up to ``short_steps`` streams, whose steps are so short that it counts when the host does something else
+    for a while; of one for more.
     """
 
     short: int = 33
@@ -95,8 +96,9 @@ class Job:
 class Measured:
     """What was measured: of each arm what it said at its start and at its end, and every reading.
 
-    A reading has round, streams, arm, short and long (seconds of each answer), held_up (of each long one, in
-    single steps; None where steps are not known), ms (a step) and different_tokens.
+    A reading has round, streams, arm, long and short (seconds of each answer), tail and held_up (of each long
+    one: its last steps, and by how much single ones were held up), ms (a step) and different_tokens. Where
+    steps are known there are no short answers; otherwise tail and held_up are None.
     """
 
     arms: dict[str, Answer]
@@ -167,38 +169,37 @@ def warm_up(arms: LiveArms, job: Job, progress: Progress) -> None:
 
 def take_round(arms: LiveArms, job: Job, number: int) -> list[Reading]:
     """A reading of each arm for each number of streams, one arm at a time."""
-    found = []
-    for streams in job.streams:
-        for name in ORDERS[number % len(ORDERS)]:
-            lengths = (job.lengths.short, job.lengths.long_for(streams))
-            short, long = (
-                [
-                    arms.ask(name, {"do": "decode", "streams": streams, "tokens": tokens})
-                    for _ in range(job.lengths.repeats_for(streams))
-                ]
-                for tokens in lengths
-            )
-            seconds = [[answer["seconds"] for answer in answers] for answers in (short, long)]
-            found.append(
-                {
-                    "round": number,
-                    "streams": streams,
-                    "arm": name,
-                    "short": seconds[0],
-                    "long": seconds[1],
-                    "held_up": [answer["held_up"] for answer in long],
-                    "ms": milliseconds(
-                        statistics.median(seconds[0]), statistics.median(seconds[1]), *lengths
-                    ),
-                    "different_tokens": min(answer["different_tokens"] for answer in long),
-                }
-            )
-    return found
+    return [
+        {"round": number, "streams": streams, "arm": name, **take_reading(arms, job.lengths, streams, name)}
+        for streams in job.streams
+        for name in ORDERS[number % len(ORDERS)]
+    ]
 
 
-def milliseconds(short: float, long: float, short_tokens: int, long_tokens: int) -> float:
-    """A step, from the seconds of a short and of a long answer: the prompt, in both, does not count."""
-    return (long - short) / (long_tokens - short_tokens) * 1e3
+def take_reading(arms: LiveArms, lengths: Lengths, streams: int, name: str) -> Reading:
+    """What one arm takes for a step of so many streams, the prompts left out.
+
+    Where the engine tells when its steps ended, the last ones of a long answer are timed. Otherwise a step is
+    the slope between a short and a long answer, whose prompts take what they take twice.
+    """
+    steps = lengths.long_for(streams) - lengths.short
+
+    def answers(tokens: int) -> list[Answer]:
+        question = {"do": "decode", "streams": streams, "tokens": tokens, "tail": steps}
+        return [arms.ask(name, question) for _ in range(lengths.repeats_for(streams))]
+
+    answered = answers(lengths.long_for(streams))
+    tail, long = ([answer[key] for answer in answered] for key in ("tail", "seconds"))
+    short = [answer["seconds"] for answer in answers(lengths.short)] if None in tail else []
+    taken = statistics.median(long) - statistics.median(short) if short else statistics.median(tail)
+    return {
+        "short": short,
+        "long": long,
+        "tail": tail,
+        "held_up": [answer["held_up"] for answer in answered],
+        "ms": taken / steps * 1e3,
+        "different_tokens": min(answer["different_tokens"] for answer in answered),
+    }
 
 
 def rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:

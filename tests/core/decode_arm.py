@@ -3,7 +3,7 @@
     python -m tests.core.decode_arm REQUEST.json
 
 The script is in the request's engine_args: ``ms`` a step of each arm and ``prompt`` (seconds), and for one
-``arm`` a ``fault``. Every question is noted in ``notes``, a file.
+``arm`` a ``fault``. With ``steps`` it tells when steps ended. Every question is noted in ``notes``, a file.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def main(request: Path) -> None:
             parent.send(
                 {
                     "seconds": seconds,
+                    "tail": step * question["tail"] if script.get("steps") and "tail" in question else None,
                     "held_up": script.get("hiccup", 0.0),
                     "different_tokens": question["streams"],
                 }

@@ -54,9 +54,11 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_rows_have_the_known_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [True, False])
+def test_rows_have_the_known_times(tmp_path: Path, steps: bool) -> None:
     raw = tmp_path / "raw.json"
-    found = end_to_end.measure(job(tmp_path), raw=raw)
+    found = end_to_end.measure(job(tmp_path, script={"steps": steps}), raw=raw)
+    assert all(bool(reading["short"]) != steps for reading in found.readings)
     one, four = end_to_end.rows(found.readings)
     for row, streams in ((one, 1), (four, 4)):
         ms = [round(row[f"{name}_ms"], 6) for name in ARMS]
@@ -85,10 +87,10 @@ def test_arms_work_in_turn_and_none_always_follows_the_same(tmp_path: Path) -> N
     assert {(n["arm"], n["streams"], n["tokens"]) for n in warm} == {
         (name, streams, tokens) for name in ARMS for streams in (1, 4) for tokens in (33, 289)
     }
-    # Of each reading a short and a long answer; all streams of a round before the next one begins.
+    # Of each reading a long and a short answer; all streams of a round before the next one begins.
     pairs = list(zip(taken[::2], taken[1::2], strict=True))
     assert all(
-        (a["arm"], a["tokens"], b["arm"], b["tokens"]) == (a["arm"], 33, a["arm"], 289) for a, b in pairs
+        (a["arm"], a["tokens"], b["arm"], b["tokens"]) == (a["arm"], 289, a["arm"], 33) for a, b in pairs
     )
     assert [a["streams"] for a, _ in pairs] == [1, 1, 1, 4, 4, 4] * 6
     orders = [tuple(a["arm"] for a, _ in pairs[i : i + 3]) for i in range(0, len(pairs), 3)]

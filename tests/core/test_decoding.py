@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,22 +12,31 @@ from fse_patch import end_to_end
 from fse_patch.adapters import decoding, drawing
 from fse_patch.adapters.shared_sets import SharedSets
 from fse_patch.errors import FsePatchError
+from fse_patch.live_arms import LiveArms
 
 
 class Slow(decoding.Engine):
-    """Prefill takes 7 s, a step 2 ms for each stream."""
+    """Prefill takes 7 s, a step 2 ms for each stream; it tells when steps ended, or not."""
 
     now = 0.0
 
     def __init__(self, request: decoding.Request) -> None:
-        pass
+        self.tells = request["tells"]
+        self.ended: list[float] = []
 
     def ready(self) -> dict[str, Any]:
         return {}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
-        Slow.now += 7.0 + 0.002 * len(prompts) * tokens
+        self.ended.clear()
+        Slow.now += 7.0
+        for _ in range(tokens):
+            Slow.now += 0.002 * len(prompts)
+            self.ended.append(Slow.now)
         return [prompt[0] % 3 for prompt in prompts]
+
+    def steps(self) -> Sequence[float]:
+        return self.ended if self.tells else ()
 
     def report(self) -> dict[str, Any]:
         return {}
@@ -36,15 +45,40 @@ class Slow(decoding.Engine):
         pass
 
 
-def test_milliseconds_a_step_are_a_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+class Alone:
+    """One engine in the place of three arms."""
+
+    def __init__(self, engine: Slow) -> None:
+        self.engine = engine
+        self.asked: list[int] = []
+
+    def ask(self, _: str, question: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(question["tokens"])
+        return decoding.decode(self.engine, 1000, question["streams"], question["tokens"], question["tail"])
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_milliseconds_a_step_have_no_prompt_in_them(monkeypatch: pytest.MonkeyPatch, tells: bool) -> None:
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: Slow.now)
-    engine = Slow({})
+    lengths = end_to_end.Lengths()
     for streams in end_to_end.STREAMS:
-        short, long = (decoding.decode(engine, 1000, streams, tokens) for tokens in (33, 161))
-        ms = end_to_end.milliseconds(short["seconds"], long["seconds"], 33, 161)
-        assert ms == pytest.approx(2.0 * streams)
-        assert long["different_tokens"] == min(streams, 3)
+        arms = Alone(Slow({"tells": tells}))
+        reading = end_to_end.take_reading(cast(LiveArms, arms), lengths, streams, "stock")
+        assert reading["ms"] == pytest.approx(2.0 * streams)
+        assert reading["different_tokens"] == min(streams, 3)
+        repeats, long = lengths.repeats_for(streams), lengths.long_for(streams)
+        # A short answer is asked for only where it is needed.
+        assert arms.asked == [long] * repeats + [lengths.short] * (0 if tells else repeats)
+        # The control: a whole answer has its prompt in it.
+        assert reading["long"][0] / long * 1e3 > 1.1 * reading["ms"] or streams == 64
     assert len({tuple(prompt) for prompt in decoding.prompts(64, 1000)}) == 64
+
+
+def test_more_steps_than_were_told_are_not_timed() -> None:
+    engine = Slow({"tells": True})
+    assert decoding.decode(engine, 1000, 1, 5, 4)["tail"] == pytest.approx(0.008)
+    assert decoding.decode(engine, 1000, 1, 5, 5)["tail"] is None
+    assert decoding.decode(engine, 1000, 1, 5)["tail"] is None
 
 
 def made(first: str) -> torch.nn.Module:

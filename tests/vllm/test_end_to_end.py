@@ -47,6 +47,10 @@ def test_three_live_engines_share_sets_of_experts(
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": as_served}
     found = end_to_end.measure(one_set, env, raw=tmp_path / "raw.json")
     assert [(row["streams"], row["rounds"]) for row in end_to_end.rows(found.readings)] == [(1, 2), (2, 2)]
+    # The last four steps of an answer of seven tokens, known in either process.
+    for reading in found.readings:
+        assert all(0 < tail < long for tail, long in zip(reading["tail"], reading["long"], strict=True))
+        assert not reading["short"]
     for name in ARMS:
         assert found.arms[name]["shared"] == {"layers": len(one_set.layers), "sets": 1}
         assert len({found.reports[arm]["pid"] for arm in ARMS}) == 3
