@@ -7,7 +7,7 @@ import statistics
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -38,9 +38,12 @@ class Engine(ABC):
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
         """Greedy answers of ``tokens`` tokens to all prompts at once; the last token of each."""
 
-    def steps(self) -> Sequence[float]:
-        """When each step of the last call ended, in seconds of one clock; nothing where that is not known."""
-        return ()
+    @abstractmethod
+    def reached(self) -> Mapping[int, float]:
+        """When all streams of the last call had so many tokens, where that is known, in seconds of a clock.
+
+        Numbers of tokens ascend, at even distances.
+        """
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
@@ -71,24 +74,29 @@ def device() -> str:
 def decode(engine: Engine, vocab: int, streams: int, tokens: int, tail: int = 0) -> dict[str, Any]:
     """Seconds of one call and of its last ``tail`` steps, `held_up`, and how many streams ended differently.
 
-    Streams that have come to the same tokens choose the same experts. ``tail`` is None where the engine does
-    not tell when so many steps ended.
+    Streams that have come to the same tokens choose the same experts. ``tail`` is None where the engine did
+    not tell when they began.
     """
     asked = prompts(streams, vocab)
     start = time.perf_counter()
     last = engine.generate(asked, tokens)
     seconds = time.perf_counter() - start
-    ended = engine.steps()
+    reached = engine.reached()
+    known = tail and {tokens, tokens - tail} <= reached.keys()
     return {
         "seconds": seconds,
-        "tail": ended[-1] - ended[-1 - tail] if 0 < tail < len(ended) else None,
-        "held_up": held_up(ended),
+        "tail": reached[tokens] - reached[tokens - tail] if known else None,
+        "held_up": held_up(list(reached.values())),
         "different_tokens": len(set(last)),
     }
 
 
 def held_up(ended: Sequence[float]) -> float | None:
-    """Seconds by which steps of twice the median and more were longer than it; None where none is known."""
+    """Seconds by which steps of twice the median and more were longer than it; None where none is known.
+
+    Args:
+        ended: when each step ended, or each so many of them.
+    """
     taken = [after - before for before, after in pairwise(ended)]
     if not taken:
         return None

@@ -12,20 +12,19 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import wrapt
-
-from fse_patch.adapters import decoding, drawing
-from fse_patch.adapters.sglang import arm, worker
+from fse_patch.adapters import decoding
+from fse_patch.adapters.sglang import arm, decode_worker
 from fse_patch.adapters.sglang.standalone import free_port
-from fse_patch.adapters.shared_sets import SharedSets
 from fse_patch.errors import FsePatchError
 
-METHODS = "sglang.srt.layers.quantization.unquant"
 ARMS = 3
+# SGLang tells of an answer when it has one token more than a multiple of this, and of its end.
+EVERY = 32
 # Tokens of the cache beyond those that are asked for.
 MORE_TOKENS = 4096
 DEFAULTS: dict[str, Any] = {
@@ -76,6 +75,7 @@ class Engine(decoding.Engine):
 
         self.request = request
         chosen = arguments(request, torch.cuda.is_available())
+        self.ended: dict[int, float] = {}
         self.engine = sglang.Engine(model_path=request["checkpoint"], **chosen)
 
     def ready(self) -> dict[str, Any]:
@@ -102,9 +102,20 @@ class Engine(decoding.Engine):
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
         """See `decoding.Engine`."""
-        params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
-        outputs = self.engine.generate(input_ids=prompts, sampling_params=params)
-        return [out["output_ids"][-1] for out in outputs]
+        params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True, "stream_interval": EVERY}
+        had, last = [0] * len(prompts), [0] * len(prompts)
+        self.ended.clear()
+        for out in self.engine.generate(input_ids=prompts, sampling_params=params, stream=True):
+            had[out["index"]], last[out["index"]] = (
+                out["meta_info"]["completion_tokens"],
+                out["output_ids"][-1],
+            )
+            self.ended.setdefault(min(had), time.perf_counter())
+        return last
+
+    def reached(self) -> dict[int, float]:
+        """See `decoding.Engine`."""
+        return {tokens: when for tokens, when in self.ended.items() if tokens}
 
     def report(self) -> dict[str, Any]:
         """See `decoding.Engine`."""
@@ -116,28 +127,9 @@ class Engine(decoding.Engine):
         self.engine.shutdown()
 
 
-def bench_open(self: Any, file: str) -> None:
-    """Runs in the scheduler: draw weights, in place so that captured graphs see it, and say what is there."""
-    model = self.tp_worker.model_runner.model
-    found = drawing.opened(model, SETS)
-    for module in model.modules():
-        if getattr(module, "_weight_fp32", None) is not None:
-            module._weight_fp32.copy_(module.weight.data)
-    room = {"requests": self.max_running_requests, "tokens": self.max_total_num_tokens}
-    Path(file).write_text(json.dumps({**found, **room}))
-
-
-def extend(scheduler: Any) -> None:
-    """Give the Scheduler class what is called."""
-    scheduler.Scheduler.bench_open = bench_open
-
-
 # SGLang spawns its schedulers, and a spawned process runs its parent's main module under this name.
 if __name__ == "__mp_main__":
-    SETS = SharedSets(json.loads(Path(sys.argv[1]).read_text())["sets"])
-    SETS.install(METHODS)
-    worker.install()
-    wrapt.register_post_import_hook(extend, worker.SCHEDULER)
+    decode_worker.install(json.loads(Path(sys.argv[1]).read_text())["sets"])
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     decoding.serve(Path(sys.argv[1]), Engine)

@@ -53,6 +53,7 @@ class Engine(decoding.Engine):
             raise FsePatchError("--end-to-end measures one process with a model: no tensor_parallel_size")
         self.opened = opened[0]
         self.ended: list[float] = []
+        self.tokens = 0
         step = self.llm.llm_engine.step
 
         def noted() -> Any:
@@ -83,6 +84,7 @@ class Engine(decoding.Engine):
         from vllm import SamplingParams
 
         self.ended.clear()
+        self.tokens = tokens
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self.llm.generate(asked, params, use_tqdm=False)
@@ -93,9 +95,10 @@ class Engine(decoding.Engine):
             )
         return [out.outputs[0].token_ids[-1] for out in outputs]
 
-    def steps(self) -> list[float]:
-        """See `decoding.Engine`."""
-        return self.ended
+    def reached(self) -> dict[int, float]:
+        """See `decoding.Engine`. The last step brought the last token, and each before it one."""
+        last = range(max(1, self.tokens - len(self.ended) + 1), self.tokens + 1)
+        return {tokens: self.ended[tokens - self.tokens - 1] for tokens in last}
 
     def report(self) -> dict[str, Any]:
         """See `decoding.Engine`."""

@@ -30,10 +30,14 @@ def test_three_live_engines_share_sets_of_experts(tmp_path: Path) -> None:
         sets=1,
         engine_args={"dtype": "float32"},
         limit=240.0,
-        lengths=end_to_end.Lengths(3, 7, 7, 2),
+        lengths=end_to_end.Lengths(33, 65, 65, 2, repeats=1),
     )
     found = end_to_end.measure(job, os.environ, raw=tmp_path / "raw.json")
     assert [(row["streams"], row["rounds"]) for row in end_to_end.rows(found.readings)] == [(1, 2), (2, 2)]
+    # The last 32 steps of an answer of 65 tokens.
+    for reading in found.readings:
+        assert all(0 < tail < long for tail, long in zip(reading["tail"], reading["long"], strict=True))
+        assert not reading["short"]
     for name in ARMS:
         assert found.arms[name]["shared"] == {"layers": len(layers), "sets": 1}
         # In processes that SGLang spawned, and that the parent did not start.
