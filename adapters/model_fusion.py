@@ -127,6 +127,7 @@ class ModelFusion(BuiltModel):
             "built_layers": sorted(self.routers),
             "fused_layers": self.counter.layers(),
             "calls_by_mode": self.counter.by_mode(),
+            "captured_by_mode": self.counter.captured_by_mode(),
             "slots_loaded": self.audit.slots_loaded,
             "loads": self.audit.loads,
             "compared": self.compared,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from .. import runtime
+from ..errors import FsePatchError
+from . import slot_control
 from .model_fusion import constructed
 
 
@@ -30,17 +32,16 @@ def report() -> dict[str, Any]:
 
 
 def reset() -> None:
-    """Forget the calls of the engine's own warm-up."""
+    """Forget the calls of the engine's own warm-up; graphs that it captured run later."""
     for fusion in constructed():
         fusion.counter.reset()
 
 
 def control(factor: float) -> None:
-    """Multiply the weight of the first shared slot of the main model by ``factor``."""
+    """Multiply the first shared slot of the main model by ``factor``; see `slot_control.multiply`."""
     for fusion in constructed():
         if fusion.decision.role == "main":
-            for router in fusion.routers.values():
-                router.control_factor = factor
+            slot_control.multiply(fusion, factor)
 
 
 def jitter(modules: Iterable[Any], seed: int) -> None:
@@ -49,7 +50,12 @@ def jitter(modules: Iterable[Any], seed: int) -> None:
     Rounding is uniform within half a unit in the last place, variance 1/12; so each weight moves
     to a neighbouring value with probability 1/12. How far a model carries that is the yardstick
     where the kernels give the same bits for every batch composition, as they do on CPU.
+
+    Raises:
+        FsePatchError: the control is in force: the yardstick would measure that, and allow as much.
     """
+    if any(map(slot_control.in_force, constructed())):
+        raise FsePatchError("the control must be undone before the noise of one more rounding is measured")
     for module in modules:
         if type(module).__name__ == "VocabParallelEmbedding":
             weight = module.weight.data

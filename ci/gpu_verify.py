@@ -119,6 +119,7 @@ GROUPS: dict[str, dict[str, Group]] = {
         "native": Group(
             {
                 "qwen3_next": ("qwen3_next", SGLANG),
+                "qwen3_next_graphs": ("qwen3_next", {**SGLANG, **SGLANG_GRAPHS}),
                 "qwen3_next_few": ("qwen3_next", {**SGLANG, "chunked_prefill_size": FEW}),
                 "glm4": ("glm4_moe_scale", SGLANG),
             },
@@ -190,7 +191,8 @@ def line(report: Mapping[str, Any]) -> str:
     return (
         f"{'passed' if report['passed'] else 'FAILED'}: {report['mean_abs_logprob_diff']:.4f} off, "
         f"{report['mean_abs_answer_diff']:.4f} in {report['answer_tokens']} steps of answers; noises "
-        f"{noises}, control {report['control_diff']:.3f}; {report['calls_by_mode']}; "
+        f"{noises}, control {report['control_diff']:.3f}; {report['calls_by_mode']}, captured "
+        f"{report['captured_by_mode']}; "
         f"canary {canary}; {'; '.join(report['failures'])}"
     )
 

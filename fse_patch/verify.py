@@ -231,6 +231,7 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "worker_pids": [worker["pid"] for worker in fused["workers"]],
         "fused_layers": sorted({layer for role in main for layer in role["fused_layers"]}),
         "calls_by_mode": main[0]["calls_by_mode"] if main else {},
+        "captured_by_mode": main[0]["captured_by_mode"] if main else {},
         "slots_loaded": main[0]["slots_loaded"] if main else 0,
         "tokens": found.tokens,
         "mean_abs_logprob_diff": found.mean,

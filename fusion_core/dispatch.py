@@ -59,26 +59,40 @@ def always(mode: Mode, source: str) -> ModePlan:
 
 
 class ModeCounter:
-    """Calls of fused layers in this process, by layer and mode."""
+    """Calls of fused layers in this process, by layer and mode.
+
+    A captured graph calls no Python when it runs; so what was called while one was captured is kept apart.
+    """
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[int, Mode]] = Counter()
+        self._captured: Counter[tuple[int, Mode]] = Counter()
 
-    def add(self, layer: int, mode: Mode) -> None:
-        """Count one forward call of ``layer``."""
+    def add(self, layer: int, mode: Mode, captured: bool = False) -> None:
+        """Count one forward call of ``layer``; ``captured``: into a graph that can run later."""
         self._calls[layer, mode] += 1
+        if captured:
+            self._captured[layer, mode] += 1
 
     def layers(self) -> list[int]:
-        """Layers that ran fused at least once, in order."""
-        return sorted({layer for layer, _ in self._calls})
+        """Layers that ran fused at least once, or are in a captured graph, in order."""
+        return sorted({layer for layer, _ in (*self._calls, *self._captured)})
 
     def by_mode(self) -> dict[str, int]:
         """Calls of all layers, by mode."""
-        total: Counter[str] = Counter()
-        for (_, mode), calls in self._calls.items():
-            total[mode] += calls
-        return dict(total)
+        return _by_mode(self._calls)
+
+    def captured_by_mode(self) -> dict[str, int]:
+        """Calls of all layers that were captured, by mode: one for each layer and graph."""
+        return _by_mode(self._captured)
 
     def reset(self) -> None:
-        """Forget all calls, so that start-up runs of an engine do not count."""
+        """Forget all calls, so that start-up runs of an engine do not count; captured ones run later."""
         self._calls.clear()
+
+
+def _by_mode(calls: Counter[tuple[int, Mode]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for (_, mode), number in calls.items():
+        total[mode] += number
+    return dict(total)

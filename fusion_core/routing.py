@@ -97,6 +97,13 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is captured on the current stream."""
+    # A process without a GPU in use need not ask its driver; a CPU build of torch has nothing to ask.
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return in_use and torch.cuda.is_current_stream_capturing()
+
+
 class SlotAppender:
     """Appends the shared slots of one layer to a top-k that the engine or `route` has made.
 
@@ -140,7 +147,7 @@ class SlotAppender:
             raise AuditError(self.closed)
         # Under Dynamo this would be traced once and its effect frozen into the graph.
         if not torch.compiler.is_compiling():
-            self.counter.add(self.layer, mode)
+            self.counter.add(self.layer, mode, capturing())
 
     def append(
         self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor

@@ -36,6 +36,7 @@ def role_report(decided: Any, **changes: Any) -> dict[str, Any]:
         "built_layers": layers,
         "fused_layers": layers,
         "calls_by_mode": {"fused": 7 * len(layers)},
+        "captured_by_mode": {"fused": len(layers)},
         "slots_loaded": 2 * len(layers),
         "loads": 1,
         **changes,
@@ -64,6 +65,7 @@ def test_a_run_that_is_right_passes() -> None:
     assert report["worker_pids"] == [11, 12]
     assert report["fused_layers"] == [0, 2]
     assert report["calls_by_mode"] == {"fused": 14}
+    assert report["captured_by_mode"] == {"fused": 2}
     assert report["slots_loaded"] == 4
     assert report["tokens"] == 5
     assert report["greedy_tokens_equal"] is True

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fse_patch.adapters.slot_control import slot_rows
 from fse_patch.adapters.vllm.fp8 import Fp8Experts, Slot
 from fse_patch.errors import AuditError
 from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
@@ -127,6 +128,17 @@ def build(kind: str, plan: ModePlan, stream: Any = None) -> tuple[LayerExecution
     return made, (wanted, logits)
 
 
+def weights_of(run: Any) -> Any:
+    """A module with the weights of the layer, in the same memory."""
+    tensors = {f"{name}_weight": getattr(run.experts, name) for name in ("w13", "w2")}
+    if run.quantised is not None:
+        tensors = vars(run.quantised.experts)
+    module = torch.nn.Module()
+    for name, tensor in tensors.items():
+        module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    return module
+
+
 def clear(x: torch.Tensor, logits: Any) -> torch.Tensor:
     """The tokens whose choice of experts no rounding changes."""
     ordered = logits(x).double().sort(dim=1, descending=True).values
@@ -150,6 +162,26 @@ def test_every_mode_gives_the_layer(kind: str, mode: Any) -> None:
     assert off(got, wanted(x, 0.5)) > 5 * ALLOWED
     run.router.control_factor = 0.5
     assert off(run(x, given), wanted(x, 0.5)) < ALLOWED
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["own gates", "fp8", "glm"])
+def test_a_factor_in_the_weights_is_one_on_the_slot(kind: str, mode: Any) -> None:
+    run, (wanted, logits) = build(kind, always(mode, "test"))
+    x = clear(draw(40, LAYOUT.hidden_size, seed=8, dtype=DTYPE), logits)[:5].contiguous()
+    full, half, quarter = (wanted(x, factor) for factor in (1.0, 0.5, 0.25))
+    held = weights_of(run)
+    rows = slot_rows(held, LAYOUT, scales=True)
+    assert rows is not None
+    assert (rows.dtype == DTYPE) == (kind != "fp8")
+    rows.mul_(0.5)
+    if kind == "fp8":  # what stands for the grouped GEMM has plain weights
+        run.experts.w2.copy_(experts_fp8.dequantised(held.w2_weight, held.w2_weight_scale_inv, BLOCK, 1))
+    got = run(x, x if kind in OWN_GATES else logits(x))
+    assert off(got, half) < ALLOWED
+    # The controls: no factor would be seen, and so would one on the router as well.
+    assert off(got, full) > 5 * ALLOWED
+    assert off(got, quarter) > 2 * ALLOWED
 
 
 def test_gates_of_another_size_are_no_gates_of_the_layer() -> None:
