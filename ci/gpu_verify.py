@@ -56,6 +56,12 @@ SGLANG_GRAPHS = {
     "cuda_graph_bs_decode": [1, 2, 4],
     "cuda_graph_max_bs_decode": 4,
 }
+# As SGLang has it by default: prompts run in graphs too, here of few tokens and of more.
+SGLANG_ALL_GRAPHS = {
+    **SGLANG_GRAPHS,
+    "disable_prefill_cuda_graph": False,
+    "cuda_graph_bs_prefill": [FEW, CHUNK],
+}
 FP8 = "fp8"
 FP8_ENV = {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "FSE_PATCH_ALLOW_UNPROVEN": "1"}
 PLAIN_SCALES = {"VLLM_USE_DEEP_GEMM_E8M0": "0"}
@@ -113,6 +119,7 @@ GROUPS: dict[str, dict[str, Group]] = {
             {
                 "qwen3_5": ("qwen3_5_text", SGLANG),
                 "qwen3_5_graphs": ("qwen3_5_text", {**SGLANG, **SGLANG_GRAPHS}),
+                "qwen3_5_all_graphs": ("qwen3_5_text", {**SGLANG, **SGLANG_ALL_GRAPHS}),
                 "qwen3_5_few": ("qwen3_5_text", {**SGLANG, "chunked_prefill_size": FEW}),
             }
         ),
@@ -120,6 +127,7 @@ GROUPS: dict[str, dict[str, Group]] = {
             {
                 "qwen3_next": ("qwen3_next", SGLANG),
                 "qwen3_next_graphs": ("qwen3_next", {**SGLANG, **SGLANG_GRAPHS}),
+                "qwen3_next_all_graphs": ("qwen3_next", {**SGLANG, **SGLANG_ALL_GRAPHS}),
                 "qwen3_next_few": ("qwen3_next", {**SGLANG, "chunked_prefill_size": FEW}),
                 "glm4": ("glm4_moe_scale", SGLANG),
             },
