@@ -40,9 +40,10 @@ class Engine(ABC):
 
     @abstractmethod
     def reached(self) -> Mapping[int, float]:
-        """When all streams of the last call had so many tokens, where that is known, in seconds of a clock.
+        """When the first stream of the last call had so many tokens, where known, in seconds of a clock.
 
-        Numbers of tokens ascend, at even distances.
+        Numbers of tokens ascend, at even distances. Up to the end of the first stream all of them run; those
+        that began after it go on when it has ended, and their steps are shorter then.
         """
 
     @abstractmethod

@@ -8,9 +8,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +17,9 @@ from .adapters.decoding import PROMPT
 from .errors import FsePatchError
 from .fusion_core.measure import is_quiet, ratio
 from .live_arms import ARMS, Answer, ArmError, LiveArms, wrong_states
+from .readings import Lengths, Progress, Reading, take_round, warm_up
 
 STREAMS = (1, 2, 4, 8, 16, 64)
-# None always follows the same one.
-ORDERS = tuple(permutations(ARMS))
-Progress = Callable[[str], None]
-Reading = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a short and of a long answer; many streams, above ``few``, take a shorter long one.
-
-    Their difference is the number of steps that are timed. A reading is the median of ``repeats`` answers for
-    up to ``short_steps`` streams, whose steps are so short that it counts when the host does something else
-    for a while; of one for more.
-    """
-
-    short: int = 33
-    long: int = 289
-    long_many: int = 161
-    few: int = 16
-    repeats: int = 3
-    short_steps: int = 4
-
-    def long_for(self, streams: int) -> int:
-        """The long answer of so many streams."""
-        return self.long if streams <= self.few else self.long_many
-
-    def repeats_for(self, streams: int) -> int:
-        """Answers of each length in a reading of so many streams."""
-        return self.repeats if streams <= self.short_steps else 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +49,7 @@ class Job:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = math.inf
     limit: float = 900.0
-    lengths: Lengths = Lengths()
+    lengths: Lengths = field(default_factory=Lengths)
 
     def request(self) -> dict[str, Any]:
         """What an arm needs to start, as of `adapters.decoding.Engine`."""
@@ -96,9 +67,7 @@ class Job:
 class Measured:
     """What was measured: of each arm what it said at its start and at its end, and every reading.
 
-    A reading has round, streams, arm, long and short (seconds of each answer), tail and held_up (of each long
-    one: its last steps, and by how much single ones were held up), ms (a step) and different_tokens. Where
-    steps are known there are no short answers; otherwise tail and held_up are None.
+    Readings as of `take_round`.
     """
 
     arms: dict[str, Answer]
@@ -135,7 +104,7 @@ def measure(
         found = Measured(arms.answers(lambda name, told: progress(ready(name, told))))
         if wrong := wrong_states(found.arms, job.layers):
             raise ArmError("; ".join(wrong), "")
-        warm_up(arms, job, progress)
+        timed = warm_up(arms, job.lengths, job.streams, progress)
         ran = [r for r in arms.ask("fused", {"do": "report"})["roles"] if r["role"] == "main"]
         if ran[0]["fused_layers"] != list(job.layers):
             raise ArmError(f"fused arm: layers {ran[0]['fused_layers']} ran, {list(job.layers)} should", "")
@@ -143,7 +112,7 @@ def measure(
             if time.monotonic() - begun > job.seconds:
                 progress(f"{job.seconds:.0f} s are over: {number} of {job.rounds} rounds")
                 break
-            found.readings += take_round(arms, job, number)
+            found.readings += take_round(arms, job.lengths, job.streams, timed, number)
             write_raw(raw, job, found)
             progress(f"round {number + 1} of {job.rounds}: {in_short(found.readings, number)}")
         found.reports = arms.ask_all({"do": "report"})
@@ -157,49 +126,6 @@ def ready(name: str, told: Answer) -> str:
     """What an arm says of itself at its start, in short."""
     state = "fused" if told["roles"] else "stock"
     return f"{name}: {state}, ready after {told['start_seconds']:.0f} s"
-
-
-def warm_up(arms: LiveArms, job: Job, progress: Progress) -> None:
-    """Each arm decodes every number of streams once with both lengths, all arms at a time."""
-    for streams in job.streams:
-        progress(f"warming up: {streams} streams")
-        for tokens in (job.lengths.short, job.lengths.long_for(streams)):
-            arms.ask_all({"do": "decode", "streams": streams, "tokens": tokens})
-
-
-def take_round(arms: LiveArms, job: Job, number: int) -> list[Reading]:
-    """A reading of each arm for each number of streams, one arm at a time."""
-    return [
-        {"round": number, "streams": streams, "arm": name, **take_reading(arms, job.lengths, streams, name)}
-        for streams in job.streams
-        for name in ORDERS[number % len(ORDERS)]
-    ]
-
-
-def take_reading(arms: LiveArms, lengths: Lengths, streams: int, name: str) -> Reading:
-    """What one arm takes for a step of so many streams, the prompts left out.
-
-    Where the engine tells when its steps ended, the last ones of a long answer are timed. Otherwise a step is
-    the slope between a short and a long answer, whose prompts take what they take twice.
-    """
-    steps = lengths.long_for(streams) - lengths.short
-
-    def answers(tokens: int) -> list[Answer]:
-        question = {"do": "decode", "streams": streams, "tokens": tokens, "tail": steps}
-        return [arms.ask(name, question) for _ in range(lengths.repeats_for(streams))]
-
-    answered = answers(lengths.long_for(streams))
-    tail, long = ([answer[key] for answer in answered] for key in ("tail", "seconds"))
-    short = [answer["seconds"] for answer in answers(lengths.short)] if None in tail else []
-    taken = statistics.median(long) - statistics.median(short) if short else statistics.median(tail)
-    return {
-        "short": short,
-        "long": long,
-        "tail": tail,
-        "held_up": [answer["held_up"] for answer in answered],
-        "ms": taken / steps * 1e3,
-        "different_tokens": min(answer["different_tokens"] for answer in answered),
-    }
 
 
 def rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:

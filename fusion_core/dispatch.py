@@ -61,7 +61,8 @@ def always(mode: Mode, source: str) -> ModePlan:
 class ModeCounter:
     """Calls of fused layers in this process, by layer and mode.
 
-    A captured graph calls no Python when it runs; so what was called while one was captured is kept apart.
+    A captured graph calls no Python when it runs; so what was called while one was captured is kept apart. Of
+    graphs that an engine captures to measure them, and gives up, nothing tells here: they count as well.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ class ModeCounter:
         self._captured: Counter[tuple[int, Mode]] = Counter()
 
     def add(self, layer: int, mode: Mode, captured: bool = False) -> None:
-        """Count one forward call of ``layer``; ``captured``: into a graph that can run later."""
+        """Count one forward call of ``layer``; ``captured``: into a graph."""
         self._calls[layer, mode] += 1
         if captured:
             self._captured[layer, mode] += 1

@@ -9,6 +9,7 @@ scheduler, a process that SGLang spawns and that runs this module too.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -106,16 +107,15 @@ class Engine(decoding.Engine):
         had, last = [0] * len(prompts), [0] * len(prompts)
         self.ended.clear()
         for out in self.engine.generate(input_ids=prompts, sampling_params=params, stream=True):
-            had[out["index"]], last[out["index"]] = (
-                out["meta_info"]["completion_tokens"],
-                out["output_ids"][-1],
-            )
-            self.ended.setdefault(min(had), time.perf_counter())
+            now, stream = time.perf_counter(), out["index"]
+            had[stream], last[stream] = out["meta_info"]["completion_tokens"], out["output_ids"][-1]
+            # What the first stream took alone counts for nothing.
+            self.ended.setdefault(max(had), now if all(had) else math.nan)
         return last
 
     def reached(self) -> dict[int, float]:
         """See `decoding.Engine`."""
-        return {tokens: when for tokens, when in self.ended.items() if tokens}
+        return {tokens: when for tokens, when in self.ended.items() if not math.isnan(when)}
 
     def report(self) -> dict[str, Any]:
         """See `decoding.Engine`."""

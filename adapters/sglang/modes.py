@@ -46,7 +46,7 @@ class BlockModes:
         if torch.compiler.is_compiling() or execution.router.closed:
             return True
         mode = execution.forced or execution.plan.mode_of(hidden_states.shape[0])
-        # The control of `verify` needs a forward that knows it.
+        # Where the control of `verify` is with the router, it needs a forward that asks that.
         return mode == "fused" and execution.router.control_factor == 1.0
 
     def note_left(self) -> None:

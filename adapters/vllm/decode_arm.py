@@ -53,12 +53,16 @@ class Engine(decoding.Engine):
             raise FsePatchError("--end-to-end measures one process with a model: no tensor_parallel_size")
         self.opened = opened[0]
         self.ended: list[float] = []
+        # Steps up to the one in which the first answer was complete: `LLM` asks for whole answers alone.
+        self.together = 0
         self.tokens = 0
         step = self.llm.llm_engine.step
 
         def noted() -> Any:
             outputs = step()
             self.ended.append(time.perf_counter())
+            if outputs and not self.together:
+                self.together = len(self.ended)
             return outputs
 
         self.llm.llm_engine.step = noted
@@ -84,7 +88,7 @@ class Engine(decoding.Engine):
         from vllm import SamplingParams
 
         self.ended.clear()
-        self.tokens = tokens
+        self.together, self.tokens = 0, tokens
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self.llm.generate(asked, params, use_tqdm=False)
@@ -96,9 +100,9 @@ class Engine(decoding.Engine):
         return [out.outputs[0].token_ids[-1] for out in outputs]
 
     def reached(self) -> dict[int, float]:
-        """See `decoding.Engine`. The last step brought the last token, and each before it one."""
-        last = range(max(1, self.tokens - len(self.ended) + 1), self.tokens + 1)
-        return {tokens: self.ended[tokens - self.tokens - 1] for tokens in last}
+        """See `decoding.Engine`. Each step up to the last one of the first answer brought it a token."""
+        ended = self.ended[: self.together][-self.tokens :]
+        return dict(enumerate(ended, self.tokens - len(ended) + 1))
 
     def report(self) -> dict[str, Any]:
         """See `decoding.Engine`."""

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from fse_patch import end_to_end, live_arms
+from fse_patch import end_to_end, live_arms, readings
 from fse_patch.adapters import decoding, guards
 from fse_patch.cli import app
 from fse_patch.cli import verify as cli_verify
@@ -37,7 +37,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(tmp_path: Path, **changed: Any) -> end_to_end.Job:
     script = {"ms": MS, "prompt": 7.0, "notes": str(tmp_path / "notes"), **changed.pop("script", {})}
-    given = {"streams": (1, 4), "rounds": 6, "limit": 30.0, "lengths": end_to_end.Lengths(repeats=1)}
+    given = {"streams": (1, 4), "rounds": 6, "limit": 30.0, "lengths": readings.Lengths(repeats=1)}
     given |= {"engine_args": script, **changed}
     return end_to_end.Job(tmp_path, "vllm", tuple(LAYERS), 1000, **given)
 
@@ -100,14 +100,14 @@ def test_arms_work_in_turn_and_none_always_follows_the_same(tmp_path: Path) -> N
 
 
 def test_many_streams_take_a_shorter_answer() -> None:
-    lengths = end_to_end.Lengths()
+    lengths = readings.Lengths()
     assert [lengths.long_for(streams) for streams in (1, 16, 17, 64)] == [289, 289, 161, 161]
 
 
 def test_what_holds_a_host_up_once_is_not_in_a_reading_of_few_streams(tmp_path: Path) -> None:
     script = {"hiccup": 0.5}
     for repeats, close in ((3, True), (1, False)):
-        lengths = end_to_end.Lengths(repeats=repeats, short_steps=1)
+        lengths = readings.Lengths(repeats=repeats, short_steps=1)
         found = end_to_end.measure(job(tmp_path, rounds=1, script=script, lengths=lengths))
         assert {r["streams"]: len(r["long"]) for r in found.readings} == {1: repeats, 4: 1}
         one = [r["ms"] for r in found.readings if (r["streams"], r["arm"]) == (1, "stock")]

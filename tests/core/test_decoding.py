@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from fse_patch import end_to_end
+from fse_patch import end_to_end, readings
 from fse_patch.adapters import decoding, drawing
+from fse_patch.adapters.sglang import decode_arm as sglang_arm
 from fse_patch.adapters.shared_sets import SharedSets
+from fse_patch.adapters.vllm import decode_arm
 from fse_patch.errors import FsePatchError
-from fse_patch.live_arms import LiveArms
+from fse_patch.live_arms import ArmError, LiveArms
 
 
 class Slow(decoding.Engine):
@@ -56,22 +59,64 @@ class Alone:
         self.asked.append(question["tokens"])
         return decoding.decode(self.engine, 1000, question["streams"], question["tokens"], question["tail"])
 
+    def ask_all(self, question: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"stock": self.ask("stock", question)}
+
 
 @pytest.mark.parametrize("tells", [True, False])
 def test_milliseconds_a_step_have_no_prompt_in_them(monkeypatch: pytest.MonkeyPatch, tells: bool) -> None:
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: Slow.now)
-    lengths = end_to_end.Lengths()
-    for streams in end_to_end.STREAMS:
-        arms = Alone(Slow({"tells": tells}))
-        reading = end_to_end.take_reading(cast(LiveArms, arms), lengths, streams, "stock")
-        assert reading["ms"] == pytest.approx(2.0 * streams)
-        assert reading["different_tokens"] == min(streams, 3)
-        repeats, long = lengths.repeats_for(streams), lengths.long_for(streams)
+    lengths, streams = readings.Lengths(), end_to_end.STREAMS
+    for number in streams:
+        alone = Alone(Slow({"tells": tells}))
+        arms = cast(LiveArms, alone)
+        timed = readings.warm_up(arms, lengths, (number,), lambda _: None)
+        assert timed == ({number} if tells else set())
+        alone.asked.clear()
+        reading = readings.take_reading(arms, lengths, number, number in timed, "stock")
+        assert reading["ms"] == pytest.approx(2.0 * number)
+        assert reading["different_tokens"] == min(number, 3)
+        repeats, long = lengths.repeats_for(number), lengths.long_for(number)
         # A short answer is asked for only where it is needed.
-        assert arms.asked == [long] * repeats + [lengths.short] * (0 if tells else repeats)
+        assert alone.asked == [long] * repeats + [lengths.short] * (0 if tells else repeats)
         # The control: a whole answer has its prompt in it.
-        assert reading["long"][0] / long * 1e3 > 1.1 * reading["ms"] or streams == 64
+        assert reading["long"][0] / long * 1e3 > 1.1 * reading["ms"] or number == 64
     assert len({tuple(prompt) for prompt in decoding.prompts(64, 1000)}) == 64
+
+
+def test_an_arm_that_tells_no_more_when_its_steps_began_ends_the_run() -> None:
+    alone, lengths = Alone(Slow({"tells": True})), readings.Lengths(repeats=1)
+    arms, ask = cast(LiveArms, alone), alone.ask
+    lost = iter([True, False, True, True, True])
+
+    def forgetful(name: str, question: dict[str, Any]) -> dict[str, Any]:
+        return {**ask(name, question), **({"tail": None} if next(lost) else {})}
+
+    alone.ask = forgetful  # type: ignore[method-assign]
+    # Once lost, it is asked again: no slope stands beside the other arms' tails.
+    assert not readings.take_reading(arms, lengths, 1, True, "fused")["short"]
+    with pytest.raises(ArmError, match=r"fused arm: does not tell any more when the last 256 steps began"):
+        readings.take_reading(arms, lengths, 1, True, "fused")
+
+
+def test_vllm_counts_steps_back_from_the_end_of_the_first_answer() -> None:
+    engine = object.__new__(decode_arm.Engine)
+    # Prompts took two steps, and the second stream came two steps after the first.
+    engine.tokens, engine.ended, engine.together = 3, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0], 4
+    assert engine.reached() == {1: 2.0, 2: 4.0, 3: 8.0}
+    engine.tokens = 9
+    assert engine.reached() == {6: 1.0, 7: 2.0, 8: 4.0, 9: 8.0}
+
+
+def test_sglang_notes_what_its_first_stream_had_when_all_ran() -> None:
+    engine = object.__new__(sglang_arm.Engine)
+    engine.ended = {}
+    chunks = [(0, 1), (0, 33), (1, 1), (0, 65), (1, 33), (0, 97), (1, 97)]
+    told = [{"index": index, "meta_info": {"completion_tokens": n}, "output_ids": [n]} for index, n in chunks]
+    engine.engine = SimpleNamespace(generate=lambda **_: told)
+    assert engine.generate([[1], [2]], 97) == [97, 97]
+    # With 33 tokens the first stream ran alone.
+    assert list(engine.reached()) == [65, 97]
 
 
 def test_steps_that_were_not_told_are_not_timed() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fse_patch import end_to_end
+from fse_patch import end_to_end, readings
 from fse_patch.fusion_core.decide import decide_roles
 from fse_patch.live_arms import ARMS
 
@@ -30,7 +30,7 @@ def test_three_live_engines_share_sets_of_experts(tmp_path: Path) -> None:
         sets=1,
         engine_args={"dtype": "float32"},
         limit=240.0,
-        lengths=end_to_end.Lengths(33, 65, 65, 2, repeats=1),
+        lengths=readings.Lengths(33, 65, 65, 2, repeats=1),
     )
     found = end_to_end.measure(job, os.environ, raw=tmp_path / "raw.json")
     assert [(row["streams"], row["rounds"]) for row in end_to_end.rows(found.readings)] == [(1, 2), (2, 2)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fse_patch import end_to_end
+from fse_patch import end_to_end, readings
 from fse_patch.fusion_core.decide import decide_roles
 from fse_patch.live_arms import ARMS, ArmError
 
@@ -32,7 +32,7 @@ def job(folder: Path, **changed: Any) -> end_to_end.Job:
         "rounds": 2,
         "engine_args": ARGUMENTS,
         "limit": 240.0,
-        "lengths": end_to_end.Lengths(3, 7, 7, 2),
+        "lengths": readings.Lengths(3, 7, 7, 2),
         **changed,
     }
     return end_to_end.Job(folder, "vllm", layers, VOCAB, **given)
@@ -70,6 +70,6 @@ def test_a_fused_arm_that_stays_stock_ends_the_run(checkpoints: Checkpoints, tmp
 def test_streams_that_wait_for_each_other_end_the_run(checkpoints: Checkpoints) -> None:
     # What fits the cache one after the other is no measurement of two streams.
     alone = {**ARGUMENTS, "max_num_seqs": 1}
-    long = end_to_end.Lengths(3, 40, 40, 2)
+    long = readings.Lengths(3, 40, 40, 2)
     with pytest.raises(ArmError, match=r"2 streams of 40 tokens took \d+ steps"):
         end_to_end.measure(job(checkpoints.path("qwen2_moe"), streams=(2,), engine_args=alone, lengths=long))
