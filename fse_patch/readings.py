@@ -90,10 +90,7 @@ def take_reading(arms: LiveArms, lengths: Lengths, streams: int, timed: bool, na
 
     def answers(tokens: int) -> list[Answer]:
         asked = _question(lengths, streams, tokens)
-        return [
-            _answer(arms, name, asked, timed and tokens > lengths.short)
-            for _ in range(lengths.repeats_for(streams))
-        ]
+        return [_answer(arms, name, asked, timed) for _ in range(lengths.repeats_for(streams))]
 
     answered = answers(lengths.long_for(streams))
     long = [answer["seconds"] for answer in answered]
