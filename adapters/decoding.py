@@ -72,7 +72,7 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def decode(engine: Engine, vocab: int, streams: int, tokens: int, tail: int = 0) -> dict[str, Any]:
+def decode(engine: Engine, vocab: int, streams: int, tokens: int, tail: int) -> dict[str, Any]:
     """Seconds of one call and of its last ``tail`` steps, `held_up`, and how many streams ended differently.
 
     Streams that have come to the same tokens choose the same experts. ``tail`` is None where the engine did
@@ -133,7 +133,6 @@ def serve(request: Path, open_engine: Callable[[Request], Engine]) -> None:
 def _answer(parent: Connection, engine: Engine, vocab: int) -> None:
     while (question := parent.recv())["do"] != "end":
         if question["do"] == "decode":
-            asked = (question["streams"], question["tokens"], question.get("tail", 0))
-            parent.send(decode(engine, vocab, *asked))
+            parent.send(decode(engine, vocab, question["streams"], question["tokens"], question["tail"]))
         else:
             parent.send(engine.report())

@@ -21,6 +21,7 @@ from .fusion_core.measure import capture, floor_seconds, in_turn, is_quiet, rati
 from .fusion_core.policy_file import load_policy
 from .fusion_core.routing import append_shared_slots, route
 from .settings import ENGINES
+from .verify import Progress
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # A row in which stock was not equal to itself is measured again.
@@ -33,7 +34,6 @@ SEEDS, ERROR_TOKENS, DRAWN = 5, 8, 256
 # Margin of a choice of experts that rounding of the logits does not change, in units of their size.
 CLEAR = 0.005
 CONTROL = 0.5
-Progress = Callable[[str], None]
 # Where an engine's blocks are built, as a class `Pair`: stock, fused, fusion, situation, forward_context.
 PAIRS = {engine: f"fse_patch.adapters.{engine}.block" for engine in ENGINES}
 Pair = Any

@@ -17,7 +17,8 @@ from .adapters.decoding import PROMPT
 from .errors import FsePatchError
 from .fusion_core.measure import is_quiet, ratio
 from .live_arms import ARMS, Answer, ArmError, LiveArms, wrong_states
-from .readings import Lengths, Progress, Reading, take_round, warm_up
+from .readings import Lengths, Reading, take_round, warm_up
+from .verify import Progress
 
 STREAMS = (1, 2, 4, 8, 16, 64)
 

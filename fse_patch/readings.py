@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
 from .live_arms import ARMS, Answer, ArmError, LiveArms
+from .verify import Progress
 
 # None always follows the same one.
 ORDERS = tuple(permutations(ARMS))
 TRIES = 3  # answers to one question, until one tells when its steps began
-Progress = Callable[[str], None]
 Reading = dict[str, Any]
 
 

@@ -65,7 +65,7 @@ def main(request: Path) -> None:
             parent.send(
                 {
                     "seconds": seconds,
-                    "tail": step * question["tail"] if script.get("steps") and "tail" in question else None,
+                    "tail": step * question["tail"] if script.get("steps") else None,
                     "held_up": script.get("hiccup", 0.0),
                     "different_tokens": question["streams"],
                 }

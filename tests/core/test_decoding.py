@@ -123,7 +123,7 @@ def test_steps_that_were_not_told_are_not_timed() -> None:
     engine = Slow({"tells": True})
     assert decoding.decode(engine, 1000, 1, 5, 4)["tail"] == pytest.approx(0.008)
     assert decoding.decode(engine, 1000, 1, 5, 5)["tail"] is None
-    assert decoding.decode(engine, 1000, 1, 5)["tail"] is None
+    assert decoding.decode(engine, 1000, 1, 5, 0)["tail"] is None
 
 
 def made(first: str) -> torch.nn.Module:
