@@ -64,7 +64,6 @@ SGLANG_ALL_GRAPHS = {
 }
 FP8 = "fp8"
 FP8_ENV = {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "FSE_PATCH_ALLOW_UNPROVEN": "1"}
-PLAIN_SCALES = {"VLLM_USE_DEEP_GEMM_E8M0": "0"}
 LIMIT = 560.0
 
 
@@ -85,10 +84,10 @@ class Group:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def fp8(choice: Mapping[str, Any], env: Mapping[str, str]) -> Group:
+def fp8(choice: Mapping[str, Any]) -> Group:
     """The FP8 checkpoint in vLLM."""
     arguments = {**VLLM, **GDN, "kv_cache_memory_bytes": 2 << 30}
-    return Group({"qwen3_next": (FP8, arguments)}, "triton+deepgemm", choice, "fp8-block 128x128", env)
+    return Group({"qwen3_next": (FP8, arguments)}, "triton+deepgemm", choice, "fp8-block 128x128", FP8_ENV)
 
 
 GROUPS: dict[str, dict[str, Group]] = {
@@ -109,10 +108,8 @@ GROUPS: dict[str, dict[str, Group]] = {
                 "glm4_graphs_of_steps": ("glm4_moe_scale", {**VLLM, **GRAPHS}),
             }
         ),
-        "fp8": fp8(SMALL_AND_SPLIT, FP8_ENV),
-        "fp8_fused": fp8(ONLY_FUSED, FP8_ENV),
-        "fp8_plain_scales": fp8(SMALL_AND_SPLIT, {**FP8_ENV, **PLAIN_SCALES}),
-        "fp8_fused_plain_scales": fp8(ONLY_FUSED, {**FP8_ENV, **PLAIN_SCALES}),
+        "fp8": fp8(SMALL_AND_SPLIT),
+        "fp8_fused": fp8(ONLY_FUSED),
     },
     "sglang": {
         "ours": Group(

@@ -228,6 +228,8 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     return {
         **report,
         "dtype": stock["dtype"],
+        # What both arms ran with, and the user's engine may not.
+        "environment": stock.get("environment", {}),
         "worker_pids": [worker["pid"] for worker in fused["workers"]],
         "fused_layers": sorted({layer for role in main for layer in role["fused_layers"]}),
         "calls_by_mode": main[0]["calls_by_mode"] if main else {},

@@ -9,7 +9,9 @@ code that runs is the same.
 from __future__ import annotations
 
 import gc
+import os
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,24 @@ DEFAULTS: dict[str, Any] = {
     "enable_prefix_caching": False,
     "worker_extension_cls": EXTENSION,
 }
+ROUND_SCALES = "VLLM_USE_DEEP_GEMM_E8M0"
+
+
+def keep_scales(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """Let both arms compute with the scales of the checkpoint, unless the user has said how.
+
+    On Hopper, vLLM by default rounds the scales of dense FP8 layers to powers of two, and their weights anew:
+    of stock's shared expert, but of no expert. The arms would differ by that, and not by what fuses them.
+
+    Returns:
+        What was set.
+    """
+    from vllm.platforms import current_platform
+
+    if ROUND_SCALES in environment or not current_platform.is_device_capability(90):
+        return {}
+    environment[ROUND_SCALES] = "0"
+    return {ROUND_SCALES: "0"}
 
 
 def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) -> dict[str, Any]:
@@ -98,8 +118,9 @@ def shut_down(llm: Any) -> None:
 
 
 def main(request: Path, result: Path) -> None:
-    """Run all jobs."""
-    run_jobs(request, result, run_job)
+    """Run all jobs; each result also has ``environment``, what `keep_scales` set."""
+    changed = keep_scales(os.environ)
+    run_jobs(request, result, lambda job: {**run_job(job), "environment": changed})
 
 
 if __name__ == "__main__":

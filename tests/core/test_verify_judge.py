@@ -67,12 +67,19 @@ def test_a_run_that_is_right_passes() -> None:
     assert report["calls_by_mode"] == {"fused": 14}
     assert report["captured_by_mode"] == {"fused": 2}
     assert report["slots_loaded"] == 4
+    assert report["environment"] == {}
     assert report["tokens"] == 5
     assert report["greedy_tokens_equal"] is True
     assert report["answer_tokens"] == 2
     assert report["mean_abs_answer_diff"] == pytest.approx(1e-6)
     assert report["mean_abs_logprob_diff"] == pytest.approx(1e-6)
     assert report["control_diff"] == pytest.approx(0.010001)
+
+
+def test_a_report_says_what_both_arms_ran_with() -> None:
+    changed = {"A_VARIABLE": "0"}
+    report = judge(job(), {**arm(False), "environment": changed}, arm(True))
+    assert report["environment"] == changed
 
 
 def test_a_draft_that_is_right_passes() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fse_patch.adapters.vllm import arm
+
 from ..running import timeless
 from . import cases
 from .conftest import Runs
@@ -97,3 +99,29 @@ def test_a_refused_checkpoint_is_bit_identical_to_stock(runs: Runs, case: Case) 
     assert pair.fused[case.name]["logprobs"] == pair.stock[plain]["logprobs"]
     # The control: fused and stock are not bit-identical, so the comparison could have failed.
     assert pair.fused[plain]["logprobs"] != pair.stock[plain]["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "said", "changed", "then"),
+    [
+        (90, {}, {arm.ROUND_SCALES: "0"}, {arm.ROUND_SCALES: "0"}),
+        (90, {arm.ROUND_SCALES: "1"}, {}, {arm.ROUND_SCALES: "1"}),
+        # Its kernels need rounded scales.
+        (100, {}, {}, {}),
+        (None, {}, {}, {}),
+    ],
+)
+def test_scales_are_kept_on_hopper_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int | None,
+    said: dict[str, str],
+    changed: dict[str, str],
+    then: dict[str, str],
+) -> None:
+    from vllm import platforms
+
+    there = None if capability is None else platforms.interface.DeviceCapability(*divmod(capability, 10))
+    platform = type(platforms.current_platform)
+    monkeypatch.setattr(platform, "get_device_capability", classmethod(lambda cls, device_id=0: there))
+    assert arm.keep_scales(said) == changed
+    assert said == then
