@@ -35,6 +35,8 @@ from fse_patch.fusion_core.tuned import Situation
 CHUNK = 128
 # Prompts too run by the mode of few tokens.
 FEW = 16
+# Graphs of prompts: one for each mode, 58 tokens padded to the second.
+PROMPT_GRAPHS = [FEW, 64, CHUNK]
 THREE_MODES = {
     "steps": [{"up_to": 16, "mode": "small"}, {"up_to": 80, "mode": "fused"}],
     "otherwise": "split",
@@ -44,6 +46,10 @@ SMALL_AND_SPLIT = {"steps": [{"up_to": 16, "mode": "small"}], "otherwise": "spli
 VLLM = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, "max_num_batched_tokens": CHUNK}
 GDN = {"gdn_prefill_backend": "triton"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, FEW]}}
+ALL_GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, *PROMPT_GRAPHS]},
+}
 SGLANG = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
@@ -56,11 +62,11 @@ SGLANG_GRAPHS = {
     "cuda_graph_bs_decode": [1, 2, 4],
     "cuda_graph_max_bs_decode": 4,
 }
-# As SGLang has it by default: prompts run in graphs too, here of few tokens and of more.
+# As SGLang has it by default: prompts run in graphs too.
 SGLANG_ALL_GRAPHS = {
     **SGLANG_GRAPHS,
     "disable_prefill_cuda_graph": False,
-    "cuda_graph_bs_prefill": [FEW, CHUNK],
+    "cuda_graph_bs_prefill": PROMPT_GRAPHS,
 }
 FP8 = "fp8"
 FP8_ENV = {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "FSE_PATCH_ALLOW_UNPROVEN": "1"}
@@ -106,6 +112,12 @@ GROUPS: dict[str, dict[str, Group]] = {
                 "qwen3_next": ("qwen3_next", {**VLLM, **GDN, "max_num_batched_tokens": FEW}),
                 "glm4_graphs": ("glm4_moe_scale", {**VLLM, **GRAPHS, "max_num_batched_tokens": FEW}),
                 "glm4_graphs_of_steps": ("glm4_moe_scale", {**VLLM, **GRAPHS}),
+            }
+        ),
+        "graphs": Group(
+            {
+                "qwen3_next": ("qwen3_next", {**VLLM, **GDN, **ALL_GRAPHS}),
+                "glm4": ("glm4_moe_scale", {**VLLM, **ALL_GRAPHS}),
             }
         ),
         "fp8": fp8(SMALL_AND_SPLIT),

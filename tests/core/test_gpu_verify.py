@@ -43,6 +43,7 @@ def test_a_table_leads_to_the_modes_of_its_group(tmp_path: Path, engine: str, na
         assert [plan.mode_of(n) for n in (gpu_verify.CHUNK, prompts - gpu_verify.CHUNK, 4)] == [
             "split", "fused", "small",
         ]  # fmt: skip
+        assert [plan.mode_of(n) for n in gpu_verify.PROMPT_GRAPHS] == ["small", "fused", "split"]
     # The control: another device has no plan.
     assert plan_for(replace(here, device="Another"), "cuda", file, places=()) is None
 
