@@ -40,7 +40,9 @@ def keep_scales(environment: MutableMapping[str, str]) -> dict[str, str]:
     """
     from vllm.platforms import current_platform
 
-    if ROUND_SCALES in environment or not current_platform.is_device_capability(90):
+    # AMD has devices of this number too.
+    on_hopper = current_platform.is_cuda() and current_platform.is_device_capability(90)
+    if ROUND_SCALES in environment or not on_hopper:
         return {}
     environment[ROUND_SCALES] = "0"
     return {ROUND_SCALES: "0"}

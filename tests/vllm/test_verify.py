@@ -102,17 +102,19 @@ def test_a_refused_checkpoint_is_bit_identical_to_stock(runs: Runs, case: Case) 
 
 
 @pytest.mark.parametrize(
-    ("capability", "said", "changed", "then"),
+    ("cuda", "capability", "said", "changed", "then"),
     [
-        (90, {}, {arm.ROUND_SCALES: "0"}, {arm.ROUND_SCALES: "0"}),
-        (90, {arm.ROUND_SCALES: "1"}, {}, {arm.ROUND_SCALES: "1"}),
+        (True, 90, {}, {arm.ROUND_SCALES: "0"}, {arm.ROUND_SCALES: "0"}),
+        (True, 90, {arm.ROUND_SCALES: "1"}, {}, {arm.ROUND_SCALES: "1"}),
         # Its kernels need rounded scales.
-        (100, {}, {}, {}),
-        (None, {}, {}, {}),
+        (True, 100, {}, {}, {}),
+        (False, 90, {}, {}, {}),
+        (False, None, {}, {}, {}),
     ],
 )
 def test_scales_are_kept_on_hopper_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
+    cuda: bool,
     capability: int | None,
     said: dict[str, str],
     changed: dict[str, str],
@@ -123,5 +125,6 @@ def test_scales_are_kept_on_hopper_unless_the_user_says_otherwise(
     there = None if capability is None else platforms.interface.DeviceCapability(*divmod(capability, 10))
     platform = type(platforms.current_platform)
     monkeypatch.setattr(platform, "get_device_capability", classmethod(lambda cls, device_id=0: there))
+    monkeypatch.setattr(platform, "is_cuda", lambda self: cuda)
     assert arm.keep_scales(said) == changed
     assert said == then
