@@ -46,10 +46,7 @@ SMALL_AND_SPLIT = {"steps": [{"up_to": 16, "mode": "small"}], "otherwise": "spli
 VLLM = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, "max_num_batched_tokens": CHUNK}
 GDN = {"gdn_prefill_backend": "triton"}
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, FEW]}}
-ALL_GRAPHS = {
-    "enforce_eager": False,
-    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, *PROMPT_GRAPHS]},
-}
+ALL_GRAPHS = {**GRAPHS, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, *PROMPT_GRAPHS]}}
 SGLANG = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from fse_patch.adapters.vllm import arm
@@ -128,3 +131,14 @@ def test_scales_are_kept_on_hopper_unless_the_user_says_otherwise(
     monkeypatch.setattr(platform, "is_cuda", lambda self: cuda)
     assert arm.keep_scales(said) == changed
     assert said == then
+
+
+def test_what_was_set_is_told_with_every_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    request, result = tmp_path / "request.json", tmp_path / "result.json"
+    request.write_text(json.dumps([{"checkpoint": "one"}, {"checkpoint": "two"}]))
+    monkeypatch.setattr(arm, "keep_scales", lambda environment: {"A_VARIABLE": "0"})
+    monkeypatch.setattr(arm, "run_job", lambda job: {"ran": job["checkpoint"]})
+    arm.main(request, result)
+    assert json.loads(result.read_text()) == [
+        {"ran": name, "environment": {"A_VARIABLE": "0"}} for name in ("one", "two")
+    ]
