@@ -124,16 +124,16 @@ def test_shipped_tables_can_be_read_and_name_each_shape_once() -> None:
         ("nvidia_h200_sglang_native.yaml", "triton, fused natively", {"num_routed": 512, "top_k": 10}),
     ],
 )
-def test_sglang_runs_by_a_table_that_is_named(file: str, backend: str, shape: dict[str, Any]) -> None:
+def test_sglang_runs_by_the_table_that_is_shipped(file: str, backend: str, shape: dict[str, Any]) -> None:
     engine = {"engine": "sglang", "release": "0.5.17", "backend": backend, "device": "NVIDIA H200"}
     here = Situation(**{**engine, **PLACE, **shape})
-    table = Path(__file__).parents[2] / "benchmarks" / "tables" / file
-    plan = plan_for(here, "cuda", table, places=())
+    plan = plan_for(here, "cuda", places=())
     assert isinstance(plan, ModePlan)
+    assert plan.source == f"table {file}"
     assert (plan.mode_of(1), plan.mode_of(8192)) == ("small", "split")
-    # The controls: another release, and nothing named.
-    assert plan_for(replace(here, release="0.5.18"), "cuda", table, places=()) is None
-    assert plan_for(here, "cuda", places=()) is None
+    # The controls: another release, device and backend.
+    for other in ({"release": "0.5.18"}, {"device": "NVIDIA H100"}, {"backend": "deep_gemm"}):
+        assert plan_for(replace(here, **other), "cuda", places=()) is None, other
 
 
 class Gate(torch.nn.Module):

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 FILES = {
     "patches/tuned/nvidia_h200_vllm.yaml": "block_h200_vllm_0.26.0.csv",
     "patches/tuned/nvidia_h200_vllm_fp8.yaml": "block_h200_vllm_0.26.0_fp8.csv",
-    "benchmarks/tables/nvidia_h200_sglang.yaml": "block_h200_sglang_0.5.17.csv",
-    "benchmarks/tables/nvidia_h200_sglang_native.yaml": "block_h200_sglang_0.5.17.csv",
+    "patches/tuned/nvidia_h200_sglang.yaml": "block_h200_sglang_0.5.17.csv",
+    "patches/tuned/nvidia_h200_sglang_native.yaml": "block_h200_sglang_0.5.17.csv",
 }
 # Hidden size, width and number of routed experts of what `benchmarks/shapes` names so.
 SHAPES = {
