@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 
-from . import __version__, tuning
-from .adapters import guards, ledger
+from . import __version__, csv_file, tuning
+from .adapters import configs, guards, ledger
 from .errors import FsePatchError, RefusedError
 from .fusion_core.decide import decide_roles
-from .fusion_core.dispatch import Mode
+from .fusion_core.dispatch import MODES, Mode
 from .fusion_core.families import family_of
 from .fusion_core.measure import capture, floor_seconds, in_turn, is_quiet, ratio
 from .fusion_core.policy_file import load_policy
@@ -37,6 +36,11 @@ CONTROL = 0.5
 # Where an engine's blocks are built, as a class `Pair`: stock, fused, fusion, situation, forward_context.
 PAIRS = {engine: f"fse_patch.adapters.{engine}.block" for engine in ENGINES}
 Pair = Any
+# Of a row of `measure`; those of a mode that does not run stay empty.
+COLUMNS = [
+    *("tokens", "stock_us", "again", "valid", "floor_us"),
+    *(f"{mode}_{what}" for mode in MODES for what in ("us", "ratio", "lower")),
+]
 
 
 def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
@@ -141,7 +145,7 @@ def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """A row in words."""
-    modes = [m for m in ("small", "fused", "split") if f"{m}_us" in row]
+    modes = [m for m in MODES if f"{m}_us" in row]
     parts = [f"{m} {row[f'{m}_us']:.1f} ({row[f'{m}_ratio']:.3f}x, >{row[f'{m}_lower']:.3f})" for m in modes]
     quiet = "" if row["valid"] else " NOT QUIET"
     return (
@@ -223,21 +227,37 @@ def versions(engine: str) -> dict[str, str]:
     }
 
 
+def tuned_tables(pair: Pair) -> dict[str, str]:
+    """By which of the engine's tuned tables the grouped GEMM ran, as of `configs.LOOKED_UP`; "": by no such.
+
+    Keys: stock_table, fused_table.
+
+    Raises:
+        FsePatchError: stock has one and fused has none, which is not what the engine would do.
+    """
+    layout = pair.layout
+    stock, fused = (
+        configs.LOOKED_UP.get(experts, "")
+        for experts in (layout.num_experts if pair.native else layout.num_routed, layout.num_experts)
+    )
+    if stock not in ("", configs.NONE) and fused in ("", configs.NONE):
+        raise FsePatchError(f"fused ran without the table of stock ({stock}), unlike a served engine")
+
+    return {"stock_table": stock, "fused_table": fused}
+
+
 def write_csv(path: Path, name: str, pair: Pair, rows: Sequence[dict[str, Any]], commit: str) -> None:
-    """Append the rows of one shape."""
+    """Append the rows of one shape.
+
+    Raises:
+        FsePatchError: the file cannot be written, or has other columns, as those of another engine.
+    """
     head = {
         "shape": name,
         "device": pair.situation.device,
         "backend": pair.situation.backend,
+        **tuned_tables(pair),
         "commit": commit,
+        **versions(pair.situation.engine),
     }
-    held = versions(pair.situation.engine)
-    columns = [*head, *held, *max(rows, key=len)]
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if fresh:
-            writer.writeheader()
-        for row in rows:
-            short = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**head, **held, **short})
+    csv_file.append(path, [*head, *COLUMNS], [{**head, **row} for row in rows])

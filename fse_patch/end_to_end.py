@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import csv_file
 from .adapters.decoding import PROMPT
 from .errors import FsePatchError
 from .fusion_core.measure import is_quiet, ratio
@@ -206,21 +206,8 @@ def write_csv(path: Path, job: Job, found: Measured, measured: Sequence[dict[str
     """Append the rows of one model.
 
     Raises:
-        FsePatchError: the file cannot be written, or has other columns.
+        FsePatchError: the file cannot be written, or has other columns, as those of another engine.
     """
     head = {"model": job.checkpoint.resolve().name, "engine": job.engine, "sets": job.sets, "commit": commit}
     head |= found.versions
-    columns = [*head, *measured[0]]
-    fresh = not path.exists()
-    if not fresh and path.read_text().partition("\n")[0].strip() != ",".join(columns):
-        raise FsePatchError(f"{path}: has other columns; give the rows of each engine a file of their own")
-    try:
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            if fresh:
-                writer.writeheader()
-            for row in measured:
-                short = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-                writer.writerow({**head, **short})
-    except OSError as error:
-        raise FsePatchError(f"{path}: {error.strerror}") from error
+    csv_file.append(path, [*head, *measured[0]], [{**head, **row} for row in measured])

@@ -17,7 +17,7 @@ from ...fusion_core.dispatch import always
 from ...fusion_core.families import family_of
 from ...fusion_core.naming import TensorNaming
 from ..filling import fill
-from ..model_fusion import ACTIVE
+from ..model_fusion import ACTIVE, CONSTRUCTED
 from .block_weights import copy, exact, process
 from .described import described
 from .formats import format_of
@@ -52,6 +52,9 @@ class Pair:
         quant: measure as if the experts were in this format, see `described`; "": as the folder says.
     """
 
+    # Stock's shared expert is an MLP of its own.
+    native = False
+
     def __init__(
         self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16", quant: str = ""
     ) -> None:
@@ -84,6 +87,7 @@ class Pair:
             self.fusion = ModelFusion(decision, TensorNaming(family, len(decision.moe_layers)), folder)
             # Every mode is asked for by name.
             self.fusion.plan = always("fused", "measuring")
+            CONSTRUCTED.add(self.fusion)  # as in the engine, tables for E stand in for those for E+S
             self.stock = [self._build(family.name, layer + 1000) for layer in range(layers)]
             token = ACTIVE.set(self.fusion)
             try:

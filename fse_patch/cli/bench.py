@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FsePatchError
+from ..fusion_core.dispatch import MODES
 from ..settings import ENGINES
 from . import bench_end_to_end as whole
 from .output import print_json
@@ -81,12 +82,14 @@ def command(
         pair = bench.open_pair(checkpoint, engine, layers, quant)
         rows = bench.measure(pair, counts, rounds, say)
         errors = bench.errors(pair)
+    tables = bench.tuned_tables(pair)
     if csv is not None:
         bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "situation": str(pair.situation),
         "versions": bench.versions(engine),
+        **tables,
         "rows": rows,
         "errors": errors,
         "failures": wrong(errors),
@@ -95,6 +98,7 @@ def command(
         print_json(report)
     else:
         print(report["situation"])
+        print(in_words(tables))
         for row in rows:
             print(bench.line(row))
         print("\n".join(report["failures"]) or "numerics: every mode as close to float64 as stock")
@@ -104,12 +108,18 @@ def command(
         raise typer.Exit(1)
 
 
+def in_words(tables: dict[str, str]) -> str:
+    """Which tuned tables were in use."""
+    stock, fused = (tables[key] or "not looked up" for key in ("stock_table", "fused_table"))
+    return f"tuned tables of the grouped GEMM: stock {stock}, fused {fused}"
+
+
 def wrong(errors: dict[str, Any]) -> list[str]:
     """What is too far from float64: a mode more than 1.1 times as far as stock, or a control that is not."""
     stock = max(errors["stock"])
     found = [
         f"{mode}: {max(errors[mode]):.3g} off float64, stock {stock:.3g}"
-        for mode in ("small", "fused", "split")
+        for mode in MODES
         if mode in errors and not max(errors[mode]) <= 1.1 * stock
     ]
     if not min(errors["control"]) > 1.1 * stock:

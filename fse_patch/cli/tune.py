@@ -22,6 +22,7 @@ from .bench import (
     Quant,
     Rounds,
     Tokens,
+    in_words,
     numbers,
     wrong,
 )
@@ -55,6 +56,7 @@ def command(
         if failures := wrong(errors):
             raise AuditError("; ".join(failures))
         rows = bench.measure(pair, counts, rounds, say)
+        say(in_words(bench.tuned_tables(pair)))
     if csv is not None:
         bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
     row = tuning.store(

@@ -86,6 +86,7 @@ def test_the_kernels_table_of_e_stands_in(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         configs, "CONSTRUCTED", [SimpleNamespace(layout=layout, built_here=True) for layout in layouts]
     )
+    monkeypatch.setattr(configs, "LOOKED_UP", {})
     patched = configs.get_moe_configs(original)
     assert patched(513, 512, None, 0, 0) == {1: "tuned for 512"}
     assert asked == [(513, 512, None, 0, 0), (512, 512, None, 0, 0)]
@@ -93,6 +94,9 @@ def test_the_kernels_table_of_e_stands_in(monkeypatch: pytest.MonkeyPatch) -> No
     assert patched(257, 512, None) == {1: "tuned for 257"}
     assert patched(64, 512, None) is None
     assert patched(514, 512, None) is None
+    # What was found is noted.
+    tuned = {513: "E=512,N=512", 257: "E=257,N=512", 64: "none", 514: "none"}
+    assert tuned == configs.LOOKED_UP
 
 
 def test_doctor_names_the_tables(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from fse_patch import bench, tuning
+from fse_patch.adapters import configs
 from fse_patch.cli.app import app
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.dispatch import ModePlan
@@ -100,6 +103,48 @@ def test_a_table_keeps_the_rows_of_other_shapes(tmp_path: Path) -> None:
     assert (str(mine), str(theirs)) == ("small up to 4, split beyond", "split always")
     with pytest.raises(FsePatchError, match="give another file"):
         tuning.store(path, replace(HERE, device="Other"), [row(1, split=1.1)], {}, "test")
+
+
+def pair_of(native: bool = False) -> Any:
+    layout = ExpertLayout(512, 1, 10, 2048, 512)
+    return SimpleNamespace(layout=layout, native=native, situation=HERE)
+
+
+def test_the_tables_in_use_are_those_that_were_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(native: bool, **looked_up: str) -> tuple[str, str]:
+        monkeypatch.setattr(configs, "LOOKED_UP", {int(key[1:]): name for key, name in looked_up.items()})
+        return tuple(bench.tuned_tables(pair_of(native)).values())  # type: ignore[return-value]
+
+    assert found(False, e512="E=512,N=512", e513="E=512,N=512") == ("E=512,N=512",) * 2
+    assert found(False, e512="none", e513="E=513,N=512") == ("none", "E=513,N=512")
+    # Stock has the slots where the engine fuses by itself; other kernels look nothing up.
+    assert found(True, e512="E=512,N=512", e513="none") == ("none", "none")
+    assert found(False) == ("", "")
+    # The control: fused blocks that stand without the table that the engine would give them.
+    with pytest.raises(FsePatchError, match=r"without the table of stock \(E=512,N=512\)"):
+        found(False, e512="E=512,N=512", e513="none")
+
+
+def test_rows_of_many_tokens_have_the_columns_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "versions", lambda engine: {"fse_patch": "0", engine: "1"})
+    monkeypatch.setattr(configs, "LOOKED_UP", {512: "none", 513: "none"})
+    path = tmp_path / "rows.csv"
+    many = [{"tokens": 64, "stock_us": 1.23456, "split_us": 1.0}]
+    bench.write_csv(path, "a", pair_of(), many, "abc")
+    bench.write_csv(path, "b", pair_of(), [{"tokens": 1, "stock_us": 1.0, "small_us": 0.5}], "abc")
+    with path.open(newline="") as file:
+        held = list(csv.DictReader(file))
+    assert [(r["shape"], r["tokens"], r["small_us"], r["split_us"]) for r in held] == [
+        ("a", "64", "", "1.0"),
+        ("b", "1", "0.5", ""),
+    ]
+    assert (held[0]["stock_us"], held[0]["stock_table"], held[0]["fused_table"]) == ("1.2346", "none", "none")
+    before = path.read_text()
+    # The control: a file with other columns is left as it is.
+    monkeypatch.setattr(bench, "versions", lambda engine: {"fse_patch": "0", "sglang": "1"})
+    with pytest.raises(FsePatchError, match="has other columns"):
+        bench.write_csv(path, "b", pair_of(), many, "abc")
+    assert path.read_text() == before
 
 
 def test_ratios() -> None:
