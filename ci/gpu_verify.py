@@ -65,6 +65,7 @@ SGLANG_ALL_GRAPHS = {
     "disable_prefill_cuda_graph": False,
     "cuda_graph_bs_prefill": PROMPT_GRAPHS,
 }
+NATIVE = "triton, fused natively"
 FP8 = "fp8"
 FP8_ENV = {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "FSE_PATCH_ALLOW_UNPROVEN": "1"}
 LIMIT = 560.0
@@ -78,19 +79,22 @@ class Group:
         jobs: name -> (recipe, or `FP8` for the folder that is given, engine arguments).
         backend: who runs the grouped GEMM, in the words of tuned tables.
         choice: the modes by number of tokens.
+        dtype: the engine's; checkpoints are in bfloat16.
     """
 
     jobs: Mapping[str, tuple[str, Mapping[str, Any]]]
     backend: str = "triton"
     choice: Mapping[str, Any] = field(default_factory=lambda: THREE_MODES)
     quant: str = "none"
+    dtype: str = "bfloat16"
     env: Mapping[str, str] = field(default_factory=dict)
 
 
 def fp8(choice: Mapping[str, Any]) -> Group:
     """The FP8 checkpoint in vLLM."""
     arguments = {**VLLM, **GDN, "kv_cache_memory_bytes": 2 << 30}
-    return Group({"qwen3_next": (FP8, arguments)}, "triton+deepgemm", choice, "fp8-block 128x128", FP8_ENV)
+    jobs = {"qwen3_next": (FP8, arguments)}
+    return Group(jobs, "triton+deepgemm", choice, "fp8-block 128x128", env=FP8_ENV)
 
 
 GROUPS: dict[str, dict[str, Group]] = {
@@ -117,6 +121,15 @@ GROUPS: dict[str, dict[str, Group]] = {
                 "glm4": ("glm4_moe_scale", {**VLLM, **ALL_GRAPHS}),
             }
         ),
+        "float16": Group(
+            {
+                "qwen3_next": ("qwen3_next", {**VLLM, **GDN}),
+                # With another routed_scaling_factor than 1 stock itself is wrong (docs/hazards.md).
+                "glm4": ("glm4_moe", VLLM),
+                "qwen2_moe": ("qwen2_moe", VLLM),
+            },
+            dtype="float16",
+        ),
         "fp8": fp8(SMALL_AND_SPLIT),
         "fp8_fused": fp8(ONLY_FUSED),
     },
@@ -137,8 +150,10 @@ GROUPS: dict[str, dict[str, Group]] = {
                 "qwen3_next_few": ("qwen3_next", {**SGLANG, "chunked_prefill_size": FEW}),
                 "glm4": ("glm4_moe_scale", SGLANG),
             },
-            "triton, fused natively",
+            NATIVE,
         ),
+        "float16": Group({"qwen3_5": ("qwen3_5_text", SGLANG)}, dtype="float16"),
+        "float16_native": Group({"glm4": ("glm4_moe_scale", SGLANG)}, NATIVE, dtype="float16"),
     },
 }
 
@@ -158,7 +173,7 @@ def table(
             release=release,
             backend=group.backend,
             device=device,
-            dtype="bfloat16",
+            dtype=group.dtype,
             scoring=decision.routing.scoring,
             gated=decision.shared_weight == SHARED_GATE,
             quant=group.quant,
@@ -176,7 +191,7 @@ def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: 
         folder = folders[recipe]
         vocab = vocab_size(read_json(folder / "config.json"), folder)
         decision = decide_roles(folder, engine)["main"]
-        jobs.append(verify.VerifyJob(folder, (decision,), vocab, "bfloat16", arguments))
+        jobs.append(verify.VerifyJob(folder, (decision,), vocab, group.dtype, arguments))
     release = guards.engine_version(ledger.load(engine)).partition("+")[0]
     decisions = [job.decisions[0] for job in jobs]
     held = table(engine, release, decoding.device(), group, decisions)

@@ -31,7 +31,7 @@ class Runs(running.Runs):
     @property
     def float32(self) -> Pair:
         """With the float32 shim of linear attention, and an arm that can be told to make a fault."""
-        both = [*cases.FLOAT32, *cases.STOCK, *cases.DRAFTS, *cases.ANSWERS]
+        both = [*cases.FLOAT32, *cases.STOCK, *cases.DRAFTS, *cases.ANSWERS, cases.STOCK_IS_WRONG]
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(verify.ARM_MODULES, "vllm", "tests.vllm.fault_arm")
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
