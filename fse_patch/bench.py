@@ -36,6 +36,7 @@ CONTROL = 0.5
 # Where an engine's blocks are built, as a class `Pair`: stock, fused, fusion, situation, forward_context.
 PAIRS = {engine: f"fse_patch.adapters.{engine}.block" for engine in ENGINES}
 Pair = Any
+TABLES = ("stock_table", "fused_table")
 # Of a row of `measure`; those of a mode that does not run stay empty.
 COLUMNS = [
     *("tokens", "stock_us", "again", "valid", "floor_us"),
@@ -230,7 +231,7 @@ def versions(engine: str) -> dict[str, str]:
 def tuned_tables(pair: Pair) -> dict[str, str]:
     """By which of the engine's tuned tables the grouped GEMM ran, as of `configs.LOOKED_UP`; "": by no such.
 
-    Keys: stock_table, fused_table.
+    Keys: `TABLES`.
 
     Raises:
         FsePatchError: stock has one and fused has none, which is not what the engine would do.
@@ -243,7 +244,12 @@ def tuned_tables(pair: Pair) -> dict[str, str]:
     if stock not in ("", configs.NONE) and fused in ("", configs.NONE):
         raise FsePatchError(f"fused ran without the table of stock ({stock}), unlike a served engine")
 
-    return {"stock_table": stock, "fused_table": fused}
+    return dict(zip(TABLES, (stock, fused), strict=True))
+
+
+def csv_columns(engine: str) -> list[str]:
+    """Of what `write_csv` writes."""
+    return ["shape", "device", "backend", *TABLES, "commit", *versions(engine), *COLUMNS]
 
 
 def write_csv(path: Path, name: str, pair: Pair, rows: Sequence[dict[str, Any]], commit: str) -> None:
@@ -260,4 +266,4 @@ def write_csv(path: Path, name: str, pair: Pair, rows: Sequence[dict[str, Any]],
         "commit": commit,
         **versions(pair.situation.engine),
     }
-    csv_file.append(path, [*head, *COLUMNS], [{**head, **row} for row in rows])
+    csv_file.append(path, csv_columns(pair.situation.engine), [{**head, **row} for row in rows])

@@ -10,16 +10,30 @@ from typing import Any
 from .errors import FsePatchError
 
 
+def check(path: Path, columns: Sequence[str]) -> None:
+    """Whether rows can be appended, before they are measured.
+
+    Raises:
+        FsePatchError: there is no such folder, or the file cannot be read or has other columns.
+    """
+    if not path.resolve().parent.is_dir():
+        raise FsePatchError(f"{path}: there is no such folder")
+    try:
+        if path.exists() and path.read_text().partition("\n")[0].strip() != ",".join(columns):
+            raise FsePatchError(f"{path}: has other columns; give another file")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FsePatchError(f"{path}: {error}") from error
+
+
 def append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows; what a row lacks stays empty.
 
     Raises:
-        FsePatchError: the file cannot be written, or has other columns.
+        FsePatchError: as of `check`, or the file cannot be written.
     """
+    check(path, columns)
     try:
         fresh = not path.exists()
-        if not fresh and path.read_text().partition("\n")[0].strip() != ",".join(columns):
-            raise FsePatchError(f"{path}: has other columns; give another file")
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             if fresh:

@@ -21,6 +21,11 @@ from .readings import Lengths, Reading, take_round, warm_up
 from .verify import Progress
 
 STREAMS = (1, 2, 4, 8, 16, 64)
+# Of a row, see `rows`.
+COLUMNS = [
+    *("streams", "rounds", *(f"{name}_ms" for name in ARMS)),
+    *("ratio", "lower", "again", "valid", "different_tokens"),
+]
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,11 @@ def write_raw(path: Path | None, job: Job, found: Measured) -> None:
         raise FsePatchError(f"{path}: {error.strerror}") from error
 
 
+def csv_columns(engine: str) -> list[str]:
+    """Of what `write_csv` writes."""
+    return ["model", "engine", "sets", "commit", "device", "fse_patch", engine, "torch", *COLUMNS]
+
+
 def write_csv(path: Path, job: Job, found: Measured, measured: Sequence[dict[str, Any]], commit: str) -> None:
     """Append the rows of one model.
 
@@ -209,5 +219,5 @@ def write_csv(path: Path, job: Job, found: Measured, measured: Sequence[dict[str
         FsePatchError: the file cannot be written, or has other columns, as those of another engine.
     """
     head = {"model": job.checkpoint.resolve().name, "engine": job.engine, "sets": job.sets, "commit": commit}
-    head |= found.versions
-    csv_file.append(path, [*head, *measured[0]], [{**head, **row} for row in measured])
+    rows = [{**head, **found.versions, **row} for row in measured]
+    csv_file.append(path, csv_columns(job.engine), rows)

@@ -71,7 +71,7 @@ def command(
         files = whole.Files(raw, csv, commit, plot, json)
         whole.run(checkpoint, engine, counted, sets, engine_args, limits, files)
         return
-    from .. import bench
+    from .. import bench, csv_file
     from .. import plot as plots
 
     if plot is not None:
@@ -80,6 +80,8 @@ def command(
     # Engines log to stdout, where the report goes.
     with redirect_stdout(sys.stderr):
         pair = bench.open_pair(checkpoint, engine, layers, quant)
+        if csv is not None:
+            csv_file.check(csv, bench.csv_columns(engine))
         rows = bench.measure(pair, counts, rounds, say)
         errors = bench.errors(pair)
     tables = bench.tuned_tables(pair)

@@ -71,7 +71,7 @@ def run(
         RefusedError: the model does not fuse.
         FsePatchError: bad input, or an arm failed; the end of its log is printed.
     """
-    from .. import end_to_end
+    from .. import csv_file, end_to_end
     from .. import plot as plots
     from ..live_arms import ArmError
 
@@ -80,9 +80,11 @@ def run(
     if out.plot is not None:
         plots.figure_class()
     arguments = parse_engine_args(engine_args)
-    for file in (out.raw, out.csv, out.plot):
+    for file in (out.raw, out.plot):
         if file is not None and not file.resolve().parent.is_dir():
             raise FsePatchError(f"{file}: there is no such folder")
+    if out.csv is not None:
+        csv_file.check(out.csv, end_to_end.csv_columns(engine))
     decisions, _ = decided(checkpoint, engine)
     job = end_to_end.Job(
         checkpoint,

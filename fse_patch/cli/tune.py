@@ -45,12 +45,14 @@ def command(
     """Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a device that is not quiet."""
     import torch
 
-    from .. import bench, tuning
+    from .. import bench, csv_file, tuning
 
     counts = numbers(tokens)
     # Engines log to stdout, where the report goes.
     with redirect_stdout(sys.stderr):
         pair = bench.open_pair(checkpoint, engine, layers, quant)
+        if csv is not None:
+            csv_file.check(csv, bench.csv_columns(engine))
         errors = bench.errors(pair)
         say(f"off float64: {errors}")
         if failures := wrong(errors):

@@ -130,9 +130,10 @@ def test_rows_of_two_engines_have_a_file_each(tmp_path: Path) -> None:
         end_to_end.write_csv(file, job(tmp_path), found, rows, "abc")
     held = file.read_text()
     assert len(held.splitlines()) == 1 + 2 * len(rows)
+    assert list(rows[0]) == end_to_end.COLUMNS
     found.arms["fused"]["versions"] = {"fse_patch": "0", "sglang": "0"}
     with pytest.raises(FsePatchError, match="has other columns"):
-        end_to_end.write_csv(file, job(tmp_path), found, rows, "abc")
+        end_to_end.write_csv(file, replace(job(tmp_path), engine="sglang"), found, rows, "abc")
     assert file.read_text() == held
 
 
@@ -245,9 +246,13 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
         (["--end-to-end", "--streams", "one"], "--streams 'one'"),
         (["--end-to-end", "--engine-args", "[]"], "--engine-args: give a JSON object"),
         (["--end-to-end", "--raw", "/none/a.json"], "there is no such folder"),
+        (["--end-to-end", "--csv", "/none/a.csv"], "there is no such folder"),
+        (["--end-to-end", "--csv", __file__], "has other columns"),
     ],
 )
 def test_bad_input_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, options: list[str], words: str) -> None:
+    # Said before an engine starts.
+    monkeypatch.setattr(end_to_end, "measure", lambda *args, **kwargs: pytest.fail("measured"))
     done = bench(monkeypatch, *options)
     assert isinstance(done.exception, FsePatchError)
     assert words in str(done.exception)

@@ -147,6 +147,31 @@ def test_rows_of_many_tokens_have_the_columns_of_few(tmp_path: Path, monkeypatch
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_a_file_with_other_columns_is_said_before_anything_is_measured(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+
+    def measure(*args: Any) -> Any:
+        measured.append(args)
+        raise FsePatchError("measured")
+
+    monkeypatch.setattr(bench, "open_pair", lambda *args: pair_of())
+    monkeypatch.setattr(bench, "versions", lambda engine: {engine: "1"})
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "errors", lambda pair: {"stock": [0.1], "control": [0.3]})
+    extra = ["--out", str(tmp_path / "t.yaml")] if command == "tune" else []
+    fresh, other = tmp_path / "fresh.csv", tmp_path / "other.csv"
+    other.write_text("shape,tokens\n")
+    for file, words in ((other, "has other columns"), (fresh, "measured")):
+        arguments = [command, str(SHAPES / "qwen3_next_80b"), "--csv", str(file), *extra]
+        result = CliRunner().invoke(app, arguments)
+        assert words in str(result.exception)
+    assert len(measured) == 1
+    assert other.read_text() == "shape,tokens\n"
+
+
 def test_ratios() -> None:
     even = ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0])
     assert (even.median, even.lower) == (1.0, 1.0)
