@@ -33,7 +33,8 @@ SEEDS, ERROR_TOKENS, DRAWN = 5, 8, 256
 # Margin of a choice of experts that rounding of the logits does not change, in units of their size.
 CLEAR = 0.005
 CONTROL = 0.5
-# Where an engine's blocks are built, as a class `Pair`: stock, fused, fusion, situation, forward_context.
+# Where an engine's blocks are built, as a class `Pair`: stock, fused, native (stock has the slots),
+# fusion, situation, forward_context.
 PAIRS = {engine: f"fse_patch.adapters.{engine}.block" for engine in ENGINES}
 Pair = Any
 TABLES = ("stock_table", "fused_table")
@@ -243,7 +244,6 @@ def tuned_tables(pair: Pair) -> dict[str, str]:
     )
     if stock not in ("", configs.NONE) and fused in ("", configs.NONE):
         raise FsePatchError(f"fused ran without the table of stock ({stock}), unlike a served engine")
-
     return dict(zip(TABLES, (stock, fused), strict=True))
 
 

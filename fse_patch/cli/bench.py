@@ -112,7 +112,7 @@ def command(
 
 def in_words(tables: dict[str, str]) -> str:
     """Which tuned tables were in use."""
-    stock, fused = (tables[key] or "not looked up" for key in ("stock_table", "fused_table"))
+    stock, fused = (name or "not looked up" for name in tables.values())
     return f"tuned tables of the grouped GEMM: stock {stock}, fused {fused}"
 
 

@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +132,9 @@ def test_rows_of_two_engines_have_a_file_each(tmp_path: Path) -> None:
     held = file.read_text()
     assert len(held.splitlines()) == 1 + 2 * len(rows)
     assert list(rows[0]) == end_to_end.COLUMNS
+    # What an arm tells has a column each.
+    versions = decoding.versions(SimpleNamespace(__name__="vllm", __version__="1"))
+    assert end_to_end.csv_columns("vllm")[4:] == ["device", *versions, *rows[0]]
     found.arms["fused"]["versions"] = {"fse_patch": "0", "sglang": "0"}
     with pytest.raises(FsePatchError, match="has other columns"):
         end_to_end.write_csv(file, replace(job(tmp_path), engine="sglang"), found, rows, "abc")
