@@ -152,7 +152,12 @@ GROUPS: dict[str, dict[str, Group]] = {
             },
             NATIVE,
         ),
-        "float16": Group({"qwen3_5": ("qwen3_5_text", SGLANG)}, dtype="float16"),
+        # By default SGLang keeps this state in bfloat16, and its kernel does not compile for the two.
+        "float16": Group(
+            {"qwen3_5": ("qwen3_5_text", SGLANG)},
+            dtype="float16",
+            env={"SGLANG_MAMBA_CONV_DTYPE": "float16"},
+        ),
         "float16_native": Group({"glm4": ("glm4_moe_scale", SGLANG)}, NATIVE, dtype="float16"),
     },
 }

@@ -26,6 +26,8 @@ SHAPES = {
     (4096, 1408, 128): "glm4.5_air",
 }
 SGLANG, NATIVE = list(FILES)[2:]
+# Measured, and out of the table: this shape's decode end to end ran with `split` there.
+HELD_BACK = {("patches/tuned/nvidia_h200_vllm.yaml", "qwen3_next_80b"): "fused"}
 SHAPES_OF = {SGLANG: {"qwen3.5_35b"}, NATIVE: {"qwen3_next_80b", "glm4.5_air"}}
 
 
@@ -54,6 +56,10 @@ def test_a_table_is_what_was_measured(file: str) -> None:
         as_stock = split_is_stock(here, "cuda")
         stored = [step.model_dump() for step in row.steps], row.otherwise
         rows = measured(FILES[file], shape_of(row))
+        if held := HELD_BACK.get((file, shape_of(row))):
+            assert tuning.steps(rows, as_stock) != stored, "nothing is held back"
+            for found in rows:
+                found.pop(f"{held}_lower")
         assert tuning.steps(rows, as_stock) == stored, shape_of(row)
         # The control: small mode at one token slower than stock.
         first = min(rows, key=lambda found: int(found["tokens"]))
