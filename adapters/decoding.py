@@ -24,7 +24,7 @@ class Engine(ABC):
 
     Args:
         request: name, checkpoint, engine_args, streams (most of each kind that will be asked for),
-            total_tokens (of all streams at their longest), sets, number (of the arm).
+            total_tokens (of all streams at their longest), sets.
     """
 
     @abstractmethod

@@ -124,9 +124,9 @@ class LiveArms:
         with Listener(str(folder / "s"), "AF_UNIX", len(ARMS), authkey) as listener:
             asked = {**self.request, "address": listener.address, "authkey": authkey.hex()}
             threading.Thread(target=accept, args=(listener, arrived), daemon=True).start()
-            for number, name in enumerate(ARMS):
+            for name in ARMS:
                 file = folder / f"{name}.json"
-                file.write_text(json.dumps({**asked, "name": name, "number": number}))
+                file.write_text(json.dumps({**asked, "name": name}))
                 with self._log(name).open("wb") as sink:
                     self._processes[name] = subprocess.Popen(
                         [sys.executable, "-m", ARM_MODULES[self.engine], str(file)],

@@ -23,7 +23,6 @@ from fse_patch.adapters.sglang import arm, decode_worker
 from fse_patch.adapters.sglang.standalone import free_port
 from fse_patch.errors import FsePatchError
 
-ARMS = 3
 # SGLang tells of an answer when it has one token more than a multiple of this, and of its end.
 EVERY = 32
 # Tokens of the cache beyond those that are asked for.
@@ -59,10 +58,7 @@ def arguments(request: decoding.Request, cuda: bool) -> dict[str, Any]:
     chosen = {**DEFAULTS, **(CUDA_DEFAULTS if cuda else CPU_DEFAULTS)}
     if cuda:
         chosen |= {"cuda_graph_bs_decode": list(streams), "cuda_graph_max_bs_decode": max(streams)}
-    # Arms that start at once must not find the same port free.
-    while (port := free_port()) % ARMS != request["number"]:
-        pass
-    chosen |= {"max_running_requests": max(streams), "nccl_port": port}
+    chosen |= {"max_running_requests": max(streams), "nccl_port": free_port()}
     chosen["max_total_tokens"] = request["total_tokens"] + MORE_TOKENS
     return {**chosen, **request["engine_args"]}
 

@@ -1,0 +1,40 @@
+"""Ports for SGLang: one that was given out is not given out again, though nothing listens on it yet."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from fse_patch.adapters.sglang import standalone
+
+IN_TURN = """
+import random
+random.sample = lambda ports, count: [int(port) for port in {ports}]
+from fse_patch.adapters.sglang.standalone import free_port
+print(free_port())
+"""
+
+
+def test_a_port_is_given_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standalone, "HELD", [])
+    first = standalone.free_port()
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        taken = listening.getsockname()[1]
+        ports = [taken, first, standalone.free_port(), *random.sample(range(20000, 32000), 20)]
+
+        def elsewhere() -> int:
+            code = IN_TURN.format(ports=ports)
+            return int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+
+        # Another process passes over what listens, and over both that this one holds.
+        assert elsewhere() in ports[3:]
+        # The control: no longer held, the first is given out again.
+        standalone.HELD[0].close()
+        assert elsewhere() == first
+        standalone.HELD[1].close()
