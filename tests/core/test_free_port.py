@@ -13,7 +13,7 @@ from fse_patch.adapters.sglang import standalone
 
 IN_TURN = """
 import random
-random.sample = lambda ports, count: [int(port) for port in {ports}]
+random.sample = lambda *_: {ports}
 from fse_patch.adapters.sglang.standalone import free_port
 print(free_port())
 """
