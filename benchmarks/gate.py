@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from fse_patch.fusion_core.kernels.gated_mlp import gated_mlp, reference
-from fse_patch.fusion_core.measure import H200_BYTES_PER_SECOND, capture, in_turn, is_quiet, ratio
+from fse_patch.lab.timing import H200_BYTES_PER_SECOND, capture, in_turn, is_quiet, ratio
 
 HIDDEN = (2048, 4096)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -23,7 +23,7 @@ import torch
 
 import fse_patch
 from fse_patch import __version__, runtime
-from fse_patch.adapters import proving
+from fse_patch.adapters import prove
 
 # What FSE_PATCH_VERIFY says in each arm; None is stock.
 ARMS: dict[str, str | None] = {"stock": None, "fused, verify off": "off", "fused, verify sample": "sample"}
@@ -158,8 +158,8 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    proving.reference = timed("canary: reference", proving.reference)
-    proving.Prover.output = timed("canary: forward", proving.Prover.output)  # type: ignore[method-assign]
+    prove.reference = timed("canary: reference", prove.reference)
+    prove.Prover.output = timed("canary: forward", prove.Prover.output)  # type: ignore[method-assign]
     first = {arm: load(arm, args.checkpoint, args.engine_args) for arm in ARMS}
     print("first round:", json.dumps(first), flush=True)
     rounds = []

@@ -9,7 +9,7 @@ import csv
 import sys
 from pathlib import Path
 
-from fse_patch.plot import plot, plot_streams
+from fse_patch.lab.plots import plot, plot_streams
 
 
 def main(source: Path) -> None:

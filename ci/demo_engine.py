@@ -16,9 +16,9 @@ from pathlib import Path
 from demo import MODELS
 from tiny_checkpoints import make
 
-from fse_patch import verify
-from fse_patch.adapters import guards, ledger
-from fse_patch.fusion_core.decide import decide_roles
+from fse_patch.adapters.patching import guards, ledger
+from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.lab import verify
 
 VOCAB = 256
 # For one arm over all models. Less than the demo allows the engine: then the rows that ended are shown.

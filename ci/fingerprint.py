@@ -16,8 +16,8 @@ from pathlib import Path
 from generated import settle
 from packaging.version import Version
 
-from fse_patch.adapters import guards, ledger
-from fse_patch.adapters.fingerprint import fingerprint
+from fse_patch.adapters.patching import guards, ledger
+from fse_patch.adapters.patching.source import fingerprint
 from fse_patch.errors import FsePatchError
 
 Fingerprints = dict[str, dict[str, str]]

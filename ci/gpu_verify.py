@@ -22,14 +22,14 @@ from typing import Any
 
 import yaml
 
-from fse_patch import tuning, verify
-from fse_patch.adapters import decoding, guards, ledger
-from fse_patch.adapters.planning import SHARED_GATE
+from fse_patch.adapters.patching import guards, ledger
+from fse_patch.adapters.refusals import SHARED_GATE
 from fse_patch.cli.verify import vocab_size
-from fse_patch.fusion_core.decide import decide_roles
-from fse_patch.fusion_core.decision import FusionDecision
-from fse_patch.fusion_core.headers import read_json
-from fse_patch.fusion_core.tuned import Situation
+from fse_patch.fusion_core.checkpoint.headers import read_json
+from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.outcome import FusionDecision
+from fse_patch.fusion_core.forward.tuned import Situation
+from fse_patch.lab import decode_arm, tune, verify
 
 # Prompts of 186 tokens run as 128 and 58, then 4 tokens a step: one run has all three modes.
 CHUNK = 128
@@ -184,7 +184,7 @@ def table(
             quant=group.quant,
         )
         held = asdict(situation)
-        head = {name: held.pop(name) for name in tuning.HEAD}
+        head = {name: held.pop(name) for name in tune.HEAD}
         rows[situation] = {**held, **group.choice}
     return {**head, "versions": {}, "measured": "by hand, to verify every mode", "rows": list(rows.values())}
 
@@ -199,7 +199,7 @@ def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: 
         jobs.append(verify.VerifyJob(folder, (decision,), vocab, group.dtype, arguments))
     release = guards.engine_version(ledger.load(engine)).partition("+")[0]
     decisions = [job.decisions[0] for job in jobs]
-    held = table(engine, release, decoding.device(), group, decisions)
+    held = table(engine, release, decode_arm.device(), group, decisions)
     tuned = out / f"{engine}_{name}.yaml"
     tuned.write_text(yaml.safe_dump(held))
     env = {**os.environ, **group.env, "FSE_PATCH_TUNED": str(tuned)}

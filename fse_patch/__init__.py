@@ -30,9 +30,10 @@ def apply(engine: str, *, strict: bool | None = None, allow_untested: bool | Non
         RefusedError: the engine is not one that the patches were written for.
         FsePatchError: unknown engine, engine not installed, or a patch that failed; nothing is changed.
     """
-    from . import control
 
-    return control.apply(engine, strict=strict, allow_untested=allow_untested)
+    from . import session
+
+    return session.apply(engine, strict=strict, allow_untested=allow_untested)
 
 
 def remove(engine: str) -> None:
@@ -43,9 +44,10 @@ def remove(engine: str) -> None:
     Raises:
         FsePatchError: unknown engine, or a name that could not be put back.
     """
-    from . import control
 
-    control.remove(engine)
+    from . import session
+
+    session.remove(engine)
 
 
 def status() -> dict[str, Any]:
@@ -55,6 +57,7 @@ def status() -> dict[str, Any]:
     (values that were found in the slots as the checkpoint has them) and ``canary``, whose ``state`` is
     "passed", "pending", "off", "not_loaded" or "no_reference".
     """
-    from . import control
 
-    return control.status()
+    from . import session
+
+    return session.status()

@@ -12,13 +12,13 @@ from typing import Any
 
 from packaging.version import Version
 
-from . import __version__, settings
-from .adapters import guards, ledger, tables
+from . import __version__, settings, table_coverage
+from .adapters.patching import guards, ledger
 from .errors import FsePatchError
-from .fusion_core import tuned
-from .fusion_core.families import FAMILIES
-from .fusion_core.native import fusing
-from .fusion_core.policy_file import load_policy
+from .fusion_core.checkpoint.families import FAMILIES
+from .fusion_core.decision.native import fusing
+from .fusion_core.decision.policy_file import load_policy
+from .fusion_core.forward import tuned
 
 # What each engine reads: its group of entry points, and the variable that allows some of them only.
 PLUGINS = {
@@ -43,7 +43,7 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     """
     problems: list[str] = []
     hazards: list[str] = []
-    shapes = tables.KNOWN if checkpoint is None else (tables.shape_of(checkpoint),)
+    shapes = table_coverage.KNOWN if checkpoint is None else (table_coverage.shape_of(checkpoint),)
     effective = _settings(problems, hazards)
     here = _environment()
     engines = [
@@ -54,8 +54,8 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     for engine in engines:
         book = ledger.load(engine["engine"])
         chosen = [patch for patch in book.patches if patch.id in engine["guards"]]
-        shipped = tables.shipped(engine["engine"]) if engine["installed"] else {}
-        engine["tables"] = tables.coverage(engine["engine"], shipped, shapes, chosen)
+        shipped = table_coverage.shipped(engine["engine"]) if engine["installed"] else {}
+        engine["tables"] = table_coverage.coverage(engine["engine"], shipped, shapes, chosen)
         hazards += _lost(engine, here["devices"])
     if not any(engine["installed"] for engine in engines):
         problems.append("no engine is installed here; install fse-patch into the engine's own environment")

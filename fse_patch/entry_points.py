@@ -33,9 +33,9 @@ def _run(engine: str) -> None:
         if engine not in engines_in(os.environ[ENABLE]):
             return
         strict = load().strict
-        from . import control
+        from . import session
 
-        report = control.apply(engine, serving=True)
+        report = session.apply(engine, serving=True)
     except Exception as error:  # also a bug of ours must not leave a server that looks patched
         known = isinstance(error, FsePatchError)
         line = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,8 +10,8 @@ import logging
 import threading
 from typing import Any
 
-from . import __version__, control, runtime
-from .fusion_core.families import family_of
+from . import __version__, runtime, session
+from .fusion_core.checkpoint.families import family_of
 
 log = logging.getLogger("fse_patch")
 _lock = threading.Lock()
@@ -48,7 +48,7 @@ class Metrics:
 
     def update(self) -> None:
         """Bring the metrics up to date; each decision counts once."""
-        for engine, report in control.status().items():
+        for engine, report in session.status().items():
             self.info.labels(__version__, engine, report["engine_version"]).set(1)
             for role in report["roles"]:
                 self.slots.labels(engine, role["role"]).set(role["slots_loaded"])

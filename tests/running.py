@@ -12,8 +12,8 @@ import tiny_checkpoints
 import torch
 from safetensors.torch import load_file, save_file
 
-from fse_patch import verify
-from fse_patch.fusion_core.decide import decide_roles
+from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.lab import verify
 
 VOCAB = 256
 ROOT = Path(__file__).parent.parent

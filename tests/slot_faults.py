@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
-from fse_patch.adapters.model_fusion import ModelFusion
-from fse_patch.fusion_core.remap import Remap, SlotTensor
+from fse_patch.adapters.role import ModelFusion
+from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 
 honest_slots, honest_write = Remap._slots, ModelFusion._write
 

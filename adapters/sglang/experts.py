@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...fusion_core.decision import FusionDecision
+from ...fusion_core.decision.outcome import FusionDecision
 
 if TYPE_CHECKING:
-    from ...fusion_core.execution import TopK  # needs Triton
+    from ...fusion_core.forward.layer import TopK  # needs Triton
 
 
 class Experts:

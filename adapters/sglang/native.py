@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-from ...fusion_core.native import fusing
-from .. import guards, ledger
+from ...fusion_core.decision.native import fusing
+from ..patching import guards, ledger
 
 ENGINE = "sglang"
 # Releases from 0.5.18 on ask this of the class before they build a layer; a text is a no.

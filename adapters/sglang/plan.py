@@ -7,12 +7,12 @@ from typing import Any
 from packaging.version import Version
 
 from ... import settings
-from ...fusion_core.config import UNQUANTISED
-from ...fusion_core.decision import FusionDecision
-from ...fusion_core.dispatch import ModePlan, always
-from ...fusion_core.tuned import Situation, plan_for
-from .. import guards, ledger
-from ..planning import SHARED_GATE, Planned, on_cuda, unmeasured
+from ...fusion_core.checkpoint.config import UNQUANTISED
+from ...fusion_core.decision.outcome import FusionDecision
+from ...fusion_core.forward.plan import ModePlan, always
+from ...fusion_core.forward.tuned import Situation, plan_for
+from ..patching import guards, ledger
+from ..refusals import SHARED_GATE, Planned, on_cuda, unmeasured
 from . import native
 
 # Backends whose experts `Experts.gemm` knows how to call.

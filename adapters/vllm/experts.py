@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from ...fusion_core.execution import TopK  # needs Triton
+    from ...fusion_core.forward.layer import TopK  # needs Triton
 
 
 class Experts:

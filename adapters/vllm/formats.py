@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...fusion_core.config import UNQUANTISED
-from ...fusion_core.decision import FusionDecision
+from ...fusion_core.checkpoint.config import UNQUANTISED
+from ...fusion_core.decision.outcome import FusionDecision
 
 # vLLM's kernels of dense FP8 layers that take a slot of the experts as it lies in memory; a word for each.
 DENSE = {

@@ -1,4 +1,6 @@
-"""What stands for plain products in one of vLLM's layers with FP8 experts."""
+"""What stands for plain products in one of vLLM's layers with FP8 experts.
+DeepGEMM compiles kernels on first use: those of the shared slots before serving, as vLLM does its own.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .role import ModelFusion
+
 if TYPE_CHECKING:
-    from ...fusion_core.execution import TopK
+    from ...fusion_core.forward.layer import TopK
+
+# MERGED adapters/vllm/fp8.py
 
 
 class Slot:
@@ -103,3 +109,23 @@ class Fp8Experts:
         kernel, slot = self.dense[number]
         found: torch.Tensor = kernel.apply_weights(slot, states)
         return found
+
+
+# MERGED adapters/vllm/warm.py
+
+
+def warm_up(fusion: ModelFusion, vllm_config: Any) -> None:
+    """Compile what `split` needs for any number of tokens; vLLM finds only layers that are modules."""
+    execution = next(iter(fusion.executions.values()), None)
+    if execution is None or "split" not in execution.plan.modes:
+        return
+    from vllm import envs
+
+    if not isinstance(execution.quantised, Fp8Experts) or envs.VLLM_DEEP_GEMM_WARMUP == "skip":
+        return
+    from vllm.model_executor.warmup import deep_gemm_warmup as own
+
+    for kernel, slot in execution.quantised.dense:
+        if own._is_deep_gemm_backed_kernel(kernel):
+            tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            own._deepgemm_fp8_gemm_nt_warmup(slot.weight, slot.weight_scale_inv, tokens)

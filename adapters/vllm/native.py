@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...fusion_core.native import fusing
-from .. import guards, ledger, load
+from ...fusion_core.decision.native import fusing
+from .. import load
+from ..patching import guards, ledger
 
 ENGINE = "vllm"
 # On the class `rocm_aiter_ops`. Blocks ask it when they are built; loaders up to 0.28 ask it again.

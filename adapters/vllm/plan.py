@@ -7,10 +7,10 @@ from typing import Any
 from packaging.version import Version
 
 from ... import settings
-from ...fusion_core.decision import FusionDecision
-from ...fusion_core.dispatch import always
-from ...fusion_core.tuned import Situation
-from ..planning import SHARED_GATE, Planned, on_cuda, unmeasured
+from ...fusion_core.decision.outcome import FusionDecision
+from ...fusion_core.forward.plan import always
+from ...fusion_core.forward.tuned import Situation
+from ..refusals import SHARED_GATE, Planned, on_cuda, unmeasured
 from .formats import UNKNOWN, ExpertFormat, dense_word, format_of
 
 # Backends whose experts `Experts.gemm` knows how to call.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...fusion_core.decision import FusionDecision
-from ...fusion_core.native import gets_wrong
-from ..deciding import Refusal, config_difference, proof
-from ..planning import refusal
-from ..quantisation import online
+from ...fusion_core.decision.native import gets_wrong
+from ...fusion_core.decision.outcome import FusionDecision
+from ..refusals import online, refusal
+from ..start import Refusal, config_difference, proof
 from .plan import plan_of
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ...errors import FsePatchError
-from ..model_fusion import ModelFusion
-from .fusion import CONSTRUCTED, constructed
+from ..role import ModelFusion
+from .role import CONSTRUCTED, constructed
 
 SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FsePatchError
-from ..fusion_core.dispatch import MODES
+from ..fusion_core.forward.plan import MODES
 from ..settings import ENGINES
 from . import bench_end_to_end as whole
 from .output import print_json
@@ -71,8 +71,7 @@ def command(
         files = whole.Files(raw, csv, commit, plot, json)
         whole.run(checkpoint, engine, counted, sets, engine_args, limits, files)
         return
-    from .. import bench, csv_file
-    from .. import plot as plots
+    from ..lab import bench, csv_file, plots
 
     if plot is not None:
         plots.figure_class()

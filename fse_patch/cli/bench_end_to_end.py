@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FsePatchError
-from ..fusion_core.headers import read_json
+from ..fusion_core.checkpoint.headers import read_json
 from ..settings import ENGINES
 from .output import print_json
 from .verify import decided, engines_end_on_sigterm, parse_engine_args, say, vocab_size
@@ -71,9 +71,8 @@ def run(
         RefusedError: the model does not fuse.
         FsePatchError: bad input, or an arm failed; the end of its log is printed.
     """
-    from .. import csv_file, end_to_end
-    from .. import plot as plots
-    from ..live_arms import ArmError
+    from ..lab import csv_file, end_to_end, plots
+    from ..lab.live_arms import ArmError
 
     if engine not in ENGINES:
         raise FsePatchError(f"{engine!r}: unknown engine; use one of {', '.join(ENGINES)}")

@@ -17,7 +17,7 @@ def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
     Raises:
         FsePatchError: unknown engine, no ledger for it, or a malformed one.
     """
-    from ..adapters import ledger
+    from ..adapters.patching import ledger
 
     if engine is not None and engine not in settings.ENGINES:
         raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(settings.ENGINES)}")
@@ -28,7 +28,7 @@ def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
 def _describe(book: Any) -> dict[str, Any]:
     from packaging.version import Version
 
-    from ..adapters import guards
+    from ..adapters.patching import guards
 
     try:
         installed: str | None = guards.engine_version(book)

@@ -9,10 +9,10 @@ import typer
 
 from .. import settings
 from ..errors import RefusedError
-from ..fusion_core.decide import decide_roles
-from ..fusion_core.decision import FusionDecision
-from ..fusion_core.policy_file import load_policy
-from ..fusion_core.proven import proven_platforms
+from ..fusion_core.decision.decide import decide_roles
+from ..fusion_core.decision.outcome import FusionDecision
+from ..fusion_core.decision.policy_file import load_policy
+from ..fusion_core.decision.proven import proven_platforms
 from ..settings import ENGINES
 from .output import print_json, print_table
 
@@ -32,7 +32,7 @@ def command(
     if "draft" in decisions:
         report["draft"] = plan_report(decisions["draft"])
     if platform is not None or engine_version is not None:
-        from ..fusion_core.native import runtime_report
+        from ..fusion_core.decision.native import runtime_report
 
         report["runtime"] = runtime_report(decisions["main"], platform, engine_version)
     print_json(report) if json else print_table(f"{checkpoint} in {engine}", report)

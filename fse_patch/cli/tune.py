@@ -45,7 +45,7 @@ def command(
     """Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a device that is not quiet."""
     import torch
 
-    from .. import bench, csv_file, tuning
+    from ..lab import bench, csv_file, tune
 
     counts = numbers(tokens)
     # Engines log to stdout, where the report goes.
@@ -61,7 +61,7 @@ def command(
         say(in_words(bench.tuned_tables(pair)))
     if csv is not None:
         bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
-    row = tuning.store(
+    row = tune.store(
         out,
         pair.situation,
         rows,

@@ -12,17 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapters import guards, ledger
+from ..adapters.patching import guards, ledger
 from ..errors import FsePatchError, RefusedError
-from ..fusion_core.decide import decide_roles
-from ..fusion_core.decision import FusionDecision
-from ..fusion_core.families import Role
-from ..fusion_core.headers import read_json
-from ..fusion_core.policy_file import load_policy
+from ..fusion_core.checkpoint.families import Role
+from ..fusion_core.checkpoint.headers import read_json
+from ..fusion_core.decision.decide import decide_roles
+from ..fusion_core.decision.outcome import FusionDecision
+from ..fusion_core.decision.policy_file import load_policy
+from ..lab.verify import SPECULATION, VerifyJob
+from ..lab.verify import verify as run_verify
 from ..settings import ENGINES
 from ..settings import load as load_settings
-from ..verify import SPECULATION, VerifyJob
-from ..verify import verify as run_verify
 from .output import print_json, print_table
 
 MIN_VOCAB = 64

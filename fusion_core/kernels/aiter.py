@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..decision import RoutingSpec
+from ..decision.outcome import RoutingSpec
 
 # CDNA3 and CDNA4. Elsewhere only its Triton parts exist.
 ARCHITECTURES = ("gfx942", "gfx950")

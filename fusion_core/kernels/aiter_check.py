@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..decision import RoutingSpec
-from ..routing import append_shared_slots, route
+from ..decision.outcome import RoutingSpec
+from ..forward.router import append_shared_slots, route
 from .aiter import (
     AiterCaps,
     TopK,

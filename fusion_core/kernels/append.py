@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..routing import append_shared_slots
+from ..forward.router import append_shared_slots
 
 
 def reference(

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..decision import RoutingSpec
-from ..routing import append_shared_slots
-from ..routing import route as route_reference
+from ..decision.outcome import RoutingSpec
+from ..forward.router import append_shared_slots
+from ..forward.router import route as route_reference
 from .launch import begin, options
 
 # More would not fit the registers of one program, and no model of the families asks for more.

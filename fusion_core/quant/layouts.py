@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..headers import TensorHeader
+from ..checkpoint.headers import TensorHeader
 from .claims import Claim
 
 _PLAIN = frozenset({"BF16", "F16", "F32"})

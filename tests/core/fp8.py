@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from fse_patch.fusion_core.canary import Reference, reference
-from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.dequant import CheckpointLayer
-from fse_patch.fusion_core.families import family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.remap import Remap, SlotTensor
-from fse_patch.fusion_core.served import Served
-from fse_patch.fusion_core.tensors import CheckpointTensors
+from fse_patch.fusion_core.checkpoint.families import family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.proof.canary import Reference, reference
+from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer
+from fse_patch.fusion_core.proof.rounding import Served
+from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 
 from .moe import decision, router_of
 from .safetensors import save

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from fse_patch.fusion_core.policy_file import DEFAULT_POLICY
+from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY
 
 from .checkpoints import Tensors
 from .golden import ROWS, config_and_tensors

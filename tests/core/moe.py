@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.dispatch import ModeCounter
-from fse_patch.fusion_core.families import Role, SharedWeight
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.routing import FusedRouter
+from fse_patch.fusion_core.checkpoint.families import Role, SharedWeight
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.forward.router import FusedRouter
 
 
 def decision(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fse_patch.adapters.as_loaded import AsLoaded
+from fse_patch.adapters.packing import AsLoaded
 
 ROWS = torch.arange(1.0, 9.0).reshape(1, 2, 4)
 

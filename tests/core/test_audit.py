@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.audit import Key, SlotAudit, clear_padding, is_poisoned, marks, poison
-from fse_patch.fusion_core.remap import SlotTensor
+from fse_patch.fusion_core.weights.audit import Key, SlotAudit, clear_padding, is_poisoned, marks, poison
+from fse_patch.fusion_core.weights.remap import SlotTensor
 
 SLOTS = range(4, 6)
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

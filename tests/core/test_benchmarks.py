@@ -15,14 +15,14 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from fse_patch import end_to_end, live_arms, readings
-from fse_patch.adapters import decoding, guards
+from fse_patch.adapters.patching import guards
 from fse_patch.cli import app
 from fse_patch.cli import verify as cli_verify
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.decide import decide_roles
-from fse_patch.live_arms import ARMS, ArmError
-from fse_patch.plot import _streams_panel, draw
+from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.lab import decode_arm, end_to_end, live_arms, readings
+from fse_patch.lab.live_arms import ARMS, ArmError
+from fse_patch.lab.plots import _streams_panel, draw
 
 from .decode_arm import LAYERS
 
@@ -119,9 +119,9 @@ def test_what_holds_a_host_up_once_is_not_in_a_reading_of_few_streams(tmp_path: 
 
 def test_steps_that_took_twice_as_long_were_held_up() -> None:
     even = [float(step) for step in range(10)]
-    assert decoding.held_up(even) == 0.0
-    assert decoding.held_up([]) is decoding.held_up([1.0]) is None
-    assert decoding.held_up([*even[:5], *(step + 3.0 for step in even[5:])]) == 3.0
+    assert decode_arm.held_up(even) == 0.0
+    assert decode_arm.held_up([]) is decode_arm.held_up([1.0]) is None
+    assert decode_arm.held_up([*even[:5], *(step + 3.0 for step in even[5:])]) == 3.0
 
 
 def test_rows_of_two_engines_have_a_file_each(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_rows_of_two_engines_have_a_file_each(tmp_path: Path) -> None:
     assert len(held.splitlines()) == 1 + 2 * len(rows)
     assert list(rows[0]) == end_to_end.COLUMNS
     # What an arm tells has a column each.
-    versions = decoding.versions(SimpleNamespace(__name__="vllm", __version__="1"))
+    versions = decode_arm.versions(SimpleNamespace(__name__="vllm", __version__="1"))
     assert end_to_end.csv_columns("vllm")[4:] == ["device", *versions, *rows[0]]
     found.arms["fused"]["versions"] = {"fse_patch": "0", "sglang": "0"}
     with pytest.raises(FsePatchError, match="has other columns"):

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from fse_patch.errors import AuditError, FsePatchError
-from fse_patch.fusion_core.canary import (
+from fse_patch.fusion_core.checkpoint.families import family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.proof.canary import (
     CanaryError,
     CheckpointLayer,
     NoReference,
@@ -21,12 +26,7 @@ from fse_patch.fusion_core.canary import (
     judge,
     reference,
 )
-from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.families import family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.served import Served
-from fse_patch.fusion_core.tensors import CheckpointTensors
+from fse_patch.fusion_core.proof.rounding import Served
 
 from .moe import choose as choose_in_floats
 from .moe import decision, shared_weight

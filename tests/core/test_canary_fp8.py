@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fse_patch.fusion_core.canary import CanaryError, Reference, deviation, judge, reference
-from fse_patch.fusion_core.decision import RoutingSpec
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.shares import share_error
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import RoutingSpec
+from fse_patch.fusion_core.proof.canary import CanaryError, Reference, deviation, judge, reference
+from fse_patch.fusion_core.proof.rounding import share_error
 
 from .fp8 import BF16, E4M3, SCHEMES, Kernel, layer, opened, stored, wanted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fse_patch.fusion_core import routing
+from fse_patch.fusion_core.forward import router as routing
 
 from .test_routing import example, router_of
 

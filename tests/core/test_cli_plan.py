@@ -243,7 +243,7 @@ def test_plan_loads_neither_torch_nor_numpy_nor_an_engine(tmp_path: Path) -> Non
             [sys.executable, "-c", code, *extra], capture_output=True, text=True, timeout=60
         )
         loaded = set(done.stderr.strip().split(","))
-        assert "fse_patch.fusion_core.evidence" in loaded, done.stderr
+        assert "fse_patch.fusion_core.evidence.gather" in loaded, done.stderr
         assert not loaded & {"torch", "numpy", "vllm", "sglang", "safetensors", "transformers"}
         assert ("rich.table" in loaded) == (not extra), "control: what is loaded is seen"
 

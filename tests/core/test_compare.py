@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fse_patch.fusion_core.compare import (
+from fse_patch.fusion_core.proof.compare import (
     CONTROL_FACTOR,
     MAX_FLOAT32,
     MEAN_FLOAT32,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.config import ConfigFile, MoeConfig, QuantConfig
-from fse_patch.fusion_core.families import family_of
+from fse_patch.fusion_core.checkpoint.config import ConfigFile, MoeConfig, QuantConfig
+from fse_patch.fusion_core.checkpoint.families import family_of
 
 from .checkpoints import CONFIGS, MOE_LAYERS, config_of, write_checkpoint
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.decide import decide, decide_roles
-from fse_patch.fusion_core.decision import FusionDecision
-from fse_patch.fusion_core.evidence import read_evidence
+from fse_patch.fusion_core.decision.decide import decide, decide_roles
+from fse_patch.fusion_core.decision.outcome import FusionDecision
+from fse_patch.fusion_core.evidence.gather import read_evidence
 
 from .checkpoints import (
     CONFIGS,

@@ -9,13 +9,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from fse_patch import end_to_end, readings
-from fse_patch.adapters import decoding, drawing
-from fse_patch.adapters.sglang import decode_arm as sglang_arm
-from fse_patch.adapters.shared_sets import SharedSets
-from fse_patch.adapters.vllm import decode_arm
 from fse_patch.errors import FsePatchError
-from fse_patch.live_arms import ArmError, LiveArms
+from fse_patch.lab import decode_arm as decoding
+from fse_patch.lab import end_to_end, random_weights, readings
+from fse_patch.lab.live_arms import ArmError, LiveArms
+from fse_patch.lab.sglang import decode_arm as sglang_arm
+from fse_patch.lab.shared_sets import SharedSets
+from fse_patch.lab.vllm import decode_arm
 
 
 class Slow(decoding.Engine):
@@ -141,7 +141,7 @@ def test_all_arms_draw_the_same_weights() -> None:
     one, other = made("a"), made("b")
     plain = one.get_parameter("a.weight").clone()
     for built in (one, other):
-        drawing.spread(built)
+        random_weights.spread(built)
     assert torch.equal(one.get_parameter("gate.weight"), other.get_parameter("gate.weight"))
     assert torch.equal(one.get_parameter("a.weight"), plain)
     assert not torch.equal(one.get_parameter("shared.weight"), other.get_parameter("shared.weight"))
@@ -152,7 +152,7 @@ def test_norms_of_glm_alone_become_one() -> None:
     other, glm = made("a"), made("a")
     glm.__class__ = type("Glm4MoeForCausalLM", (torch.nn.Module,), {})
     for model in (other, glm):
-        drawing.spread(model)
+        random_weights.spread(model)
     assert other.get_parameter("norm.weight").tolist() == [0.5] * 4
     assert glm.get_parameter("norm.weight").tolist() == [1.0] * 4
 

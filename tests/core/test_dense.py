@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from fse_patch.fusion_core.decision import RoutingSpec
-from fse_patch.fusion_core.dispatch import ModeCounter
-from fse_patch.fusion_core.families import FAMILIES, FamilySpec
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.remap import Remap, SlotTensor
-from fse_patch.fusion_core.routing import FusedRouter
+from fse_patch.fusion_core.checkpoint.families import FAMILIES, FamilySpec
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import RoutingSpec
+from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.forward.router import FusedRouter
+from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 
 from .moe import choose, decision
 

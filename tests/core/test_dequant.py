@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fse_patch.fusion_core.canary import deviation, reference
-from fse_patch.fusion_core.dequant import CheckpointLayer, InputRounding, NoReference, multiply
-from fse_patch.fusion_core.families import family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.tensors import CheckpointTensors
+from fse_patch.fusion_core.checkpoint.families import family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.proof.canary import deviation, reference
+from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer, InputRounding, NoReference, multiply
 
 from .fp8 import BF16, E4M3, MLP, SCHEMES, Tensors, layer, opened, stored, wanted
 

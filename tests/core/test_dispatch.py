@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.dispatch import ModePlan, always
-from fse_patch.fusion_core.gate_rows import GateRows
-from fse_patch.fusion_core.tuned import Situation, Split, plan_for, shipped, split_places
+from fse_patch.fusion_core.forward.gate_rows import GateRows
+from fse_patch.fusion_core.forward.plan import ModePlan, always
+from fse_patch.fusion_core.forward.tuned import Situation, Split, plan_for, shipped, split_places
 
 PLACE: dict[str, Any] = {
     "num_routed": 512, "num_shared_slots": 1, "top_k": 10, "hidden_size": 2048, "width": 512,

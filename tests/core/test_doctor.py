@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fse_patch import doctor, metrics, settings
-from fse_patch.adapters import guards
+from fse_patch.adapters.patching import guards
 
 from .test_cli_plan import fse_patch
 

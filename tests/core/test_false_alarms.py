@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.audit import SlotAudit, is_poisoned, poison
-from fse_patch.fusion_core.canary import NoReference, deviation, judge, reference
-from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.families import family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.remap import Remap, SlotTensor
-from fse_patch.fusion_core.sample import SlotSample
-from fse_patch.fusion_core.served import Served
+from fse_patch.fusion_core.checkpoint.families import family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.proof.canary import NoReference, deviation, judge, reference
+from fse_patch.fusion_core.proof.rounding import Served
+from fse_patch.fusion_core.weights.audit import SlotAudit, is_poisoned, poison
+from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
+from fse_patch.fusion_core.weights.samples import SlotSample
 
 from .moe import decision, router_of
 from .test_canary import layer_in_floats, opened

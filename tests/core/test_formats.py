@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fse_patch.adapters.filling import as_slots
-from fse_patch.adapters.vllm.described import QUANTISATIONS, described
 from fse_patch.adapters.vllm.formats import FP8, format_of
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.decision import FusionDecision
+from fse_patch.fusion_core.decision.outcome import FusionDecision
+from fse_patch.lab.random_weights import as_slots
+from fse_patch.lab.vllm.quant_folder import QUANTISATIONS, described
 
 
 def made(method: str, *formats: str) -> FusionDecision:

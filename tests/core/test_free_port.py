@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from fse_patch.adapters.sglang import standalone
+from fse_patch.lab.sglang import standalone
 
 IN_TURN = """
 import random
 random.sample = lambda *_: {ports}
-from fse_patch.adapters.sglang.standalone import free_port
+from fse_patch.lab.sglang.standalone import free_port
 print(free_port())
 """
 

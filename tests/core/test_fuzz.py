@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fse_patch.fusion_core import decide, evidence
+from fse_patch.fusion_core.decision import decide
+from fse_patch.fusion_core.evidence import gather
 
 from . import fuzz as fuzzing
 from .fuzz import fuzz, fuzz_one
@@ -39,17 +40,17 @@ def test_it_finds_a_policy_that_is_believed_against_the_evidence(monkeypatch: py
 
 
 def test_it_finds_a_config_that_is_not_compared_with_the_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = evidence.agreement
+    honest = gather.agreement
 
     def credulous(*args: Any) -> Any:
         return dataclasses.replace(honest(*args), state="agrees")
 
-    monkeypatch.setattr(evidence, "agreement", credulous)
+    monkeypatch.setattr(gather, "agreement", credulous)
     assert found("main fuses: ")
 
 
 def test_it_finds_experts_that_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "size_conflict", lambda *_: None)
+    monkeypatch.setattr(gather, "size_conflict", lambda *_: None)
     assert found("fuses: ")
 
 
@@ -57,7 +58,7 @@ def test_it_finds_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> str:
         raise KeyError("planted")
 
-    monkeypatch.setattr(evidence, "size_conflict", broken)
+    monkeypatch.setattr(gather, "size_conflict", broken)
     assert found("KeyError: 'planted'")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fse_patch.fusion_core.decide import decide_roles
-from fse_patch.fusion_core.policy import Policy
-from fse_patch.fusion_core.policy_file import load_policy
+from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.policy import Policy
+from fse_patch.fusion_core.decision.policy_file import load_policy
 
 from .golden import MODELS, ROWS, write_row
 

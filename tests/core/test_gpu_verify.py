@@ -10,10 +10,10 @@ import pytest
 import yaml
 from checkpoints.recipes import RECIPES
 
-from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.dispatch import MODES, ModePlan
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.tuned import Situation, plan_for
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.forward.plan import MODES, ModePlan
+from fse_patch.fusion_core.forward.tuned import Situation, plan_for
 
 LAYOUT = ExpertLayout(num_routed=32, num_shared_slots=1, top_k=4, hidden_size=256, moe_intermediate_size=128)
 DECISION = FusionDecision(

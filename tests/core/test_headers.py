@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.headers import INDEX_NAME, TensorHeader, read_headers
+from fse_patch.fusion_core.checkpoint.headers import INDEX_NAME, TensorHeader, read_headers
 
 from .checkpoints import Tensors, write_checkpoint, write_shard
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.fusion_core.decision.layout import ExpertLayout
 
 sizes = st.integers(1, 1024)
 

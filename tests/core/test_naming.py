@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fse_patch.fusion_core.families import FAMILIES, FamilySpec
-from fse_patch.fusion_core.naming import ExpertTensor, TensorNaming
+from fse_patch.fusion_core.checkpoint.families import FAMILIES, FamilySpec
+from fse_patch.fusion_core.checkpoint.naming import ExpertTensor, TensorNaming
 
 MAIN_LAYERS = 10
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")

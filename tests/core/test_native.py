@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fse_patch.fusion_core.decide import decide
-from fse_patch.fusion_core.decision import FusionDecision
-from fse_patch.fusion_core.native import fusing, gets_wrong, runtime_report
+from fse_patch.fusion_core.decision.decide import decide
+from fse_patch.fusion_core.decision.native import fusing, gets_wrong, runtime_report
+from fse_patch.fusion_core.decision.outcome import FusionDecision
 
 from .golden import ROWS, write_row
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fse_patch.adapters.quantisation import READERS, online
-from fse_patch.fusion_core.quant.resolve import PARSERS
+from fse_patch.adapters.refusals import READERS, online
+from fse_patch.fusion_core.quant.methods import PARSERS
 
 from .test_proven import made
 

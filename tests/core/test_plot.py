@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fse_patch.errors import FsePatchError
-from fse_patch.plot import draw, plot
+from fse_patch.lab.plots import draw, plot
 
 CSV = Path(__file__).parents[2] / "benchmarks" / "block_h200_vllm_0.26.0.csv"
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.decide import decide
-from fse_patch.fusion_core.policy import DEFAULT_DENY, Policy, PolicyFacts, Rule, When
-from fse_patch.fusion_core.policy_file import DEFAULT_POLICY, load_policy, read_rules
-from fse_patch.fusion_core.specs import MlpSpec, TensorSpec
+from fse_patch.fusion_core.decision.decide import decide
+from fse_patch.fusion_core.decision.policy import DEFAULT_DENY, Policy, PolicyFacts, Rule, When
+from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY, load_policy, read_rules
+from fse_patch.fusion_core.evidence.specs import MlpSpec, TensorSpec
 
 from .checkpoints import Tensors, config_of, model_tensors, with_scales, write_checkpoint
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fse_patch.fusion_core.decide import decide
-from fse_patch.fusion_core.policy_file import load_policy
+from fse_patch.fusion_core.decision.decide import decide
+from fse_patch.fusion_core.decision.policy_file import load_policy
 
 from .checkpoints import Tensors, config_of, write_checkpoint
 from .test_policy import BLOCK, FP8_BLOCK, NVFP4, PLAIN, SHARED_BF16

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fse_patch.adapters.deciding import proof
+from fse_patch.adapters.start import proof
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.decide import decide
-from fse_patch.fusion_core.decision import FusionDecision
-from fse_patch.fusion_core.proven import proven_platforms, read_proven, unproven
+from fse_patch.fusion_core.decision.decide import decide
+from fse_patch.fusion_core.decision.outcome import FusionDecision
+from fse_patch.fusion_core.decision.proven import proven_platforms, read_proven, unproven
 
 from .golden import ROWS, write_row
 

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fse_patch.adapters import proving
-from fse_patch.adapters.deciding import proof
+from fse_patch.adapters import prove
+from fse_patch.adapters.start import proof
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core import proven
-from fse_patch.fusion_core.canary import CanaryError
-from fse_patch.fusion_core.decision import FusionDecision
-from fse_patch.fusion_core.dispatch import ModeCounter
-from fse_patch.fusion_core.families import family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
+from fse_patch.fusion_core.checkpoint.families import family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision import proven
+from fse_patch.fusion_core.decision.outcome import FusionDecision
+from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.proof.canary import CanaryError
 
 from .fp8 import MLP, SCHEMES, Kernel, Tensors, layer, opened, stored
 from .test_canary import made as made_plain
@@ -27,7 +27,7 @@ from .test_proven import made
 LAYOUT = ExpertLayout(6, 2, 3, 96, 32)
 
 
-class Prover(proving.Prover):
+class Prover(prove.Prover):
     """Runs a kernel of the tests as the block."""
 
     def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def quantised(folder: Path, scheme: str = "block") -> Any:
 @pytest.mark.parametrize("scheme", ["block", "tensor, static", "channel"])
 def test_a_quantised_layer_is_proved(tmp_path: Path, scheme: str) -> None:
     model = quantised(tmp_path, scheme)
-    proving.prove(model, torch.bfloat16, Prover())
+    prove.prove(model, torch.bfloat16, Prover())
     assert model.canary["state"] == "passed"
     assert 0 < model.canary["deviation"] < model.canary["tolerance"] < 0.4
 
@@ -91,7 +91,7 @@ def test_a_quantised_layer_that_is_wrong_stops_the_load(tmp_path: Path) -> None:
     model = quantised(tmp_path)
     model.blocks[1].kernel.slot_factor = 1.25
     with pytest.raises(AuditError, match=r"canary: layer 1 .* the model is not served"):
-        proving.prove(model, torch.bfloat16, Prover())
+        prove.prove(model, torch.bfloat16, Prover())
 
 
 def test_a_quantised_layer_without_reference_is_not_served(
@@ -100,10 +100,10 @@ def test_a_quantised_layer_without_reference_is_not_served(
     model = quantised(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CanaryError, match=r"cannot be proved: .*FSE_PATCH_ALLOW_UNPROVEN=1 serves it"):
-        proving.prove(model, torch.bfloat16, Prover())
+        prove.prove(model, torch.bfloat16, Prover())
     model.canary["state"] = "pending"
     monkeypatch.setenv("FSE_PATCH_ALLOW_UNPROVEN", "1")
-    proving.prove(model, torch.bfloat16, Prover())
+    prove.prove(model, torch.bfloat16, Prover())
     assert model.canary["state"] == "no_reference"
     assert "has no safetensors files" in caplog.text
 
@@ -115,7 +115,7 @@ def test_a_plain_checkpoint_without_reference_is_served_and_says_so(
     decision, tensors = made_plain("softmax")
     model = fusion(tmp_path, decision, tensors)
     model.decision = FusionDecision(**{**vars(decision), "quant_method": "none"})
-    proving.prove(model, torch.float32, Prover())
+    prove.prove(model, torch.float32, Prover())
     assert model.canary["state"] == "no_reference"
     assert "has no safetensors files" in caplog.text
 
@@ -124,11 +124,11 @@ def test_what_came_from_no_checkpoint_says_so(tmp_path: Path) -> None:
     """As with load_format=dummy: quantised or not, nothing was loaded that could be compared."""
     model = quantised(tmp_path)
     model.audit.loads, model.poisoned = 0, []
-    proving.prove(model, torch.bfloat16, Prover())
+    prove.prove(model, torch.bfloat16, Prover())
     assert model.canary["state"] == "not_loaded"
     model.poisoned, model.canary["state"] = [1], "pending"
     with pytest.raises(AuditError, match="were never loaded"):
-        proving.prove(model, torch.bfloat16, Prover())
+        prove.prove(model, torch.bfloat16, Prover())
 
 
 def test_a_format_that_the_canary_cannot_read_is_refused_before_it_is_built(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from fse_patch import patches
-from fse_patch.fusion_core.decision import FUSES
-from fse_patch.fusion_core.policy import schema_text
+from fse_patch.fusion_core.decision.outcome import FUSES
+from fse_patch.fusion_core.decision.policy import schema_text
 from fse_patch.fusion_core.reasons import REASONS, Reason
 
 
@@ -22,7 +22,9 @@ def test_every_code_is_documented_and_no_other() -> None:
 
 def test_the_schema_file_is_fresh() -> None:
     stored = Path(patches.__file__).with_name("policy.schema.json").read_text()
-    assert stored == schema_text(), "run: python -m fse_patch.fusion_core.policy > patches/policy.schema.json"
+    assert stored == schema_text(), (
+        "run: python -m fse_patch.fusion_core.decision.policy > patches/policy.schema.json"
+    )
     assert json.loads(stored)["additionalProperties"] is False
 
 

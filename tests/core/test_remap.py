@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core import remap
-from fse_patch.fusion_core.families import FamilySpec, Role, family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.remap import Remap, SlotTensor, split
+from fse_patch.fusion_core.checkpoint.families import FamilySpec, Role, family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.weights import remap
+from fse_patch.fusion_core.weights.remap import Remap, SlotTensor, split
 
 from .moe import decision
 

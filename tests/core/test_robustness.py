@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.decide import decide_roles
-from fse_patch.fusion_core.policy_file import DEFAULT_POLICY, load_policy, read_rules
+from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY, load_policy, read_rules
 
 from .checkpoints import CONFIGS, config_of, mlp_tensors, model_tensors, with_scales, write_checkpoint
 

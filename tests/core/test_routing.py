@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.decision import RoutingSpec
-from fse_patch.fusion_core.dispatch import ModeCounter
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.routing import FusedRouter, append_shared_slots, route
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import RoutingSpec
+from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.forward.router import FusedRouter, append_shared_slots, route
 
 from .moe import Routed, decision, wrong
 

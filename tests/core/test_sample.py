@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.families import family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.sample import VALUES, SlotSample
+from fse_patch.fusion_core.checkpoint.families import family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.weights.samples import VALUES, SlotSample
 
 from .moe import decision
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.families import family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.sample import VALUES, Found, SlotSample
+from fse_patch.fusion_core.checkpoint.families import family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.weights.samples import VALUES, Found, SlotSample
 
 from .fp8 import BLOCK, E4M3, MLP, SCHEMES, Tensors, layer, stored
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from fse_patch.adapters import slot_control, verifying
-from fse_patch.adapters.built import BuiltModel
+from fse_patch.adapters.role import BuiltModel
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.dispatch import ModeCounter
-from fse_patch.fusion_core.families import family_of
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.routing import SlotAppender
+from fse_patch.fusion_core.checkpoint.families import family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.forward.router import SlotAppender
+from fse_patch.lab import model_process, slot_control
 
 from .moe import decision
 
@@ -189,14 +189,14 @@ class Graph:
 @pytest.mark.usefixtures("on_gpu")
 def test_a_captured_graph_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     main, draft = model_of("main", plain()), model_of("draft", plain())
-    monkeypatch.setattr(verifying, "constructed", lambda: [main, draft])
+    monkeypatch.setattr(model_process, "constructed", lambda: [main, draft])
     graph, states = Graph(main), draw(3, 4, dtype=torch.float32)
     honest, of_draft = graph.replay(states), bits(draft.experts[0])
-    verifying.control(0.0)
+    model_process.control(0.0)
     assert not graph.replay(states)[0].any()
     assert torch.equal(graph.replay(states)[1], honest[1])
     assert changed(draft.experts[0], of_draft) == {}
-    verifying.control(1.0)
+    model_process.control(1.0)
     assert torch.equal(graph.replay(states), honest)
     # The control: a number of the host is not seen.
     main.routers[0].control_factor = 0.0
@@ -209,13 +209,13 @@ def test_the_yardstick_is_not_measured_with_the_control(
 ) -> None:
     main = model_of("main", plain())
     monkeypatch.setattr(slot_control, "on_gpu", lambda _: in_weights)
-    monkeypatch.setattr(verifying, "constructed", lambda: [main])
-    verifying.jitter([], 0)
-    verifying.control(0.0)
+    monkeypatch.setattr(model_process, "constructed", lambda: [main])
+    model_process.jitter([], 0)
+    model_process.control(0.0)
     with pytest.raises(FsePatchError, match="must be undone"):
-        verifying.jitter([], 0)
-    verifying.control(1.0)
-    verifying.jitter([], 0)
+        model_process.jitter([], 0)
+    model_process.control(1.0)
+    model_process.jitter([], 0)
 
 
 @pytest.mark.usefixtures("on_gpu")

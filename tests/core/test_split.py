@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.remap import SlotTensor, split
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.weights.remap import SlotTensor, split
 
 H, I, E = 6, 4, 3  # noqa: E741
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fse_patch import doctor
-from fse_patch.adapters import guards, tables
+from fse_patch import doctor, table_coverage
+from fse_patch.adapters.patching import guards
 from fse_patch.cli.doctor import table
 from fse_patch.errors import FsePatchError
 
@@ -38,9 +38,9 @@ NAMES = {
         f"{SGLANG}/triton_3_5_1/E=4,N=32,device_name={H200},dtype=fp8_w8a8,per_channel_quant=True.json",
     ],
 }
-SMALL = tables.Shape("small", 4, 1, 32)
-BLOCKS = tables.Shape("small", 4, 1, 32, "fp8-block", (16, 16))
-CHANNELS = tables.Shape("small", 4, 1, 32, "fp8-channel")
+SMALL = table_coverage.Shape("small", 4, 1, 32)
+BLOCKS = table_coverage.Shape("small", 4, 1, 32, "fp8-block", (16, 16))
+CHANNELS = table_coverage.Shape("small", 4, 1, 32, "fp8-channel")
 LOOKS = SimpleNamespace(qualname="get_moe_configs")
 Row = Mapping[str, Any]
 
@@ -56,8 +56,8 @@ def packages(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def row(engine: str, packages: str, shape: tables.Shape, width: int = 32, patches: Any = ()) -> Row:
-    found = tables.coverage(engine, tables.shipped(engine, [packages]), [shape], patches)
+def row(engine: str, packages: str, shape: table_coverage.Shape, width: int = 32, patches: Any = ()) -> Row:
+    found = table_coverage.coverage(engine, table_coverage.shipped(engine, [packages]), [shape], patches)
     return next(row for row in found if row["width"] == width)
 
 
@@ -76,7 +76,13 @@ def row(engine: str, packages: str, shape: tables.Shape, width: int = 32, patche
     ],
 )
 def test_which_tables_there_are(
-    packages: str, engine: str, shape: tables.Shape, width: int, own: list[str], left: list[str], state: str
+    packages: str,
+    engine: str,
+    shape: table_coverage.Shape,
+    width: int,
+    own: list[str],
+    left: list[str],
+    state: str,
 ) -> None:
     found = row(engine, packages, shape, width)
     assert (found["devices"], found["only_unfused"], found["table"]) == (own, left, state)
@@ -100,26 +106,26 @@ def test_folders_of_the_users_own_count(packages: str, tmp_path: Path, monkeypat
 def test_the_shape_of_a_checkpoint(tmp_path: Path) -> None:
     config = config_of("qwen3_next", moe_intermediate_size=32)
     plain = write_checkpoint(tmp_path / "plain", config, model_tensors("qwen3_next"))
-    assert tables.shape_of(plain) == tables.Shape("plain", 4, 1, 32, "plain", None)
+    assert table_coverage.shape_of(plain) == table_coverage.Shape("plain", 4, 1, 32, "plain", None)
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
     fp8 = write_checkpoint(tmp_path / "fp8", config, with_scales(model_tensors("qwen3_next"), 16))
-    assert tables.shape_of(fp8) == tables.Shape("fp8", 4, 1, 32, "fp8-block", (16, 16))
+    assert table_coverage.shape_of(fp8) == table_coverage.Shape("fp8", 4, 1, 32, "fp8-block", (16, 16))
     dense = write_checkpoint(tmp_path / "dense", {"model_type": "llama"}, None)
     with pytest.raises(FsePatchError, match="no shared expert that could be fused"):
-        tables.shape_of(dense)
+        table_coverage.shape_of(dense)
 
 
 def test_the_doctor_says_it(packages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write_checkpoint(tmp_path / "qwen", config_of("qwen3_next"), model_tensors("qwen3_next"))
-    shipped = tables.shipped
-    monkeypatch.setattr(tables, "shipped", lambda engine: shipped(engine, [packages]))
+    shipped = table_coverage.shipped
+    monkeypatch.setattr(table_coverage, "shipped", lambda engine: shipped(engine, [packages]))
     monkeypatch.setattr(guards, "engine_version", lambda book: "0.32.0")
     monkeypatch.setattr(guards, "guard", lambda patch: "")
     here = doctor._environment()
     monkeypatch.setattr(doctor, "_environment", lambda: here | {"devices": ["NVIDIA H200"]})
     # A shipped patch looks for the table of E; the control is a ledger without it.
     assert not any("tuned table" in words for words in doctor.examine(checkpoint)["hazards"])
-    monkeypatch.setattr(tables, "LOOK_UP", "another_name")
+    monkeypatch.setattr(table_coverage, "LOOK_UP", "another_name")
     report = doctor.examine(checkpoint)
     json.dumps(report)
     (hazard,) = [words for words in report["hazards"] if "tuned table" in words]

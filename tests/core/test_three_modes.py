@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fse_patch import doctor, settings
-from fse_patch.adapters import configs, proving
-from fse_patch.fusion_core.canary import CanaryError, Reference
-from fse_patch.fusion_core.dispatch import ModeCounter, ModePlan
-from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.adapters import prove, tuned_configs
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.forward.plan import ModeCounter, ModePlan
+from fse_patch.fusion_core.proof.canary import CanaryError, Reference
 
 from .test_dispatch import table
 
@@ -33,7 +33,7 @@ class Execution:
         return hidden * (1.5 if self.forced == self.wrong else 2.0)
 
 
-class Prover(proving.Prover):
+class Prover(prove.Prover):
     def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         states: torch.Tensor = block(hidden_states)
         return states
@@ -60,14 +60,14 @@ def test_the_canary_runs_every_mode(wrong: str, monkeypatch: pytest.MonkeyPatch)
         naming=None,
         counter=ModeCounter(),
     )
-    monkeypatch.setattr(proving, "CheckpointLayer", lambda *args: None)
-    monkeypatch.setattr(proving, "reference", lambda *args: WANTED)
+    monkeypatch.setattr(prove, "CheckpointLayer", lambda *args: None)
+    monkeypatch.setattr(prove, "reference", lambda *args: WANTED)
     if wrong:
         with pytest.raises(CanaryError, match="not served"):
-            proving._prove_layer(fusion, 0, torch.float32, Prover(), None)  # type: ignore[arg-type]
+            prove._prove_layer(fusion, 0, torch.float32, Prover(), None)  # type: ignore[arg-type]
         assert execution.ran[-1] == wrong
     else:
-        proving._prove_layer(fusion, 0, torch.float32, Prover(), None)  # type: ignore[arg-type]
+        prove._prove_layer(fusion, 0, torch.float32, Prover(), None)  # type: ignore[arg-type]
         assert execution.ran == ["fused", "small", "split"]
     assert execution.forced is None
 
@@ -84,10 +84,10 @@ def test_the_kernels_table_of_e_stands_in(monkeypatch: pytest.MonkeyPatch) -> No
 
     layouts = [LAYOUT, ExpertLayout(256, 1, 8, 2048, 512), ExpertLayout(60, 4, 4, 2048, 1408)]
     monkeypatch.setattr(
-        configs, "CONSTRUCTED", [SimpleNamespace(layout=layout, built_here=True) for layout in layouts]
+        tuned_configs, "CONSTRUCTED", [SimpleNamespace(layout=layout, built_here=True) for layout in layouts]
     )
-    monkeypatch.setattr(configs, "LOOKED_UP", {})
-    patched = configs.get_moe_configs(original)
+    monkeypatch.setattr(tuned_configs, "LOOKED_UP", {})
+    patched = tuned_configs.get_moe_configs(original)
     assert patched(513, 512, None, 0, 0) == {1: "tuned for 512"}
     assert asked == [(513, 512, None, 0, 0), (512, 512, None, 0, 0)]
     # Its own table wins; without one for E there is none; another model's numbers are not guessed at.
@@ -96,7 +96,7 @@ def test_the_kernels_table_of_e_stands_in(monkeypatch: pytest.MonkeyPatch) -> No
     assert patched(514, 512, None) is None
     # What was found is noted.
     tuned = {513: "E=512,N=512", 257: "E=257,N=512", 64: "none", 514: "none"}
-    assert tuned == configs.LOOKED_UP
+    assert tuned == tuned_configs.LOOKED_UP
 
 
 def test_doctor_names_the_tables(tmp_path: Path) -> None:

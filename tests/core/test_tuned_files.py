@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fse_patch import tuning
-from fse_patch.fusion_core.tuned import Row, Situation, read_table, split_is_stock
+from fse_patch.fusion_core.forward.tuned import Row, Situation, read_table, split_is_stock
+from fse_patch.lab import tune
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -34,7 +34,7 @@ SHAPES_OF = {SGLANG: {"qwen3.5_35b"}, NATIVE: {"qwen3_next_80b", "glm4.5_air"}}
 def measured(file: str, shape: str) -> list[dict[str, Any]]:
     with (ROOT / "benchmarks" / file).open(newline="") as source:
         rows = [row for row in csv.DictReader(source) if row["shape"].removesuffix("_text") == shape]
-    names = ("again", *(f"{mode}_{what}" for mode in tuning.MODES for what in ("ratio", "lower")))
+    names = ("again", *(f"{mode}_{what}" for mode in tune.MODES for what in ("ratio", "lower")))
     return [
         {"tokens": int(row["tokens"]), "valid": row["valid"] == "True"}
         | {name: float(row[name]) for name in names if row[name]}
@@ -49,7 +49,7 @@ def shape_of(row: Row) -> str:
 @pytest.mark.parametrize("file", FILES)
 def test_a_table_is_what_was_measured(file: str) -> None:
     table = read_table(ROOT / file)
-    head = table.model_dump(include=set(tuning.HEAD))
+    head = table.model_dump(include=set(tune.HEAD))
     assert {shape_of(row) for row in table.rows} == SHAPES_OF.get(file, {*SHAPES.values()})
     for row in table.rows:
         here = Situation(**head, **row.model_dump(exclude={"steps", "otherwise"}))
@@ -57,11 +57,11 @@ def test_a_table_is_what_was_measured(file: str) -> None:
         stored = [step.model_dump() for step in row.steps], row.otherwise
         rows = measured(FILES[file], shape_of(row))
         if held := HELD_BACK.get((file, shape_of(row))):
-            assert tuning.steps(rows, as_stock) != stored, "nothing is held back"
+            assert tune.steps(rows, as_stock) != stored, "nothing is held back"
             for found in rows:
                 found.pop(f"{held}_lower")
-        assert tuning.steps(rows, as_stock) == stored, shape_of(row)
+        assert tune.steps(rows, as_stock) == stored, shape_of(row)
         # The control: small mode at one token slower than stock.
         first = min(rows, key=lambda found: int(found["tokens"]))
         first["small_lower"] = 0.9
-        assert tuning.steps(rows, as_stock) != stored
+        assert tune.steps(rows, as_stock) != stored

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fse_patch import bench, tuning
-from fse_patch.adapters import configs
+from fse_patch.adapters import tuned_configs
 from fse_patch.cli.app import app
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.dispatch import ModePlan
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.measure import Ratio, floor_seconds, is_quiet, ratio
-from fse_patch.fusion_core.tuned import plan_for
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.forward.plan import ModePlan
+from fse_patch.fusion_core.forward.tuned import plan_for
+from fse_patch.lab import bench, tune
+from fse_patch.lab.timing import Ratio, floor_seconds, is_quiet, ratio
 
 from .test_dispatch import HERE
 
@@ -39,33 +39,33 @@ def test_the_fastest_mode_by_number_of_tokens() -> None:
         row(2, small=1.5, fused=1.2, split=1.04),
         row(64, fused=0.9, split=1.0),
     ]
-    assert tuning.steps(rows) == ([{"up_to": 2, "mode": "small"}], "split")
+    assert tune.steps(rows) == ([{"up_to": 2, "mode": "small"}], "split")
 
 
 def test_no_mode_that_is_slower_than_stock() -> None:
-    assert tuning.best_mode(row(1, small=0.98, fused=0.9)) == "slower"
-    assert tuning.best_mode(row(1, small=0.98, fused=0.99)) == "fused"
+    assert tune.best_mode(row(1, small=0.98, fused=0.9)) == "slower"
+    assert tune.best_mode(row(1, small=0.98, fused=0.99)) == "fused"
     # The median of one may be better; its lower bound counts.
-    assert tuning.best_mode({**row(1, split=0.99), "fused_ratio": 1.2, "fused_lower": 0.97}) == "split"
+    assert tune.best_mode({**row(1, split=0.99), "fused_ratio": 1.2, "fused_lower": 0.97}) == "split"
 
 
 def test_a_row_in_which_stock_was_not_stock_is_refused() -> None:
     with pytest.raises(FsePatchError, match=r"\[2\] tokens"):
-        tuning.steps([row(1, split=1.1), row(2, again=0.94, split=1.1)])
+        tune.steps([row(1, split=1.1), row(2, again=0.94, split=1.1)])
     with pytest.raises(FsePatchError, match="nothing"):
-        tuning.steps([])
+        tune.steps([])
 
 
 def test_a_row_that_decides_nothing_is_split_where_that_is_stock() -> None:
     wide = {**row(8192, fused=0.97), "split_ratio": 1.003, "split_lower": 0.97}
-    assert tuning.is_open(wide)
-    assert tuning.best_mode(wide) == "slower"
-    assert tuning.best_mode(wide, split_is_stock=True) == "split"
+    assert tune.is_open(wide)
+    assert tune.best_mode(wide) == "slower"
+    assert tune.best_mode(wide, split_is_stock=True) == "split"
     # The controls: a split that is slower, another mode that is fast, and rows that leave nothing open.
-    assert tuning.best_mode({**wide, "split_ratio": 0.98}, split_is_stock=True) == "slower"
-    assert tuning.best_mode({**wide, "small_ratio": 1.1, "small_lower": 1.09}, split_is_stock=True) == "small"
-    assert not tuning.is_open(row(8192, fused=0.97, split=1.0))
-    assert not tuning.is_open(row(8192, fused=0.97, split=0.97))
+    assert tune.best_mode({**wide, "split_ratio": 0.98}, split_is_stock=True) == "slower"
+    assert tune.best_mode({**wide, "small_ratio": 1.1, "small_lower": 1.09}, split_is_stock=True) == "small"
+    assert not tune.is_open(row(8192, fused=0.97, split=1.0))
+    assert not tune.is_open(row(8192, fused=0.97, split=0.97))
 
 
 def test_open_rows_are_measured_in_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,24 +85,24 @@ def test_open_rows_are_measured_in_more_rounds(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_where_stock_was_off_itself_a_mode_must_win_by_as_much() -> None:
-    assert tuning.best_mode(row(2, again=0.98, small=1.6, split=1.0)) == "small"
-    assert tuning.best_mode(row(2, again=1.02, split=1.0)) == "slower"
+    assert tune.best_mode(row(2, again=0.98, small=1.6, split=1.0)) == "small"
+    assert tune.best_mode(row(2, again=1.02, split=1.0)) == "slower"
     # The controls: by a little less it is not enough, and a valid row asks for nothing more.
-    assert tuning.best_mode(row(2, again=1.02, small=1.004)) == "slower"
-    assert tuning.best_mode(row(2, again=1.005, split=0.99)) == "split"
+    assert tune.best_mode(row(2, again=1.02, small=1.004)) == "slower"
+    assert tune.best_mode(row(2, again=1.005, split=0.99)) == "split"
 
 
 def test_a_table_keeps_the_rows_of_other_shapes(tmp_path: Path) -> None:
     path, other = tmp_path / "a" / "table.yaml", replace(HERE, width=128)
-    tuning.store(path, HERE, [row(1, small=1.5), row(2, split=1.1)], {"torch": "1"}, "test")
-    tuning.store(path, other, [row(1, split=1.1)], {"torch": "1"}, "test")
-    tuning.store(path, HERE, [row(4, small=1.5), row(8, split=1.1)], {"torch": "1"}, "test")
+    tune.store(path, HERE, [row(1, small=1.5), row(2, split=1.1)], {"torch": "1"}, "test")
+    tune.store(path, other, [row(1, split=1.1)], {"torch": "1"}, "test")
+    tune.store(path, HERE, [row(4, small=1.5), row(8, split=1.1)], {"torch": "1"}, "test")
     mine, theirs = plan_for(HERE, "cuda", path), plan_for(other, "cuda", path)
     assert isinstance(mine, ModePlan)
     assert isinstance(theirs, ModePlan)
     assert (str(mine), str(theirs)) == ("small up to 4, split beyond", "split always")
     with pytest.raises(FsePatchError, match="give another file"):
-        tuning.store(path, replace(HERE, device="Other"), [row(1, split=1.1)], {}, "test")
+        tune.store(path, replace(HERE, device="Other"), [row(1, split=1.1)], {}, "test")
 
 
 def pair_of(native: bool = False) -> Any:
@@ -112,7 +112,9 @@ def pair_of(native: bool = False) -> Any:
 
 def test_the_tables_in_use_are_those_that_were_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(native: bool, **looked_up: str) -> tuple[str, str]:
-        monkeypatch.setattr(configs, "LOOKED_UP", {int(key[1:]): name for key, name in looked_up.items()})
+        monkeypatch.setattr(
+            tuned_configs, "LOOKED_UP", {int(key[1:]): name for key, name in looked_up.items()}
+        )
         return tuple(bench.tuned_tables(pair_of(native)).values())  # type: ignore[return-value]
 
     assert found(False, e512="E=512,N=512", e513="E=512,N=512") == ("E=512,N=512",) * 2
@@ -127,7 +129,7 @@ def test_the_tables_in_use_are_those_that_were_looked_up(monkeypatch: pytest.Mon
 
 def test_rows_of_many_tokens_have_the_columns_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "versions", lambda engine: {"fse_patch": "0", engine: "1"})
-    monkeypatch.setattr(configs, "LOOKED_UP", {512: "none", 513: "none"})
+    monkeypatch.setattr(tuned_configs, "LOOKED_UP", {512: "none", 513: "none"})
     path = tmp_path / "rows.csv"
     many = [{"tokens": 64, "stock_us": 1.23456, "split_us": 1.0}]
     bench.write_csv(path, "a", pair_of(), many, "abc")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fse_patch import verify
-from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.lab import verify
 
 from .moe import decision
 

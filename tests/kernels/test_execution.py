@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fse_patch.adapters.slot_control import slot_rows
 from fse_patch.adapters.vllm.fp8 import Fp8Experts, Slot
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.dispatch import MODES, ModeCounter, ModePlan, always
-from fse_patch.fusion_core.execution import LayerExecution, TopK
-from fse_patch.fusion_core.gate_rows import GateRows
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.forward.gate_rows import GateRows
+from fse_patch.fusion_core.forward.layer import LayerExecution, TopK
+from fse_patch.fusion_core.forward.plan import MODES, ModeCounter, ModePlan, always
+from fse_patch.fusion_core.forward.router import FusedRouter, route
 from fse_patch.fusion_core.kernels import experts_fp8, silu_mul
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.routing import FusedRouter, route
+from fse_patch.lab.slot_control import slot_rows
 
 from .test_experts_fp8 import drawn
 from .test_kernels import DEVICE, draw, off

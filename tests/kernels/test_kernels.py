@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fse_patch.fusion_core.decision import RoutingSpec
+from fse_patch.fusion_core.decision.outcome import RoutingSpec
 from fse_patch.fusion_core.kernels import append, experts, gated_mlp, launch, route, router_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

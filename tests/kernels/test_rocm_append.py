@@ -6,9 +6,9 @@ from unittest.mock import patch
 
 import pytest
 
-from fse_patch.fusion_core import routing
-from fse_patch.fusion_core.kernels.aiter_router import AiterRouter
-from fse_patch.fusion_core.routing import FusedRouter
+from fse_patch.fusion_core.forward import router as routing
+from fse_patch.fusion_core.forward.aiter_router import AiterRouter
+from fse_patch.fusion_core.forward.router import FusedRouter
 
 from ..fakes.aiter_profiles import PROFILES, installed
 from ..rocm.test_router import LAYERS, alike, build, draw

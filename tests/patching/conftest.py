@@ -16,10 +16,10 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from fse_patch.adapters import ledger
-from fse_patch.adapters.fingerprint import fingerprint
-from fse_patch.adapters.patching import PatchSet
-from fse_patch.adapters.spec import PatchSpec, Source
+from fse_patch.adapters.patching import ledger
+from fse_patch.adapters.patching.source import fingerprint
+from fse_patch.adapters.patching.spec import PatchSpec, Source
+from fse_patch.adapters.patching.transaction import PatchSet
 
 _numbers = itertools.count()
 

@@ -11,7 +11,7 @@ import yaml
 
 import fse_patch
 from fse_patch import runtime, settings
-from fse_patch.adapters import ledger
+from fse_patch.adapters.patching import ledger
 from fse_patch.errors import FsePatchError, RefusedError
 
 from .conftest import Toy

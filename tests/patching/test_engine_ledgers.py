@@ -11,7 +11,8 @@ import sys
 import pytest
 from packaging.version import Version
 
-from fse_patch.adapters import guards, ledger, tables
+from fse_patch import table_coverage
+from fse_patch.adapters.patching import guards, ledger
 from fse_patch.errors import FsePatchError
 from fse_patch.settings import ENGINES
 
@@ -65,8 +66,8 @@ def test_tuned_tables_of_installed_engines_are_found(
     engine: str, version: str, site: tuple[str, ...]
 ) -> None:
     """Every release ships one for Qwen3-Next's experts cut in four, on an H200."""
-    shipped = tables.shipped(engine, list(site))
-    rows = tables.coverage(engine, shipped, tables.KNOWN, ())
+    shipped = table_coverage.shipped(engine, list(site))
+    rows = table_coverage.coverage(engine, shipped, table_coverage.KNOWN, ())
     (row,) = [r for r in rows if r["shape"] == "Qwen3-Next-80B-A3B" and r["width"] == 128]
     assert "NVIDIA_H200" in row["devices"] + row["only_unfused"]
     assert len(shipped) > 100

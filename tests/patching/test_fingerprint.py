@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fse_patch.adapters.fingerprint import fingerprint
+from fse_patch.adapters.patching.source import fingerprint
 from fse_patch.errors import FsePatchError
 
 from .conftest import Toy

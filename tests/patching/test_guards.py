@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from packaging.version import Version
 
-from fse_patch.adapters import guards, ledger
+from fse_patch.adapters.patching import guards, ledger
 from fse_patch.errors import FsePatchError, RefusedError
 
 from .conftest import Toy

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fse_patch.adapters import ledger
+from fse_patch.adapters.patching import ledger
 from fse_patch.errors import FsePatchError
 
 ENTRY = {

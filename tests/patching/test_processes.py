@@ -40,7 +40,7 @@ LEDGER = """
 import os
 if os.environ.get("FSE_PATCH") not in (None, "", "0"):
     from pathlib import Path
-    from fse_patch.adapters import ledger
+    from fse_patch.adapters.patching import ledger
     ledger.FOLDER = Path(r"{folder}")
 """
 
@@ -75,7 +75,7 @@ class TestOn:
 from pathlib import Path
 import subprocess
 import fse_patch
-from fse_patch.adapters import ledger
+from fse_patch.adapters.patching import ledger
 
 ledger.FOLDER = Path(r"{served.root / "ledger"}")
 fse_patch.apply("vllm")

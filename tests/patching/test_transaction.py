@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fse_patch.adapters.patching import APPLIED, NOT_APPLIED, WAITING
-from fse_patch.adapters.spec import PatchSpec
+from fse_patch.adapters.patching.spec import PatchSpec
+from fse_patch.adapters.patching.transaction import APPLIED, NOT_APPLIED, WAITING
 from fse_patch.errors import FsePatchError, RefusedError
 
 from .conftest import Toy, everything

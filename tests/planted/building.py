@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.adapters import model_fusion
-from fse_patch.fusion_core.layout import ExpertLayout
+from fse_patch.adapters import role
+from fse_patch.fusion_core.decision.layout import ExpertLayout
 
 from .plant import PLANTS, adapter, plant
 
@@ -126,13 +126,13 @@ def wrapper_of_the_canary_gone(engine: str) -> Context:
 
 @plant
 def layer_built_twice(_: str) -> Context:
-    honest = model_fusion.ModelFusion.add_layer
+    honest = role.ModelFusion.add_layer
 
     def add(self: Any, layer: int, router: Any, experts: Any) -> None:
         honest(self, layer, router, experts)
         honest(self, layer, router, experts)
 
-    return patch.object(model_fusion.ModelFusion, "add_layer", add)
+    return patch.object(role.ModelFusion, "add_layer", add)
 
 
 @plant
@@ -152,13 +152,13 @@ def layer_left_out(engine: str) -> Context:
 @contextmanager
 def layout(**changes: int) -> Any:
     """The decision has another layout than the model."""
-    honest = model_fusion.ModelFusion.__init__
+    honest = role.ModelFusion.__init__
 
     def init(self: Any, decision: Any, *args: Any) -> None:
         changed = dataclasses.replace(decision.layout, **changes)
         honest(self, dataclasses.replace(decision, layout=changed), *args)
 
-    with patch.object(model_fusion.ModelFusion, "__init__", init):
+    with patch.object(role.ModelFusion, "__init__", init):
         yield
 
 

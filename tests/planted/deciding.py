@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from fse_patch import control
-from fse_patch.adapters import guards, model_fusion
+from fse_patch import session
+from fse_patch.adapters import role
+from fse_patch.adapters.patching import guards
 
 from . import building
 from .plant import adapter, plant
@@ -55,26 +56,26 @@ def unknown_model_taken_for_an_entry_class(engine: str) -> Context:
 @plant
 def decided_again_before_loading(_: str) -> Context:
     """Loader and constructor each decide, and the policy has changed between: two slots, not four."""
-    honest = model_fusion.ModelFusion.load
+    honest = role.ModelFusion.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
         layout = dataclasses.replace(self.layout, num_shared_slots=2)
         self.decision = dataclasses.replace(self.decision, layout=layout)
         return honest(self, original, weights)
 
-    return patch.object(model_fusion.ModelFusion, "load", load)
+    return patch.object(role.ModelFusion, "load", load)
 
 
 @plant
 def decided_again_for_fewer_layers(_: str) -> Context:
     """The decision that the loader reads has one layer less; blocks have it all."""
-    honest = model_fusion.ModelFusion.load
+    honest = role.ModelFusion.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
         self.routers = {n: router for n, router in self.routers.items() if n != 1}
         return honest(self, original, weights)
 
-    return patch.object(model_fusion.ModelFusion, "load", load)
+    return patch.object(role.ModelFusion, "load", load)
 
 
 @plant
@@ -95,13 +96,13 @@ def model_left_active(engine: str) -> Context:
 @contextmanager
 def patched_anew(engine: str, cause: Context) -> Any:
     """The patches are taken out and put in again while something is wrong; a refusal ends the start."""
-    control.remove(engine)
+    session.remove(engine)
     try:
         with cause:
-            control.apply(engine)
+            session.apply(engine)
         yield
     finally:
-        control.apply(engine)
+        session.apply(engine)
 
 
 @plant

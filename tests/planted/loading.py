@@ -9,8 +9,8 @@ from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
-from fse_patch.adapters import model_fusion
-from fse_patch.fusion_core.remap import SlotTensor
+from fse_patch.adapters import role
+from fse_patch.fusion_core.weights.remap import SlotTensor
 
 from .plant import adapter, plant
 
@@ -56,35 +56,35 @@ def loader_writes_the_neighbour(engine: str) -> Context:
 @plant
 def loader_reads_nothing(_: str) -> Context:
     """An engine that decides to load nothing."""
-    honest = model_fusion.ModelFusion.load
+    honest = role.ModelFusion.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
         return honest(self, lambda stream: set(), weights)
 
-    return patch.object(model_fusion.ModelFusion, "load", load)
+    return patch.object(role.ModelFusion, "load", load)
 
 
 @plant
 def loader_stops_early(_: str) -> Context:
     """As islice of the stream: the rest is never asked for, and no count at its end is made."""
-    honest = model_fusion.ModelFusion.load
+    honest = role.ModelFusion.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
         return honest(self, lambda stream: original(islice(stream, 20)), weights)
 
-    return patch.object(model_fusion.ModelFusion, "load", load)
+    return patch.object(role.ModelFusion, "load", load)
 
 
 def after_loading(change: Callable[[Any], None]) -> Context:
     """Done to the experts of the first layer when the loader and the audit are through."""
-    honest = model_fusion.ModelFusion.load
+    honest = role.ModelFusion.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
         loaded = honest(self, original, weights)
         change(self)
         return loaded
 
-    return patch.object(model_fusion.ModelFusion, "load", load)
+    return patch.object(role.ModelFusion, "load", load)
 
 
 @plant

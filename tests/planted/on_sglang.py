@@ -36,7 +36,7 @@ class Engine:
         from sglang.srt.layers.moe.utils import initialize_moe_config
         from sglang.srt.server_args import ServerArgs
 
-        from fse_patch.adapters.sglang.arm import CPU_DEFAULTS, DEFAULTS, free_port
+        from fse_patch.lab.sglang.verify_arm import CPU_DEFAULTS, DEFAULTS, free_port
 
         arguments = ServerArgs(
             model_path=folder, dtype="float32", enable_multimodal=False, **DEFAULTS, **CPU_DEFAULTS
@@ -73,7 +73,7 @@ class Engine:
 
     def warm_up(self, block: Any, hidden: torch.Tensor) -> None:
         """Run a block, as the engine's warm-up does before it serves."""
-        from fse_patch.adapters.sglang.canary import Prover
+        from fse_patch.adapters.sglang.prove import Prover
 
         Prover().forward(block, hidden)
 

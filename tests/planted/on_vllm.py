@@ -65,7 +65,7 @@ class Engine:
 
     def warm_up(self, block: Any, hidden: torch.Tensor) -> None:
         """Run a block, as the engine's warm-up does before it serves."""
-        from fse_patch.adapters.vllm.canary import Prover
+        from fse_patch.adapters.vllm.prove import Prover
 
         Prover(self.vllm_config).forward(block, hidden)
 

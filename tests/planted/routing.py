@@ -10,17 +10,17 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.fusion_core import routing
+from fse_patch.fusion_core.forward import router
 
 from .plant import plant
 
 Context = AbstractContextManager[Any]
 Pair = tuple[torch.Tensor, torch.Tensor]
-honest_route = routing.route
+honest_route = router.route
 
 
 def by_route(change: Callable[..., Pair]) -> Context:
-    return patch.object(routing, "route", change)
+    return patch.object(router, "route", change)
 
 
 @plant

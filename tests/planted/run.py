@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.fusion_core.sample import Found, SlotSample
+from fse_patch.fusion_core.weights.samples import Found, SlotSample
 from fse_patch.settings import VERIFY
 
 from .plant import PLANTS
@@ -29,7 +29,7 @@ from .plant import PLANTS
 def serve(name: str, engine: Any, job: dict[str, Any]) -> str:
     """What ends the start of a model or its update, or why it is stock; empty if it would serve fused."""
     from fse_patch import runtime
-    from fse_patch.adapters.model_fusion import CONSTRUCTED, constructed
+    from fse_patch.adapters.role import CONSTRUCTED, constructed
 
     runtime.clear()
     os.environ[VERIFY] = job.get("verify", "sample")

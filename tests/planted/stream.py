@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.fusion_core import remap
-from fse_patch.fusion_core.naming import TensorNaming
-from fse_patch.fusion_core.remap import Remap, SlotTensor
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.weights import remap
+from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 
 from .plant import plant
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.fusion_core.remap import Named, Remap, SlotTensor
+from fse_patch.fusion_core.weights.remap import Named, Remap, SlotTensor
 
 from .plant import plant
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.fusion_core.routing import SlotAppender
+from fse_patch.fusion_core.forward.router import SlotAppender
 
 from .plant import adapter, plant
 

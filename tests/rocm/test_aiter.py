@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fse_patch.fusion_core.decision import RoutingSpec
+from fse_patch.fusion_core.decision.outcome import RoutingSpec
 from fse_patch.fusion_core.kernels import aiter
 from fse_patch.fusion_core.kernels.aiter import AiterCaps, TopK
 

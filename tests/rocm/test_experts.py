@@ -9,12 +9,7 @@ import torch
 
 from fse_patch.fusion_core.kernels import aiter
 from fse_patch.fusion_core.kernels.aiter import AiterCaps
-from fse_patch.fusion_core.kernels.aiter_experts import (
-    experts_refusal,
-    fused_experts,
-    keep_mark,
-    shuffle,
-)
+from fse_patch.fusion_core.kernels.aiter_experts import experts_refusal, fused_experts, keep_mark, shuffle
 
 from ..fakes.aiter_kernels import GpuFault
 from ..fakes.aiter_profiles import COMING, PROFILES, installed

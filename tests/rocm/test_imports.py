@@ -41,7 +41,7 @@ def test_everything_imports_and_says_why_not(tmp_path: Path, package: str) -> No
         (tmp_path / "aiter").mkdir()
         (tmp_path / "aiter" / "__init__.py").write_text(content)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    modules = ["fse_patch", "fse_patch.adapters.patching", *ADAPTERS]
+    modules = ["fse_patch", "fse_patch.adapters.patching.transaction", *ADAPTERS]
     done = subprocess.run(
         [sys.executable, "-c", PROBE.format(modules=modules)],
         env={**os.environ, "PYTHONPATH": path, "FSE_PATCH": ""},

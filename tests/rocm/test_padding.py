@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fse_patch.adapters.sglang import native
-from fse_patch.adapters.sglang.fusion import AppendHook
-from fse_patch.fusion_core.decision import RoutingSpec
-from fse_patch.fusion_core.dispatch import ModeCounter
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.routing import SlotAppender
+from fse_patch.adapters.sglang.role import AppendHook
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import RoutingSpec
+from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.forward.router import SlotAppender
 
 from ..core.moe import decision
 

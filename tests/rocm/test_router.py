@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core import routing
-from fse_patch.fusion_core.decision import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.dispatch import ModeCounter
-from fse_patch.fusion_core.kernels import aiter_router
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.forward import aiter_router
+from fse_patch.fusion_core.forward import router as routing
+from fse_patch.fusion_core.forward.aiter_router import AiterRouter, router_class, top_k_refusal
+from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.forward.router import FusedRouter, append_shared_slots
 from fse_patch.fusion_core.kernels.aiter_check import usable
-from fse_patch.fusion_core.kernels.aiter_router import AiterRouter, router_class, top_k_refusal
-from fse_patch.fusion_core.layout import ExpertLayout
-from fse_patch.fusion_core.routing import FusedRouter, append_shared_slots
 
 from ..core.moe import decision
 from ..fakes.aiter_profiles import PROFILES, UNUSABLE, Profile, installed

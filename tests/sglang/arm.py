@@ -14,16 +14,17 @@ from unittest.mock import patch
 
 import wrapt
 
-from fse_patch.adapters import verifying
-from fse_patch.adapters.model_fusion import ModelFusion
-from fse_patch.adapters.sglang import arm, construct, worker
-from fse_patch.fusion_core.remap import SlotTensor
+from fse_patch.adapters.role import ModelFusion
+from fse_patch.adapters.sglang import build
+from fse_patch.fusion_core.weights.remap import SlotTensor
+from fse_patch.lab import model_process
+from fse_patch.lab.sglang import verify_arm, worker
 
 from ..slot_faults import SLOT_FAULTS, honest_write
 from . import live
 
 VARIABLE = "FSE_PATCH_TEST_FAULT"
-honest_run = arm.run_job
+honest_run = verify_arm.run_job
 
 
 def deaf(self: ModelFusion, part: SlotTensor) -> None:
@@ -36,10 +37,10 @@ def deaf(self: ModelFusion, part: SlotTensor) -> None:
 
 FAULTS: dict[str, Callable[[], Any]] = {
     **SLOT_FAULTS,
-    "scale_in_the_slot": lambda: patch.object(construct, "output_scale", lambda *_: 1.0),
+    "scale_in_the_slot": lambda: patch.object(build, "output_scale", lambda *_: 1.0),
     "deaf_to_updates": lambda: patch.object(ModelFusion, "_write", deaf),
-    "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: (None, None)),
-    "control_without_effect": lambda: patch.object(verifying, "control", lambda _: None),
+    "patch_never_fired": lambda: patch.object(build, "decide_for", lambda *_: (None, None)),
+    "control_without_effect": lambda: patch.object(model_process, "control", lambda _: None),
 }
 
 
@@ -57,5 +58,5 @@ if __name__ == "__mp_main__":
     if fault := os.environ.get(VARIABLE):
         FAULTS[fault]().start()
 if __name__ == "__main__":
-    arm.run_job = run_job
-    arm.main(Path(sys.argv[1]), Path(sys.argv[2]))
+    verify_arm.run_job = run_job
+    verify_arm.main(Path(sys.argv[1]), Path(sys.argv[2]))

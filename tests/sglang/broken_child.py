@@ -14,9 +14,9 @@ def broken(_: Any) -> Any:
 
 
 if __name__ == "__mp_main__":
-    from fse_patch.adapters.sglang import construct
+    from fse_patch.adapters.sglang import build
 
-    construct.initialize_model = broken
+    build.initialize_model = broken
 if __name__ in ("__main__", "__mp_main__"):
     os.environ.setdefault("FSE_PATCH", "sglang")
     sglang()

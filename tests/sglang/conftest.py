@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fse_patch import verify
+from fse_patch.lab import verify
 
 from .. import running
 from ..running import ROOT, Checkpoints, Pair

@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 from fse_patch import runtime
-from fse_patch.adapters.sglang import arm, native
+from fse_patch.adapters.sglang import native
+from fse_patch.lab.sglang import verify_arm
 
 TOKENS = 16
 
 
 def logprobs(engine: Any, job: dict[str, Any]) -> Any:
-    scored = arm.score(engine, job["prompts"], 1, batched=True)["logprobs"]
+    scored = verify_arm.score(engine, job["prompts"], 1, batched=True)["logprobs"]
     # An update flushes the cache, and SGLang ends when it finds the last answer not wound up yet.
     for _ in range(100):
         if engine.flush_cache().success:
@@ -63,7 +64,7 @@ def build(engine: Any, job: dict[str, Any], folder: str, draft: bool, platform: 
 
 
 def reports(engine: Any, job: dict[str, Any]) -> Any:
-    return arm.reports(engine)
+    return verify_arm.reports(engine)
 
 
 def prove(engine: Any, job: dict[str, Any], builds: list[list[str]]) -> Any:
@@ -168,7 +169,7 @@ def extend(scheduler: Any) -> None:
 def run_steps(job: dict[str, Any]) -> dict[str, Any]:
     """Start the job's engine and do its steps."""
     steps = job["engine_args"].pop("steps")
-    engine = arm.start(job)
+    engine = verify_arm.start(job)
     try:
         return {"steps": [STEPS[name](engine, job, **given) for name, given in steps]}
     finally:

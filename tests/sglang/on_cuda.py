@@ -24,10 +24,11 @@ import torch
 
 import fse_patch
 from fse_patch import runtime
-from fse_patch.adapters import planning
-from fse_patch.adapters.sglang import native, plan, standalone
-from fse_patch.adapters.sglang.modes import ATTRIBUTE
+from fse_patch.adapters import refusals
+from fse_patch.adapters.sglang import native, plan
+from fse_patch.adapters.sglang.run import ATTRIBUTE
 from fse_patch.errors import FsePatchError
+from fse_patch.lab.sglang import standalone
 
 from . import probes
 
@@ -54,19 +55,19 @@ def cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
     from sglang.srt.models import glm4_moe, qwen2_moe
 
-    from fse_patch.adapters.sglang import forward
+    from fse_patch.adapters.sglang import run
 
     qwen, glm = qwen2_moe.Qwen2MoeSparseMoeBlock, glm4_moe.Glm4MoeSparseMoeBlock
     wrapped = (
-        (qwen, "_forward_router_experts", forward.router_experts),
-        (qwen, "forward_normal_dual_stream", forward.dual_stream),
-        (glm, "forward_normal", forward.glm_forward),
+        (qwen, "_forward_router_experts", run.router_experts),
+        (qwen, "forward_normal_dual_stream", run.dual_stream),
+        (glm, "forward_normal", run.glm_forward),
     )
     with ExitStack() as stack:
         for module in (glm4_moe, qwen2_moe):
             stack.enter_context(patch.object(module, "_is_cuda", True))
         for owner, name, factory in wrapped:
-            if not hasattr(getattr(owner, name), forward.MARK):
+            if not hasattr(getattr(owner, name), run.MARK):
                 stack.enter_context(patch.object(owner, name, factory(getattr(owner, name))))
         stack.enter_context(patch.object(native, "platform", lambda: "cuda"))
         stack.enter_context(patch.object(runtime_context, "get_stream", lambda _: None))
@@ -140,14 +141,14 @@ def build(
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader import get_model
 
-    from fse_patch.fusion_core import execution
+    from fse_patch.fusion_core.forward import layer
 
     runtime.clear()
     found: dict[str, Any] = {"report": None, "error": ""}
-    small = shared_left_out(execution.small_experts) if fault else execution.small_experts
+    small = shared_left_out(layer.small_experts) if fault else layer.small_experts
     env = {"FSE_PATCH_TUNED": table, "FSE_PATCH_VERIFY": verify}
     with cuda(tuple(capability)), patch.dict(os.environ, env), ExitStack() as stack:
-        stack.enter_context(patch.object(execution, "small_experts", small))
+        stack.enter_context(patch.object(layer, "small_experts", small))
         config = start(folder, **(server or {}))
         try:
             model = get_model(
@@ -168,7 +169,7 @@ def main(request: Path, results: Path) -> None:
     """Run all builds."""
     os.environ["FSE_PATCH"] = "sglang"
     fse_patch.apply("sglang")
-    assert plan.on_cuda is planning.on_cuda
+    assert plan.on_cuda is refusals.on_cuda
     results.write_text(json.dumps([build(**given) for given in json.loads(request.read_text())]))
 
 

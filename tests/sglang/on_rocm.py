@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from fse_patch import runtime
-from fse_patch.adapters.sglang import construct, native
+from fse_patch.adapters.sglang import build, native
 from fse_patch.errors import AuditError
 
 from ..fakes.aiter_profiles import PROFILES, installed
@@ -50,7 +50,7 @@ def found(scheduler: Any, folder: str, profile: str, scaled_again: bool) -> dict
         return float(fusion.decision.routing.routed_scaling_factor)
 
     CALLS.clear()
-    fault = patch.object(construct, "output_scale", scale) if scaled_again else nullcontext()
+    fault = patch.object(build, "output_scale", scale) if scaled_again else nullcontext()
     with rocm(profile), fault:
         try:
             model, _ = live.built(scheduler, folder)

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.adapters.sglang import forward
-from fse_patch.adapters.sglang.modes import ATTRIBUTE
+from fse_patch.adapters.sglang import run as forward
+from fse_patch.adapters.sglang.run import ATTRIBUTE
 
 # Enough that rounding moves the choice of some.
 MANY = 2048

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fse_patch import end_to_end, readings
-from fse_patch.fusion_core.decide import decide_roles
-from fse_patch.live_arms import ARMS
+from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.lab import end_to_end, readings
+from fse_patch.lab.live_arms import ARMS
 
 from ..running import VOCAB, Checkpoints
 

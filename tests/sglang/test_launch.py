@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from fse_patch import verify
-from fse_patch.adapters.sglang.arm import CPU_DEFAULTS, DEFAULTS, free_port
+from fse_patch.lab import verify
+from fse_patch.lab.sglang.verify_arm import CPU_DEFAULTS, DEFAULTS, free_port
 
 from ..running import ROOT, VOCAB, Case
 from .conftest import Runs

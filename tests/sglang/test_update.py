@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fse_patch.fusion_core.compare import difference
+from fse_patch.fusion_core.proof.compare import difference
 
 from ..running import Case
 from .conftest import Runs

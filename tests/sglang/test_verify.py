@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fse_patch import verify
+from fse_patch.lab import verify
 
 from ..running import Case, timeless
 from . import cases

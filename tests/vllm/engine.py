@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fse_patch import verify
+from fse_patch.lab import verify
 
 from ..running import VOCAB, Case, Checkpoints
 

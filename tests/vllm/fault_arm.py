@@ -11,14 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from fse_patch.adapters.vllm import arm, construct
-from fse_patch.adapters.vllm.worker import VerifyExtension
-from fse_patch.fusion_core import routing
+from fse_patch.adapters.vllm import build
+from fse_patch.fusion_core.forward import router
+from fse_patch.lab.vllm import verify_arm
+from fse_patch.lab.vllm.worker import VerifyExtension
 
 from ..slot_faults import SLOT_FAULTS
 
 FEW = 4  # tokens of a decode step: a token of each prompt
-honest_route = routing.route
+honest_route = router.route
 
 
 def scaled_twice(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Any:
@@ -37,7 +38,7 @@ def in_few_tokens(factor: float) -> Any:
         few = factor if weights.shape[0] <= FEW else 1.0
         return honest_append(weights, ids, slots, slot_weight * few)
 
-    return patch.object(routing, "append_shared_slots", append)
+    return patch.object(router, "append_shared_slots", append)
 
 
 @contextmanager
@@ -51,19 +52,19 @@ def refused_by_policy() -> Iterator[None]:
             yield
 
 
-honest_append = routing.append_shared_slots
+honest_append = router.append_shared_slots
 FAULTS = {
     None: nullcontext,
     **SLOT_FAULTS,
-    "scale_applied_twice": lambda: patch.object(routing, "route", scaled_twice),
-    "shared_expert_scaled": lambda: patch.object(routing, "append_shared_slots", shared_scaled),
+    "scale_applied_twice": lambda: patch.object(router, "route", scaled_twice),
+    "shared_expert_scaled": lambda: patch.object(router, "append_shared_slots", shared_scaled),
     "answers_1_percent": lambda: in_few_tokens(1.01),
     "answers_halved": lambda: in_few_tokens(0.5),
-    "patch_never_fired": lambda: patch.object(construct, "decide_for", lambda *_: (None, False)),
+    "patch_never_fired": lambda: patch.object(build, "decide_for", lambda *_: (None, False)),
     "refused_by_policy": refused_by_policy,
     "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),
 }
-honest_run = arm.run_job
+honest_run = verify_arm.run_job
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -77,5 +78,5 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    arm.run_job = run_job
-    arm.main(Path(sys.argv[1]), Path(sys.argv[2]))
+    verify_arm.run_job = run_job
+    verify_arm.main(Path(sys.argv[1]), Path(sys.argv[2]))

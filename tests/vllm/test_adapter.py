@@ -53,7 +53,7 @@ def put(config: Any, path: str, value: Any) -> Iterator[None]:
 def reason(config: Any) -> str:
     """The code of the decision for the entry class."""
     from fse_patch import runtime
-    from fse_patch.adapters.vllm.decide import decide_for
+    from fse_patch.adapters.vllm.start import decide_for
 
     runtime.clear()
     made, _ = decide_for(load(ENTRY), config)
@@ -64,15 +64,15 @@ def reason(config: Any) -> str:
 
 def quantised(config: Any, method: str | None) -> str:
     """The code for a checkpoint in FP8 that is run as ``method``."""
-    from fse_patch.adapters import deciding
+    from fse_patch.adapters import start
 
-    made = deciding.from_checkpoint
+    made = start.from_checkpoint
 
     def fp8(*args: Any) -> Any:
         return dataclasses.replace(made(*args), quant_method="fp8", formats=("fp8-block",))
 
     with (
-        patch.object(deciding, "from_checkpoint", fp8),
+        patch.object(start, "from_checkpoint", fp8),
         patch.dict(os.environ, FSE_PATCH_ALLOW_UNPROVEN="1"),
         put(config, "model_config.quantization", method),
         put(config, "quant_config", "any"),
@@ -123,7 +123,7 @@ def probe_model(checkpoint: str) -> dict[str, Any]:
     from safetensors.torch import load_file
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm.fusion import ACTIVE, constructed
+    from fse_patch.adapters.vllm.role import ACTIVE, constructed
 
     load_general_plugins()
     tensors = list(load_file(f"{checkpoint}/model.safetensors").items())

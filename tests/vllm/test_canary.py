@@ -47,11 +47,11 @@ def run_unproved(checkpoint: str) -> str:
     import torch
     from vllm.model_executor.model_loader import get_model_loader
 
-    from fse_patch.adapters import proving
-    from fse_patch.adapters.vllm.canary import Prover
+    from fse_patch.adapters import prove
+    from fse_patch.adapters.vllm.prove import Prover
     from fse_patch.errors import AuditError
 
-    with building(checkpoint) as config, patch.object(proving, "prove", lambda *_: None):
+    with building(checkpoint) as config, patch.object(prove, "prove", lambda *_: None):
         loader = get_model_loader(config.load_config)
         fusion = loader.load_model(vllm_config=config, model_config=config.model_config)._fse_patch
     try:

@@ -16,9 +16,9 @@ from unittest.mock import patch
 
 import pytest
 
-from fse_patch import verify
-from fse_patch.adapters.vllm import arm
-from fse_patch.fusion_core.compare import Tolerance, difference
+from fse_patch.fusion_core.proof.compare import Tolerance, difference
+from fse_patch.lab import verify
+from fse_patch.lab.vllm import verify_arm
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "qwen2_moe_wide4"
@@ -32,7 +32,7 @@ RULES = {
 COMPILED = {"num_aot_compiles": 1, "num_aot_artifacts_saved": 1}
 LOADED = {"num_aot_artifacts_loaded": 1}
 FLOAT32 = Tolerance.for_dtype("float32", difference([[0.0]], [[0.0]]))
-honest_run = arm.run_job
+honest_run = verify_arm.run_job
 
 
 def graphs() -> dict[str, int]:
@@ -62,7 +62,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from vllm.compilation.counter import compilation_counter
 
-    from fse_patch.adapters.vllm import construct
+    from fse_patch.adapters.vllm import build
 
     keyed, policy = (job["engine_args"].pop(name) for name in ("keyed", "policy"))
     before = dataclasses.asdict(compilation_counter)
@@ -71,7 +71,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         load = torch.compiler.load_compiled_function
         stack.enter_context(patch.object(torch.compiler, "load_compiled_function", loadable(load)))
         if not keyed:
-            stack.enter_context(patch.object(construct, "key_compile_cache", lambda *_: None))
+            stack.enter_context(patch.object(build, "key_compile_cache", lambda *_: None))
         try:
             result = honest_run(job)
         except Exception as error:
@@ -149,5 +149,5 @@ def test_without_the_key_the_stock_graph_would_serve_the_fused_model(compiled: R
 
 
 if __name__ == "__main__":
-    arm.run_job = run_job
-    arm.main(Path(sys.argv[1]), Path(sys.argv[2]))
+    verify_arm.run_job = run_job
+    verify_arm.main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fse_patch import end_to_end, readings
-from fse_patch.fusion_core.decide import decide_roles
-from fse_patch.live_arms import ARMS, ArmError
+from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.lab import end_to_end, readings
+from fse_patch.lab.live_arms import ARMS, ArmError
 
 from .engine import VOCAB, Checkpoints
 

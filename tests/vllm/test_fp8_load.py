@@ -75,7 +75,7 @@ def probe(folder: str) -> dict[str, Any]:
     from safetensors.torch import load_file
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm.fusion import ModelFusion
+    from fse_patch.adapters.vllm.role import ModelFusion
     from fse_patch.errors import AuditError
 
     load_general_plugins()

@@ -22,7 +22,7 @@ def probe(reference: str, checkpoint: str) -> dict[str, Any]:
     from vllm.model_executor.layers.linear import ReplicatedLinear
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm import gate
+    from fse_patch.adapters.vllm import shared_gate
 
     load_general_plugins()
     module, name = reference.split(":")
@@ -64,7 +64,7 @@ def probe(reference: str, checkpoint: str) -> dict[str, Any]:
             name = "fse_patch.fusion_core.kernels.gated_mlp"
             with (
                 patch.dict(sys.modules, {name: kernel(factor)}),
-                patch.object(gate, "takes", lambda *_: True),
+                patch.object(shared_gate, "takes", lambda *_: True),
             ):
                 got = mlp(x)
                 found[f"plain_{label}"] = bool(torch.isfinite(plain(x)).all())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fse_patch.adapters.source import source_file
+from fse_patch.adapters.patching.source import source_file
 
 from .engine import Checkpoints
 from .processes import in_process
@@ -71,8 +71,8 @@ def probe_block(reference: str, entry: str, checkpoint: str, shared: str) -> dic
     """The block on its own, then below the decision for the entry class."""
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm.decide import decide_for
-    from fse_patch.adapters.vllm.fusion import ACTIVE
+    from fse_patch.adapters.vllm.role import ACTIVE
+    from fse_patch.adapters.vllm.start import decide_for
 
     load_general_plugins()
     with building(checkpoint) as config:
@@ -100,7 +100,7 @@ def probe_subclass(checkpoint: str) -> dict[str, Any]:
     """A model of another name that inherits everything from an entry class, and that class itself."""
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm.decide import decide_for
+    from fse_patch.adapters.vllm.start import decide_for
 
     load_general_plugins()
     entry = load(f"{MODELS}.qwen3_next:Qwen3NextForCausalLM")

@@ -108,7 +108,7 @@ def probe(folder: str) -> dict[str, Any]:
     """Everything that one process can find out; ``folder`` has the checkpoints."""
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters import built
+    from fse_patch.adapters import role
     from fse_patch.adapters.vllm import native
 
     load_general_plugins()
@@ -126,7 +126,7 @@ def probe(folder: str) -> dict[str, Any]:
         found[f"{recipe} unmarked"] = load(mixed, unmarked=True)
         with patch.object(native, "fusing", lambda *_: [WRONG]):
             found[f"{recipe} wrong"] = load(plain)
-            with patch.object(built, "clear_padding", lambda *_: None):
+            with patch.object(role, "clear_padding", lambda *_: None):
                 found[f"{recipe} padded"] = load(plain)
         found[f"{recipe} native again"] = load(plain)
     return found

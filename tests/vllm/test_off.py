@@ -27,7 +27,7 @@ def patches() -> list[Any]:
     """Those of the ledger for the installed release."""
     from packaging.version import Version
 
-    from fse_patch.adapters import guards, ledger
+    from fse_patch.adapters.patching import guards, ledger
 
     book = ledger.load("vllm")
     version = Version(guards.engine_version(book))

@@ -20,7 +20,7 @@ def probe(checkpoint: str, reference: str) -> dict[str, Any]:
     from vllm.config import get_current_vllm_config
     from vllm.forward_context import get_forward_context, set_forward_context
 
-    from fse_patch.adapters.vllm.own_gate import take_gate
+    from fse_patch.adapters.vllm.run import take_gate
 
     class Layer(torch.nn.Module):
         """A layer that looks at its states alone, as one with modes does."""

@@ -33,7 +33,8 @@ def counted(calls: list[str], name: str, call: Any) -> Any:
 
 def proved(checkpoint: str, profile: Any) -> dict[str, Any]:
     """The canary's findings under a profile, and what of AITER was called."""
-    from fse_patch.fusion_core.kernels import aiter, aiter_router
+    from fse_patch.fusion_core.forward import aiter_router
+    from fse_patch.fusion_core.kernels import aiter
 
     from ..fakes.aiter_profiles import installed
 
@@ -48,7 +49,7 @@ def proved(checkpoint: str, profile: Any) -> dict[str, Any]:
 
 def broken(checkpoint: str) -> dict[str, Any]:
     """An AITER that passed its check and is wrong afterwards: routed experts weigh a little too much."""
-    from fse_patch.fusion_core.kernels import aiter_router
+    from fse_patch.fusion_core.forward import aiter_router
 
     honest = {name: getattr(aiter_router, name) for name in ("softmax_topk", "grouped_topk")}
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from fse_patch import verify
-from fse_patch.adapters.vllm.arm import EXTENSION
-from fse_patch.fusion_core.compare import MAX_FLOAT32, MEAN_FLOAT32, difference
+from fse_patch.fusion_core.proof.compare import MAX_FLOAT32, MEAN_FLOAT32, difference
+from fse_patch.lab import verify
+from fse_patch.lab.vllm.verify_arm import EXTENSION
 
 from .conftest import Runs
 from .engine import VOCAB, Case, Checkpoints
@@ -53,7 +53,7 @@ wrapt.register_post_import_hook({function}, "{module}")
 """
 # What is wrong, and the words with which the server must say so.
 STOPPED = {
-    "slot_not_written": ("fse_patch.adapters.vllm.fusion", "never written"),
+    "slot_not_written": ("fse_patch.adapters.vllm.role", "never written"),
     "replaced_by_another_plugin": (
         "vllm.model_executor.models.glm4_moe",
         "another plugin may have replaced it",

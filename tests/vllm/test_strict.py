@@ -15,7 +15,7 @@ def probe(folder: str) -> dict[str, Any]:
     from vllm import LLM
 
     from fse_patch import runtime
-    from fse_patch.adapters.vllm.arm import DEFAULTS
+    from fse_patch.lab.vllm.verify_arm import DEFAULTS
 
     try:
         LLM(model=folder, dtype="float32", enable_lora=True, max_lora_rank=8, **DEFAULTS)

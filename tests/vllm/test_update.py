@@ -35,12 +35,12 @@ class Engine:
     def __init__(self, folder: Path, load_format: str = "auto") -> None:
         from vllm import LLM
 
-        from fse_patch.adapters.vllm.arm import DEFAULTS
+        from fse_patch.lab.vllm.verify_arm import DEFAULTS
 
         self.llm = LLM(model=str(folder), dtype="float32", load_format=load_format, **DEFAULTS)
 
     def answers(self) -> list[list[float]]:
-        from fse_patch.adapters.vllm.arm import score
+        from fse_patch.lab.vllm.verify_arm import score
 
         prompts = [[3 + (step * place) % (VOCAB - 3) for place in range(32)] for step in (5, 7, 11)]
         return score(self.llm, prompts, 1, batched=True)["logprobs"]
@@ -80,7 +80,7 @@ class Engine:
         return ""
 
     def close(self) -> None:
-        from fse_patch.adapters.vllm.arm import shut_down
+        from fse_patch.lab.vllm.verify_arm import shut_down
 
         shut_down(self.llm)
 
@@ -131,7 +131,7 @@ def probe_updates(
     from torch.nn import Parameter
     from vllm.model_executor.model_loader.reload import layerwise
 
-    from fse_patch.adapters.vllm.fusion import ModelFusion, constructed
+    from fse_patch.adapters.vllm.role import ModelFusion, constructed
 
     down = next(name for name in shared if name.endswith("down_proj.weight"))
     gate = down.replace("down_proj", "gate_proj")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fse_patch.adapters.vllm import arm
+from fse_patch.lab.vllm import verify_arm
 
 from ..running import timeless
 from . import cases
@@ -120,8 +120,8 @@ def test_a_refused_checkpoint_is_bit_identical_to_stock(runs: Runs, case: Case) 
 @pytest.mark.parametrize(
     ("cuda", "capability", "said", "changed", "then"),
     [
-        (True, 90, {}, {arm.ROUND_SCALES: "0"}, {arm.ROUND_SCALES: "0"}),
-        (True, 90, {arm.ROUND_SCALES: "1"}, {}, {arm.ROUND_SCALES: "1"}),
+        (True, 90, {}, {verify_arm.ROUND_SCALES: "0"}, {verify_arm.ROUND_SCALES: "0"}),
+        (True, 90, {verify_arm.ROUND_SCALES: "1"}, {}, {verify_arm.ROUND_SCALES: "1"}),
         # Its kernels need rounded scales.
         (True, 100, {}, {}, {}),
         (False, 90, {}, {}, {}),
@@ -142,16 +142,16 @@ def test_scales_are_kept_on_hopper_unless_the_user_says_otherwise(
     platform = type(platforms.current_platform)
     monkeypatch.setattr(platform, "get_device_capability", classmethod(lambda cls, device_id=0: there))
     monkeypatch.setattr(platform, "is_cuda", lambda self: cuda)
-    assert arm.keep_scales(said) == changed
+    assert verify_arm.keep_scales(said) == changed
     assert said == then
 
 
 def test_what_was_set_is_told_with_every_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     request, result = tmp_path / "request.json", tmp_path / "result.json"
     request.write_text(json.dumps([{"checkpoint": "one"}, {"checkpoint": "two"}]))
-    monkeypatch.setattr(arm, "keep_scales", lambda environment: {"A_VARIABLE": "0"})
-    monkeypatch.setattr(arm, "run_job", lambda job: {"ran": job["checkpoint"]})
-    arm.main(request, result)
+    monkeypatch.setattr(verify_arm, "keep_scales", lambda environment: {"A_VARIABLE": "0"})
+    monkeypatch.setattr(verify_arm, "run_job", lambda job: {"ran": job["checkpoint"]})
+    verify_arm.main(request, result)
     assert json.loads(result.read_text()) == [
         {"ran": name, "environment": {"A_VARIABLE": "0"}} for name in ("one", "two")
     ]

@@ -1,0 +1,115 @@
+"""Whether the installed engine is the one that the patches were written against. Imports no engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
+
+from ...errors import FsePatchError, RefusedError
+from .ledger import Ledger
+from .source import SCOPES, fingerprint, nodes, nodes_in, source_file, split
+from .spec import PatchSpec, Source
+
+_WHAT_TO_DO = "run `fse-patch patches --engine {engine}`, and use a tested release: {tested}"
+
+
+def engine_version(ledger: Ledger, site_packages: Sequence[str] | None = None) -> str:
+    """Version of the installed engine, from its metadata.
+
+    Raises:
+        FsePatchError: it is not installed, or its version is not one.
+    """
+    found = ""
+    for name in ledger.distributions:
+        path = sys.path if site_packages is None else list(site_packages)
+        found = next((d.version for d in metadata.distributions(name=name, path=path)), "")
+        if found:
+            break
+    if not found or source_file(ledger.import_name, site_packages) is None:
+        raise FsePatchError(
+            f"{ledger.engine}: not installed here (looked for {' or '.join(ledger.distributions)}); "
+            "install fse-patch into the engine's own environment"
+        )
+    try:
+        Version(found)
+    except InvalidVersion as error:
+        raise FsePatchError(f"{ledger.engine}: its version {found!r} is not a version") from error
+    return found
+
+
+def check_version(ledger: Ledger, version: str, allow_untested: bool = False) -> tuple[PatchSpec, ...]:
+    """The patches for this release.
+
+    Raises:
+        RefusedError: ``version.untested``: the release is not on the list, or no patch is for it.
+    """
+    tested = ", ".join(ledger.tested) or "none"
+    if not ledger.is_tested(Version(version)) and not allow_untested:
+        raise RefusedError(
+            "version.untested",
+            f"{ledger.engine} {version} is not a tested release ({tested}); install one of them, "
+            "or set FSE_PATCH_ALLOW_UNTESTED=1 to rely on the fingerprints alone",
+        )
+    patches = tuple(p for p in ledger.patches if p.is_for(Version(version)))
+    if not patches:
+        raise RefusedError("version.untested", f"no patch is for {ledger.engine} {version} ({tested} tested)")
+    return patches
+
+
+def _problem(source: Source, site_packages: Sequence[str] | None) -> str:
+    seen = fingerprint(source.reference, site_packages)
+    if seen is None:
+        return f"{source.reference} is not defined in the installed source"
+    if seen not in source.fingerprints.values():
+        return f"{source.reference} reads {seen}, none of {len(source.fingerprints)} known sources"
+    return ""
+
+
+def _binding_problem(patch: PatchSpec, site_packages: Sequence[str] | None) -> str:
+    """A target that is not its own source must be an imported name, or a method that its class inherits."""
+    module, qualname = split(patch.target)
+    owner = qualname.rpartition(".")[0]
+    if not patch.imported:
+        return ""
+    if not nodes(f"{module}:{owner or qualname}", site_packages):
+        return f"{module} does not bind {owner or qualname}"
+    if any(isinstance(node, SCOPES) for node in nodes(patch.target, site_packages)):
+        return f"{patch.target} has a definition of its own, not that of {patch.source.reference}"
+    return ""
+
+
+def guard(patch: PatchSpec, site_packages: Sequence[str] | None = None) -> str:
+    """What is wrong with the installed source of a patch, in a line, or "" if it is as expected."""
+    problems = (_problem(s, site_packages) for s in (patch.source, *patch.relies_on))
+    return next((p for p in problems if p), "") or _binding_problem(patch, site_packages)
+
+
+def check_source(ledger: Ledger, patch: PatchSpec, site_packages: Sequence[str] | None = None) -> None:
+    """Refuse a patch whose installed source is not one that was read.
+
+    Raises:
+        RefusedError: ``fingerprint``.
+    """
+    if problem := guard(patch, site_packages):
+        advice = _WHAT_TO_DO.format(engine=ledger.engine, tested=", ".join(ledger.tested) or "none")
+        raise RefusedError("fingerprint", f"patch {patch.id} of {patch.target}: {problem}; {advice}")
+
+
+def check_factory(patch: PatchSpec) -> None:
+    """A factory that is not there must be seen before anything is patched, though it is imported late.
+
+    Raises:
+        FsePatchError: our own package is incomplete.
+    """
+    module, qualname = split(patch.factory)
+    try:
+        spec = importlib.util.find_spec(module)  # imports its parent packages, which are light and ours
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None or not nodes_in(Path(spec.origin), qualname):
+        raise FsePatchError(f"patch {patch.id}: no factory {patch.factory}")

@@ -1,0 +1,61 @@
+"""The canary in SGLang: behind the one function that its loaders fill and finish a model with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import prove as proving
+
+
+class Prover(proving.Prover):
+    """Runs a block as SGLang does."""
+
+    def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The block without a batch: it takes one for backends that are refused."""
+        states: torch.Tensor = block(hidden_states)
+        return states
+
+    def parts(self, block: Any) -> int:
+        """The size of tensor parallelism."""
+        return int(block.experts.moe_tp_size)
+
+    def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
+        """Over tensor parallelism."""
+        from sglang.srt.distributed.communication_op import tensor_model_parallel_all_reduce
+
+        total: torch.Tensor = tensor_model_parallel_all_reduce(states)
+        return total
+
+
+def load_and_prove(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_weights_and_postprocess``: what was loaded fused is proved before the engine has it."""
+
+    @functools.wraps(original)
+    def load(model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(model, *args, **kwargs)
+        prove(model)
+        return result
+
+    return load
+
+
+def dummy_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_model`` of the loader that loads nothing: the canary says so."""
+
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = original(*args, **kwargs)
+        prove(model)
+        return model
+
+    return load
+
+
+def prove(model: Any) -> None:
+    """See `proving.prove`. Loaders run with the model's dtype as torch's default."""
+    if (fusion := getattr(model, "_fse_patch", None)) is not None:
+        proving.prove(fusion, torch.get_default_dtype(), Prover())

@@ -1,0 +1,231 @@
+"""The processes of an end-to-end measurement: an engine each, alive side by side, asked one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import FsePatchError
+from ..settings import ENABLE
+from . import verify
+
+# The second stock says how far a figure may be trusted.
+ARMS = ("stock", "fused", "again")
+ARM_MODULES = {
+    "vllm": "fse_patch.lab.vllm.decode_arm",
+    "sglang": "fse_patch.lab.sglang.decode_arm",
+}
+CACHE = "VLLM_CACHE_ROOT"
+POLL = 0.2  # seconds between looks at the processes
+PARTING = 20.0  # seconds that an arm has to end its engine
+Answer = dict[str, Any]
+
+
+class ArmError(FsePatchError):
+    """An arm failed, died or was silent; ``log`` is the end of what it said."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class LiveArms:
+    """Starts an engine for each arm on entry, all at once, and ends their processes on exit.
+
+    Args:
+        engine: its name.
+        request: what each arm gets, as of `adapters.decoding.Engine`.
+        env: environment of the arms; FSE_PATCH is set here.
+        limit: seconds that an answer may take.
+    """
+
+    def __init__(self, engine: str, request: Mapping[str, Any], env: Mapping[str, str], limit: float) -> None:
+        self.engine, self.request, self.env, self.limit = engine, request, env, limit
+        self._folder = tempfile.TemporaryDirectory(prefix="fse_patch_")
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._connections: dict[str, Connection] = {}
+
+    def __enter__(self) -> LiveArms:
+        try:
+            self._start()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._part()
+        self._end()
+
+    def ask(self, name: str, question: Mapping[str, Any]) -> Answer:
+        """The answer of one arm, while the others wait.
+
+        Raises:
+            ArmError: any arm died, or this one failed or was silent for ``limit`` seconds.
+        """
+        self._send(name, question)
+        return self.answer(name)
+
+    def ask_all(self, question: Mapping[str, Any]) -> dict[str, Answer]:
+        """The answers of all arms, which work at the same time; raises as `ask`."""
+        for name in ARMS:
+            self._send(name, question)
+        return self.answers()
+
+    def answers(self, tell: Callable[[str, Answer], None] = lambda *_: None) -> dict[str, Answer]:
+        """What each arm says next, and ``tell`` is called with; raises as `ask`."""
+        end = time.monotonic() + self.limit
+        found = {}
+        for name in ARMS:
+            found[name] = self.answer(name, end)
+            tell(name, found[name])
+        return found
+
+    def answer(self, name: str, end: float | None = None) -> Answer:
+        """What an arm says next, until ``end`` of the monotonic clock; raises as `ask`."""
+        end = time.monotonic() + self.limit if end is None else end
+        connection = self._connections[name]
+        while True:
+            try:
+                if connection.poll(POLL):
+                    answer: Answer = connection.recv()
+                    break
+            except (EOFError, OSError):
+                raise self._died(name) from None
+            self._check(name, end)
+        if "error" in answer:
+            raise ArmError(f"{name} arm: {answer['error']}", self._tail(name))
+        return answer
+
+    def _send(self, name: str, question: Mapping[str, Any]) -> None:
+        try:
+            self._connections[name].send(dict(question))
+        except OSError:
+            raise self._died(name) from None
+
+    def _start(self) -> None:
+        folder = Path(self._folder.name)
+        authkey = secrets.token_bytes(16)
+        arrived = self._connections
+        with Listener(str(folder / "s"), "AF_UNIX", len(ARMS), authkey) as listener:
+            asked = {**self.request, "address": listener.address, "authkey": authkey.hex()}
+            threading.Thread(target=accept, args=(listener, arrived), daemon=True).start()
+            for name in ARMS:
+                file = folder / f"{name}.json"
+                file.write_text(json.dumps({**asked, "name": name}))
+                with self._log(name).open("wb") as sink:
+                    self._processes[name] = subprocess.Popen(
+                        [sys.executable, "-m", ARM_MODULES[self.engine], str(file)],
+                        env=self._environment(name),
+                        stdout=sink,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+            end = time.monotonic() + self.limit
+            while missing := [name for name in ARMS if name not in arrived]:
+                self._check(missing[0], end)
+                time.sleep(POLL)
+
+    def _environment(self, name: str) -> dict[str, str]:
+        found = {**verify.ARM_ENVIRONMENT[self.engine], **self.env}
+        found[ENABLE] = self.engine if name == "fused" else "0"
+        if self.engine == "vllm" and name == "again":
+            # It compiles what stock compiles, at the same time: they must not write the same files.
+            root = found.get(CACHE) or str(Path.home() / ".cache" / "vllm")
+            found[CACHE] = os.path.join(root, "fse_patch_again")
+        return found
+
+    def _check(self, waited_for: str, end: float) -> None:
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise self._died(name)
+        if time.monotonic() > end:
+            raise ArmError(
+                f"{waited_for} arm: silent for {self.limit:.0f} s; give a longer --timeout if it needs it",
+                self._tail(waited_for),
+            )
+
+    def _died(self, name: str) -> ArmError:
+        """What to say of an arm that is gone: its own last words, where it left some."""
+        connection, process = self._connections.get(name), self._processes[name]
+        try:
+            while connection is not None and connection.poll(0):
+                if "error" in (answer := connection.recv()):
+                    return ArmError(f"{name} arm: {answer['error']}", self._tail(name))
+        except (EOFError, OSError):
+            pass
+        try:
+            process.wait(PARTING)
+        except subprocess.TimeoutExpired:
+            return ArmError(f"{name} arm: closed its connection", self._tail(name))
+        return ArmError(f"{name} arm: ended with status {process.returncode}", self._tail(name))
+
+    def _log(self, name: str) -> Path:
+        return Path(self._folder.name) / f"{name}.log"
+
+    def _tail(self, name: str) -> str:
+        lines = self._log(name).read_text(errors="replace").splitlines()
+        return "\n".join(lines[-verify.LOG_LINES :])
+
+    def _part(self) -> None:
+        """Let engines end by themselves, for a while."""
+        end = time.monotonic() + PARTING
+        for connection in self._connections.values():
+            try:
+                connection.send({"do": "end"})
+            except OSError:
+                continue
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                continue
+
+    def _end(self) -> None:
+        for process in self._processes.values():
+            verify.end(process)
+        for connection in self._connections.values():
+            connection.close()
+        self._folder.cleanup()
+
+
+def accept(listener: Listener, arrived: dict[str, Connection]) -> None:
+    """Take in the arms that connect, each by the name that it gives."""
+    while len(arrived) < len(ARMS):
+        try:
+            connection = listener.accept()
+            name = connection.recv()
+        except Exception:  # a stranger, or the listener was closed and its socket is gone
+            if not os.path.exists(str(listener.address)):
+                return
+            continue
+        arrived[name] = connection
+
+
+def wrong_states(ready: Mapping[str, Mapping[str, Any]], layers: Sequence[int]) -> list[str]:
+    """What arms are otherwise than they should be: fused in all ``layers``, or stock."""
+    found = []
+    for name, answer in ready.items():
+        roles = [role for role in answer["roles"] if role["role"] == "main"]
+        if name != "fused":
+            found += [f"{name} arm: is not stock"] if roles else []
+        elif not roles:
+            why = "; ".join(f"{d['reason']}: {d['detail']}" for d in answer["refused"]) or "no reason given"
+            found.append(f"fused arm: is stock: {why}")
+        elif (built := roles[0]["built_layers"]) != list(layers):
+            found.append(f"fused arm: layers {built} are fused, {list(layers)} were decided")
+    return found

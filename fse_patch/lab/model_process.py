@@ -1,0 +1,67 @@
+"""What `fse-patch verify` does inside the process that holds the model, whichever engine runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .. import runtime
+from ..adapters.role import constructed
+from ..errors import FsePatchError
+from . import slot_control
+
+
+def report() -> dict[str, Any]:
+    """The process, what each role really ran in it, and which kernels were replaced by stand-ins.
+
+    A stand-in for a kernel package says of itself, in REPLACED, which of its operations ran.
+    """
+    stand_in = sys.modules.get("sgl_kernel")
+    roles = [fusion.report() for fusion in constructed()]
+    ours = {role["role"] for role in roles}
+    return {
+        "pid": os.getpid(),
+        "roles": roles,
+        "refused": [d for d in runtime.decisions() if not d["fuse"] and d["role"] not in ours],
+        "replaced_operations": sorted(vars(stand_in).get("REPLACED", ())) if stand_in else [],
+    }
+
+
+def reset() -> None:
+    """Forget the calls of the engine's own warm-up; graphs that it captured run later."""
+    for fusion in constructed():
+        fusion.counter.reset()
+
+
+def control(factor: float) -> None:
+    """Multiply the first shared slot of the main model by ``factor``; see `slot_control.multiply`."""
+    for fusion in constructed():
+        if fusion.decision.role == "main":
+            slot_control.multiply(fusion, factor)
+
+
+def jitter(modules: Iterable[Any], seed: int) -> None:
+    """Give the 16-bit embedding among ``modules`` the noise of one more rounding.
+
+    Rounding is uniform within half a unit in the last place, variance 1/12; so each weight moves
+    to a neighbouring value with probability 1/12. How far a model carries that is the yardstick
+    where the kernels give the same bits for every batch composition, as they do on CPU.
+
+    Raises:
+        FsePatchError: the control is in force: the yardstick would measure that, and allow as much.
+    """
+    if any(map(slot_control.in_force, constructed())):
+        raise FsePatchError("the control must be undone before the noise of one more rounding is measured")
+    for module in modules:
+        if type(module).__name__ == "VocabParallelEmbedding":
+            weight = module.weight.data
+            draw = torch.Generator().manual_seed(seed)
+            moved = torch.rand(weight.shape, generator=draw) < 1 / 12
+            step = torch.randint(0, 2, weight.shape, generator=draw) * 2 - 1
+            # Adding 1 to the bits of a float gives its neighbour; zero has none below.
+            step = (step * moved * (weight != 0).cpu()).to(weight.device, torch.int16)
+            weight.view(torch.int16).add_(step)

@@ -1,0 +1,103 @@
+"""Plots of what `fse-patch bench` measured: speed-up over the number of tokens, or of streams end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import FsePatchError
+from ..fusion_core.forward.plan import MODES
+
+COLUMNS = 2
+WIDTH, HEIGHT, DPI = 6.0, 4.0, 110
+Rows = Sequence[Mapping[str, Any]]
+
+
+def figure_class() -> Callable[..., Any]:
+    """matplotlib's figure; asked for before anything is measured.
+
+    Raises:
+        FsePatchError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise FsePatchError("a plot needs matplotlib: pip install 'fse-patch[plot]'") from None
+    return Figure
+
+
+def plot(shapes: Mapping[str, Rows], path: Path) -> None:
+    """A panel for each shape; rows as of `bench.measure`, or as its CSV has them.
+
+    Raises:
+        FsePatchError: matplotlib is not installed, or the file cannot be written.
+    """
+    _save(draw(shapes, figure_class()), path)
+
+
+def plot_streams(models: Mapping[str, Rows], path: Path) -> None:
+    """A panel for each model; rows as of `end_to_end.rows`, or as its CSV has them; raises as `plot`."""
+    _save(draw(models, figure_class(), _streams_panel), path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=DPI)
+    except (OSError, ValueError) as error:
+        raise FsePatchError(f"{path}: {error}") from error
+
+
+def draw(
+    shapes: Mapping[str, Rows],
+    new: Callable[..., Any],
+    panel_of: Callable[[Any, str, Rows], None] | None = None,
+) -> Any:
+    """The figure; ``new`` makes an empty one, ``panel_of`` draws a panel (default: of blocks)."""
+    drawn = panel_of or _panel
+    lines = -(-len(shapes) // COLUMNS)
+    columns = min(len(shapes), COLUMNS)
+    figure = new(figsize=(WIDTH * columns, HEIGHT * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel, (name, rows) in zip(panels, shapes.items(), strict=False):
+        drawn(panel, name, rows)
+    for panel in list(figure.axes)[len(shapes) :]:
+        panel.remove()
+    return figure
+
+
+def _panel(panel: Any, name: str, rows: Rows) -> None:
+    tokens = [int(row["tokens"]) for row in rows]
+    best = 1.0
+    for mode in MODES:
+        found = [(t, float(r[f"{mode}_ratio"])) for t, r in zip(tokens, rows, strict=True) if _has(r, mode)]
+        if found:
+            panel.plot(*zip(*found, strict=True), marker="o", markersize=3, label=mode)
+            best = max(best, *(ratio for _, ratio in found))
+    floor = [float(row["stock_us"]) / float(row["floor_us"]) for row in rows]
+    panel.plot(tokens, floor, linestyle=":", color="grey", label="memory floor")
+    panel.axhline(1.0, color="black", linewidth=0.8)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:.0f}")
+    # The floor leaves the panel where compute decides.
+    panel.set_ylim(0.5, 1.15 * max(best, floor[0]))
+    panel.set(title=name, xlabel="tokens", ylabel="times as fast as stock")
+    panel.legend()
+
+
+def _streams_panel(panel: Any, name: str, rows: Rows) -> None:
+    held = [row for row in rows if row["ratio"] not in (None, "")]
+    streams = [int(row["streams"]) for row in held]
+    ratios, lower, again = ([float(row[key]) for row in held] for key in ("ratio", "lower", "again"))
+    panel.plot(streams, ratios, marker="o", markersize=3, label="fused")
+    panel.plot(streams, lower, linestyle="--", linewidth=0.8, label="lower end of 95 %")
+    panel.plot(streams, again, linestyle=":", color="grey", marker="o", markersize=2, label="stock again")
+    panel.axhline(1.0, color="black", linewidth=0.8)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:.0f}")
+    panel.set(title=name, xlabel="streams", ylabel="times as fast as stock, end to end")
+    panel.legend()
+
+
+def _has(row: Mapping[str, Any], mode: str) -> bool:
+    return row.get(f"{mode}_ratio") not in (None, "")

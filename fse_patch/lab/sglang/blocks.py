@@ -1,0 +1,140 @@
+"""MoE blocks of the installed SGLang, stock and fused, of the same random weights; for measuring."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...adapters.role import ACTIVE, CONSTRUCTED
+from ...adapters.sglang.plan import NATIVE, situation
+from ...adapters.sglang.role import ModelFusion, NativeFusion
+from ...errors import FsePatchError
+from ...fusion_core.checkpoint.families import family_of
+from ...fusion_core.checkpoint.naming import TensorNaming
+from ...fusion_core.decision.outcome import FusionDecision
+from ...fusion_core.forward.plan import always
+from ..random_weights import as_slots, fill
+from .standalone import start
+
+MODELS = "sglang.srt.models."
+# Module, class and what the models pass to it besides the configuration.
+BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen2_moe": ("qwen2_moe", "Qwen2MoeSparseMoeBlock", {}),
+    "qwen3_next": (
+        "qwen2_moe",
+        "Qwen2MoeSparseMoeBlock",
+        {"support_shared_expert_fusion": True, "enable_cuda_shared_expert_fusion": True},
+    ),
+    "qwen3_5_moe": ("qwen2_moe", "Qwen2MoeSparseMoeBlock", {"support_shared_expert_fusion": True}),
+    "glm4_moe": ("glm4_moe", "Glm4MoeSparseMoeBlock", {}),
+}
+EXPERTS = ("w13_weight", "w2_weight")
+DEVICE = "cuda"
+
+
+class Pair:
+    """Stock and fused blocks of one model, in pairs of the same random weights.
+
+    Where SGLang fuses by itself, its fused blocks are the stock ones; those with modes share their experts.
+
+    Args:
+        folder: has the model's config.json.
+        decision: of that folder.
+        layers: how many pairs; one pair's weights would stay in the cache.
+        quant: as of `bench.open_pair`; "" alone is known.
+    """
+
+    # Of a weight, in bytes.
+    itemsize = 2
+
+    def __init__(
+        self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16", quant: str = ""
+    ) -> None:
+        if quant:
+            raise FsePatchError(f"{quant}: SGLang's quantised blocks are not measured yet")
+        self.config = start(folder, dtype)
+        self.decision = decision
+        family = family_of(decision.model_type)
+        assert family is not None
+        assert decision.layout is not None
+        self.layout = decision.layout
+        naming = TensorNaming(family, len(decision.moe_layers))
+        with self._engine():
+            self.stock = [self._build(family.name, layer) for layer in decision.fused_layers[:layers]]
+            self.native = self.stock[0].num_fused_shared_experts > 0
+            self.situation = situation(decision, self.config, NATIVE if self.native else "triton")
+            kind = NativeFusion if self.native else ModelFusion
+            self.fusion = kind(decision, naming, folder)
+            # Every mode is asked for by name.
+            self.fusion.plan = always("fused", "measuring")
+            CONSTRUCTED.add(self.fusion)  # as in the engine, tables for E stand in for those for E+S
+            token = ACTIVE.set(self.fusion)
+            try:
+                self.fused = [self._build(family.name, layer) for layer in decision.fused_layers[:layers]]
+            finally:
+                ACTIVE.reset(token)
+            for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
+                fill(stock, number, DEVICE)
+                self._copy(stock, fused, family.shared_module)
+                for block in (stock, fused):
+                    # A block is called many times on the same states here: they must outlive it.
+                    block.experts.moe_runner_config.inplace = False
+            self.fusion.open()
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.config.dtype)
+        try:
+            with torch.device(DEVICE), torch.no_grad():
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def _build(self, family: str, layer: int) -> Any:
+        from sglang.srt.runtime_context import get_stream
+
+        module, name, arguments = BLOCKS[family]
+        cls = getattr(importlib.import_module(MODELS + module), name)
+        return cls(
+            config=self.config.hf_text_config,
+            layer_id=layer,
+            quant_config=None,
+            alt_stream=get_stream("alt"),
+            prefix=f"model.layers.{layer}.mlp",
+            **arguments,
+        )
+
+    def _copy(self, stock: Any, fused: Any, shared: str) -> None:
+        """The weights of a stock block to where a fused one has them."""
+        for name, parameter in fused.named_parameters():
+            if not name.startswith("experts."):
+                parameter.data.copy_(stock.get_parameter(name).data)
+        theirs, ours = ([getattr(b.experts, n).data for n in EXPERTS] for b in (stock, fused))
+        if self.native:
+            for name, data in zip(EXPERTS, theirs, strict=True):
+                getattr(fused.experts, name).data = data
+            return
+        mlp, routed, slots = getattr(stock, shared), self.layout.num_routed, self.layout.num_shared_slots
+        dense = {"w13": mlp.gate_up_proj, "w2": mlp.down_proj}
+        for source, target, (kind, layer) in zip(theirs, ours, dense.items(), strict=True):
+            target[:routed].copy_(source)
+            target[routed:].copy_(as_slots(layer.weight.data, kind, slots))
+
+    def exact(self, expert: int, part: str) -> torch.Tensor:
+        """ "w13" or "w2" of one expert or slot of the first pair, in float64."""
+        weight = getattr(self.fused[0].experts, f"{part}_weight")
+        return torch.as_tensor(weight.data[expert]).double()
+
+    @contextlib.contextmanager
+    def forward_context(self, tokens: int) -> Iterator[None]:
+        """Within it, blocks run as while SGLang captures a graph of a decode step."""
+        from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
+
+        with torch.no_grad(), model_capture_mode():
+            yield

@@ -1,0 +1,45 @@
+"""What `fse-patch verify` asks of a SGLang scheduler, through SGLang's own ``collective_rpc``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import wrapt
+
+from .. import model_process
+
+SCHEDULER = "sglang.srt.managers.scheduler"
+
+
+def fse_report(self: Any, folder: str) -> None:
+    """Leave `model_process.report` in ``folder``."""
+    report = model_process.report()
+    (Path(folder) / f"{report['pid']:010}.json").write_text(json.dumps(report))
+
+
+def fse_reset(self: Any) -> None:
+    """See `model_process.reset`."""
+    model_process.reset()
+
+
+def fse_control(self: Any, factor: float) -> None:
+    """See `model_process.control`."""
+    model_process.control(factor)
+
+
+def fse_jitter(self: Any, seed: int) -> None:
+    """See `model_process.jitter`."""
+    model_process.jitter(self.tp_worker.model_runner.model.modules(), seed)
+
+
+def extend(scheduler: Any) -> None:
+    """Give the Scheduler class what the calls name."""
+    for method in (fse_report, fse_reset, fse_control, fse_jitter):
+        setattr(scheduler.Scheduler, method.__name__, method)
+
+
+def install() -> None:
+    """Extend the scheduler of this process when its module is imported."""
+    wrapt.register_post_import_hook(extend, SCHEDULER)

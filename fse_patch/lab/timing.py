@@ -1,0 +1,91 @@
+"""Timing of what is captured in CUDA graphs, one against the other, and what may be said of the ratios."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..fusion_core.decision.layout import ExpertLayout
+
+# Seconds of GPU time that one reading of one graph takes, about: long against a clock's resolution.
+READING = 0.01
+# Device-to-device copies of large tensors on an H200, bytes read and written.
+H200_BYTES_PER_SECOND = 4.3e12
+# How far stock may be off itself in a row that counts.
+STOCK_NOISE = 0.005
+RESAMPLES = 2000
+
+
+def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of what ``function`` launches, after it was run a few times for kernels to be compiled."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+def reading(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Seconds of one replay."""
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / replays
+
+
+def in_turn(arms: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm in each round. Rounds alternate in order: none always follows the same one."""
+    first = next(iter(arms.values()))
+    reading(first, 3)
+    replays = max(5, min(400, int(READING / reading(first, 3))))
+    for graph in arms.values():
+        reading(graph, replays)
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds):
+        for name in list(arms) if number % 2 == 0 else list(arms)[::-1]:
+            found[name].append(reading(arms[name], replays))
+    return found
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast: the median over the rounds, and the lower end of its 95 % interval."""
+
+    median: float
+    lower: float
+
+
+def ratio(stock: Sequence[float], other: Sequence[float], seed: int = 0) -> Ratio:
+    """Stock over other, round by round.
+
+    Raises:
+        ValueError: the arms do not have the same number of rounds.
+    """
+    ratios = [a / b for a, b in zip(stock, other, strict=True)]
+    draw = random.Random(seed)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return Ratio(statistics.median(ratios), medians[int(0.025 * RESAMPLES)])
+
+
+def is_quiet(again: Ratio) -> bool:
+    """Whether stock against itself came out even: otherwise a row says nothing."""
+    return abs(again.median - 1) <= STOCK_NOISE
+
+
+def floor_seconds(layout: ExpertLayout, parts: int, tokens: int, gate_rows: int, itemsize: int = 2) -> float:
+    """The time in which the weights of the experts that ``tokens`` random tokens choose can be read."""
+    width, experts = layout.moe_intermediate_size // parts, layout.num_routed
+    chosen = experts * (1 - (1 - layout.top_k / experts) ** tokens) + layout.num_shared_slots
+    weights = chosen * 3 * layout.hidden_size * width + gate_rows * layout.hidden_size
+    return weights * itemsize / H200_BYTES_PER_SECOND

@@ -1,0 +1,283 @@
+"""Stock against fused on the real engine: two processes, the same tokens, one judgement for each job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..fusion_core.decision.outcome import FusionDecision
+from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
+from ..settings import ENABLE
+
+ARM_MODULES = {"vllm": "fse_patch.lab.vllm.verify_arm", "sglang": "fse_patch.lab.sglang.verify_arm"}
+# The engine argument that makes it build a draft.
+SPECULATION = {"vllm": "speculative_config", "sglang": "speculative_algorithm"}
+# Only where the user has not said otherwise: one process where the engine allows it, no network.
+ARM_ENVIRONMENT = {
+    "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+    "sglang": {},
+}
+LOG_LINES = 60
+POLL = 0.3  # seconds between looks at a running arm
+PROMPT_LENGTHS = (5, 17, 64, 100)
+# A 1 % fault drowns in the rounding of 16 bit; there the control drops the first shared slot.
+CONTROL_FACTORS = {"float32": 1.01}
+CONTROL_16_BIT = 0.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """One checkpoint to verify, with the decision of each of its roles that the engine will build."""
+
+    checkpoint: Path
+    decisions: tuple[FusionDecision, ...]
+    vocab_size: int
+    dtype: str
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    new_tokens: int = 12
+
+    def request(self) -> dict[str, Any]:
+        """What an arm needs to run the job."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "prompts": prompts(self.vocab_size),
+            "new_tokens": self.new_tokens,
+            "engine_args": {"dtype": self.dtype, **self.engine_args},
+            "control_factor": self.control_factor,
+        }
+
+    @property
+    def control_factor(self) -> float:
+        """What the control multiplies the weight of one shared slot by."""
+        return CONTROL_FACTORS.get(self.dtype, CONTROL_16_BIT)
+
+
+def prompts(vocab_size: int, seed: int = 3) -> list[list[int]]:
+    """Random prompts of token ids, the same in every run."""
+    draw = random.Random(seed)
+    return [[draw.randrange(3, vocab_size) for _ in range(n)] for n in PROMPT_LENGTHS]
+
+
+def run_arm(
+    engine: str,
+    jobs: list[VerifyJob],
+    fused: bool,
+    env: Mapping[str, str],
+    timeout: float,
+    progress: Progress = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Run one arm over all jobs, in one process as long as it lives.
+
+    A job whose process crashed or ran out of time has {"error", "log"}; the jobs after it run in a new one.
+    """
+    arm = "fused" if fused else "stock"
+    done: list[dict[str, Any]] = []
+    while len(done) < len(jobs):
+        left = jobs[len(done) :]
+
+        def tell(running: int, left: list[VerifyJob] = left) -> None:
+            number = len(jobs) - len(left) + running + 1
+            progress(f"{arm} {engine}: {left[running].checkpoint.name} ({number} of {len(jobs)})")
+
+        results, log, status = run_process(engine, left, fused, env, timeout, tell)
+        if len(done) + len(results) < len(jobs):
+            results.append({"error": f"the {arm} {engine} process ended with status {status}"})
+        for entry in results:
+            if "error" in entry:
+                entry["log"] = log
+        done += results
+    return done
+
+
+def run_process(
+    engine: str,
+    jobs: list[VerifyJob],
+    fused: bool,
+    env: Mapping[str, str],
+    timeout: float,
+    tell: Callable[[int], None],
+) -> tuple[list[dict[str, Any]], str, int]:
+    """Start one process on ``jobs`` and end it, with its children, at the timeout.
+
+    Args:
+        tell: is called with the index of each job that starts.
+
+    Returns:
+        The results it left, the end of its log, and its exit status.
+    """
+    with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
+        request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "log"))
+        request.write_text(json.dumps([job.request() for job in jobs]))
+        environment = {**ARM_ENVIRONMENT[engine], **env, ENABLE: engine if fused else "0"}
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-m", ARM_MODULES[engine], str(request), str(result)],
+                env=environment,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                watch(process, result, len(jobs), timeout, tell)
+            finally:
+                end(process)
+        done = read_results(result)
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return done, tail, process.returncode
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group: children of an engine that crashed would keep its memory."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def read_results(result: Path) -> list[dict[str, Any]]:
+    """What an arm has left so far: it writes after each job."""
+    done: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
+    return done
+
+
+def watch(
+    process: subprocess.Popen[bytes], result: Path, jobs: int, timeout: float, tell: Callable[[int], None]
+) -> None:
+    """Wait for an arm, up to ``timeout`` seconds, and tell of each job that starts."""
+    end = time.monotonic() + timeout
+    told = -1
+    while process.poll() is None and time.monotonic() < end:
+        done = len(read_results(result))
+        while told < min(done, jobs - 1):
+            told += 1
+            tell(told)
+        try:
+            process.wait(POLL)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def verify(
+    jobs: list[VerifyJob],
+    engine: str,
+    engine_version: str,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 1800.0,
+    progress: Progress = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Run all jobs in the stock and in the fused engine and judge each.
+
+    Args:
+        engine_version: goes into the reports.
+        env: environment of both arms, default this process's.
+        timeout: seconds for one arm over all jobs.
+        progress: is told in a line what runs.
+
+    Returns:
+        A report for each job, with the keys that the README lists.
+    """
+    environment = dict(os.environ if env is None else env)
+    stock = run_arm(engine, jobs, False, environment, timeout, progress)
+    fused = run_arm(engine, jobs, True, environment, timeout, progress)
+    head = {"engine": engine, "engine_version": engine_version}
+    return [{**head, **judge(job, a, b)} for job, a, b in zip(jobs, stock, fused, strict=True)]
+
+
+def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[str, Any]:
+    """Compare the arms of one job. ``failures`` says in words why it did not pass."""
+    report: dict[str, Any] = {"checkpoint": str(job.checkpoint), "passed": False}
+    for name, arm in (("stock", stock), ("fused", fused)):
+        if "error" in arm:
+            return {**report, "failures": [f"{name} engine: {arm['error']}"], "log": arm.get("log", "")}
+    found = difference(stock["logprobs"], fused["logprobs"])
+    noise, noises = noise_of(stock)
+    control = difference(stock["logprobs"], fused["control"])
+    tolerance = Tolerance.for_dtype(stock["dtype"], noise)
+    per_answer = answer_steps(stock, fused)
+    answers = summary([step for steps in per_answer for step in steps])
+    failures = [] if tolerance.holds(found) else [f"log-probabilities differ by {found.mean:.3g} (mean)"]
+    if not tolerance.holds(answers):
+        failures.append(
+            f"log-probabilities of answers differ by {answers.mean:.3g} (mean of {answers.tokens})"
+        )
+    if (apart := per_answer.count([])) > len(per_answer) / 2:
+        failures.append(f"{apart} of {len(per_answer)} answers differ from their first token on")
+    if not tolerance.caught(control):
+        failures.append(
+            f"the control (one slot weight x {job.control_factor}) was not seen: {control.mean:.3g}"
+        )
+    if any(worker["roles"] for worker in stock["workers"]):
+        failures.append("the stock arm was not stock")
+    if not (stock["workers"] and fused["workers"]):
+        failures.append("no worker told what it ran")
+    for decision in job.decisions:
+        failures += ran_as_decided(decision, fused["workers"])
+    main = [role for worker in fused["workers"] for role in worker["roles"] if role["role"] == "main"]
+    return {
+        **report,
+        "dtype": stock["dtype"],
+        # What both arms ran with, and the user's engine may not.
+        "environment": stock.get("environment", {}),
+        "worker_pids": [worker["pid"] for worker in fused["workers"]],
+        "fused_layers": sorted({layer for role in main for layer in role["fused_layers"]}),
+        "calls_by_mode": main[0]["calls_by_mode"] if main else {},
+        "captured_by_mode": main[0]["captured_by_mode"] if main else {},
+        "slots_loaded": main[0]["slots_loaded"] if main else 0,
+        "tokens": found.tokens,
+        "mean_abs_logprob_diff": found.mean,
+        "max_abs_logprob_diff": found.max,
+        "stock_noise": noise.mean,
+        "stock_noises": noises,
+        "answer_tokens": answers.tokens,
+        "mean_abs_answer_diff": answers.mean,
+        "max_abs_answer_diff": answers.max,
+        "greedy_tokens_equal": stock["greedy"] == fused["greedy"],
+        "control_diff": control.mean,
+        "control_factor": job.control_factor,
+        "tolerance": tolerance.to_dict(),
+        "roles": fused["workers"][0]["roles"] if fused["workers"] else [],
+        # What the engine's own configuration refused, though the checkpoint fuses.
+        "refused": [entry for worker in fused["workers"][:1] for entry in worker.get("refused", ())],
+        # Kernels that stand-ins ran in their place: the proof does not cover them.
+        "replaced_operations": sorted(
+            {op for worker in fused["workers"] for op in worker.get("replaced_operations", ())}
+        ),
+        "failures": failures,
+        "passed": not failures,
+    }
+
+
+def ran_as_decided(decision: FusionDecision, workers: list[dict[str, Any]]) -> list[str]:
+    """What a role did otherwise than decided, in any worker. A patch that never fired must not pass."""
+    assert decision.layout is not None
+    problems = []
+    wanted = list(decision.fused_layers)
+    for worker in workers:
+        where = f"{decision.role} model, process {worker['pid']}"
+        role = next((r for r in worker["roles"] if r["role"] == decision.role), None)
+        if role is None:
+            refused = [d for d in worker.get("refused", ()) if d["role"] == decision.role]
+            why = "".join(f": {d['reason']}: {d['detail']}" for d in refused)
+            problems.append(f"{where}: was not fused{why}")
+            continue
+        if role["fused_layers"] != wanted:
+            problems.append(f"{where}: layers {role['fused_layers']} ran fused, {wanted} were decided")
+        if role.get("canary", {}).get("state") == "pending":
+            problems.append(f"{where}: was not compared with its checkpoint before serving")
+        slots = len(wanted) * decision.layout.num_shared_slots
+        # Where the engine fuses by itself, its own loader fills the slots.
+        if not role.get("native") and role["slots_loaded"] != slots:
+            problems.append(f"{where}: {role['slots_loaded']} of {slots} shared slots were loaded")
+    return problems

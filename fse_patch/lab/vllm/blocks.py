@@ -1,0 +1,191 @@
+"""MoE blocks of the installed vLLM, stock and fused, of the same random weights; for measuring.
+Weights of MoE blocks for measuring: random ones, and where a fused block has those of a stock one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...adapters.role import ACTIVE, CONSTRUCTED
+from ...adapters.vllm.formats import ExpertFormat, format_of
+from ...adapters.vllm.plan import backend, situation
+from ...adapters.vllm.role import ModelFusion
+from ...errors import FsePatchError
+from ...fusion_core.checkpoint.families import family_of
+from ...fusion_core.checkpoint.naming import TensorNaming
+from ...fusion_core.decision.layout import ExpertLayout
+from ...fusion_core.decision.outcome import FusionDecision
+from ...fusion_core.forward.plan import always
+from ..random_weights import as_slots, fill
+from .quant_folder import described
+
+# MERGED adapters/vllm/block.py
+
+
+MODELS = "vllm.model_executor.models."
+# Module, class and what its constructor takes before the prefix. Qwen3.5 builds the block of Qwen3-Next.
+BLOCKS: dict[str, tuple[str, str, Callable[[Any], dict[str, Any]]]] = {
+    "qwen2_moe": (
+        "qwen2_moe",
+        "Qwen2MoeSparseMoeBlock",
+        lambda c: {"config": c.model_config.hf_text_config, "quant_config": c.quant_config},
+    ),
+    "qwen3_next": ("qwen3_next", "Qwen3NextSparseMoeBlock", lambda c: {"vllm_config": c}),
+    "qwen3_5_moe": ("qwen3_next", "Qwen3NextSparseMoeBlock", lambda c: {"vllm_config": c}),
+    "glm4_moe": (
+        "glm4_moe",
+        "Glm4MoE",
+        lambda c: {"config": c.model_config.hf_text_config, "quant_config": c.quant_config},
+    ),
+}
+
+
+class Pair:
+    """Stock and fused blocks of one model, in pairs of the same random weights.
+
+    Args:
+        folder: has the model's config.json.
+        decision: of that folder.
+        layers: how many pairs; one pair's weights would stay in the cache.
+        quant: measure as if the experts were in this format, see `described`; "": as the folder says.
+    """
+
+    # Stock's shared expert is an MLP of its own.
+    native = False
+
+    def __init__(
+        self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16", quant: str = ""
+    ) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+
+        if quant:
+            # What is measured is not served: no checkpoint has to be proved for it.
+            decision = dataclasses.replace(decision, quant_method="fp8", formats=(quant,))
+        with described(folder, quant) as model:
+            self.config = EngineArgs(
+                model=str(model),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                enforce_eager=True,
+            ).create_engine_config()
+        self.decision = decision
+        form = format_of(decision, self.config)
+        if form is None:
+            raise FsePatchError(f"{folder}: experts in {', '.join(decision.formats)} are not measured")
+        self.form = form
+        self.itemsize = (torch.float8_e4m3fn if form.scale else torch.bfloat16).itemsize
+        family = family_of(decision.model_type)
+        assert family is not None
+        assert decision.layout is not None
+        self.layout = decision.layout
+        with self._engine():
+            picked = backend(form, self.config, decision, self.layout.num_routed, self.layout.top_k)
+            self.situation = situation(form, decision, self.config, picked)
+            self.fusion = ModelFusion(decision, TensorNaming(family, len(decision.moe_layers)), folder)
+            # Every mode is asked for by name.
+            self.fusion.plan = always("fused", "measuring")
+            CONSTRUCTED.add(self.fusion)  # as in the engine, tables for E stand in for those for E+S
+            self.stock = [self._build(family.name, layer + 1000) for layer in range(layers)]
+            token = ACTIVE.set(self.fusion)
+            try:
+                self.fused = [self._build(family.name, layer) for layer in decision.fused_layers[:layers]]
+            finally:
+                ACTIVE.reset(token)
+            for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
+                fill(stock, number)
+                copy(stock, fused, family.shared_module, self.layout)
+                for block in (stock, fused):
+                    process(block)
+            self.fusion.open()
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[None]:
+        from vllm.config import set_current_vllm_config
+        from vllm.distributed import init_distributed_environment, initialize_model_parallel
+        from vllm.distributed.parallel_state import model_parallel_is_initialized
+        from vllm.utils.torch_utils import set_default_torch_dtype
+        from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
+
+        with (
+            set_current_vllm_config(self.config),
+            set_default_torch_dtype(self.config.model_config.dtype),
+            torch.device("cuda"),
+            torch.no_grad(),
+        ):
+            if not model_parallel_is_initialized():
+                init_distributed_environment(1, 0, "tcp://127.0.0.1:29519", 0)
+                initialize_model_parallel(1, 1)
+            if not is_workspace_manager_initialized():
+                init_workspace_manager(torch.device("cuda"))
+            yield
+
+    def _build(self, family: str, layer: int) -> Any:
+        module, name, arguments = BLOCKS[family]
+        cls = getattr(importlib.import_module(MODELS + module), name)
+        return cls(**arguments(self.config), prefix=f"model.layers.{layer}.mlp")
+
+    def exact(self, expert: int, name: str) -> torch.Tensor:
+        """w13 or w2 of an expert of the first fused block, in float64."""
+        return exact(self.fused[0].experts.routed_experts, expert, name, self.form)
+
+    @contextlib.contextmanager
+    def forward_context(self, tokens: int) -> Iterator[None]:
+        """Within it, blocks run as in the engine."""
+        from vllm.forward_context import get_forward_context, set_forward_context
+
+        with self._engine(), set_forward_context(None, self.config, num_tokens=tokens):
+            get_forward_context().all_moe_layers = None
+            yield
+
+
+# MERGED adapters/vllm/block_weights.py
+
+
+def process(block: Any) -> None:
+    """What the engine does with loaded weights."""
+    for module in block.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "process_weights_after_loading"):
+            method.process_weights_after_loading(module)
+
+
+def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
+    """The weights of a stock block, as loaded, to where a fused one has them."""
+    routed, ours = stock.experts.routed_experts, fused.experts.routed_experts
+    mlp, first = getattr(stock, shared), layout.num_routed
+    for name, parameter in ours.named_parameters(recurse=False):
+        kind, _, suffix = name.partition("_")
+        if kind not in ("w13", "w2"):
+            continue
+        bits(parameter.data)[:first].copy_(bits(getattr(routed, name).data))
+        source = getattr(mlp.gate_up_proj if kind == "w13" else mlp.down_proj, suffix).data
+        slots = as_slots(bits(source), kind, layout.num_shared_slots)
+        bits(parameter.data)[first:].copy_(slots)
+    ours_too = dict(fused.named_parameters())
+    for name, parameter in stock.named_parameters():
+        if ".routed_experts." not in name and name in ours_too:
+            ours_too[name].data.copy_(parameter.data)
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """FP8 numbers as bytes: not every operation takes them."""
+    return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
+
+
+def exact(experts: Any, expert: int, name: str, form: ExpertFormat) -> torch.Tensor:
+    """w13 or w2 of one expert in float64, its scales in it."""
+    weight: torch.Tensor = getattr(experts, f"{name}_weight").data[expert]
+    if not form.scale:
+        return weight.double()
+    from ...fusion_core.kernels.experts_fp8 import dequantised  # needs Triton
+
+    scale = getattr(experts, f"{name}_{form.scale}").data[expert]
+    return dequantised(weight[None], scale[None], form.block, halves=2 if name == "w13" else 1)[0]

@@ -1,0 +1,264 @@
+"""What config.json says about the MoE layers and their quantisation, type checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import FsePatchError
+from .families import FamilySpec
+from .headers import read_json
+
+CONFIG_NAME = "config.json"
+MODELOPT_CONFIG_NAME = "hf_quant_config.json"
+UNQUANTISED = "none"
+# Far above any model; keeps a typing error from filling the memory with layer numbers.
+_MAX_LAYERS = 10_000
+_MAX_COUNT = 1 << 24
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Sizes and routing of a model's MoE layers.
+
+    Args:
+        num_routed: E. 0 where the model has no routed experts.
+        top_k: k.
+        hidden_size: H.
+        moe_intermediate_size: I, width of a routed expert.
+        shared_intermediate_size: width of the shared expert; 0 where there is none.
+        main_layers, draft_layers: numbers of the sparse layers, as checkpoints count them.
+        dtype: ``torch_dtype`` of the config, or "" where it names none.
+    """
+
+    num_routed: int
+    top_k: int
+    hidden_size: int
+    moe_intermediate_size: int
+    shared_intermediate_size: int
+    num_hidden_layers: int
+    main_layers: tuple[int, ...]
+    draft_layers: tuple[int, ...]
+    renormalize: bool
+    num_expert_group: int
+    topk_group: int
+    routed_scaling_factor: float
+    hidden_act: str
+    dtype: str
+
+    @property
+    def num_shared_slots(self) -> int | None:
+        """S = shared width / I, or None where there is no shared expert or it is no multiple of I."""
+        slots, rest = divmod(self.shared_intermediate_size, self.moe_intermediate_size)
+        return slots if slots and not rest else None
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The checkpoint's declared quantisation.
+
+    Args:
+        method: ``quant_method``, lower case ("none" where nothing is declared).
+        scheme: what the method calls its format: "block", "fp4", "nvfp4", "int4", "pack-quantized", ...
+        block: ``weight_block_size`` as (out, in), or None.
+        source: file and key that declared it.
+        section: the declaration itself; what it says of single modules is read by `quant.resolve`.
+    """
+
+    method: str = UNQUANTISED
+    scheme: str = ""
+    block: tuple[int, int] | None = None
+    source: str = ""
+    section: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+class _Values:
+    """Typed access to one JSON object; every error names file and key."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path, section: str = "") -> None:
+        self.values, self.path, self.section = values, path, section
+
+    def fail(self, key: str, expected: str) -> FsePatchError:
+        name = f"{self.section}{key}"
+        if key not in self.values:
+            return FsePatchError(f"{self.path}: has no '{name}'; expected {expected}")
+        return FsePatchError(f"{self.path}: '{name}' is {self.values[key]!r}; expected {expected}")
+
+    def integer(self, key: str, default: int | None = None, low: int = 0, high: int = _MAX_COUNT) -> int:
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        # bool is an int to Python; JSON's true is no count.
+        if type(value) is not int or not low <= value <= high:
+            raise self.fail(key, f"a whole number from {low} to {high}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise self.fail(key, "a number above 0")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self.fail(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not str:
+            raise self.fail(key, "a string")
+        return value
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if type(value) is not list or not all(type(n) is int and n >= 0 for n in value):
+            raise self.fail(key, "a list of whole numbers")
+        return tuple(value)
+
+    def child(self, key: str) -> _Values | None:
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail(key, "an object")
+        return _Values(value, self.path, f"{self.section}{key}.")
+
+
+class ConfigFile:
+    """One checkpoint's config.json.
+
+    Raises:
+        FsePatchError: the folder or its config.json is missing or malformed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FsePatchError(f"{folder}: no such folder; give the path of a downloaded checkpoint")
+        self.folder = folder
+        self.path = folder / CONFIG_NAME
+        if not self.path.is_file():
+            raise FsePatchError(f"{folder}: has no {CONFIG_NAME}; give the folder of a checkpoint")
+        self._top = _Values(read_json(self.path), self.path)
+        # Multimodal checkpoints keep the language model's values in an object of their own.
+        self._text = self._top.child("text_config") or self._top
+        self.model_type = self._top.text("model_type", "")
+
+    def moe(self, family: FamilySpec) -> MoeConfig:
+        """The MoE values, read by the keys that ``family`` names."""
+        text = self._text
+        layers = text.integer("num_hidden_layers", low=1, high=_MAX_LAYERS)
+        routed = text.integer(family.num_experts_key)
+        width = text.integer("moe_intermediate_size", low=1)
+        top_k = text.integer(family.top_k_key, low=1)
+        if routed and top_k > routed:
+            raise text.fail(family.top_k_key, f"at most the {routed} experts of '{family.num_experts_key}'")
+        # Other families ignore these keys, whatever a config carries along.
+        grouped = text if family.grouped_routing else _Values({}, self.path)
+        group = grouped.integer("n_group", default=1, low=1)
+        topk_group = grouped.integer("topk_group", default=1, low=1)
+        if routed % group:
+            raise grouped.fail("n_group", f"a divisor of the {routed} experts")
+        if topk_group > group:
+            raise grouped.fail("topk_group", f"at most the {group} groups of 'n_group'")
+        main, draft = self._sparse_layers(family, layers)
+        return MoeConfig(
+            num_routed=routed,
+            top_k=top_k,
+            hidden_size=text.integer("hidden_size", low=1),
+            moe_intermediate_size=width,
+            shared_intermediate_size=self._shared_width(family, width),
+            num_hidden_layers=layers,
+            main_layers=main,
+            draft_layers=draft,
+            renormalize=text.boolean("norm_topk_prob", family.renormalize_default),
+            num_expert_group=group,
+            topk_group=topk_group,
+            routed_scaling_factor=grouped.number("routed_scaling_factor", 1.0),
+            hidden_act=text.text("hidden_act", "silu"),
+            dtype=text.text("dtype", text.text("torch_dtype", "")),
+        )
+
+    def quantisations(self) -> tuple[QuantConfig, ...]:
+        """Every declared quantisation, in the order in which engines look for them; at least "none".
+
+        Engines read the first one they find, not always the same: all of them must say the same.
+        """
+        found: list[QuantConfig] = []
+        for values in (self._top, self._text) if self._text is not self._top else (self._top,):
+            for key in ("quantization_config", "compression_config"):
+                section = values.child(key)
+                if section is not None:
+                    default = "compressed-tensors" if key == "compression_config" else "unnamed"
+                    found.append(_quant_config(section, default, f"{CONFIG_NAME}: {section.section[:-1]}"))
+        path = self.folder / MODELOPT_CONFIG_NAME
+        if path.is_file():
+            values = _Values(read_json(path), path)
+            section = values.child("quantization") or values
+            found.append(_quant_config(section, "modelopt", MODELOPT_CONFIG_NAME))
+        # Engines take the weights from such a file without a word in config.json.
+        if not found and any(self.folder.glob("*.gguf")) and not any(self.folder.glob("*.safetensors")):
+            found.append(QuantConfig("gguf", source="*.gguf"))
+        return tuple(found) or (QuantConfig(),)
+
+    def _shared_width(self, family: FamilySpec, width: int) -> int:
+        if family.shared_size_key is not None:
+            key, unit = family.shared_size_key, 1
+        else:
+            assert family.num_shared_key is not None, family.name
+            key, unit = family.num_shared_key, width
+        # null is how configs say "no shared expert"; a missing key says nothing.
+        return self._text.integer(key, default=0 if key in self._text.values else None) * unit
+
+    def _sparse_layers(self, family: FamilySpec, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        text = self._text
+        dense = set(text.integers("mlp_only_layers")) if family.sparse_step else set()
+        step = text.integer("decoder_sparse_step", default=1, low=1) if family.sparse_step else 1
+        first = text.integer(family.first_dense_key) if family.first_dense_key else 0
+
+        def sparse(numbers: range) -> tuple[int, ...]:
+            return tuple(n for n in numbers if n >= first and n not in dense and not (n + 1) % step)
+
+        count_key = next((k for k in family.draft_count_keys if k in text.values), None)
+        count = text.integer(count_key, default=0, high=_MAX_LAYERS) if count_key else 0
+        start = layers if family.draft_after_main else 0
+        return sparse(range(layers)), sparse(range(start, start + count))
+
+
+def _quant_config(section: _Values, default_method: str, source: str) -> QuantConfig:
+    method = section.text("quant_method", default_method).lower().replace("_", "-")
+    block = section.integers("weight_block_size")
+    if block and (len(block) != 2 or not all(block)):
+        raise section.fail("weight_block_size", "two whole numbers above 0")
+    pair = (block[0], block[1]) if block else None
+    return QuantConfig(method, _scheme(section, pair), pair, source, section.values)
+
+
+def _scheme(section: _Values, block: tuple[int, int] | None) -> str:
+    """The method's own word for its format; "" where it has none that we know."""
+    if block:
+        return "block"
+    # Formats are open-ended: an odd value is left to the policy's default, not called bad input.
+    for key in ("format", "quant_algo"):
+        if isinstance(word := section.values.get(key), str) and word:
+            return word.lower()
+    if type(bits := section.values.get("bits")) is int:
+        return f"int{bits}"
+    weight = section.values.get("global_quant_config")
+    weight = weight.get("weight") if isinstance(weight, dict) else None
+    # Two-stage schemes list one object per stage.
+    weight = weight[0] if isinstance(weight, list) and weight else weight
+    dtype = weight.get("dtype") if isinstance(weight, dict) else None
+    return dtype.lower() if isinstance(dtype, str) else ""

@@ -1,0 +1,55 @@
+"""Which quantised formats were run and compared on which engine and platform (patches/proven.yaml)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from ... import patches
+from ...errors import FsePatchError
+from ...settings import ENGINES
+from ..checkpoint.config import UNQUANTISED
+from ..quant.methods import FORMATS
+from .native import PLATFORMS
+from .outcome import FusionDecision
+
+PROVEN_FILE = Path(patches.__file__).with_name("proven.yaml")
+Proven = Mapping[str, Mapping[str, tuple[str, ...]]]
+
+
+@cache
+def read_proven(path: Path = PROVEN_FILE) -> Proven:
+    """Format -> engine -> platforms.
+
+    Raises:
+        FsePatchError: the file names a format, an engine or a platform that is none.
+    """
+    table = yaml.safe_load(path.read_bytes())["proven"]
+    proven = {f: {e: tuple(platforms) for e, platforms in engines.items()} for f, engines in table.items()}
+    for form, engines in proven.items():
+        for engine, platforms in engines.items():
+            for name, known in ((form, FORMATS), (engine, ENGINES), *((p, PLATFORMS) for p in platforms)):
+                if name not in known:
+                    raise FsePatchError(f"{path}: {name!r} is none of {', '.join(known)}")
+    return proven
+
+
+def unproven(decision: FusionDecision, platform: str, proven: Proven | None = None) -> str:
+    """The first format of ``decision`` that was not proven on its engine there, or "".
+
+    A checkpoint that declares no quantisation needs no row. Plain experts of one that does need one: the
+    engine's quantisation code builds them.
+    """
+    if decision.quant_method == UNQUANTISED:
+        return ""
+    proven = read_proven() if proven is None else proven
+    places = ((f, proven.get(f, {}).get(decision.engine, ())) for f in decision.formats)
+    return next((f for f, platforms in places if platform not in platforms), "")
+
+
+def proven_platforms(decision: FusionDecision) -> list[str]:
+    """Platforms on which all formats of ``decision`` were proven on its engine, for reports."""
+    return [platform for platform in PLATFORMS if not unproven(decision, platform)]

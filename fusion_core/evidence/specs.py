@@ -1,0 +1,183 @@
+"""How an expert MLP is stored: dtype and granularity of each tensor of each projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..checkpoint.headers import TensorHeader
+from ..checkpoint.naming import Projection
+
+# (projection, suffix) -> expert -> header; expert -1 is the shared expert or one 3-D tensor of all.
+Tensors = Mapping[tuple[Projection, str], Mapping[int, TensorHeader]]
+ALL_EXPERTS = -1
+PLAIN_DTYPES = frozenset({"BF16", "F16", "F32"})
+# One number per element of the logical weight; packed integers are judged by policy alone.
+_DENSE_DTYPES = PLAIN_DTYPES | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8"}
+
+
+class SpecConflict(Exception):
+    """Tensors of one MLP that should be stored alike are not; the text names them."""
+
+
+@dataclass(frozen=True, order=True)
+class TensorSpec:
+    """One tensor of a projection: suffix, safetensors dtype, and granularity.
+
+    ``granularity`` is "matrix" for a dense weight, "tensor", "channel" or "block 128x128" for
+    scales beside one, and "2-D" (the rank) for everything else.
+    """
+
+    suffix: str
+    dtype: str
+    granularity: str
+
+    def __str__(self) -> str:
+        return f"{self.suffix} {self.dtype} {self.granularity}"
+
+
+ProjectionSpec = tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class MlpSpec:
+    """Storage of an expert's two fused projections, sorted by suffix."""
+
+    gate_up: ProjectionSpec
+    down: ProjectionSpec
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return self.gate_up + self.down
+
+    def difference(self, other: MlpSpec) -> str:
+        """The first projection in which two specs differ, both sides named; "" where they are equal."""
+        for name in ("gate_up", "down"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name}: routed {_words(mine)}, shared {_words(theirs)}"
+        return ""
+
+
+def mlp_spec(tensors: Tensors, num_experts: int | None, block: tuple[int, int] | None) -> MlpSpec:
+    """The one way in which all experts in ``tensors`` are stored.
+
+    Args:
+        tensors: headers of the routed experts, or of the shared expert, of one layer.
+        num_experts: E, or None for the shared expert.
+        block: the config's ``weight_block_size``.
+
+    Raises:
+        SpecConflict: experts differ, or gate and up differ.
+    """
+    by_projection: dict[Projection, dict[str, TensorSpec]] = {}
+    experts_of = _experts_of(tensors)
+    for projection in experts_of:
+        if ALL_EXPERTS in experts_of[projection] and len(experts_of[projection]) > 1:
+            raise SpecConflict(f"{projection} is there for single experts and in one tensor for all")
+        weight = _one(tensors, projection, "weight")
+        specs = by_projection.setdefault(projection, {})
+        for suffix in sorted(s for p, s in tensors if p == projection):
+            if len(tensors[projection, suffix]) != len(experts_of[projection]):
+                raise SpecConflict(f"{projection}.{suffix} is there for some experts only")
+            header = _one(tensors, projection, suffix)
+            assert header is not None
+            # Bare 3-D tensors call their scales "<projection>_scale": the weight's name is left out.
+            name = f"weight_{suffix}" if suffix.startswith("scale") and weight is not None else suffix
+            experts = num_experts if ALL_EXPERTS in tensors[projection, suffix] else None
+            specs[name] = TensorSpec(name, header.dtype, _granularity(name, header, weight, experts, block))
+    # A layer stores gate and up either apart or together, and every expert the same way.
+    names = set(by_projection)
+    if names not in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}):
+        raise SpecConflict(f"has the projections {', '.join(sorted(names))}")
+    gate = by_projection.get("gate_up_proj") or by_projection["gate_proj"]
+    up = by_projection.get("up_proj", gate)
+    if gate != up:
+        raise SpecConflict(f"gate_proj is {_words(_sorted(gate))}, up_proj {_words(_sorted(up))}")
+    return MlpSpec(_sorted(gate), _sorted(by_projection["down_proj"]))
+
+
+def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden: int) -> str | None:
+    """What in ``tensors`` has another size than config.json says, or None.
+
+    Expected: gate and up [width, hidden], together [2*width, hidden], down [hidden, width], with a leading
+    [num_experts] where one tensor holds all experts; and every expert from 0 to num_experts - 1.
+    """
+    shapes = {
+        "gate_proj": (width, hidden),
+        "up_proj": (width, hidden),
+        "gate_up_proj": (2 * width, hidden),
+        "down_proj": (hidden, width),
+    }
+    for projection, found in sorted(_experts_of(tensors).items()):
+        if num_experts is None or ALL_EXPERTS in found:
+            continue
+        if len(found) != num_experts or max(found) >= num_experts:
+            return f"{projection}: {len(found)} experts up to {max(found)}, config.json has {num_experts}"
+    for (projection, suffix), experts in sorted(tensors.items()):
+        if suffix != "weight":
+            continue
+        label = f"{projection}.{suffix}"
+        for together, header in {(e == ALL_EXPERTS, h) for e, h in experts.items()}:
+            leading = (num_experts,) if together and num_experts is not None else ()
+            expected = leading + shapes[projection]
+            if header.dtype in _DENSE_DTYPES and header.shape != expected:
+                return f"{label} has shape {list(header.shape)}, config.json makes it {list(expected)}"
+    return None
+
+
+def _experts_of(tensors: Tensors) -> dict[Projection, set[int]]:
+    found: dict[Projection, set[int]] = {}
+    for (projection, _), experts in tensors.items():
+        found.setdefault(projection, set()).update(experts)
+    return found
+
+
+def _one(tensors: Tensors, projection: Projection, suffix: str) -> TensorHeader | None:
+    """The header that all experts share."""
+    experts = tensors.get((projection, suffix))
+    if not experts:
+        return None
+    first_expert, first = next(iter(experts.items()))
+    if len(set(experts.values())) > 1:
+        expert, other = next((e, h) for e, h in experts.items() if h != first)
+        raise SpecConflict(
+            f"{projection}.{suffix} is {first.dtype} {list(first.shape)} in expert {first_expert}, "
+            f"{other.dtype} {list(other.shape)} in expert {expert}"
+        )
+    return first
+
+
+def _granularity(
+    suffix: str,
+    header: TensorHeader,
+    weight: TensorHeader | None,
+    num_experts: int | None,
+    block: tuple[int, int] | None,
+) -> str:
+    """Granularity of one expert's tensor; ``num_experts`` is E where ``header`` holds all experts."""
+    shape = header.shape[1:] if num_experts is not None else header.shape
+    if suffix == "weight":
+        return "matrix" if len(shape) == 2 else f"{len(shape)}-D"
+    if weight is None or len(weight.shape) < 2:
+        return f"{len(shape)}-D"
+    out, inner = weight.shape[-2:]
+    # One number is stored as [] or [1], a column as [out, 1] or [out]: loaders do not take one for the other.
+    if all(n == 1 for n in shape):
+        return f"tensor {len(shape)}-D" if shape else "tensor"
+    if shape in ((out,), (out, 1)):
+        return "channel" if len(shape) == 2 else "channel 1-D"
+    if len(shape) == 2 and all((*shape, out, inner)):
+        # The config names the block; without it the sizes tell, up to a partial last block.
+        rows, columns = block or (-(-out // shape[0]), -(-inner // shape[1]))
+        if shape == (-(-out // rows), -(-inner // columns)):
+            return f"block {rows}x{columns}"
+    return "x".join(map(str, shape)) or "0-D"
+
+
+def _sorted(specs: Mapping[str, TensorSpec]) -> ProjectionSpec:
+    return tuple(sorted(specs.values()))
+
+
+def _words(spec: ProjectionSpec) -> str:
+    return " + ".join(map(str, spec)) or "nothing"

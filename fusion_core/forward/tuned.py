@@ -1,0 +1,234 @@
+"""Tuned tables: which mode was measured to be the fastest, by device, engine release, backend, dtype, shape.
+
+Shipped ones lie in patches/tuned/; FSE_PATCH_TUNED names a file of the user's own, as `fse-patch tune` writes
+it, whose rows come first. patches/execution.yaml says where `split` can stand in for a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ... import patches
+from ...errors import FsePatchError
+from ..checkpoint.config import UNQUANTISED
+from ..decision.layout import ExpertLayout
+from .plan import Mode, ModePlan, always
+
+FOLDER = Path(patches.__file__).with_name("tuned")
+EXECUTION_FILE = Path(patches.__file__).with_name("execution.yaml")
+# Outcome of a lookup where the table says that nothing is as fast as stock.
+SLOWER = "slower"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a measurement holds for: another value of any of these is another measurement.
+
+    Args:
+        engine, release, backend: who runs the grouped GEMM; backend in the engine's own word, lower case.
+        device: the GPU's name, as its driver gives it.
+        dtype: of hidden states, and of weights that are not quantised, as torch names it.
+        scoring, gated: how the layer routes, and whether the shared expert has a sigmoid gate.
+        quant: how the experts' weights are stored, with the size of blocks: "fp8-block 128x128"; or "none".
+    """
+
+    engine: str
+    release: str
+    backend: str
+    device: str
+    dtype: str
+    num_routed: int
+    num_shared_slots: int
+    top_k: int
+    hidden_size: int
+    width: int
+    scoring: str
+    gated: bool
+    quant: str = UNQUANTISED
+
+    @classmethod
+    def of(cls, layout: ExpertLayout, parts: int, **rest: Any) -> Situation:
+        """Of a layer whose experts are cut in ``parts`` along their width."""
+        return cls(
+            num_routed=layout.num_routed,
+            num_shared_slots=layout.num_shared_slots,
+            top_k=layout.top_k,
+            hidden_size=layout.hidden_size,
+            width=layout.moe_intermediate_size // parts,
+            **rest,
+        )
+
+    def __str__(self) -> str:
+        quant = "" if self.quant == UNQUANTISED else f" with {self.quant}"
+        return (
+            f"{self.engine} {self.release} ({self.backend}) on {self.device}: {self.dtype}{quant}, "
+            f"{self.scoring}{', gated' if self.gated else ''}, "
+            f"E={self.num_routed}+{self.num_shared_slots}, k={self.top_k}, H={self.hidden_size}, "
+            f"I={self.width}"
+        )
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Size = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+Choice = Literal["small", "fused", "split", "slower"]
+
+
+class Step(_Strict):
+    """Up to so many tokens, this mode; "slower" where none is as fast as stock."""
+
+    up_to: Size
+    mode: Choice
+
+
+class Row(_Strict):
+    """One shape."""
+
+    num_routed: Size
+    num_shared_slots: Size
+    top_k: Size
+    hidden_size: Size
+    width: Size
+    dtype: Text
+    scoring: Literal["softmax", "sigmoid"]
+    gated: bool
+    quant: Text = UNQUANTISED
+    steps: list[Step]
+    otherwise: Choice
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Row:
+        limits = [step.up_to for step in self.steps]
+        if limits != sorted(set(limits)):
+            raise ValueError(f"limits {limits} are not in ascending order")
+        return self
+
+
+class Table(_Strict):
+    """One file: the rows of one device, release and backend; ``versions`` and ``measured`` say whence."""
+
+    engine: Text
+    release: Text
+    backend: Text
+    device: Text
+    versions: dict[str, str]
+    measured: Text
+    rows: list[Row]
+
+
+class Split(_Strict):
+    """Where `split` runs stock's own kernels on views of the fused weights."""
+
+    engine: Text
+    releases: list[Text]
+    backend: Text
+    platform: Literal["cuda", "rocm"]
+    dtypes: list[Text]
+    quants: list[Text] = [UNQUANTISED]
+    # By name; None stands for every one of the platform.
+    devices: list[Text] | None = None
+    max_slots: Size
+    why: Text
+
+
+class Execution(_Strict):
+    """patches/execution.yaml."""
+
+    split: list[Split]
+
+
+def _read(path: Path, kind: type[Any]) -> Any:
+    try:
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FsePatchError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FsePatchError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def read_table(path: Path) -> Table:
+    """One table.
+
+    Raises:
+        FsePatchError: the file cannot be read or is none; file and field are named.
+    """
+    table: Table = _read(path, Table)
+    return table
+
+
+@cache
+def shipped() -> tuple[tuple[str, Table], ...]:
+    """The tables of this package, by file name."""
+    return tuple((path.name, read_table(path)) for path in sorted(FOLDER.glob("*.yaml")))
+
+
+@cache
+def split_places() -> tuple[Split, ...]:
+    """The allow-list of `split`."""
+    execution: Execution = _read(EXECUTION_FILE, Execution)
+    return tuple(execution.split)
+
+
+def plan_for(
+    situation: Situation, platform: str, own: Path | None = None, places: Iterable[Split] | None = None
+) -> ModePlan | Literal["slower"] | None:
+    """The measured plan; without a measurement `split` where that is stock; otherwise None.
+
+    Args:
+        own: a table of the user's own; asked first.
+        places: in place of the shipped allow-list.
+
+    Returns:
+        A plan, or "slower" where a table says that some number of tokens is slower in every mode.
+    """
+    tables = [*([(str(own), read_table(own))] if own else []), *shipped()]
+    for name, table in tables:
+        for row in table.rows:
+            if _holds(table, row, situation):
+                return _plan(row, f"table {name}")
+    if split_is_stock(situation, platform, places):
+        return always("split", "no table; split is stock's kernels")
+    return None
+
+
+def split_is_stock(situation: Situation, platform: str, places: Iterable[Split] | None = None) -> bool:
+    """Whether `split` runs the kernels of stock there; ``places`` as of `plan_for`."""
+    allowed = split_places() if places is None else places
+    return any(_is_stock(place, situation, platform) for place in allowed)
+
+
+def _holds(table: Table, row: Row, situation: Situation) -> bool:
+    known = {**table.model_dump(include={"engine", "release", "backend", "device"})}
+    known |= row.model_dump(exclude={"steps", "otherwise"})
+    return known == asdict(situation)
+
+
+def _plan(row: Row, source: str) -> ModePlan | Literal["slower"]:
+    if SLOWER in (row.otherwise, *(step.mode for step in row.steps)):
+        return "slower"
+    steps = tuple((step.up_to, cast(Mode, step.mode)) for step in row.steps)
+    return ModePlan(steps, cast(Mode, row.otherwise), source)
+
+
+def _is_stock(place: Split, situation: Situation, platform: str) -> bool:
+    return (
+        place.engine == situation.engine
+        and situation.release in place.releases
+        and place.backend == situation.backend
+        and place.platform == platform
+        and situation.dtype in place.dtypes
+        and situation.quant in place.quants
+        and (place.devices is None or situation.device in place.devices)
+        and situation.num_shared_slots <= place.max_slots
+    )

@@ -1,0 +1,110 @@
+"""The weight stream: shared-expert tensors become slot tensors, everything else passes untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ...errors import AuditError
+from ..checkpoint.naming import ExpertTensor, Projection, TensorNaming
+from ..decision.layout import ExpertLayout
+from ..decision.outcome import FusionDecision
+
+Shard = Literal["w1", "w2", "w3"]
+SHARD_OF: dict[Projection, Shard] = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+Named = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SlotTensor:
+    """One tensor for one slot: ``shard`` w1 (gate) or w3 (up) of ``w13``, or w2 (down)."""
+
+    layer: int
+    slot: int
+    shard: Shard
+    suffix: str
+    tensor: torch.Tensor
+
+    @property
+    def parameter(self) -> str:
+        """Name of the fused parameter below the layer's experts, e.g. ``w13_weight``."""
+        return f"{'w2' if self.shard == 'w2' else 'w13'}_{self.suffix}"
+
+
+def split(tensor: torch.Tensor, projection: Projection, layout: ExpertLayout) -> list[torch.Tensor]:
+    """Split a shared-expert tensor along the intermediate dimension into one part for each slot.
+
+    Gate and up are [S*I, H] and split by rows, down is [H, S*I] and splits by columns; block scales
+    split with their blocks. A tensor with no extent along the intermediate dimension (0-d and
+    one-element scales, the per-channel scales of down) is the same for every slot.
+
+    Raises:
+        AuditError: the intermediate dimension does not divide into S.
+    """
+    slots = layout.num_shared_slots
+    axis = 1 if projection == "down_proj" else 0
+    if slots == 1:
+        return [tensor]
+    if tensor.numel() == 1 or tensor.ndim <= axis or tensor.shape[axis] == 1:
+        return [tensor] * slots
+    if tensor.shape[axis] % slots:
+        raise AuditError(
+            f"shared {projection} of shape {list(tensor.shape)} does not split into {slots} slots"
+        )
+    return list(tensor.chunk(slots, dim=axis))
+
+
+class Remap:
+    """Streams one checkpoint for one role; counts, so that nothing is lost on the way.
+
+    Args:
+        decision: the role's decision; only its fused layers are remapped.
+        naming: reads the checkpoint's tensor names.
+        layers: the fused layers that this process holds (pipeline stages hold a part of them).
+    """
+
+    def __init__(self, decision: FusionDecision, naming: TensorNaming, layers: Iterable[int]) -> None:
+        assert decision.layout is not None
+        self.layout = decision.layout
+        self.role = decision.role
+        self.naming = naming
+        self.layers = frozenset(layers)
+        self.read = self.passed = self.shared = self.emitted = 0
+
+    def __call__(self, stream: Iterable[Named]) -> Iterator[Named | SlotTensor]:
+        """(name, tensor) in; the same pair, or a SlotTensor for each slot, out. One tensor at a time."""
+        seen: set[ExpertTensor] = set()
+        for name, tensor in stream:
+            self.read += 1
+            ref = self.naming.parse(name)
+            if ref is None or not ref.is_shared or ref.role != self.role or ref.layer not in self.layers:
+                self.passed += 1
+                yield name, tensor
+                continue
+            if ref in seen:
+                raise AuditError(f"{name}: the checkpoint holds this shared-expert tensor twice")
+            seen.add(ref)
+            self.shared += 1
+            yield from self._slots(ref, name, tensor)
+        self._conserve()
+
+    def _slots(self, ref: ExpertTensor, name: str, tensor: torch.Tensor) -> Iterator[SlotTensor]:
+        shard = SHARD_OF.get(ref.projection)
+        if shard is None:
+            raise AuditError(f"{name}: a shared expert with a merged {ref.projection} is not known")
+        for slot, part in zip(
+            self.layout.shared_slots, split(tensor, ref.projection, self.layout), strict=True
+        ):
+            self.emitted += 1
+            yield SlotTensor(ref.layer, slot, shard, ref.suffix, part)
+
+    def _conserve(self) -> None:
+        slots = self.layout.num_shared_slots
+        if self.passed + self.shared != self.read or self.emitted != self.shared * slots:
+            raise AuditError(
+                f"weights were lost in the remap: {self.read} read, {self.passed} passed, "
+                f"{self.shared} shared, {self.emitted} slot tensors for {slots} slots"
+            )
