@@ -27,8 +27,8 @@ from typing import Any
 from fse_patch.cli.plan import plan_report
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.checkpoint.families import Role
-from fse_patch.fusion_core.decision.explain import explain
 from fse_patch.fusion_core.decision import decide
+from fse_patch.fusion_core.decision.explain import explain
 from fse_patch.fusion_core.decision.policy import Policy
 from fse_patch.fusion_core.decision.policy_file import load_policy
 from fse_patch.fusion_core.evidence.gather import read_evidence

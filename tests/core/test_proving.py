@@ -14,8 +14,8 @@ from fse_patch.adapters.start import proof
 from fse_patch.errors import AuditError
 from fse_patch.fusion_core.checkpoint.families import family_of
 from fse_patch.fusion_core.checkpoint.naming import TensorNaming
-from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision import proven
+from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import FusionDecision
 from fse_patch.fusion_core.forward.plan import ModeCounter
 from fse_patch.fusion_core.proof.canary import CanaryError
