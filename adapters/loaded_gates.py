@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from ..errors import AuditError
 from ..fusion_core.checkpoint.naming import TensorNaming
+from ..fusion_core.forward.layer import FusedLayer
 from ..fusion_core.proof.rounding import UNIT
 from ..fusion_core.weights.remap import Named
 
@@ -38,20 +38,21 @@ class LoadedGates:
                     self._rows[ref.layer] = tensor.detach().to("cpu", copy=True)
             yield name, tensor
 
-    def check(self, routers: dict[int, Any], blocks: dict[int, Any]) -> None:
+    def check(self, layers: Mapping[int, FusedLayer]) -> None:
         """Compare, and forget.
 
         Raises:
             AuditError: a router calls another gate than the one that was loaded.
         """
         rows, self._rows = self._rows, {}
-        for layer in sorted(rows.keys() & routers.keys() & blocks.keys()):
-            gate, weight = routers[layer].shared_gate, getattr(blocks[layer], "shared_expert_gate", None)
-            if gate is None or weight is None:
+        for number in sorted(rows.keys() & layers.keys()):
+            layer = layers[number]
+            gate, module = layer.router.shared_gate, getattr(layer.block, "shared_expert_gate", None)
+            if gate is None or module is None:
                 continue
-            weight = weight.weight
-            row = rows[layer].reshape(1, -1).double()
-            draw = torch.Generator("cpu").manual_seed(layer)
+            weight: torch.Tensor = module.weight
+            row = rows[number].reshape(1, -1).double()
+            draw = torch.Generator("cpu").manual_seed(number)
             probe = torch.randn(PROBES, row.shape[1], generator=draw, dtype=torch.float32, device="cpu")
             probe = probe.to(weight.dtype)
             with torch.no_grad():
@@ -60,6 +61,6 @@ class LoadedGates:
             allowed = max(LEAST_TOLERANCE, ROUNDINGS * UNIT.get(weight.dtype, 0.0)) * expected.norm()
             if not bool((answer - expected).norm() <= allowed):
                 raise AuditError(
-                    f"{self.role} model: layer {layer}: the shared expert's gate is not the one that was "
+                    f"{self.role} model: layer {number}: the shared expert's gate is not the one that was "
                     "loaded; the model is not served"
                 )

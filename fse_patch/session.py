@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import child_environment, runtime, settings
+from . import child_environment, metrics, runtime, settings
 from .adapters.patching import guards, ledger
 from .adapters.patching.spec import PatchSpec
 from .adapters.patching.transaction import NOT_APPLIED, PatchSet, lock
@@ -117,6 +117,7 @@ def apply(
                 raise
             return _refused[engine]
         _refused.pop(engine, None)
+        runtime.on_change(_publish)
         _active[engine] = _Active(engine, version, patches)
         child_environment.switch_on(
             engine, {settings.STRICT: strict, settings.ALLOW_UNTESTED: allow_untested}
@@ -139,8 +140,8 @@ def status() -> dict[str, Any]:
     with lock:
         reports = {**_refused, **{engine: active.report() for engine, active in _active.items()}}
     # Not imported: where no model was built, asking must not load torch.
-    models = sys.modules.get(f"{__package__}.adapters.model_fusion")
-    roles = [] if models is None else [fusion.report() for fusion in models.constructed()]
+    models = sys.modules.get(f"{__package__}.adapters.role")
+    roles = [] if models is None else [fused_role.report() for fused_role in models.constructed()]
     return {
         engine: {
             **report.to_dict(),
@@ -151,3 +152,7 @@ def status() -> dict[str, Any]:
         }
         for engine, report in reports.items()
     }
+
+
+def _publish() -> None:
+    metrics.publish(status())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Final, Literal, cast, get_args
 
-Reason = Literal[
+Code = Literal[
     "ok",
     "family.unknown",
     "width.mismatch",
@@ -39,7 +40,18 @@ Reason = Literal[
     "disabled",
 ]
 
-REASONS: Mapping[Reason, str] = {
+FUSES: Final = "ok"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something is not fused: a stable code, and one line for people with what was seen and where."""
+
+    code: Code
+    detail: str
+
+
+REASONS: Mapping[Code, str] = {
     "ok": "fuses",
     "family.unknown": "the model is not of a known family, or has no layer with a shared expert",
     "width.mismatch": "the shared expert is not a whole number of routed experts wide, "
@@ -75,7 +87,7 @@ REASONS: Mapping[Reason, str] = {
 }
 
 # What the user's own arguments ask for: where strictness was asked for too, they stop the process.
-CONTRADICTIONS: frozenset[Reason] = frozenset(
+CONTRADICTIONS: frozenset[Code] = frozenset(
     {
         "parallel.ep",
         "parallel.eplb",
@@ -93,4 +105,4 @@ CONTRADICTIONS: frozenset[Reason] = frozenset(
 
 def is_reason(code: str) -> bool:
     """Whether ``code`` is one of the stable codes."""
-    return code in cast(tuple[str, ...], get_args(Reason))
+    return code in cast(tuple[str, ...], get_args(Code))

@@ -84,11 +84,11 @@ def run(
             raise FsePatchError(f"{file}: there is no such folder")
     if out.csv is not None:
         csv_file.check(out.csv, end_to_end.csv_columns(engine))
-    decisions, _ = decided(checkpoint, engine)
+    _, main, _ = decided(checkpoint, engine)
     job = end_to_end.Job(
         checkpoint,
         engine,
-        tuple(decisions["main"].fused_layers),
+        main.moe.layers,
         vocab_size(read_json(checkpoint / "config.json"), checkpoint),
         streams,
         limits.rounds,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..fusion_core.decision.outcome import FusionDecision
+from ..fusion_core.decision.outcome import Merged
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
 from ..settings import ENABLE
 
@@ -43,7 +43,7 @@ class VerifyJob:
     """One checkpoint to verify, with the decision of each of its roles that the engine will build."""
 
     checkpoint: Path
-    decisions: tuple[FusionDecision, ...]
+    decisions: tuple[Merged, ...]
     vocab_size: int
     dtype: str
     engine_args: Mapping[str, Any] = field(default_factory=dict)
@@ -259,11 +259,10 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     }
 
 
-def ran_as_decided(decision: FusionDecision, workers: list[dict[str, Any]]) -> list[str]:
+def ran_as_decided(decision: Merged, workers: list[dict[str, Any]]) -> list[str]:
     """What a role did otherwise than decided, in any worker. A patch that never fired must not pass."""
-    assert decision.layout is not None
     problems = []
-    wanted = list(decision.fused_layers)
+    layers = list(decision.moe.layers)
     for worker in workers:
         where = f"{decision.role} model, process {worker['pid']}"
         role = next((r for r in worker["roles"] if r["role"] == decision.role), None)
@@ -272,11 +271,11 @@ def ran_as_decided(decision: FusionDecision, workers: list[dict[str, Any]]) -> l
             why = "".join(f": {d['reason']}: {d['detail']}" for d in refused)
             problems.append(f"{where}: was not fused{why}")
             continue
-        if role["fused_layers"] != wanted:
-            problems.append(f"{where}: layers {role['fused_layers']} ran fused, {wanted} were decided")
+        if role["fused_layers"] != layers:
+            problems.append(f"{where}: layers {role['fused_layers']} ran fused, {layers} were decided")
         if role.get("canary", {}).get("state") == "pending":
             problems.append(f"{where}: was not compared with its checkpoint before serving")
-        slots = len(wanted) * decision.layout.num_shared_slots
+        slots = len(layers) * decision.moe.layout.num_shared_slots
         # Where the engine fuses by itself, its own loader fills the slots.
         if not role.get("native") and role["slots_loaded"] != slots:
             problems.append(f"{where}: {role['slots_loaded']} of {slots} shared slots were loaded")

@@ -13,14 +13,14 @@ from packaging.version import InvalidVersion, Version
 from ... import patches
 from ...errors import FsePatchError
 from ..checkpoint.families import family_of
-from .outcome import FusionDecision
+from .outcome import Decision, Stock
 
 PLATFORMS = ("cpu", "cuda", "rocm")
 NATIVE_FILE = Path(patches.__file__).with_name("native.yaml")
 
 
 def runtime_report(
-    decision: FusionDecision, platform: str | None = None, engine_version: str | None = None
+    decision: Decision, platform: str | None = None, engine_version: str | None = None
 ) -> dict[str, Any]:
     """What is known of running ``decision`` on a platform and a release; null where it cannot be said.
 
@@ -87,18 +87,19 @@ def fusing(
     ]
 
 
-def gets_wrong(entry: dict[str, Any], decision: FusionDecision) -> str:
+def gets_wrong(entry: dict[str, Any], decision: Decision) -> str:
     """Why what a release builds by itself would not be the checkpoint's model, or "".
 
     Args:
         entry: of `fusing`; the release is live with it.
     """
-    slots = 0 if decision.layout is None else decision.layout.num_shared_slots
+    slots = 0 if decision.moe is None else decision.moe.layout.num_shared_slots
     if "wrong" in entry:
         return str(entry["wrong"])
     if decision.stored_alike is False:
         return "routed and shared experts are stored in different ways"
-    if decision.reason == "width.mismatch" or slots > entry.get("slots", slots):
+    mismatch = isinstance(decision, Stock) and decision.reason.code == "width.mismatch"
+    if mismatch or slots > entry.get("slots", slots):
         return "the shared expert is wider than the slots that it has"
     return ""
 

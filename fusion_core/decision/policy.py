@@ -16,7 +16,7 @@ from ..checkpoint.families import FAMILIES, Role
 from ..evidence.agreement import State
 from ..evidence.specs import MlpSpec
 from ..quant.methods import FORMATS
-from ..reasons import Reason
+from ..reasons import Code
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,7 @@ class Rule(_Strict):
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="unique name, shown in reports")
     when: When = Field(description="conditions; an empty object matches everything")
     fuse: bool
-    reason: Reason = Field(
-        default="ok", description="refusal code; 'ok' for a rule that fuses, and only there"
-    )
+    reason: Code = Field(default="ok", description="refusal code; 'ok' for a rule that fuses, and only there")
     why: str = Field(min_length=1, description="one line for people")
     source: str = Field(min_length=1, description="where this was learnt: a URL or a file of this project")
 

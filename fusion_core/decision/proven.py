@@ -14,7 +14,7 @@ from ...settings import ENGINES
 from ..checkpoint.config import UNQUANTISED
 from ..quant.methods import FORMATS
 from .native import PLATFORMS
-from .outcome import FusionDecision
+from .outcome import Decision
 
 PROVEN_FILE = Path(patches.__file__).with_name("proven.yaml")
 Proven = Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -37,7 +37,7 @@ def read_proven(path: Path = PROVEN_FILE) -> Proven:
     return proven
 
 
-def unproven(decision: FusionDecision, platform: str, proven: Proven | None = None) -> str:
+def unproven(decision: Decision, platform: str, proven: Proven | None = None) -> str:
     """The first format of ``decision`` that was not proven on its engine there, or "".
 
     A checkpoint that declares no quantisation needs no row. Plain experts of one that does need one: the
@@ -50,6 +50,6 @@ def unproven(decision: FusionDecision, platform: str, proven: Proven | None = No
     return next((f for f, platforms in places if platform not in platforms), "")
 
 
-def proven_platforms(decision: FusionDecision) -> list[str]:
+def proven_platforms(decision: Decision) -> list[str]:
     """Platforms on which all formats of ``decision`` were proven on its engine, for reports."""
     return [platform for platform in PLATFORMS if not unproven(decision, platform)]

@@ -19,37 +19,30 @@ from ..checkpoint.headers import TensorHeader, read_headers
 from ..checkpoint.naming import MAX_DIGITS, Projection, TensorNaming
 from ..quant.claims import Claim, Doubt, Resolver
 from ..quant.methods import resolver_for
-from ..reasons import Reason
+from ..reasons import Code, Reason
 from .agreement import PARTS, Agreement, Part, agreement, cut_across
 from .specs import ALL_EXPERTS, MlpSpec, SpecConflict, mlp_spec, size_conflict
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about one layer's tensors that forbids fusing whatever the policy says."""
-
-    reason: Reason
-    detail: str
 
 
 @dataclass(frozen=True)
 class LayerEvidence:
     """How one sparse layer stores its experts; a spec is None where ``finding`` says why.
 
-    ``config`` says whether config.json tells the same story; None where there is a finding.
+    ``finding`` forbids fusing whatever the policy says. ``config`` says whether config.json tells the same
+    story; None where there is a finding.
     """
 
     layer: int
     routed: MlpSpec | None
     shared: MlpSpec | None
-    finding: Finding | None = None
+    finding: Reason | None = None
     config: Agreement | None = None
 
     @property
     def stored_alike(self) -> bool | None:
         """Whether routed and shared experts are alike, in headers and config; None where nothing shows it."""
         if self.routed is None or self.shared is None:
-            return False if self.finding is not None and self.finding.reason == "quant.mixed" else None
+            return False if self.finding is not None and self.finding.code == "quant.mixed" else None
         return self.routed == self.shared and (self.config is None or self.config.state != "differs")
 
 
@@ -210,8 +203,8 @@ def _layer(
 ) -> LayerEvidence:
     parts = tensors.parts
 
-    def refuse(reason: Reason, detail: str) -> LayerEvidence:
-        return LayerEvidence(number, None, None, Finding(reason, f"layer {number}{detail}"))
+    def refuse(code: Code, detail: str) -> LayerEvidence:
+        return LayerEvidence(number, None, None, Reason(code, f"layer {number}{detail}"))
 
     if tensors.unknown:
         return refuse("quant.unknown", f": {tensors.unknown!r} lies within the experts and is not known")

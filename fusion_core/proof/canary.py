@@ -11,7 +11,7 @@ import torch
 
 from ...errors import AuditError
 from ..decision.layout import ExpertLayout
-from ..decision.outcome import FusionDecision, RoutingSpec
+from ..decision.outcome import MoeSpec, RoutingSpec
 from .checkpoint_layer import E4M3_MAX, CheckpointLayer, Kernel, NoReference, Round, as_it_is
 from .rounding import Served, share_error, share_spread
 
@@ -102,7 +102,7 @@ def _scores(logits: torch.Tensor, spec: RoutingSpec) -> torch.Tensor:
     return torch.softmax(logits, dim=-1) if spec.scoring == "softmax" else torch.sigmoid(logits)
 
 
-def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, seed: int = 0) -> Reference:
+def reference(layer: CheckpointLayer, moe: MoeSpec, served: Served, seed: int = 0) -> Reference:
     """Random hidden states whose choice of experts is clear, and the layer's output for them.
 
     The tolerance is `ROUNDINGS` times what rounding every intermediate result to the served dtype makes of
@@ -113,22 +113,20 @@ def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, 
         NoReference: the checkpoint's tensors cannot tell.
     """
     for attempt in range(ATTEMPTS):
-        found = _reference(layer, decision, served, seed + attempt)
+        found = _reference(layer, moe, served, seed + attempt)
         if found.tolerance < MOST_NOISE or found.share_tolerance is None:
             return found
     raise NoReference(f"rounding to FP8 alone may change {found.tolerance:.0%} of a random output")
 
 
-def _reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, seed: int) -> Reference:
-    layout, routing = decision.layout, decision.routing
-    assert layout is not None
-    assert routing is not None
+def _reference(layer: CheckpointLayer, moe: MoeSpec, served: Served, seed: int) -> Reference:
+    layout, routing = moe.layout, moe.routing
     gate = layer.read("gate.weight", served.gate)
     bias = layer.read("gate.e_score_correction_bias", served.bias) if routing.has_correction_bias else None
-    hidden, ids = _clear_tokens(gate, bias, decision, served, seed, layer.input_scale)
+    hidden, ids = _clear_tokens(gate, bias, moe, served, seed, layer.input_scale)
     x = hidden.double()
     row = None
-    if decision.shared_weight == "sigmoid_gate":
+    if moe.shared_weight == "sigmoid_gate":
         row = layer.read("shared_expert_gate.weight", served.shared_gate).reshape(1, -1)
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
@@ -207,15 +205,13 @@ def _as_kernels_read(mode: Mode, parts: list[torch.Tensor], layout: ExpertLayout
 def _clear_tokens(
     gate: torch.Tensor,
     bias: torch.Tensor | None,
-    decision: FusionDecision,
+    moe: MoeSpec,
     served: Served,
     seed: int,
     input_scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random hidden states, [N, H], and the experts that they choose whatever rounding does to the logits."""
-    layout, routing = decision.layout, decision.routing
-    assert layout is not None
-    assert routing is not None
+    layout, routing = moe.layout, moe.routing
     wanted = max(2, EXPERTS // layout.top_k)
     # Random numbers reach 4 standard deviations: a static scale must not cut them off.
     size = 1.0 if input_scale is None else min(1.0, E4M3_MAX * input_scale / 8)

@@ -15,9 +15,9 @@ import torch
 
 from ...errors import FsePatchError
 from ..checkpoint.config import UNQUANTISED, ConfigFile
+from ..checkpoint.families import Role
 from ..checkpoint.naming import TensorNaming
 from ..checkpoint.tensors import CheckpointTensors
-from ..decision.outcome import FusionDecision
 from ..evidence.specs import ALL_EXPERTS
 from ..quant.claims import Claim, Doubt, Resolver, all_plain
 from ..quant.layouts import LAYOUTS, READABLE
@@ -98,15 +98,15 @@ class CheckpointLayer:
     """
 
     def __init__(
-        self, tensors: CheckpointTensors, naming: TensorNaming, decision: FusionDecision, layer: int
+        self, tensors: CheckpointTensors, naming: TensorNaming, role: Role, quant_method: str, layer: int
     ) -> None:
         self.tensors = tensors
-        self.resolve = _resolver(tensors, decision)
+        self.resolve = _resolver(tensors, quant_method)
         self.names: dict[tuple[int | None, str], dict[str, str]] = {}
         for name in tensors.names():
             # Most names are another layer's, and parsing takes longer than this.
             ref = naming.parse(name) if f".{layer}.mlp." in name else None
-            if ref is not None and ref.layer == layer and ref.role == decision.role:
+            if ref is not None and ref.layer == layer and ref.role == role:
                 self.names.setdefault((ref.expert, ref.projection), {})[ref.suffix] = name
         if not self.names:
             raise NoReference("the checkpoint has no safetensors files with this layer")
@@ -254,8 +254,8 @@ def multiply(weight: torch.Tensor, scale: torch.Tensor, group: tuple[int, int]) 
     return weight
 
 
-def _resolver(tensors: CheckpointTensors, decision: FusionDecision) -> Resolver:
-    if decision.quant_method in ("", UNQUANTISED):
+def _resolver(tensors: CheckpointTensors, quant_method: str) -> Resolver:
+    if quant_method in ("", UNQUANTISED):
         return all_plain
     try:
         return resolver_for(ConfigFile(tensors.folder).quantisations())
