@@ -12,13 +12,14 @@ from typing import Any
 
 from packaging.version import Version
 
-from . import __version__, settings, table_coverage
+from . import settings, table_coverage
 from .adapters.patching import guards, ledger
 from .errors import FsePatchError
 from .fusion_core.checkpoint.families import FAMILIES
 from .fusion_core.decision.native import fusing
 from .fusion_core.decision.policy_file import load_policy
 from .fusion_core.forward import tuned
+from .version import __version__
 
 # What each engine reads: its group of entry points, and the variable that allows some of them only.
 PLUGINS = {

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from . import __version__, runtime
+from . import runtime
 from .fusion_core.checkpoint.families import family_of
+from .version import __version__
 
 log = logging.getLogger("fse_patch")
 _lock = threading.Lock()

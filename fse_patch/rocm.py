@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import __version__, doctor, settings
+from . import doctor, settings
+from .version import __version__
 
 LINES = 40
 LOOK = "import json; from fse_patch.rocm import aiter_report; print(json.dumps(aiter_report()))"

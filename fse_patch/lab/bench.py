@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..adapters import tuned_configs
 from ..adapters.patching import guards, ledger
 from ..errors import FsePatchError, RefusedError
@@ -21,6 +20,7 @@ from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.forward.mode_registry import MODES, Mode
 from ..fusion_core.kernels.routing_reference import append_shared_slots, route
 from ..settings import ENGINES
+from ..version import __version__
 from . import csv_file, tune
 from .timing import capture, floor_seconds, in_turn, is_quiet, ratio
 from .verify import Progress
