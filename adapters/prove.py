@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from .. import metrics, settings
-from ..errors import AuditError
+from ..errors import AuditError, NoReference
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.checkpoint.tensors import CheckpointTensors
 from ..fusion_core.proof.canary import CanaryError, judge, reference
-from ..fusion_core.proof.checkpoint_layer import CheckpointLayer, NoReference
+from ..fusion_core.proof.checkpoint_layer import CheckpointLayer
 from ..fusion_core.proof.rounding import Served
 from .role import ModelFusion
 

@@ -4,13 +4,14 @@ Whether an engine reads a checkpoint's quantisation as it is stored, or makes an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from .. import settings
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.decision.outcome import FusionDecision
 from ..fusion_core.forward.plan import ModePlan, always
 from ..fusion_core.forward.tuned import SLOWER, Situation, plan_for
+from ..fusion_core.quant.methods import READERS
 from ..fusion_core.reasons import Reason
 from .start import Refusal
 
@@ -50,25 +51,6 @@ def refusal(why: str) -> Refusal:
 # MERGED adapters/quantisation.py
 
 
-_AWQ = frozenset({"awq", "awq-marlin", "auto-awq"})
-_GPTQ = frozenset({"gptq", "gptq-marlin", "auto-gptq", "gptqmodel"})
-_ROUND = frozenset({"auto-round", "inc"})
-# Method that a checkpoint declares -> engines' names of the code that reads it; others have one name.
-READERS: Mapping[str, frozenset[str]] = {
-    "awq": _AWQ,
-    "gptq": _GPTQ,
-    "gptqmodel": _GPTQ,
-    "auto-round": _ROUND,
-    "autoround": _ROUND,
-    "intel/auto-round": _ROUND,
-    "inc": _ROUND,
-    # Not modelopt-fp4: SGLang makes FP4 of FP8 under that name.
-    "modelopt": frozenset({"modelopt", "modelopt-fp8", "modelopt-mixed"}),
-}
-# What engines take for no quantisation.
-_NONE = frozenset({"", "none", "unquant"})
-
-
 def online(decision: FusionDecision, method: str | None, built: object) -> Iterator[tuple[Reason, str]]:
     """Refuse a checkpoint that the engine quantises, or quantises otherwise, while it loads.
 
@@ -76,15 +58,15 @@ def online(decision: FusionDecision, method: str | None, built: object) -> Itera
         method: what the engine runs, by its own name: of its --quantization, or as it found it.
         built: the engine's quantisation, None where it has none.
     """
-    running, own = (method or "").lower().replace("_", "-"), decision.quant_method
-    if own == UNQUANTISED:
-        if built is not None or running not in _NONE:
+    running, declared = (method or "").lower().replace("_", "-"), decision.quant_method
+    if declared == UNQUANTISED:
+        if built is not None or running not in {"", *READERS[UNQUANTISED]}:
             yield (
                 "quant.online",
                 f"the checkpoint is quantised on the fly ({method or 'by an argument'}); load it as it is",
             )
-    elif running and running not in READERS.get(own, frozenset({own})):
+    elif running and running not in READERS.get(declared, frozenset({declared})):
         yield (
             "quant.online",
-            f"the checkpoint is {own} and would be run as {method}; run without --quantization {method}",
+            f"the checkpoint is {declared} and would be run as {method}; run without --quantization {method}",
         )

@@ -18,7 +18,7 @@ from ..fusion_core.decision.decide import decide
 from ..fusion_core.decision.outcome import FusionDecision
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.decision.proven import unproven
-from ..fusion_core.quant.layouts import READABLE
+from ..fusion_core.quant.methods import READABLE
 from ..fusion_core.reasons import CONTRADICTIONS, Reason
 from .patching import ledger
 
@@ -114,7 +114,7 @@ def proof(decision: FusionDecision, platform: str) -> Iterator[Refusal]:
             "quant.unproven",
             f"{form} would fuse, but was never run fused in {where} and compared with stock",
         )
-    unread = sorted(set(decision.formats) - READABLE)
+    unread = sorted(set(decision.formats) - READABLE.keys())
     if unread and settings.load().verify != "off":
         yield "quant.unproven", f"the canary does not read {unread[0]}: nothing would prove what is loaded"
 
