@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 
 from .. import runtime, settings
-from ..errors import AuditError
+from ..errors import AuditError, NoReference
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.checkpoint.tensors import CheckpointTensors
 from ..fusion_core.forward.layer import FusedLayer
 from ..fusion_core.proof.canary import CanaryError, judge, reference
-from ..fusion_core.proof.checkpoint_layer import CheckpointLayer, NoReference
+from ..fusion_core.proof.checkpoint_layer import CheckpointLayer
 from ..fusion_core.proof.rounding import Served
 from .loaded import Proof
 from .role import FusedRole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from .. import settings
@@ -12,27 +12,10 @@ from ..fusion_core.decision.outcome import Merged
 from ..fusion_core.decision.proven import unproven
 from ..fusion_core.forward.plan import ModePlan, always
 from ..fusion_core.forward.tuned import SLOWER, Situation, plan_for
-from ..fusion_core.quant.layouts import READABLE
+from ..fusion_core.quant.methods import READABLE, READERS
 from ..fusion_core.reasons import Reason
 
 SHARED_GATE = "sigmoid_gate"
-_AWQ = frozenset({"awq", "awq-marlin", "auto-awq"})
-_GPTQ = frozenset({"gptq", "gptq-marlin", "auto-gptq", "gptqmodel"})
-_ROUND = frozenset({"auto-round", "inc"})
-# Method that a checkpoint declares -> engines' names of the code that reads it; others have one name.
-READERS: Mapping[str, frozenset[str]] = {
-    "awq": _AWQ,
-    "gptq": _GPTQ,
-    "gptqmodel": _GPTQ,
-    "auto-round": _ROUND,
-    "autoround": _ROUND,
-    "intel/auto-round": _ROUND,
-    "inc": _ROUND,
-    # Not modelopt-fp4: SGLang makes FP4 of FP8 under that name.
-    "modelopt": frozenset({"modelopt", "modelopt-fp8", "modelopt-mixed"}),
-}
-# What engines take for no quantisation.
-_NONE = frozenset({"", "none", "unquant"})
 
 
 def unmeasured(allowed: bool, where: str) -> ModePlan | Reason:
@@ -92,7 +75,7 @@ def without_proof(decision: Merged, platform: str, effective: settings.Settings)
             "quant.unproven",
             f"{form} would fuse, but was never run fused in {where} and compared with stock",
         )
-    unread = sorted(set(decision.formats) - READABLE)
+    unread = sorted(set(decision.formats) - READABLE.keys())
     if unread and effective.verify != "off":
         why = f"the canary does not read {unread[0]}: nothing would prove what is loaded"
         yield Reason("quant.unproven", why)
@@ -107,7 +90,7 @@ def quantised_online(decision: Merged, method: str | None, built: object) -> Ite
     """
     running, declared = (method or "").lower().replace("_", "-"), decision.quant_method
     if declared == UNQUANTISED:
-        if built is not None or running not in _NONE:
+        if built is not None or running not in {"", *READERS[UNQUANTISED]}:
             yield Reason(
                 "quant.online",
                 f"the checkpoint is quantised on the fly ({method or 'by an argument'}); load it as it is",

@@ -17,6 +17,7 @@ from .adapters.patching.source import source_file
 from .adapters.patching.spec import PatchSpec
 from .errors import FsePatchError
 from .fusion_core.evidence.gather import read_evidence
+from .fusion_core.quant.methods import TABLE_DTYPES
 
 # Below each engine's package; the second one is the folder that a variable of the user's adds.
 PLACES: Mapping[str, tuple[str, str]] = {
@@ -30,11 +31,6 @@ _NAME = re.compile(
     r"E=(\d+),N=(\d+),device_name=([^,]+?)(?:,dtype=(\w+))?(?:,block_shape=\[(\d+), ?(\d+)\])?"
     r"(,per_channel_quant=True)?\.json"
 )
-# Format -> dtype in the names; others have none there.
-DTYPES = {
-    "plain": "", "fp8-block": "fp8_w8a8", "fp8-channel": "fp8_w8a8", "fp8-tensor": "fp8_w8a8",
-    "int4-awq": "int4_w4a16", "int4-gptq": "int4_w4a16", "int4-packed": "int4_w4a16",
-}  # fmt: skip
 # Tensor-parallel sizes that a width is looked up for.
 PARTS = (1, 2, 4, 8)
 
@@ -112,7 +108,7 @@ def coverage(
     kept = any(patch.qualname == LOOK_UP for patch in patches)
     rows = []
     for shape in shapes:
-        dtype, channel = DTYPES.get(shape.format), engine == "sglang" and shape.format == "fp8-channel"
+        dtype, channel = TABLE_DTYPES.get(shape.format), engine == "sglang" and shape.format == "fp8-channel"
         for parts in PARTS:
             if dtype is None or shape.width % parts:
                 continue

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fse_patch.errors import NoReference
 from fse_patch.fusion_core.checkpoint.families import family_of
 from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.proof.canary import deviation, reference
-from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer, InputRounding, NoReference, multiply
+from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer, InputRounding
+from fse_patch.fusion_core.quant.scales import multiply
 
 from .fp8 import BF16, E4M3, MLP, SCHEMES, Tensors, layer, opened, stored, wanted
 

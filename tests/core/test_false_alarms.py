@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fse_patch.errors import AuditError
+from fse_patch.errors import AuditError, NoReference
 from fse_patch.fusion_core.checkpoint.families import family_of
 from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.proof.canary import NoReference, deviation, judge, reference
+from fse_patch.fusion_core.proof.canary import deviation, judge, reference
 from fse_patch.fusion_core.proof.rounding import Served
 from fse_patch.fusion_core.weights.audit import SlotAudit, is_poisoned, poison
 from fse_patch.fusion_core.weights.remap import Remap, SlotTensor

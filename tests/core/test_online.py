@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fse_patch.adapters.refusals import READERS, online
-from fse_patch.fusion_core.quant.methods import PARSERS
+from fse_patch.adapters.refusals import online
+from fse_patch.fusion_core.checkpoint.config import UNQUANTISED
+from fse_patch.fusion_core.quant.methods import PARSERS, READERS
 
 from .test_proven import made
 
@@ -32,6 +33,8 @@ BUILT = SimpleNamespace()
         ("modelopt", "modelopt_fp4", True),
         ("modelopt", "modelopt_fp8", False),
         ("modelopt", "modelopt", False),
+        ("modelopt-fp4", "modelopt_fp4", False),
+        ("modelopt-fp4", "modelopt", True),
         ("compressed-tensors", "compressed-tensors", False),
         ("compressed-tensors", "compressed_tensors", False),
         ("compressed-tensors", "w8a8_fp8", True),
@@ -68,4 +71,5 @@ def test_every_method_that_is_read_has_its_own_name() -> None:
     """The table names methods that have a parser, and each by its own name too, but for spellings of one."""
     assert READERS.keys() <= PARSERS.keys()
     for method in PARSERS.keys() - {"autoround", "intel/auto-round"}:
-        assert list(online(made(method, ("plain",)), method, BUILT)) == []
+        built = None if method == UNQUANTISED else BUILT
+        assert list(online(made(method, ("plain",)), method, built)) == []
