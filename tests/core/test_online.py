@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fse_patch.adapters.refusals import online
+from fse_patch.adapters.refusals import quantised_online
 from fse_patch.fusion_core.checkpoint.config import UNQUANTISED
 from fse_patch.fusion_core.quant.methods import PARSERS, READERS
 
-from .test_proven import made
+from .moe import stored_as
 
 BUILT = SimpleNamespace()
 
@@ -56,15 +56,15 @@ def test_what_does_not_match_the_checkpoint_is_refused(
     declared: str, running: str | None, refused: bool
 ) -> None:
     built = None if declared == "none" and running in (None, "unquant") else BUILT
-    found = list(online(made(declared, ("fp8-block",)), running, built))
-    assert [reason for reason, _ in found] == ["quant.online"] * refused
+    found = list(quantised_online(stored_as(declared, ("fp8-block",)), running, built))
+    assert [reason.code for reason in found] == ["quant.online"] * refused
     if refused and declared != "none":
-        assert f"is {declared} and would be run as {running}" in found[0][1]
+        assert f"is {declared} and would be run as {running}" in found[0].detail
 
 
 def test_an_engine_that_quantises_without_a_name_is_refused() -> None:
-    ((reason, detail),) = online(made("none", ("plain",)), None, BUILT)
-    assert (reason, "by an argument" in detail) == ("quant.online", True)
+    (reason,) = quantised_online(stored_as("none", ("plain",)), None, BUILT)
+    assert (reason.code, "by an argument" in reason.detail) == ("quant.online", True)
 
 
 def test_every_method_that_is_read_has_its_own_name() -> None:
@@ -72,4 +72,4 @@ def test_every_method_that_is_read_has_its_own_name() -> None:
     assert READERS.keys() <= PARSERS.keys()
     for method in PARSERS.keys() - {"autoround", "intel/auto-round"}:
         built = None if method == UNQUANTISED else BUILT
-        assert list(online(made(method, ("plain",)), method, built)) == []
+        assert list(quantised_online(stored_as(method, ("plain",)), method, built)) == []
