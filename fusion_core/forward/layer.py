@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .mode_registry import Mode
+from .mode_registry import MODES, Mode
 from .router import SlotAppender
 
 if TYPE_CHECKING:
@@ -34,19 +34,20 @@ class FusedLayer:
 
     @property
     def modes(self) -> list[Mode]:
-        """The modes that it may run in."""
+        """The modes that it runs in, by its plan."""
         return ["fused"] if self.execution is None else sorted(self.execution.plan.modes)
 
     @contextmanager
     def forced(self, mode: Mode) -> Iterator[None]:
-        """Run in ``mode`` for any number of tokens.
+        """Run in ``mode`` for any number of tokens; beyond the modes of its plan too.
 
         Raises:
             ValueError: the layer has no such mode.
         """
+        known = ["fused"] if self.execution is None else list(MODES)
+        if mode not in known:
+            raise ValueError(f"layer {self.number} has no mode {mode!r}; it has {', '.join(known)}")
         if self.execution is None:
-            if mode != "fused":
-                raise ValueError(f"layer {self.number} runs in one mode, which is not {mode!r}")
             yield
             return
         before, self.execution.forced = self.execution.forced, mode
