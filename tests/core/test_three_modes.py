@@ -16,6 +16,7 @@ from fse_patch.fusion_core.forward.layer import FusedLayer
 from fse_patch.fusion_core.forward.plan import ModeCounter, ModePlan
 from fse_patch.fusion_core.forward.router import SlotAppender
 from fse_patch.fusion_core.proof.canary import CanaryError, Reference
+from fse_patch.fusion_core.reasons import Reason
 
 from .moe import Slots, decision, start_of
 from .test_dispatch import table
@@ -95,6 +96,17 @@ def test_the_kernels_table_of_e_stands_in(monkeypatch: pytest.MonkeyPatch) -> No
     # What was found is noted.
     tuned = {513: "E=512,N=512", 257: "E=257,N=512", 64: "none", 514: "none"}
     assert tuned == tuned_configs.LOOKED_UP
+
+
+def test_a_layer_that_its_engine_fuses_by_itself_keeps_its_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = decision(LAYOUT)
+    native = merged.refused(Reason("upstream.already", ""))
+    monkeypatch.setattr(tuned_configs, "LOOKED_UP", {})
+    patched = tuned_configs.get_moe_configs(lambda E, *_: "tuned for 512" if E == 512 else None)
+    for decided, taken in ((native, None), (merged, "tuned for 512")):
+        role = FusedRole(start_of(decided), Slots())
+        monkeypatch.setattr(tuned_configs, "CONSTRUCTED", [role])
+        assert patched(513, 512, None) == taken
 
 
 def test_doctor_names_the_tables(tmp_path: Path) -> None:
