@@ -105,7 +105,7 @@ ours = sorted(m for m in sys.modules if m.startswith("fse_patch."))
 print(sorted(loaded - set(sys.stdlib_module_names)), ours)
 """
         done = child(served, code)
-        ours = ["fse_patch.entry_points", "fse_patch.errors", "fse_patch.settings"]
+        ours = ["fse_patch.entry_points", "fse_patch.errors", "fse_patch.settings", "fse_patch.version"]
         assert done.stdout == f"{sorted(['fse_patch', served.name])} {ours}\n", done.stderr
 
 
