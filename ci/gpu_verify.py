@@ -25,7 +25,6 @@ import yaml
 from fse_patch.adapters.patching import guards, ledger
 from fse_patch.adapters.refusals import SHARED_GATE
 from fse_patch.cli.verify import vocab_size
-from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.checkpoint.headers import read_json
 from fse_patch.fusion_core.decision.decide import decide_roles
 from fse_patch.fusion_core.decision.outcome import Merged, Stock
@@ -197,7 +196,7 @@ def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: 
         vocab = vocab_size(read_json(folder / "config.json"), folder)
         decision = decide_roles(folder, engine)["main"]
         if isinstance(decision, Stock):
-            raise FsePatchError(f"{folder} does not fuse: {decision.reason.code}: {decision.reason.detail}")
+            sys.exit(f"{folder} does not fuse: {decision.reason.code}: {decision.reason.detail}")
         jobs.append(verify.VerifyJob(folder, (decision,), vocab, group.dtype, arguments))
     release = guards.engine_version(ledger.load(engine)).partition("+")[0]
     decisions = [job.decisions[0] for job in jobs]
