@@ -12,7 +12,6 @@ from ..fusion_core.forward.layer import FusedLayer
 from ..fusion_core.proof.rounding import UNIT
 from ..fusion_core.weights.remap import Named
 
-GATE = ".shared_expert_gate.weight"
 PROBES = 8
 # A row of weights may be rounded on its way, and the answer too.
 LEAST_TOLERANCE, ROUNDINGS = 1e-4, 4
@@ -23,17 +22,21 @@ class LoadedGates:
 
     def __init__(self, naming: TensorNaming, role: str) -> None:
         self.naming, self.role = naming, role
+        # Name of the gate's module in checkpoints and in engines' blocks, None where there is none.
+        self.gate = naming.family.shared_gate
         self._rows: dict[int, torch.Tensor] = {}
 
     def watch(self, stream: Iterable[Named]) -> Iterator[Named]:
         """The stream, unchanged."""
+        if self.gate is None:
+            yield from stream
+            return
+        end, module = f".{self.gate}.weight", f".{self.naming.family.shared_module}"
         for name, tensor in stream:
             # A quantised one is not what its bytes say.
-            if name.endswith(GATE) and tensor.is_floating_point() and tensor.element_size() > 1:
+            if name.endswith(end) and tensor.is_floating_point() and tensor.element_size() > 1:
                 # The same place as a tensor of the shared expert.
-                ref = self.naming.parse(
-                    name.replace(GATE, f".{self.naming.family.shared_module}.up_proj.weight")
-                )
+                ref = self.naming.parse(name.removesuffix(end) + f"{module}.up_proj.weight")
                 if ref is not None and ref.role == self.role:
                     self._rows[ref.layer] = tensor.detach().to("cpu", copy=True)
             yield name, tensor
@@ -47,7 +50,8 @@ class LoadedGates:
         rows, self._rows = self._rows, {}
         for number in sorted(rows.keys() & layers.keys()):
             layer = layers[number]
-            gate, module = layer.router.shared_gate, getattr(layer.block, "shared_expert_gate", None)
+            gate = layer.router.shared_gate
+            module = getattr(layer.block, self.gate, None) if self.gate else None
             if gate is None or module is None:
                 continue
             weight: torch.Tensor = module.weight

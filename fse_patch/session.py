@@ -15,6 +15,7 @@ from .adapters.patching.spec import PatchSpec
 from .adapters.patching.transaction import NOT_APPLIED, PatchSet, lock
 from .errors import FsePatchError
 from .fusion_core.decision.policy_file import load_policy
+from .patches import ENGINES
 from .report import REFUSED, PatchReport, Report
 
 log = logging.getLogger("fse_patch")
@@ -37,8 +38,8 @@ _refused: dict[str, Report] = {}
 
 
 def _known(engine: str) -> None:
-    if engine not in settings.ENGINES:
-        raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(settings.ENGINES)}")
+    if engine not in ENGINES:
+        raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(ENGINES)}")
 
 
 def _guard(book: ledger.Ledger, patches: tuple[PatchSpec, ...]) -> dict[str, FsePatchError]:
@@ -104,7 +105,7 @@ def apply(
             if errors := _guard(book, chosen):
                 raise next(iter(errors.values()))
             patches = PatchSet(
-                book.import_name,
+                book.facts.import_name,
                 chosen,
                 effective.strict if strict is None else strict,
                 on_failure=lambda failure: _failed(engine, failure),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.engines import facts_of
 from fse_patch.lab import verify
 
 VOCAB = 256
@@ -62,7 +63,7 @@ class Checkpoints:
         """The case as `fse-patch verify` would run it."""
         folder = self.path(case.recipe, case.dtype, case.order)
         decisions = decide_roles(folder, self.engine)
-        drafts = verify.SPECULATION[self.engine] in case.engine_args
+        drafts = facts_of(self.engine).lab.draft_argument in case.engine_args
         return verify.VerifyJob(
             folder,
             tuple(d for role, d in decisions.items() if d.fuse and (role == "main" or drafts)),

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import FsePatchError
 from ..fusion_core.forward.mode_registry import MODES
-from ..settings import ENGINES
+from ..patches import ENGINES
 from . import bench_end_to_end as whole
 from .output import print_json
 from .verify import say

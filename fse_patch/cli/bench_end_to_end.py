@@ -12,7 +12,7 @@ import typer
 
 from ..errors import FsePatchError
 from ..fusion_core.checkpoint.headers import read_json
-from ..settings import ENGINES
+from ..patches import ENGINES
 from .output import print_json
 from .verify import decided, engines_end_on_sigterm, parse_engine_args, say, vocab_size
 

@@ -13,7 +13,7 @@ from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Stock
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.decision.proven import proven_platforms
-from ..settings import ENGINES
+from ..patches import ENGINES
 from .output import print_json, print_table
 
 

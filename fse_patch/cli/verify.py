@@ -19,9 +19,10 @@ from ..fusion_core.checkpoint.headers import read_json
 from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Merged, Stock
 from ..fusion_core.decision.policy_file import load_policy
-from ..lab.verify import SPECULATION, VerifyJob
+from ..fusion_core.engines import facts_of
+from ..lab.verify import VerifyJob
 from ..lab.verify import verify as run_verify
-from ..settings import ENGINES
+from ..patches import ENGINES
 from ..settings import load as load_settings
 from .output import print_json, print_table
 
@@ -44,7 +45,8 @@ def command(
     arguments = parse_engine_args(engine_args)
     decisions, _, version = decided(checkpoint, engine)
     # A draft is built only where the engine is told to speculate.
-    roles = tuple(d for role, d in decisions.items() if role == "main" or SPECULATION[engine] in arguments)
+    drafts = facts_of(engine).lab.draft_argument in arguments
+    roles = tuple(d for role, d in decisions.items() if role == "main" or drafts)
     config = read_json(checkpoint / "config.json")
     job = VerifyJob(
         checkpoint,

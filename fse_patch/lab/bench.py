@@ -19,7 +19,7 @@ from ..fusion_core.decision.outcome import Stock
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.forward.mode_registry import MODES, Mode
 from ..fusion_core.kernels.routing_reference import append_shared_slots, route
-from ..settings import ENGINES
+from ..patches import ENGINES
 from ..version import __version__
 from . import csv_file, tune
 from .timing import capture, floor_seconds, in_turn, is_quiet, ratio
@@ -36,7 +36,7 @@ CLEAR = 0.005
 CONTROL = 0.5
 # Where an engine's blocks are built, as a class `Pair`: stock, fused, native (stock has the slots),
 # fused_role, situation, forward_context.
-PAIRS = {engine: f"fse_patch.adapters.{engine}.block" for engine in ENGINES}
+BLOCKS = "fse_patch.lab.{engine}.blocks"
 Pair = Any
 TABLES = ("stock_table", "fused_table")
 # Of a row of `measure`; those of a mode that does not run stay empty.
@@ -56,8 +56,8 @@ def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
         RefusedError: the model does not fuse.
         FsePatchError: this engine or machine cannot be measured.
     """
-    if engine not in PAIRS:
-        raise FsePatchError(f"{engine!r}: unknown engine; use one of {', '.join(PAIRS)}")
+    if engine not in ENGINES:
+        raise FsePatchError(f"{engine!r}: unknown engine; use one of {', '.join(ENGINES)}")
     if not torch.cuda.is_available():
         raise FsePatchError("no CUDA device here; nothing to measure")
     decision = decide_roles(folder, engine, load_policy(None))["main"]
@@ -68,7 +68,7 @@ def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
     from .. import apply
 
     apply(engine)
-    return importlib.import_module(PAIRS[engine]).Pair(folder, decision, layers, quant=quant)
+    return importlib.import_module(BLOCKS.format(engine=engine)).Pair(folder, decision, layers, quant=quant)
 
 
 def measure(
@@ -196,8 +196,8 @@ def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     states, logits = drawn[kept], logits[kept]
     weights, ids = route(logits, layout.top_k, routing, None if bias is None else bias.data.double())
     share: torch.Tensor | float = 1.0
-    gate = getattr(block, "shared_expert_gate", None)
-    if gate is not None:
+    if (gate_name := pair.fused_role.start.naming.family.shared_gate) is not None:
+        gate = getattr(block, gate_name)
         share = (states.double() @ gate.weight.data.double().T).sigmoid()
     weights, ids = append_shared_slots(weights, ids, layout.shared_slots, share)
     out = torch.zeros_like(states, dtype=torch.float64)

@@ -17,17 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..fusion_core.decision.outcome import Merged
+from ..fusion_core.engines import facts_of
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
 from ..settings import ENABLE
 
-ARM_MODULES = {"vllm": "fse_patch.lab.vllm.verify_arm", "sglang": "fse_patch.lab.sglang.verify_arm"}
-# The engine argument that makes it build a draft.
-SPECULATION = {"vllm": "speculative_config", "sglang": "speculative_algorithm"}
-# Only where the user has not said otherwise: one process where the engine allows it, no network.
-ARM_ENVIRONMENT = {
-    "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
-    "sglang": {},
-}
+# The module that runs an arm, in the engine's process.
+ARM = "fse_patch.lab.{engine}.verify_arm"
 LOG_LINES = 60
 POLL = 0.3  # seconds between looks at a running arm
 PROMPT_LENGTHS = (5, 17, 64, 100)
@@ -121,10 +116,10 @@ def run_process(
     with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
         request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "log"))
         request.write_text(json.dumps([job.request() for job in jobs]))
-        environment = {**ARM_ENVIRONMENT[engine], **env, ENABLE: engine if fused else "0"}
+        environment = {**facts_of(engine).lab.environment, **env, ENABLE: engine if fused else "0"}
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", ARM_MODULES[engine], str(request), str(result)],
+                [sys.executable, "-m", ARM.format(engine=engine), str(request), str(result)],
                 env=environment,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, cast
 
-from .families import FAMILIES, FamilySpec, Role
+from .families import FamilySpec, Role, families
 
 # No model has more; and Python refuses to read numbers of thousands of digits.
 MAX_DIGITS = 6
@@ -75,7 +75,7 @@ class TensorNaming:
     @cached_property
     def _inside(self) -> re.Pattern[str]:
         # Any family's shared expert: one under another family's name is no less in doubt.
-        modules = "|".join(re.escape(name) for name in sorted({f.shared_module for f in FAMILIES}))
+        modules = "|".join(re.escape(name) for name in sorted({f.shared_module for f in families()}))
         return re.compile(rf"{self._layer}(?:{modules}|experts)\.", re.ASCII)
 
     def layer_of_unknown(self, name: str) -> tuple[Role, int] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FsePatchError
-from ...settings import ENGINES
+from ...patches import ENGINES
 from ..checkpoint.config import UNQUANTISED, MoeConfig
 from ..checkpoint.families import FamilySpec, Role
 from ..evidence.gather import Evidence, LayerEvidence, RoleEvidence, read_evidence

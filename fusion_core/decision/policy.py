@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ...settings import ENGINES
-from ..checkpoint.families import FAMILIES, Role
+from ...patches import ENGINES
+from ..checkpoint.families import Role, families
 from ..evidence.agreement import State
 from ..evidence.specs import MlpSpec
 from ..quant.methods import FORMATS
@@ -78,7 +78,7 @@ class When(_Strict):
     @field_validator("families")
     @classmethod
     def _known_families(cls, names: list[str] | None) -> list[str] | None:
-        return _known(names, [f.name for f in FAMILIES])
+        return _known(names, [family.name for family in families()])
 
     @field_validator("formats")
     @classmethod

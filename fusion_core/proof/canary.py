@@ -141,8 +141,8 @@ def _reference(layer: CheckpointLayer, moe: MoeSpec, served: Served, seed: int) 
     hidden, ids = _clear_tokens(gate, bias, moe, served, seed, layer.input_scale)
     x = hidden.double()
     row = None
-    if moe.shared_weight == "sigmoid_gate":
-        row = layer.read("shared_expert_gate.weight", served.shared_gate).reshape(1, -1)
+    if layer.shared_gate is not None:
+        row = layer.read(f"{layer.shared_gate}.weight", served.shared_gate).reshape(1, -1)
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
         return value.to(served.dtype).double()

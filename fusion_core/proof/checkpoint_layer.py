@@ -103,6 +103,8 @@ class CheckpointLayer:
         self, tensors: CheckpointTensors, naming: TensorNaming, role: Role, quant_method: str, layer: int
     ) -> None:
         self.tensors = tensors
+        # Name of the gate that weighs the shared expert, None where it weighs 1.
+        self.shared_gate = naming.family.shared_gate
         self.resolve = _resolver(tensors, quant_method)
         self.names: dict[tuple[int | None, str], dict[str, str]] = {}
         for name in tensors.names():

@@ -33,7 +33,7 @@ SHAPE = Path(__file__).parents[2] / "benchmarks" / "shapes" / "qwen3_next_80b"
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(live_arms.ARM_MODULES, "vllm", "tests.core.decode_arm")
+    monkeypatch.setattr(live_arms, "ARM", "tests.core.decode_arm")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 

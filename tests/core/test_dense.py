@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from fse_patch.fusion_core.checkpoint.families import FAMILIES, FamilySpec
+from fse_patch.fusion_core.checkpoint.families import FamilySpec, families
 from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import RoutingSpec
@@ -20,7 +20,8 @@ from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 from .moe import choose, moe_spec
 
 H, I, E, K, TOKENS = 12, 6, 11, 3, 7  # noqa: E741
-FAMILY = {"sigmoid_gate": FAMILIES[0], "constant": FAMILIES[-1]}
+FAMILIES = {family.name: family for family in families()}
+FAMILY = {"sigmoid_gate": FAMILIES["qwen2_moe"], "constant": FAMILIES["glm4_moe"]}
 SLOTS = [1, 2, 4, 8]
 Change = Callable[[SlotTensor], SlotTensor]
 

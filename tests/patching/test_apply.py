@@ -118,7 +118,7 @@ class TestRefused:
         assert environment() == {}
 
     def test_untested_release(self, engine: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-        engine.ledger("core:greet", tested=["2.0"])
+        engine.ledger("core:greet", releases=[{"release": "2.0", "cpu": True}])
         with pytest.raises(RefusedError, match=r"version\.untested"):
             fse_patch.apply("vllm")
         monkeypatch.setenv("FSE_PATCH_ALLOW_UNTESTED", "1")

@@ -18,7 +18,8 @@ from .processes import TIMEOUT, in_process
 # vLLM's own note that it has called its plugins.
 NOTED = {"vllm.plugins.plugins_loaded"}
 OFF = (None, "0", "sglang")
-HEAVY = ("adapters", "fusion_core", "patches", "control", "runtime", "report")
+# Not patches: the names of engines stand there, and reading them costs nothing.
+HEAVY = ("adapters", "fusion_core", "control", "runtime", "report")
 ABSENT = object()
 Places = dict[tuple[int, str], tuple[Any, Any]]
 

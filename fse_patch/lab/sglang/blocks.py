@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,10 @@ from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
 from ...fusion_core.reasons import Reason
+from ..model_block import build_block
 from ..random_weights import as_slots, fill
 from .standalone import start_sglang
 
-MODELS = "sglang.srt.models."
-# Module, class and what the models pass to it besides the configuration.
-BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "qwen2_moe": ("qwen2_moe", "Qwen2MoeSparseMoeBlock", {}),
-    "qwen3_next": (
-        "qwen2_moe",
-        "Qwen2MoeSparseMoeBlock",
-        {"support_shared_expert_fusion": True, "enable_cuda_shared_expert_fusion": True},
-    ),
-    "qwen3_5_moe": ("qwen2_moe", "Qwen2MoeSparseMoeBlock", {"support_shared_expert_fusion": True}),
-    "glm4_moe": ("glm4_moe", "Glm4MoeSparseMoeBlock", {}),
-}
 EXPERTS = ("w13_weight", "w2_weight")
 DEVICE = "cuda"
 
@@ -105,15 +93,15 @@ class Pair:
     def _build(self, family: str, layer: int) -> Any:
         from sglang.srt.runtime_context import get_stream
 
-        module, name, arguments = BLOCKS[family]
-        cls = getattr(importlib.import_module(MODELS + module), name)
-        return cls(
+        return build_block(
+            "sglang",
+            family,
+            self.config,
             config=self.config.hf_text_config,
             layer_id=layer,
             quant_config=None,
             alt_stream=get_stream("alt"),
             prefix=f"model.layers.{layer}.mlp",
-            **arguments,
         )
 
     def _copy(self, stock: Any, fused: Any, shared: str) -> None:

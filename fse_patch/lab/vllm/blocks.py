@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,9 @@ from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
+from ..model_block import build_block
 from ..random_weights import as_slots, fill
 from .quant_folder import described
-
-MODELS = "vllm.model_executor.models."
-# Module, class and what its constructor takes before the prefix. Qwen3.5 builds the block of Qwen3-Next.
-BLOCKS: dict[str, tuple[str, str, Callable[[Any], dict[str, Any]]]] = {
-    "qwen2_moe": (
-        "qwen2_moe",
-        "Qwen2MoeSparseMoeBlock",
-        lambda c: {"config": c.model_config.hf_text_config, "quant_config": c.quant_config},
-    ),
-    "qwen3_next": ("qwen3_next", "Qwen3NextSparseMoeBlock", lambda c: {"vllm_config": c}),
-    "qwen3_5_moe": ("qwen3_next", "Qwen3NextSparseMoeBlock", lambda c: {"vllm_config": c}),
-    "glm4_moe": (
-        "glm4_moe",
-        "Glm4MoE",
-        lambda c: {"config": c.model_config.hf_text_config, "quant_config": c.quant_config},
-    ),
-}
 
 
 class Pair:
@@ -128,9 +111,7 @@ class Pair:
             yield
 
     def _build(self, family: str, layer: int) -> Any:
-        module, name, arguments = BLOCKS[family]
-        cls = getattr(importlib.import_module(MODELS + module), name)
-        return cls(**arguments(self.config), prefix=f"model.layers.{layer}.mlp")
+        return build_block("vllm", family, self.config, prefix=f"model.layers.{layer}.mlp")
 
     def exact(self, expert: int, name: str) -> torch.Tensor:
         """w13 or w2 of an expert of the first fused block, in float64."""
