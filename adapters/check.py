@@ -1,4 +1,4 @@
-"""What must hold between the decision and what an engine builds."""
+"""What must hold between the start of a role and what an engine builds of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import FsePatchError
-from .role import ModelFusion
+from .role import FusedRole
 
 
 def check_arguments(
-    fusion: ModelFusion, layer: int, seen: Mapping[str, Any], expected: Mapping[str, Any], known: bool
+    fused_role: FusedRole, layer: int, seen: Mapping[str, Any], expected: Mapping[str, Any], known: bool
 ) -> None:
     """Stop where the engine builds another layer than the one that was decided on.
 
@@ -22,8 +22,7 @@ def check_arguments(
     Raises:
         FsePatchError: an argument contradicts the decision.
     """
-    layout, routing = fusion.layout, fusion.decision.routing
-    assert routing is not None
+    layout, routing = fused_role.layout, fused_role.start.moe.routing
     expected = {
         **expected,
         "num_experts": layout.num_routed,
@@ -33,13 +32,13 @@ def check_arguments(
         "routed_scaling_factor": routing.routed_scaling_factor,
     }
     wrong = [f"{n}={seen[n]!r}, expected {v!r}" for n, v in expected.items() if n in seen and seen[n] != v]
-    if not known or fusion.unstripped is not None:
+    if not known or fused_role.unfinished:
         wrong.append("its construction is not the known one")
     if wrong:
         raise FsePatchError(f"layer {layer}: the engine does not build what was decided: {'; '.join(wrong)}")
 
 
-def check_complete(fusion: ModelFusion, all_here: bool) -> None:
+def check_complete(fused_role: FusedRole, all_here: bool) -> None:
     """Stop if a layer that was to fuse was built another way.
 
     Args:
@@ -48,8 +47,6 @@ def check_complete(fusion: ModelFusion, all_here: bool) -> None:
     Raises:
         FsePatchError: fewer fused layers than decided.
     """
-    missing = sorted(set(fusion.decision.fused_layers) - set(fusion.routers))
-    if fusion.unstripped is not None or (missing and all_here):
-        raise FsePatchError(
-            f"{fusion.decision.role} model: layers {missing} were decided to fuse and did not"
-        )
+    missing = sorted(set(fused_role.start.moe.layers) - fused_role.layers.keys())
+    if fused_role.unfinished or (missing and all_here):
+        raise FsePatchError(f"{fused_role.name} model: layers {missing} were decided to fuse and did not")

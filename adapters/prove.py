@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .. import metrics, settings
-from ..errors import AuditError
+from .. import runtime, settings
+from ..errors import AuditError, NoReference
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.checkpoint.tensors import CheckpointTensors
+from ..fusion_core.forward.layer import FusedLayer
 from ..fusion_core.proof.canary import CanaryError, judge, reference
-from ..fusion_core.proof.checkpoint_layer import CheckpointLayer, NoReference
+from ..fusion_core.proof.checkpoint_layer import CheckpointLayer
 from ..fusion_core.proof.rounding import Served
-from .role import ModelFusion
+from .loaded import Proof
+from .role import FusedRole
 
 log = logging.getLogger("fse_patch")
+# States of the proof after which weights of a checkpoint would be served on trust.
+UNPROVED = ("off", "no_reference")
 
 
 class Prover(ABC):
@@ -48,76 +51,83 @@ class Prover(ABC):
         return states if summed_already else total
 
 
-def prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
+def prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> None:
     """Compare fused layers with their checkpoint, as FSE_PATCH_VERIFY says, once for a model.
 
     Raises:
         CanaryError: a layer does not compute what the checkpoint says, or is quantised and cannot be
             compared; the model must not be served.
     """
-    if fusion.canary["state"] == "pending":
-        fusion.open()
-        _prove(fusion, dtype, prover)
-        fusion.proved()
-        metrics.publish()
+    if fused_role.loaded is not None:
+        return
+    fused_role.open()
+    proof = _prove(fused_role, dtype, prover)
+    fused_role.record(proof)
+    log.debug("%s model: canary: %s", fused_role.name, proof.state)
+    if not fused_role.start.merged and proof.state in UNPROVED:
+        # The engine's own forward is right without us.
+        for number, layer in fused_role.layers.items():
+            layer.router.closed = f"layer {number} was not proved"
+        log.warning("%s model: not proved: its layers stay as the engine has them", fused_role.name)
+    runtime.changed()
 
 
-def _prove(fusion: ModelFusion, dtype: torch.dtype, prover: Prover) -> None:
-    role, chosen = fusion.decision.role, settings.load().verify
-    if fusion.audit.loads == 0:
-        if fusion.poisoned:
+def _prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> Proof:
+    name, effective = fused_role.name, fused_role.start.settings
+    if fused_role.audit.loads == 0:
+        if fused_role.poisoned:
             raise AuditError(
-                f"{role} model: the shared slots of layers {fusion.poisoned} were never loaded: the model's "
-                "load_weights is not the patched one any more; the model is not served"
+                f"{name} model: the shared slots of layers {fused_role.poisoned} were never loaded: "
+                "the model's load_weights is not the patched one any more; the model is not served"
             )
-        fusion.canary["state"] = "not_loaded"
-        log.warning("%s model: canary: not_loaded: no weights came from the checkpoint", role)
-        return
-    if chosen == "off":
-        fusion.canary["state"] = "off"
-        log.warning("%s model: canary: switched off by %s", role, settings.VERIFY)
-        return
-    fusion.check_gates()
-    layers = sorted(fusion.blocks)
-    start, tensors = time.perf_counter(), None
-    for layer in layers if chosen == "all" else layers[:1]:
+        log.warning("%s model: canary: not_loaded: no weights came from the checkpoint", name)
+        return Proof("not_loaded")
+    if effective.verify == "off":
+        log.warning("%s model: canary: switched off by %s", name, settings.VERIFY)
+        return Proof("off")
+    fused_role.check_gates()
+    numbers = sorted(fused_role.layers)
+    begun, tensors = time.perf_counter(), None
+    layers: list[int] = []
+    # Of the layer that came closest to what is allowed.
+    deviation, tolerance = 0.0, 1.0
+    for number in numbers if effective.verify == "all" else numbers[:1]:
         try:
-            tensors = tensors or CheckpointTensors(fusion.checkpoint)
-            found, allowed = _prove_layer(fusion, layer, dtype, prover, tensors)
+            tensors = tensors or CheckpointTensors(fused_role.start.checkpoint)
+            off, allowed = _prove_layer(fused_role, fused_role.layers[number], dtype, prover, tensors)
         except NoReference as error:
-            fusion.canary |= {"state": "no_reference", "detail": str(error)}
-            if fusion.decision.quant_method != UNQUANTISED and not settings.load().allow_unproven:
+            quantised = fused_role.start.decision.quant_method != UNQUANTISED
+            if quantised and not effective.allow_unproven:
                 raise CanaryError(
-                    f"{role} model: canary: layer {layer} cannot be proved: {error}; the model is not served "
-                    f"({settings.ALLOW_UNPROVEN}=1 serves it unproved)"
+                    f"{name} model: canary: layer {number} cannot be proved: {error}; "
+                    f"the model is not served ({settings.ALLOW_UNPROVEN}=1 serves it unproved)"
                 ) from None
-            log.warning("%s model: canary: layer %d: %s", role, layer, error)
-            return
-        fusion.canary["layers"].append(layer)
-        if found / allowed >= fusion.canary["deviation"] / fusion.canary["tolerance"]:
-            fusion.canary |= {"deviation": found, "tolerance": allowed}
-    seconds = time.perf_counter() - start
-    fusion.canary |= {"state": "passed", "seconds": round(seconds, 3)}
+            log.warning("%s model: canary: layer %d: %s", name, number, error)
+            return Proof("no_reference", tuple(layers), deviation, tolerance, detail=str(error))
+        layers.append(number)
+        if off / allowed >= deviation / tolerance:
+            deviation, tolerance = off, allowed
+    seconds = time.perf_counter() - begun
     log.info(
         "%s model: canary: %d of %d fused layers are as in the checkpoint, %.2g off (%.2g allowed), %.2f s",
-        role,
-        len(fusion.canary["layers"]),
+        name,
         len(layers),
-        fusion.canary["deviation"],
-        fusion.canary["tolerance"],
+        len(numbers),
+        deviation,
+        tolerance,
         seconds,
     )
+    return Proof("passed", tuple(layers), deviation, tolerance, seconds)
 
 
 def _prove_layer(
-    fusion: ModelFusion, layer: int, dtype: torch.dtype, prover: Prover, tensors: CheckpointTensors
+    fused_role: FusedRole, layer: FusedLayer, dtype: torch.dtype, prover: Prover, tensors: CheckpointTensors
 ) -> tuple[float, float]:
     """Its deviation, and what was allowed."""
-    block: Any = fusion.blocks[layer]
-    decision = fusion.decision
-    gate, shared_gate = block.gate, getattr(block, "shared_expert_gate", None)
+    start, block = fused_role.start, layer.block
+    gate, shared_gate = cast(Any, block).gate, getattr(block, "shared_expert_gate", None)
     bias = getattr(gate, "e_score_correction_bias", None)
-    device = next(fusion.experts[layer].parameters()).device
+    device = next(layer.experts.parameters()).device
     served = Served(
         dtype=dtype,
         gate=gate.weight.dtype,
@@ -127,24 +137,15 @@ def _prove_layer(
         # DeepGEMM has them so from compute capability 10 on.
         ue8m0=device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10,
     )
-    wanted = reference(CheckpointLayer(tensors, fusion.naming, decision, layer), decision, served)
-    hidden = wanted.hidden.to(device)
-    found = [judge(decision.role, layer, wanted, o) for o in _outputs(fusion, layer, block, hidden, prover)]
-    fusion.counter.reset()  # this was no call of the model
-    return max(found), wanted.tolerance
-
-
-def _outputs(
-    fusion: ModelFusion, layer: int, block: Any, hidden: torch.Tensor, prover: Prover
-) -> Iterator[torch.Tensor]:
-    """What the block gives in every mode that it may run in."""
-    execution = fusion.executions.get(layer)
-    if execution is None:
-        yield prover.output(block, hidden)
-        return
-    try:
-        for mode in sorted(execution.plan.modes):
-            execution.forced = mode
-            yield prover.output(block, hidden)
-    finally:
-        execution.forced = None
+    stored = CheckpointLayer(
+        tensors, start.naming, start.decision.role, start.decision.quant_method, layer.number
+    )
+    expected = reference(stored, start.moe, served)
+    hidden = expected.hidden.to(device)
+    deviations = []
+    for mode in layer.modes:
+        with layer.forced(mode):
+            output = prover.output(block, hidden)
+        deviations.append(judge(start.decision.role, layer.number, expected, output))
+    fused_role.counter.reset()  # this was no call of the model
+    return max(deviations), expected.tolerance

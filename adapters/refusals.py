@@ -1,90 +1,102 @@
-"""From a measured table, or the lack of one, to a plan for an engine's fused layers or a reason for none.
-Whether an engine reads a checkpoint's quantisation as it is stored, or makes another one of it.
-"""
+"""What of an engine's configuration forbids to fuse a checkpoint that could: what both engines share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 from .. import settings
 from ..fusion_core.checkpoint.config import UNQUANTISED
-from ..fusion_core.decision.outcome import FusionDecision
+from ..fusion_core.checkpoint.families import family_of
+from ..fusion_core.decision.outcome import Merged
+from ..fusion_core.decision.proven import unproven
 from ..fusion_core.forward.plan import ModePlan, always
 from ..fusion_core.forward.tuned import SLOWER, Situation, plan_for
+from ..fusion_core.quant.methods import READABLE, READERS
 from ..fusion_core.reasons import Reason
-from .start import Refusal
-
-# MERGED adapters/planning.py
-
 
 SHARED_GATE = "sigmoid_gate"
-# A plan, or None and why there is none.
-Planned = tuple[ModePlan | None, str]
 
 
-def unmeasured(allowed: bool, where: str) -> Planned:
-    """What runs where nothing was measured: one mode if the user wants it so, otherwise nothing fused."""
+def unmeasured(allowed: bool, where: str) -> ModePlan | Reason:
+    """Return what runs where nothing was measured: one mode if the user asks for it, or the refusal."""
     if allowed:
-        return always("fused", f"{settings.ALLOW_UNMEASURED} is set; nothing was measured {where}"), ""
-    return None, f"no measurement shows that fusing is not slower {where}; `fse-patch tune` makes one"
+        return always("fused", f"{settings.ALLOW_UNMEASURED} is set; nothing was measured {where}")
+    why = f"no measurement shows that fusing is not slower {where}; `fse-patch tune` makes one"
+    return Reason("slower.unmeasured", why)
 
 
-def on_cuda(situation: Situation) -> Planned:
-    """The plan for layers on a CUDA device: measured, or stock's kernels on views."""
-    effective = settings.load()
-    found = plan_for(situation, "cuda", effective.tuned_file)
-    if isinstance(found, ModePlan):
-        return found, ""
-    if found == SLOWER:
-        return None, SLOWER
+def measured(situation: Situation, effective: settings.Settings) -> ModePlan | Reason:
+    """Return the plan for layers on a CUDA device: by a table, or stock's kernels on views."""
+    plan = plan_for(situation, "cuda", effective.tuned_file)
+    if isinstance(plan, ModePlan):
+        return plan
+    if plan == SLOWER:
+        why = "a tuned table says that fusing is slower here for some number of tokens"
+        return Reason("slower.measured", why)
     return unmeasured(effective.allow_unmeasured, "for this shape, dtype, device and release")
 
 
-def refusal(why: str) -> Refusal:
-    """The refusal that stands for no plan."""
-    if why == SLOWER:
-        return "slower.measured", "a tuned table says that fusing is slower here for some number of tokens"
-    return "slower.unmeasured", why
+def config_differs(decision: Merged, config: Any) -> Iterator[Reason]:
+    """Refuse where the configuration that runs is not the one that was decided on."""
+    family, layout, routing = family_of(decision.model_type), decision.moe.layout, decision.moe.routing
+    if family is None:
+        raise ValueError(f"{decision.model_type!r} fuses, and is of no family")
+    expected = {
+        family.num_experts_key: layout.num_routed,
+        family.top_k_key: layout.top_k,
+        "hidden_size": layout.hidden_size,
+        "moe_intermediate_size": layout.moe_intermediate_size,
+        "norm_topk_prob": routing.renormalize,
+        "routed_scaling_factor": routing.routed_scaling_factor,
+    }
+    seen = {name: getattr(config, name, value) for name, value in expected.items()}
+    differing = [f"{n} is {seen[n]!r}, config.json says {v!r}" for n, v in expected.items() if seen[n] != v]
+    first, last, built = decision.moe.layers[0], decision.moe.layers[-1], config.num_hidden_layers
+    fits = last < built if decision.role == "main" else first == built or not family.draft_after_main
+    if not fits:
+        differing.append(f"num_hidden_layers is {built}, config.json says otherwise")
+    if differing:
+        yield Reason(
+            "config.differs", f"{'; '.join(differing)}; run without overrides of the MoE configuration"
+        )
 
 
-# MERGED adapters/quantisation.py
+def without_proof(decision: Merged, platform: str, effective: settings.Settings) -> Iterator[Reason]:
+    """Refuse a quantised format that was not proven on ``platform``, named as `fse-patch plan` takes it.
+
+    And one that the canary would be asked to prove, and cannot read.
+    """
+    if effective.allow_unproven or decision.quant_method == UNQUANTISED:
+        return
+    if form := unproven(decision, platform):
+        where = f"{decision.engine} on {platform or 'this platform'}"
+        yield Reason(
+            "quant.unproven",
+            f"{form} would fuse, but was never run fused in {where} and compared with stock",
+        )
+    unread = sorted(set(decision.formats) - READABLE.keys())
+    if unread and effective.verify != "off":
+        why = f"the canary does not read {unread[0]}: nothing would prove what is loaded"
+        yield Reason("quant.unproven", why)
 
 
-_AWQ = frozenset({"awq", "awq-marlin", "auto-awq"})
-_GPTQ = frozenset({"gptq", "gptq-marlin", "auto-gptq", "gptqmodel"})
-_ROUND = frozenset({"auto-round", "inc"})
-# Method that a checkpoint declares -> engines' names of the code that reads it; others have one name.
-READERS: Mapping[str, frozenset[str]] = {
-    "awq": _AWQ,
-    "gptq": _GPTQ,
-    "gptqmodel": _GPTQ,
-    "auto-round": _ROUND,
-    "autoround": _ROUND,
-    "intel/auto-round": _ROUND,
-    "inc": _ROUND,
-    # Not modelopt-fp4: SGLang makes FP4 of FP8 under that name.
-    "modelopt": frozenset({"modelopt", "modelopt-fp8", "modelopt-mixed"}),
-}
-# What engines take for no quantisation.
-_NONE = frozenset({"", "none", "unquant"})
-
-
-def online(decision: FusionDecision, method: str | None, built: object) -> Iterator[tuple[Reason, str]]:
+def quantised_online(decision: Merged, method: str | None, built: object) -> Iterator[Reason]:
     """Refuse a checkpoint that the engine quantises, or quantises otherwise, while it loads.
 
     Args:
         method: what the engine runs, by its own name: of its --quantization, or as it found it.
         built: the engine's quantisation, None where it has none.
     """
-    running, own = (method or "").lower().replace("_", "-"), decision.quant_method
-    if own == UNQUANTISED:
-        if built is not None or running not in _NONE:
-            yield (
+    running, declared = (method or "").lower().replace("_", "-"), decision.quant_method
+    if declared == UNQUANTISED:
+        if built is not None or running not in {"", *READERS[UNQUANTISED]}:
+            yield Reason(
                 "quant.online",
                 f"the checkpoint is quantised on the fly ({method or 'by an argument'}); load it as it is",
             )
-    elif running and running not in READERS.get(own, frozenset({own})):
-        yield (
+    elif running and running not in READERS.get(declared, frozenset({declared})):
+        yield Reason(
             "quant.online",
-            f"the checkpoint is {own} and would be run as {method}; run without --quantization {method}",
+            f"the checkpoint is {declared} and would be run as {method}; run without --quantization {method}",
         )

@@ -21,17 +21,17 @@ def get_moe_configs(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def tuned(E: int, N: int, dtype: str | None, *args: Any, **kwargs: Any) -> Any:
-        took, found = E, original(E, N, dtype, *args, **kwargs)
-        routed = {f.layout.num_routed for f in CONSTRUCTED if f.built_here and f.layout.num_experts == E}
-        if found is None and routed:
+        took, table = E, original(E, N, dtype, *args, **kwargs)
+        routed = {r.layout.num_routed for r in CONSTRUCTED if r.start.merged and r.layout.num_experts == E}
+        if table is None and routed:
             took = routed.pop()
-            found = original(took, N, dtype, *args, **kwargs)
+            table = original(took, N, dtype, *args, **kwargs)
             log.debug(
-                "tuned table of the grouped GEMM for %d experts: %s", E, "that of E" if found else "none"
+                "tuned table of the grouped GEMM for %d experts: %s", E, "that of E" if table else "none"
             )
         # SGLang may have another one for the second GEMM.
         if not kwargs.get("down_moe"):
-            LOOKED_UP[E] = f"E={took},N={N}" if found else NONE
-        return found
+            LOOKED_UP[E] = f"E={took},N={N}" if table else NONE
+        return table
 
     return tuned

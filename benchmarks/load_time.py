@@ -24,6 +24,7 @@ import torch
 import fse_patch
 from fse_patch import __version__, runtime
 from fse_patch.adapters import prove
+from fse_patch.adapters.load import ROLE
 
 # What FSE_PATCH_VERIFY says in each arm; None is stock.
 ARMS: dict[str, str | None] = {"stock": None, "fused, verify off": "off", "fused, verify sample": "sample"}
@@ -75,22 +76,22 @@ def load(arm: str, checkpoint: str, engine_args: dict[str, Any]) -> dict[str, An
             )
             torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-        fusion = getattr(model, "_fse_patch", None)
-        if (fusion is None) != (verify is None):
+        fused_role = getattr(model, ROLE, None)
+        if (fused_role is None) != (verify is None):
             raise SystemExit(f"{arm}: the model is not what this arm is about")
-        found = {"seconds": seconds, "parts": dict(PARTS)}
-        if fusion is not None:
-            found |= {
-                "canary": dict(fusion.canary),
-                "compared": fusion.compared,
-                "slots": fusion.audit.slots_loaded,
+        reading = {"seconds": seconds, "parts": dict(PARTS)}
+        if fused_role is not None:
+            reading |= {
+                "canary": fused_role.loaded.proof.to_dict(),
+                "compared": fused_role.compared,
+                "slots": fused_role.audit.slots_loaded,
             }
-        return found
+        return reading
     finally:
         if verify is not None:
             fse_patch.remove("vllm")
         runtime.clear()
-        model = fusion = config = None
+        model = fused_role = config = None
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -18,6 +18,7 @@ from tiny_checkpoints import make
 
 from fse_patch.adapters.patching import guards, ledger
 from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.outcome import Stock
 from fse_patch.lab import verify
 
 VOCAB = 256
@@ -38,10 +39,12 @@ def main(engine: str, folder: Path, result: Path) -> None:
             # Renamed into place: the other engine must not take half a checkpoint.
             make(model.recipe, folder / "part", model.dtype).rename(checkpoint)
         decision = decide_roles(checkpoint, engine)["main"]
+        if isinstance(decision, Stock):
+            sys.exit(f"{model.recipe} does not fuse: {decision.reason.code}: {decision.reason.detail}")
         jobs.append(verify.VerifyJob(checkpoint, (decision,), VOCAB, model.dtype, model.engine_args))
     version = guards.engine_version(ledger.load(engine))
     reports = verify.verify(jobs, engine, version, timeout=LIMIT, progress=say)
-    layers = [{"moe_layers": len(job.decisions[0].moe_layers)} for job in jobs]
+    layers = [{"moe_layers": len(job.decisions[0].moe.layers)} for job in jobs]
     result.write_text(json.dumps([a | b for a, b in zip(layers, reports, strict=True)]))
 
 

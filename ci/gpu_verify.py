@@ -27,7 +27,7 @@ from fse_patch.adapters.refusals import SHARED_GATE
 from fse_patch.cli.verify import vocab_size
 from fse_patch.fusion_core.checkpoint.headers import read_json
 from fse_patch.fusion_core.decision.decide import decide_roles
-from fse_patch.fusion_core.decision.outcome import FusionDecision
+from fse_patch.fusion_core.decision.outcome import Merged, Stock
 from fse_patch.fusion_core.forward.tuned import Situation
 from fse_patch.lab import decode_arm, tune, verify
 
@@ -164,23 +164,22 @@ GROUPS: dict[str, dict[str, Group]] = {
 
 
 def table(
-    engine: str, release: str, device: str, group: Group, decisions: Sequence[FusionDecision]
+    engine: str, release: str, device: str, group: Group, decisions: Sequence[Merged]
 ) -> dict[str, Any]:
     """A tuned table that has the group's modes for the layers of ``decisions``."""
     rows = {}
     for decision in decisions:
-        assert decision.layout is not None
-        assert decision.routing is not None
+        moe = decision.moe
         situation = Situation.of(
-            decision.layout,
+            moe.layout,
             1,
             engine=engine,
             release=release,
             backend=group.backend,
             device=device,
             dtype=group.dtype,
-            scoring=decision.routing.scoring,
-            gated=decision.shared_weight == SHARED_GATE,
+            scoring=moe.routing.scoring,
+            gated=moe.shared_weight == SHARED_GATE,
             quant=group.quant,
         )
         held = asdict(situation)
@@ -196,6 +195,8 @@ def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: 
         folder = folders[recipe]
         vocab = vocab_size(read_json(folder / "config.json"), folder)
         decision = decide_roles(folder, engine)["main"]
+        if isinstance(decision, Stock):
+            sys.exit(f"{folder} does not fuse: {decision.reason.code}: {decision.reason.detail}")
         jobs.append(verify.VerifyJob(folder, (decision,), vocab, group.dtype, arguments))
     release = guards.engine_version(ledger.load(engine)).partition("+")[0]
     decisions = [job.decisions[0] for job in jobs]

@@ -1,8 +1,8 @@
 """What there is to run, in the environments of ci/matrix.yaml: the checks, and the tests of each environment.
 
 `make test` runs all tests but those marked `long` on one release of each engine, which has ``whole`` in the
-matrix; on the other releases, of these, the tests marked `every_release`. `make test-all` runs all tests on all
-releases, but for those marked `one_release` where a release stands on the packages of another.
+matrix; on the other releases, of these, the tests marked `every_release`. `make test-all` runs all tests on
+all releases, but for those marked `one_release` where a release stands on the packages of another.
 """
 
 from __future__ import annotations

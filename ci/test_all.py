@@ -4,11 +4,11 @@
     python3 ci/test_all.py PART ...    these parts, whether they passed or not
     python3 ci/test_all.py --list      the names of the parts
 
-A part is one of the checks, the tests that need no engine, the kernels, or a group of tests in one release of
-an engine. When it ends it leaves a stamp in .cache/test-all: how it ended, and on which commit and tree. A tree
-is every file that git does not ignore, as it lies there; what passed is run again when one of them changes. The
-last lines are a table of all parts; exit status 0 means that every part has passed on this tree, or every part
-that was named.
+A part is one of the checks, the tests that need no engine, the kernels, or a group of tests in one release
+of an engine. When it ends it leaves a stamp in .cache/test-all: how it ended, and on which commit and tree. A
+tree is every file that git does not ignore, as it lies there; what passed is run again when one of them
+changes. The last lines are a table of all parts; exit status 0 means that every part has passed on this tree,
+or every part that was named.
 """
 
 from __future__ import annotations

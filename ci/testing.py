@@ -4,8 +4,8 @@
     python3 ci/testing.py faults                        every planted fault, in no default
 
 What runs in each environment is in ci/steps.py. Every step has a time limit and runs in a process group of
-its own, so that an engine that hangs is ended with all its children. Its output is in .cache/logs; the end of it
-is shown when the step fails. The last lines are a summary.
+its own, so that an engine that hangs is ended with all its children. Its output is in .cache/logs; the end of
+it is shown when the step fails. The last lines are a summary.
 """
 
 from __future__ import annotations

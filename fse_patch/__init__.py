@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .report import Report
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "apply", "remove", "status"]
 
 # The functions import what they need when called: importing fse_patch must cost nothing.
@@ -30,7 +31,6 @@ def apply(engine: str, *, strict: bool | None = None, allow_untested: bool | Non
         RefusedError: the engine is not one that the patches were written for.
         FsePatchError: unknown engine, engine not installed, or a patch that failed; nothing is changed.
     """
-
     from . import session
 
     return session.apply(engine, strict=strict, allow_untested=allow_untested)
@@ -44,7 +44,6 @@ def remove(engine: str) -> None:
     Raises:
         FsePatchError: unknown engine, or a name that could not be put back.
     """
-
     from . import session
 
     session.remove(engine)
@@ -57,7 +56,6 @@ def status() -> dict[str, Any]:
     (values that were found in the slots as the checkpoint has them) and ``canary``, whose ``state`` is
     "passed", "pending", "off", "not_loaded" or "no_reference".
     """
-
     from . import session
 
     return session.status()

@@ -12,19 +12,17 @@ from typing import Any
 
 from packaging.version import Version
 
-from . import __version__, settings, table_coverage
+from . import settings, table_coverage
 from .adapters.patching import guards, ledger
 from .errors import FsePatchError
-from .fusion_core.checkpoint.families import FAMILIES
+from .fusion_core.checkpoint.families import families
 from .fusion_core.decision.native import fusing
 from .fusion_core.decision.policy_file import load_policy
+from .fusion_core.engines import Plugins
 from .fusion_core.forward import tuned
+from .patches import ENGINES
+from .version import __version__
 
-# What each engine reads: its group of entry points, and the variable that allows some of them only.
-PLUGINS = {
-    "vllm": ("vllm.general_plugins", "VLLM_PLUGINS"),
-    "sglang": ("sglang.srt.plugins", "SGLANG_PLUGINS"),
-}
 NAME = "fse_patch"
 
 
@@ -48,7 +46,7 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     here = _environment()
     engines = [
         _engine(engine, here["platform"], effective, problems, hazards)
-        for engine in settings.ENGINES
+        for engine in ENGINES
         if ledger.exists(engine)
     ]
     for engine in engines:
@@ -172,7 +170,7 @@ def _engine(
             problems.append(f"{settings.ENABLE} switches {engine} on: {error}")
         return found
     release = Version(version)
-    found |= {"installed": version, "is_tested": book.is_tested(release)}
+    found |= {"installed": version, "is_tested": book.facts.is_tested(release)}
     if not found["is_tested"] and not effective.allow_untested:
         problems.append(f"{engine} {version} is not a tested release ({', '.join(book.tested)})")
     chosen = [patch for patch in book.patches if patch.is_for(release)]
@@ -182,10 +180,10 @@ def _engine(
     ]
     if not chosen:
         problems.append(f"{engine} {version}: no patch is for this release")
-    group, allow = PLUGINS[engine]
-    points = list(entry_points(group=group))
+    plugins = book.facts.plugins
+    points = list(entry_points(group=plugins.group))
     found["entry_points"] = [f"{point.name} = {point.value}" for point in points]
-    problems += _unseen(engine, points, group, allow)
+    problems += _unseen(engine, points, plugins)
     found["native_fusion"] = _native(engine, here, version)
     hazards += [
         f"{engine} {version} fuses {entry['family']} by itself here, and gets it wrong: {entry['wrong']}"
@@ -195,14 +193,14 @@ def _engine(
     return found
 
 
-def _unseen(engine: str, points: Iterable[EntryPoint], group: str, allow: str) -> list[str]:
+def _unseen(engine: str, points: Iterable[EntryPoint], plugins: Plugins) -> list[str]:
     """Why an engine would not load our plugin, in its own processes."""
     ours = next((point for point in points if point.name == NAME), None)
     if ours is None:
-        return [f"{engine} does not see fse_patch: no entry point in {group}; install it with pip"]
-    allowed = os.environ.get(allow)
+        return [f"{engine} does not see fse_patch: no entry point in {plugins.group}; install it with pip"]
+    allowed = os.environ.get(plugins.variable)
     if allowed is not None and NAME not in [name.strip() for name in allowed.split(",")]:
-        return [f"{engine} does not load fse_patch: {allow} is {allowed!r}; add {NAME} to it"]
+        return [f"{engine} does not load fse_patch: {plugins.variable} is {allowed!r}; add {NAME} to it"]
     try:
         ours.load()
     except Exception as error:  # whatever is wrong with the installation
@@ -231,6 +229,6 @@ def _native(engine: str, here: str, version: str) -> list[dict[str, Any]]:
             "condition": entry["condition"],
             "wrong": entry.get("wrong", ""),
         }
-        for family in FAMILIES
+        for family in families()
         for entry in fusing(engine, family.name, here, version)
     ]

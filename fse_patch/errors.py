@@ -22,3 +22,7 @@ class AuditError(FsePatchError):
     """A shared-expert slot was not written as decided: the model must not be served."""
 
     exit_status = 1
+
+
+class NoReference(FsePatchError):
+    """The checkpoint's tensors do not say what a layer computes; the text says why."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from typing import Any
 
-from . import __version__, runtime, session
+from . import runtime
 from .fusion_core.checkpoint.families import family_of
+from .version import __version__
 
 log = logging.getLogger("fse_patch")
 _lock = threading.Lock()
@@ -46,9 +48,9 @@ class Metrics:
             multiprocess_mode="max",
         )
 
-    def update(self) -> None:
-        """Bring the metrics up to date; each decision counts once."""
-        for engine, report in session.status().items():
+    def update(self, status: Mapping[str, Any]) -> None:
+        """Bring the metrics up to date with `fse_patch.status`; each decision counts once."""
+        for engine, report in status.items():
             self.info.labels(__version__, engine, report["engine_version"]).set(1)
             for role in report["roles"]:
                 self.slots.labels(engine, role["role"]).set(role["slots_loaded"])
@@ -67,13 +69,13 @@ class Metrics:
 _metrics: Metrics | None = None
 
 
-def publish() -> bool:
+def publish(status: Mapping[str, Any]) -> bool:
     """Bring the metrics of the default registry up to date; False where that cannot be done."""
     global _metrics
     with _lock:
         try:
             _metrics = _metrics or Metrics()
-            _metrics.update()
+            _metrics.update(status)
         except ImportError:
             return False
         except Exception as error:  # a registry that is not as expected must not end a server

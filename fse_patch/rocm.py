@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import __version__, doctor, settings
+from . import doctor, settings
+from .patches import ENGINES
+from .version import __version__
 
 LINES = 40
 LOOK = "import json; from fse_patch.rocm import aiter_report; print(json.dumps(aiter_report()))"
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fse_patch.rocm", description="Report on ROCm and AITER.")
     parser.add_argument("checkpoint", help="folder with config.json and safetensors files")
-    parser.add_argument("--engine", required=True, choices=settings.ENGINES)
+    parser.add_argument("--engine", required=True, choices=ENGINES)
     parser.add_argument("--out", type=Path, default=Path("rocm-report.json"))
     args = parser.parse_args(argv)
 

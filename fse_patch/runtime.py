@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _lock = threading.Lock()
 _decisions: list[dict[str, Any]] = []
 _counters: dict[str, int] = {}
+_listeners: list[Callable[[], object]] = []
+
+
+def on_change(listener: Callable[[], object]) -> None:
+    """Call ``listener`` whenever a decision or a model has changed; twice is once."""
+    if listener not in _listeners:
+        _listeners.append(listener)
+
+
+def changed() -> None:
+    """Tell the listeners that there is something new to report."""
+    for listener in list(_listeners):
+        listener()
 
 
 def record_decision(decision: Mapping[str, Any]) -> None:

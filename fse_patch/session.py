@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import child_environment, runtime, settings
+from . import child_environment, metrics, runtime, settings
 from .adapters.patching import guards, ledger
 from .adapters.patching.spec import PatchSpec
 from .adapters.patching.transaction import NOT_APPLIED, PatchSet, lock
 from .errors import FsePatchError
 from .fusion_core.decision.policy_file import load_policy
+from .patches import ENGINES
 from .report import REFUSED, PatchReport, Report
 
 log = logging.getLogger("fse_patch")
@@ -37,8 +38,8 @@ _refused: dict[str, Report] = {}
 
 
 def _known(engine: str) -> None:
-    if engine not in settings.ENGINES:
-        raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(settings.ENGINES)}")
+    if engine not in ENGINES:
+        raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(ENGINES)}")
 
 
 def _guard(book: ledger.Ledger, patches: tuple[PatchSpec, ...]) -> dict[str, FsePatchError]:
@@ -104,7 +105,7 @@ def apply(
             if errors := _guard(book, chosen):
                 raise next(iter(errors.values()))
             patches = PatchSet(
-                book.import_name,
+                book.facts.import_name,
                 chosen,
                 effective.strict if strict is None else strict,
                 on_failure=lambda failure: _failed(engine, failure),
@@ -117,6 +118,7 @@ def apply(
                 raise
             return _refused[engine]
         _refused.pop(engine, None)
+        runtime.on_change(_publish)
         _active[engine] = _Active(engine, version, patches)
         child_environment.switch_on(
             engine, {settings.STRICT: strict, settings.ALLOW_UNTESTED: allow_untested}
@@ -139,8 +141,8 @@ def status() -> dict[str, Any]:
     with lock:
         reports = {**_refused, **{engine: active.report() for engine, active in _active.items()}}
     # Not imported: where no model was built, asking must not load torch.
-    models = sys.modules.get(f"{__package__}.adapters.model_fusion")
-    roles = [] if models is None else [fusion.report() for fusion in models.constructed()]
+    models = sys.modules.get(f"{__package__}.adapters.role")
+    roles = [] if models is None else [fused_role.report() for fused_role in models.constructed()]
     return {
         engine: {
             **report.to_dict(),
@@ -151,3 +153,7 @@ def status() -> dict[str, Any]:
         }
         for engine, report in reports.items()
     }
+
+
+def _publish() -> None:
+    metrics.publish(status())

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FsePatchError
+from .patches import ENGINES
 
-ENGINES = ("vllm", "sglang")
 ENABLE = "FSE_PATCH"
 STRICT = "FSE_PATCH_STRICT"
 ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"

@@ -16,13 +16,10 @@ from typing import Any
 from .adapters.patching.source import source_file
 from .adapters.patching.spec import PatchSpec
 from .errors import FsePatchError
+from .fusion_core.engines import facts_of
 from .fusion_core.evidence.gather import read_evidence
+from .fusion_core.quant.methods import TABLE_DTYPES
 
-# Below each engine's package; the second one is the folder that a variable of the user's adds.
-PLACES: Mapping[str, tuple[str, str]] = {
-    "vllm": ("model_executor/layers/fused_moe", "VLLM_TUNED_CONFIG_FOLDER"),
-    "sglang": ("srt/layers/moe", "SGLANG_MOE_CONFIG_DIR"),
-}
 # What looks a table up, in both engines.
 LOOK_UP = "get_moe_configs"
 # Blocks are written as [128, 128] or [128,128]. Names that end with "_down" are of the second GEMM alone.
@@ -30,11 +27,6 @@ _NAME = re.compile(
     r"E=(\d+),N=(\d+),device_name=([^,]+?)(?:,dtype=(\w+))?(?:,block_shape=\[(\d+), ?(\d+)\])?"
     r"(,per_channel_quant=True)?\.json"
 )
-# Format -> dtype in the names; others have none there.
-DTYPES = {
-    "plain": "", "fp8-block": "fp8_w8a8", "fp8-channel": "fp8_w8a8", "fp8-tensor": "fp8_w8a8",
-    "int4-awq": "int4_w4a16", "int4-gptq": "int4_w4a16", "int4-packed": "int4_w4a16",
-}  # fmt: skip
 # Tensor-parallel sizes that a width is looked up for.
 PARTS = (1, 2, 4, 8)
 
@@ -83,10 +75,10 @@ def shape_of(checkpoint: Path) -> Shape:
 
 def shipped(engine: str, site_packages: list[str] | None = None) -> dict[Key, set[str]]:
     """Devices by number of experts, width, dtype and block; empty where the engine is not installed."""
-    package = source_file(engine, site_packages)
-    below, variable = PLACES[engine]
-    folders = [package.parent / below] if package is not None else []
-    if own := os.environ.get(variable):
+    facts = facts_of(engine)
+    package = source_file(facts.import_name, site_packages)
+    folders = [package.parent / facts.tuned_tables.folder] if package is not None else []
+    if own := os.environ.get(facts.tuned_tables.variable):
         folders.append(Path(own))
     found: dict[Key, set[str]] = {}
     for folder in folders:
@@ -110,9 +102,10 @@ def coverage(
     otherwise "lost"; "own" where none is missing, "none" where there is none at all.
     """
     kept = any(patch.qualname == LOOK_UP for patch in patches)
+    channels = facts_of(engine).tuned_tables.channel_scales
     rows = []
     for shape in shapes:
-        dtype, channel = DTYPES.get(shape.format), engine == "sglang" and shape.format == "fp8-channel"
+        dtype, channel = TABLE_DTYPES.get(shape.format), channels and shape.format == "fp8-channel"
         for parts in PARTS:
             if dtype is None or shape.width % parts:
                 continue

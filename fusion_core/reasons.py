@@ -1,11 +1,12 @@
-"""The stable codes that say why a role fuses or does not."""
+"""The stable codes that say why a role fuses or does not, and what each means: the one table of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Final, Literal
 
-Reason = Literal[
+Code = Literal[
     "ok",
     "family.unknown",
     "width.mismatch",
@@ -39,58 +40,100 @@ Reason = Literal[
     "disabled",
 ]
 
-REASONS: Mapping[Reason, str] = {
-    "ok": "fuses",
-    "family.unknown": "the model is not of a known family, or has no layer with a shared expert",
-    "width.mismatch": "the shared expert is not a whole number of routed experts wide, "
-    "or the tensors have other sizes than config.json",
-    "width.block": "a quantisation block would lie across two slots of the shared expert",
-    "activation.differs": "the experts' activation is not SiLU, the one that splits and fuses exactly",
-    "quant.mixed": "routed and shared experts are stored in different ways",
-    "quant.contradiction": "config.json says one thing of the experts' quantisation, the tensors another",
-    "quant.unknown": "nothing proves that this quantisation fuses rightly",
-    "quant.unproven": "this format was not yet run and compared on this engine and platform",
-    "quant.quark": "Quark checkpoints quantise routed and shared experts apart",
-    "quant.mxfp4": "MXFP4 kernels take another layout for the shared expert",
-    "quant.nvfp4": "NVFP4 scales of the shared expert are its own, and its kernels pack experts together",
-    "quant.online": "weights are quantised, or quantised otherwise, while they load",
-    "backend.routing": "the engine's kernel routes by itself",
-    "backend.topk_format": "the engine's top-k output has no room for the shared slot",
-    "parallel.ep": "experts are spread over ranks",
-    "parallel.eplb": "experts move between ranks",
-    "parallel.dp": "attention is data parallel, which is not proven yet",
-    "parallel.pp": "layers are spread over pipeline stages, which is not proven yet",
-    "lora": "adapters are attached to the experts",
-    "routing.capture": "the engine records routed experts",
-    "routing.simulator": "the engine simulates routing",
-    "load.format": "this way of loading does not pass the tensors by their checkpoint names",
-    "config.differs": "the engine runs another configuration than config.json describes",
-    "evidence.unreadable": "the checkpoint's config.json or headers could not be read",
-    "version.untested": "this release of the engine was not tested",
-    "fingerprint": "the engine's source is not the one that was tested",
-    "upstream.already": "this release fuses by itself, rightly",
-    "slower.measured": "fusing was measured to be slower here",
-    "slower.unmeasured": "fusing was not measured here and stock's way cannot be kept",
-    "disabled": "fse_patch is not switched on",
+FUSES: Final = "ok"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something is not fused: a stable code, and one line for people with what was seen and where."""
+
+    code: Code
+    detail: str
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a code means, in one sentence, and what a user can do about it; "" where nothing is to be done.
+
+    Args:
+        asked_for: the user's own arguments contradict fusing: where strictness was asked for too, they stop
+            the process.
+    """
+
+    text: str
+    advice: str = ""
+    asked_for: bool = False
+
+
+_UNMEASURED = "`fse-patch tune` measures; FSE_PATCH_ALLOW_UNMEASURED=1 fuses anyway"
+REASONS: Mapping[Code, Meaning] = {
+    "ok": Meaning("The role fuses."),
+    "family.unknown": Meaning("The model is of no known family, or has no layer with a shared expert."),
+    "width.mismatch": Meaning(
+        "The shared expert is not a whole number of routed experts wide, or tensors have other sizes than "
+        "`config.json` says."
+    ),
+    "width.block": Meaning("A quantisation block would lie across two slots of a wide shared expert."),
+    "activation.differs": Meaning(
+        "The experts' activation is not SiLU, the one that splits and fuses exactly."
+    ),
+    "quant.mixed": Meaning("Routed and shared experts are stored in different ways."),
+    "quant.contradiction": Meaning(
+        "`config.json` says one thing of how the experts are quantised, their tensors another."
+    ),
+    "quant.unknown": Meaning("A quantisation, or a word in its config, is not known to be safe."),
+    "quant.unproven": Meaning(
+        "By all evidence it may fuse, but this format was not yet run fused on this engine and platform, or "
+        "the canary does not read it.",
+        "FSE_PATCH_ALLOW_UNPROVEN=1 tries it",
+    ),
+    "quant.quark": Meaning("Quark checkpoints quantise routed and shared experts apart."),
+    "quant.mxfp4": Meaning("MXFP4 kernels take another layout for the shared expert."),
+    "quant.nvfp4": Meaning(
+        "NVFP4 scales of the shared expert are of its own, and kernels pack experts together."
+    ),
+    "quant.online": Meaning(
+        "The engine quantises while it loads: a plain checkpoint, or one that `--quantization` gives another "
+        "method than its own.",
+        "load it as it is",
+        asked_for=True,
+    ),
+    "backend.routing": Meaning(
+        "The engine's expert backend routes by itself, or shares experts out by their number (KTransformers)."
+    ),
+    "backend.topk_format": Meaning(
+        "The engine passes routing results in a form without room for the shared slots.",
+        "choose another MoE runner",
+        asked_for=True,
+    ),
+    "parallel.ep": Meaning("Experts are spread over ranks.", "run without it", asked_for=True),
+    "parallel.eplb": Meaning("The expert load balancer moves experts.", "run without it", asked_for=True),
+    "parallel.dp": Meaning("Attention is data parallel, which is not proven yet.", asked_for=True),
+    "parallel.pp": Meaning(
+        "Layers are spread over pipeline stages, which is not proven yet.", "", asked_for=True
+    ),
+    "lora": Meaning("Adapters may be attached to the experts.", "run without LoRA", asked_for=True),
+    "routing.capture": Meaning("The engine records routed experts.", "run without it", asked_for=True),
+    "routing.simulator": Meaning("The engine simulates routing.", "run without it", asked_for=True),
+    "load.format": Meaning(
+        "This way of loading, or of updating, does not pass the tensors by their checkpoint names.",
+        "load as `auto` or `safetensors`",
+        asked_for=True,
+    ),
+    "config.differs": Meaning(
+        "The engine runs another MoE configuration than `config.json` describes.", "run without overrides"
+    ),
+    "evidence.unreadable": Meaning("`config.json` or the headers of the checkpoint could not be read."),
+    "version.untested": Meaning(
+        "This release of the engine is not on the list of tested ones.",
+        "install one of them; FSE_PATCH_ALLOW_UNTESTED=1 relies on the fingerprints alone",
+    ),
+    "fingerprint": Meaning("The engine's source is not the one that the patches were written for."),
+    "upstream.already": Meaning("This release fuses the model by itself, and rightly."),
+    "slower.measured": Meaning("A tuned table says that fusing is slower here for some number of tokens."),
+    "slower.unmeasured": Meaning(
+        "Nobody has measured fusing here, and stock's way cannot be kept.", _UNMEASURED
+    ),
+    "disabled": Meaning("It is switched off, by a setting, an argument or the policy."),
 }
-
-# What the user's own arguments ask for: where strictness was asked for too, they stop the process.
-CONTRADICTIONS: frozenset[Reason] = frozenset(
-    {
-        "parallel.ep",
-        "parallel.eplb",
-        "parallel.dp",
-        "parallel.pp",
-        "lora",
-        "backend.topk_format",
-        "routing.capture",
-        "routing.simulator",
-        "load.format",
-        "quant.online",
-    }
-)
-
-
-def is_reason(code: str) -> bool:
-    """Whether ``code`` is one of the stable codes."""
-    return code in cast(tuple[str, ...], get_args(Reason))
+CONTRADICTIONS: frozenset[Code] = frozenset(code for code, meaning in REASONS.items() if meaning.asked_for)

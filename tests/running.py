@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.engines import facts_of
 from fse_patch.lab import verify
 
 VOCAB = 256
@@ -57,7 +58,7 @@ def parameters(cases: Iterable[Case], each: Collection[str] = (), long: Collecti
 
 
 def asked(request: pytest.FixtureRequest) -> set[str]:
-    """Names among the parameters of the tests that will run and use this fixture; of a case, the plain one too.
+    """Names among the parameters of tests that will run and use this fixture; of a case, the plain one too.
 
     What takes many models through one process of an engine takes those that a test asks for, and no others.
     """
@@ -94,7 +95,7 @@ class Checkpoints:
         """The case as `fse-patch verify` would run it."""
         folder = self.path(case.recipe, case.dtype, case.order)
         decisions = decide_roles(folder, self.engine)
-        drafts = verify.SPECULATION[self.engine] in case.engine_args
+        drafts = facts_of(self.engine).lab.draft_argument in case.engine_args
         return verify.VerifyJob(
             folder,
             tuple(d for role, d in decisions.items() if d.fuse and (role == "main" or drafts)),

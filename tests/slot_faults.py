@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
-from fse_patch.adapters.role import ModelFusion
+from fse_patch.adapters.load import RoleLoader
 from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 
-honest_slots, honest_write = Remap._slots, ModelFusion._write
+honest_slots, honest_write = Remap._slots, RoleLoader._write
 
 
 def changed_slots(change: Callable[[SlotTensor], SlotTensor]) -> Any:
@@ -32,12 +32,12 @@ def swapped(part: SlotTensor) -> SlotTensor:
     return dataclasses.replace(part, shard=other[part.shard])
 
 
-def without_down(self: ModelFusion, part: SlotTensor) -> None:
+def without_down(self: RoleLoader, part: SlotTensor) -> None:
     if part.shard != "w2":
         honest_write(self, part)
 
 
-def twice(self: ModelFusion, part: SlotTensor) -> None:
+def twice(self: RoleLoader, part: SlotTensor) -> None:
     for _ in range(2):
         honest_write(self, part)
 
@@ -45,6 +45,6 @@ def twice(self: ModelFusion, part: SlotTensor) -> None:
 SLOT_FAULTS: dict[str, Callable[[], Any]] = {
     "shared_weight_1_percent": lambda: changed_slots(off_by_1_percent),
     "gate_and_up_swapped": lambda: changed_slots(swapped),
-    "down_proj_dropped": lambda: patch.object(ModelFusion, "_write", without_down),
-    "slot_written_twice": lambda: patch.object(ModelFusion, "_write", twice),
+    "down_proj_dropped": lambda: patch.object(RoleLoader, "_write", without_down),
+    "slot_written_twice": lambda: patch.object(RoleLoader, "_write", twice),
 }

@@ -25,14 +25,14 @@ def engine_version(ledger: Ledger, site_packages: Sequence[str] | None = None) -
         FsePatchError: it is not installed, or its version is not one.
     """
     found = ""
-    for name in ledger.distributions:
+    for name in ledger.facts.distributions:
         path = sys.path if site_packages is None else list(site_packages)
         found = next((d.version for d in metadata.distributions(name=name, path=path)), "")
         if found:
             break
-    if not found or source_file(ledger.import_name, site_packages) is None:
+    if not found or source_file(ledger.facts.import_name, site_packages) is None:
         raise FsePatchError(
-            f"{ledger.engine}: not installed here (looked for {' or '.join(ledger.distributions)}); "
+            f"{ledger.engine}: not installed here (looked for {' or '.join(ledger.facts.distributions)}); "
             "install fse-patch into the engine's own environment"
         )
     try:
@@ -49,7 +49,7 @@ def check_version(ledger: Ledger, version: str, allow_untested: bool = False) ->
         RefusedError: ``version.untested``: the release is not on the list, or no patch is for it.
     """
     tested = ", ".join(ledger.tested) or "none"
-    if not ledger.is_tested(Version(version)) and not allow_untested:
+    if not ledger.facts.is_tested(Version(version)) and not allow_untested:
         raise RefusedError(
             "version.untested",
             f"{ledger.engine} {version} is not a tested release ({tested}); install one of them, "

@@ -1,5 +1,7 @@
-"""The ledger: what is patched, as YAML, with the fingerprints beside it as generated JSON.
-A ledger file as written in YAML, and its validation.
+"""The ledger: what is patched in an engine, as YAML, with the fingerprints beside it as generated JSON.
+
+A patch that exists once for each MoE block is written once, with ``{block}`` in its id. A group of
+definitions that patches rely on has a name.
 """
 
 from __future__ import annotations
@@ -8,74 +10,84 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-import yaml
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import Version
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from packaging.specifiers import SpecifierSet
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from ... import patches as _data
 from ...errors import FsePatchError
-from ...fusion_core.checkpoint.families import Role
+from ...fusion_core.checkpoint.families import Role, read_families
+from ...fusion_core.data_file import Specifier, Strict, Text, check
+from ...fusion_core.engines import EngineFacts, read_engine
+from ...patches import FOLDER
 from ...settings import SWITCHES
+from .engine_families import Block, EngineFamilies, EntryClass, Reference, check_reference, engine_families
 from .source import split
 from .spec import PatchSpec, Source
 
-# MERGED adapters/ledger.py
-
-
-FOLDER = Path(_data.__file__).parent
-
-
+# Start of a target that stands for one attribute of every entry class.
+EVERY_ENTRY_CLASS = "*."
+# In the id of a patch that exists once for each block.
+EVERY_BLOCK = "{block}"
 _FINGERPRINTS = TypeAdapter(dict[str, dict[str, str]])
+
+
+def _target(text: str) -> str:
+    # One with a placeholder is checked when it is filled in.
+    return text if text.startswith(EVERY_ENTRY_CLASS) or "{" in text else check_reference(text)
+
+
+def _switch(text: str) -> str:
+    if text not in SWITCHES:
+        raise ValueError(f"{text!r} asks for no patch; use one of {', '.join(SWITCHES)}")
+    return text
+
+
+class Entry(Strict):
+    """One patch as written; `PatchSpec` has the fields.
+
+    ``relies_on`` has references, names of groups, and groups of the block as ``{block}.NAME``. Of a patch for
+    every block, ``blocks_like`` leaves those that are built and called as this family's.
+    """
+
+    id: Text
+    target: Annotated[str, AfterValidator(_target)]
+    versions: Annotated[list[Specifier], Field(min_length=1)]
+    blocks_like: Text | None = None
+    source: Annotated[str, AfterValidator(_target)] | None = None
+    holds: Text | None = None
+    relies_on: list[Text] = Field(default_factory=list)
+    factory: Reference
+    why: Text
+    upstream: Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*|\{upstream\})$")]
+    remove_when: Text
+    setting: Annotated[str, AfterValidator(_switch)] | None = None
+
+
+class _Patches(Strict):
+    """The part of an engine's file that says what is patched."""
+
+    groups: dict[Text, list[Reference]] = Field(default_factory=dict)
+    patches: list[Entry]
 
 
 @dataclass(frozen=True)
 class Ledger:
     """Everything known about patching one engine. ``roles`` names the role of each entry class."""
 
-    engine: str
-    import_name: str
-    distributions: tuple[str, ...]
-    tested: tuple[str, ...]
+    facts: EngineFacts
     patches: tuple[PatchSpec, ...]
     roles: Mapping[str, Role]
 
-    def is_tested(self, version: Version) -> bool:
-        """Whether the release is on the tested list; local labels such as +cpu do not count."""
-        return version.public in self.tested
+    @property
+    def engine(self) -> str:
+        """The engine's name."""
+        return self.facts.engine
 
-
-def _problem(path: Path, error: ValidationError) -> FsePatchError:
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    return FsePatchError(f"{path}: {f'{field}: ' if field else ''}{first['msg']}")
-
-
-def read_yaml(path: Path) -> EngineData:
-    """Read and validate a ledger file.
-
-    Raises:
-        FsePatchError: it is missing or malformed; file and field are named.
-    """
-    try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return EngineData.model_validate(raw)
-    except FileNotFoundError:
-        raise FsePatchError(f"{path}: no such ledger") from None
-    except ValidationError as error:
-        raise _problem(path, error) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FsePatchError(f"{path}: {' '.join(str(error).split())}") from error
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """Releases in which fusing was run."""
+        return self.facts.tested
 
 
 def read_fingerprints(path: Path) -> dict[str, dict[str, str]]:
@@ -85,45 +97,10 @@ def read_fingerprints(path: Path) -> dict[str, dict[str, str]]:
     except FileNotFoundError:
         return {}
     except ValidationError as error:
-        raise _problem(path, error) from error
+        first = error.errors()[0]
+        raise FsePatchError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (OSError, ValueError) as error:
         raise FsePatchError(f"{path}: {error}") from error
-
-
-def _expand(entry: Entry, data: EngineData) -> Iterator[Entry]:
-    """The entry itself, or one for each entry class where its target stands for all of them."""
-    if not entry.target.startswith(EVERY_ENTRY_CLASS):
-        yield entry
-        return
-    attribute = entry.target.removeprefix(EVERY_ENTRY_CLASS)
-    for owner in data.entry_classes:
-        yield entry.model_copy(
-            update={
-                "id": f"{entry.id}.{owner.model.partition(':')[2]}",
-                "target": f"{owner.model}.{attribute}",
-                "source": owner.inherits.get(attribute),
-                "holds": owner.decorated.get(attribute),
-            }
-        )
-
-
-def _patch(entry: Entry, hashes: Mapping[str, dict[str, str]]) -> PatchSpec:
-    def source(reference: str) -> Source:
-        return Source(reference, hashes.get(reference, {}))
-
-    return PatchSpec(
-        id=entry.id,
-        target=entry.target,
-        versions=tuple(SpecifierSet(v) for v in entry.versions),
-        source=source(entry.source or entry.target),
-        holds=entry.holds or entry.source or entry.target,
-        relies_on=tuple(source(r) for r in entry.relies_on),
-        factory=entry.factory,
-        why=entry.why,
-        upstream=entry.upstream,
-        remove_when=entry.remove_when,
-        setting=entry.setting,
-    )
 
 
 def exists(engine: str) -> bool:
@@ -134,6 +111,9 @@ def exists(engine: str) -> bool:
 def load(engine: str, folder: Path | None = None) -> Ledger:
     """The ledger of ``engine``, with fingerprints.
 
+    Args:
+        folder: of the data; that of this package if None.
+
     Raises:
         FsePatchError: there is none, or a file is malformed.
     """
@@ -141,102 +121,90 @@ def load(engine: str, folder: Path | None = None) -> Ledger:
     path = folder / f"{engine}.yaml"
     if not path.is_file():
         raise FsePatchError(f"{engine}: this version of fse_patch has no patches for it")
-    data = read_yaml(path)
+    facts, rest = read_engine(path)
+    written = check(path, _Patches, rest)
+    families = engine_families(engine, read_families(folder / "families"))
     hashes = read_fingerprints(folder / f"{engine}.fingerprints.json")
-    patches = tuple(_patch(e, hashes) for entry in data.patches for e in _expand(entry, data))
-    roles: dict[str, Role] = {owner.model: owner.role for owner in data.entry_classes}
-    return Ledger(
-        data.engine, data.import_name, tuple(data.distributions), tuple(data.tested), patches, roles
+    try:
+        patches = tuple(_expanded(written, families, hashes))
+    except FsePatchError as error:
+        raise FsePatchError(f"{path}: {error}") from error
+    roles: dict[str, Role] = {owner.model: owner.role for owner in families.entry_classes}
+    return Ledger(facts, patches, roles)
+
+
+def _expanded(
+    written: _Patches, families: EngineFamilies, hashes: Mapping[str, dict[str, str]]
+) -> Iterator[PatchSpec]:
+    """Every patch, those for each entry class and for each block among them."""
+    taken: set[str] = set()
+    for entry in written.patches:
+        if entry.target.startswith(EVERY_ENTRY_CLASS):
+            made = [_for_class(entry, owner) for owner in families.entry_classes]
+        elif EVERY_BLOCK in entry.id:
+            blocks = (b for b in families.blocks if entry.blocks_like in (None, b.like))
+            made = [_for_block(entry, block) for block in blocks]
+        else:
+            made = [entry]
+        for patch in made:
+            if patch.id in taken:
+                raise FsePatchError(f"patch id {patch.id!r} occurs twice")
+            taken.add(patch.id)
+            yield _patch(patch, written.groups, hashes)
+
+
+def _for_class(entry: Entry, owner: EntryClass) -> Entry:
+    attribute = entry.target.removeprefix(EVERY_ENTRY_CLASS)
+    return entry.model_copy(
+        update={
+            "id": f"{entry.id}.{owner.model.partition(':')[2]}",
+            "target": f"{owner.model}.{attribute}",
+            "versions": _within(entry.versions, owner.versions),
+            "source": owner.inherits.get(attribute),
+            "holds": owner.decorated.get(attribute),
+        }
     )
 
 
-# MERGED adapters/ledger_file.py
+def _for_block(entry: Entry, block: Block) -> Entry:
+    own = {f"{EVERY_BLOCK}.{name}": names for name, names in block.relies_on.items()}
+    relied_on = [name for item in entry.relies_on for name in own.get(item, [item])]
+    return entry.model_copy(
+        update={
+            "id": block.fill(entry.id),
+            "target": block.fill(entry.target),
+            "versions": _within(entry.versions, block.versions),
+            "relies_on": [block.fill(name) for name in relied_on],
+            "why": block.fill(entry.why),
+            "upstream": block.fill(entry.upstream),
+        }
+    )
 
 
-def _reference(text: str) -> str:
-    try:
-        split(text)
-    except FsePatchError as error:
-        raise ValueError(str(error)) from error
-    return text
+def _within(versions: list[str], narrower: str) -> list[str]:
+    return [f"{version},{narrower}" for version in versions] if narrower else versions
 
 
-def _specifier(text: str) -> str:
-    try:
-        SpecifierSet(text)
-    except InvalidSpecifier as error:
-        raise ValueError(str(error)) from error
-    return text
+def _patch(entry: Entry, groups: Mapping[str, list[str]], hashes: Mapping[str, dict[str, str]]) -> PatchSpec:
+    def source(reference: str) -> Source:
+        split(reference)
+        return Source(reference, hashes.get(reference, {}))
 
-
-def _target(text: str) -> str:
-    return text if text.startswith(EVERY_ENTRY_CLASS) else _reference(text)
-
-
-def _switch(text: str) -> str:
-    if text not in SWITCHES:
-        raise ValueError(f"{text!r} asks for no patch; use one of {', '.join(SWITCHES)}")
-    return text
-
-
-# Start of a target that stands for one attribute of every entry class.
-EVERY_ENTRY_CLASS = "*."
-
-Text = Annotated[str, Field(min_length=1)]
-Reference = Annotated[str, AfterValidator(_reference)]
-Target = Annotated[str, AfterValidator(_target)]
-Switch = Annotated[str, AfterValidator(_switch)]
-Versions = Annotated[list[Annotated[str, AfterValidator(_specifier)]], Field(min_length=1)]
-
-
-class Entry(BaseModel):
-    """One patch as written in the YAML; see `PatchSpec` for the fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    id: Text
-    target: Target
-    versions: Versions
-    source: Reference | None = None
-    holds: Text | None = None
-    relies_on: list[Reference] = []
-    factory: Reference
-    why: Text
-    upstream: Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*)")]
-    remove_when: Text
-    setting: Switch | None = None
-
-
-class EntryClass(BaseModel):
-    """A model class that an engine instantiates by itself, for one role of a family we fuse.
-
-    ``inherits`` names where a patched method is defined, if not in the class itself; ``decorated`` names
-    the function that a class decorator has put in a method's place.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: Reference
-    role: Literal["main", "draft"]
-    inherits: dict[str, Reference] = {}
-    decorated: dict[str, Text] = {}
-
-
-class EngineData(BaseModel):
-    """A ledger file as written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    engine: Text
-    import_name: Text
-    distributions: Annotated[list[Text], Field(min_length=1)]
-    tested: list[Text]
-    entry_classes: list[EntryClass] = []
-    patches: list[Entry]
-
-    @model_validator(mode="after")
-    def _unique(self) -> EngineData:
-        ids = [p.id for p in self.patches]
-        if twice := sorted({i for i in ids if ids.count(i) > 1}):
-            raise ValueError(f"patch id {twice[0]!r} occurs twice")
-        return self
+    relied_on: list[str] = []
+    for item in entry.relies_on:
+        if ":" not in item and item not in groups:
+            raise FsePatchError(f"patch {entry.id}: relies_on: {item!r} is neither a group nor a reference")
+        relied_on += groups.get(item, [item])
+    return PatchSpec(
+        id=entry.id,
+        target=entry.target,
+        versions=tuple(SpecifierSet(v) for v in entry.versions),
+        source=source(entry.source or entry.target),
+        holds=entry.holds or entry.source or entry.target,
+        relies_on=tuple(source(name) for name in relied_on),
+        factory=entry.factory,
+        why=entry.why,
+        upstream=entry.upstream,
+        remove_when=entry.remove_when,
+        setting=entry.setting,
+    )

@@ -3,72 +3,80 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
+from ...errors import FsePatchError
 from ...fusion_core.checkpoint.config import UNQUANTISED
+from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.forward.router import FusedRouter, SlotAppender
+from ...fusion_core.kernels.aiter import without_padding
 from ..check import check_complete
-from ..role import ACTIVE, CONSTRUCTED
+from ..load import attach
+from ..role import ACTIVE, FusedRole
+from ..start import Start
 from . import native
-from .check import check_experts, check_topk, output_scale, shared_gate
+from .check import check_experts, check_native, check_topk, output_scale, shared_gate
 from .native import ARGUMENT, SWITCHED_OFF, switched_off
-from .role import AppendHook, ModelFusion, NativeFusion, PastModes
-from .start import decide_for
+from .role import Slots
+from .start import start_of
 
-
-def active() -> ModelFusion | None:
-    """The role under construction in this context."""
-    fusion = ACTIVE.get()
-    assert fusion is None or isinstance(fusion, ModelFusion)
-    return fusion
+log = logging.getLogger("fse_patch")
+# On experts that were built with slots: the number of their layer.
+BUILT = "_fse_patch_layer"
 
 
 def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The loader's model instantiation: decide, then build below the decision."""
+    """Replace the loader's model instantiation: decide, then build below the decision."""
 
     @functools.wraps(original)
     def build(model_config: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if ACTIVE.get():
             return original(model_config, load_config, *args, **kwargs)
-        fusion, off = decide_for(model_config, load_config, args, kwargs)
-        token = ACTIVE.set(fusion)
+        from sglang.srt.model_loader.utils import get_model_architecture
+
+        cls = get_model_architecture(model_config)[0]
+        start = start_of(cls, model_config, load_config, args[0] if args else kwargs.get("quant_config"))
+        fused_role = FusedRole(start, Slots()) if isinstance(start, Start) else None
+        native_off = start is not None and start.native_off
+        token = ACTIVE.set(fused_role)
         try:
-            with nullcontext() if off is None else switched_off(off):
+            with switched_off(cls) if native_off else nullcontext():
                 model = original(model_config, load_config, *args, **kwargs)
         finally:
             ACTIVE.reset(token)
-        if fusion is None or not (fusion.built_here or fusion.executions):
-            return model
-        if fusion.built_here:
-            check_complete(fusion, all_here=True)  # pipeline parallelism is refused
-        model._fse_patch = fusion
-        CONSTRUCTED.add(fusion)
+        if fused_role is not None and fused_role.start.merged:
+            check_complete(fused_role, all_here=True)  # pipeline parallelism is refused
+        if fused_role is not None and fused_role.layers:
+            attach(model, fused_role)
         return model
 
     return build
 
 
 def moe_class(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``get_moe_impl_class``, as one model module sees it: experts are built with E+S slots and top-(k+S)."""
+    """Replace ``get_moe_impl_class``, as one model module sees it: experts get E+S slots and top-(k+S)."""
 
     @functools.wraps(original)
     def choose(*args: Any, **kwargs: Any) -> Any:
         cls = original(*args, **kwargs)
-        return cls if active() is None else functools.partial(build_experts, cls)
+        return cls if ACTIVE.get() is None else functools.partial(build_experts, cls)
 
     return choose
 
 
 def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
     """Build the experts of a block, with room for the shared slots where its layer fuses."""
-    fusion = active()
-    layer = fusion.layer_at(kwargs.get("layer_id", -1)) if fusion else None
-    if fusion is None or layer is None or not fusion.built_here:
+    fused_role = ACTIVE.get()
+    layer = fused_role.layer_at(kwargs.get("layer_id", -1)) if fused_role else None
+    if fused_role is None or layer is None or not fused_role.start.merged:
         return cls(*args, **kwargs)
-    check_experts(fusion, layer, cls, args, kwargs)
-    layout = fusion.layout
+    check_experts(fused_role, layer, cls, args, kwargs)
+    layout = fused_role.layout
     experts = cls(
         **{
             **kwargs,
@@ -77,58 +85,86 @@ def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
             "num_fused_shared_experts": layout.num_shared_slots,
         }
     )
-    fusion.building = layer, experts
-    fusion.unstripped = layer
+    setattr(experts, BUILT, layer)
+    fused_role.begun.add(layer)
     return experts
 
 
 def block_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``__init__`` of a MoE block: append the slots to its top-k, drop the MLP that they replace."""
+    """Replace ``__init__`` of a MoE block: append the slots to its top-k, drop the MLP that they replace."""
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if SWITCHED_OFF.get() and ARGUMENT in kwargs:
             kwargs[ARGUMENT] = False
         original(self, *args, **kwargs)
-        fusion = active()
-        if isinstance(fusion, NativeFusion):
-            fusion.adopt(self)
-        if fusion is None or fusion.building is None:
+        fused_role = ACTIVE.get()
+        if fused_role is None:
             return
-        layer, experts = fusion.building
-        check_topk(fusion, layer, self.topk)
-        if not several_modes(fusion, layer, self):
-            appender = SlotAppender(
-                layer, fusion.decision, fusion.counter, shared_gate(self), output_scale(fusion, experts)
-            )
-            fusion.add_layer(layer, appender, experts)
-            experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
-        setattr(self, fusion.naming.family.shared_module, None)
-        fusion.blocks[layer] = self
-        fusion.building = fusion.unstripped = None
+        if not fused_role.start.merged:
+            adopt(fused_role, self)
+            return
+        layer: int | None = getattr(getattr(self, "experts", None), BUILT, None)
+        # A block that inherits its constructor comes here twice.
+        if layer is None or layer not in fused_role.unfinished:
+            return
+        check_topk(fused_role, layer, self.topk)
+        setattr(self, fused_role.start.naming.family.shared_module, None)
+        take_over(fused_role, layer, self)
 
     return __init__
 
 
-def several_modes(fusion: ModelFusion, layer: int, block: Any) -> bool:
-    """Let a block run in several modes: an unquantised one, on CUDA, in releases known there."""
-    if native.platform() != "cuda" or fusion.decision.quant_method != UNQUANTISED:
-        return False
-    from .run import BlockModes, attach, execution_of, runs_modes
+def take_over(fused_role: FusedRole, layer: int, block: Any) -> None:
+    """Make a block one of the fused layers; in several modes on CUDA, in releases known there."""
+    start, experts = fused_role.start, block.experts
+    if native.platform() == "cuda" and start.decision.quant_method == UNQUANTISED:
+        from .run import BlockModes, attach_modes, execution_of, runs_modes
 
-    if not runs_modes(block):
-        return False
+        if runs_modes(block):
+            router = routed_by_us(fused_role, layer, block)
+            execution = execution_of(start, block, router)
+            fused_role.add_layer(FusedLayer(layer, router, experts, block, execution))
+            attach_modes(block, BlockModes(execution, native=False))
+            experts.register_forward_pre_hook(PastModes(layer), with_kwargs=True)
+            return
+    scale = output_scale(start, experts)
+    appender = SlotAppender(layer, start.moe, fused_role.counter, shared_gate(block), scale)
+    fused_role.add_layer(FusedLayer(layer, appender, experts, block))
+    experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
+
+
+def adopt(fused_role: FusedRole, block: Any) -> None:
+    """Give its modes to a block that SGLang has built fused by itself, where it is what is known.
+
+    A block that is not stays SGLang's own, and the log says so.
+    """
+    from .run import BlockModes, attach_modes, execution_of, runs_modes
+
+    layer = fused_role.layer_at(block.layer_id)
+    if layer is None or not runs_modes(block):
+        return
+    try:
+        check_native(fused_role, layer, block)
+        router = routed_by_us(fused_role, layer, block)
+        execution = execution_of(fused_role.start, block, router)
+    except (AttributeError, FsePatchError) as error:
+        log.warning("%s model: layer %d stays as SGLang has it: %s", fused_role.name, layer, error)
+        return
+    fused_role.add_layer(FusedLayer(layer, router, block.experts, block, execution))
+    attach_modes(block, BlockModes(execution, native=True))
+
+
+def routed_by_us(fused_role: FusedRole, layer: int, block: Any) -> FusedRouter:
+    """Return a router for the modes of a block."""
     bias = getattr(block.gate, "e_score_correction_bias", None)
-    router = FusedRouter(layer, fusion.decision, fusion.counter, shared_gate(block), bias)
-    fusion.add_layer(layer, router, block.experts)
-    fusion.executions[layer] = execution_of(fusion, block, router)
-    attach(block, BlockModes(fusion.executions[layer], native=False))
-    block.experts.register_forward_pre_hook(PastModes(layer), with_kwargs=True)
-    return True
+    return FusedRouter(layer, fused_role.start.moe, fused_role.counter, shared_gate(block), bias)
 
 
 def glm_block_init(original: Callable[..., None]) -> Callable[..., None]:
-    """`block_init` for GLM's block, whose forward asks this number whether there is a shared MLP to run.
+    """Replace ``__init__`` of GLM's block as `block_init` does, and say that it has fused slots.
+
+    Its forward asks the block's ``num_fused_shared_experts`` whether there is a shared MLP to run.
 
     The model's attribute of that name, which its loader reads, stays 0. Qwen's model copies the number of its
     blocks, and takes 1 at most: its blocks keep theirs.
@@ -142,3 +178,46 @@ def glm_block_init(original: Callable[..., None]) -> Callable[..., None]:
             self.num_fused_shared_experts = self.experts.num_fused_shared_experts
 
     return __init__
+
+
+class PastModes:
+    """Forward pre-hook of experts whose block runs in modes, which call their kernels and not them.
+
+    Whoever else calls them has a top-k without the shared slots, and would leave the shared expert out.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def __call__(
+        self, experts: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args[0] if args else kwargs["hidden_states"]):
+            raise FsePatchError(f"layer {self.layer}: SGLang runs its experts past the modes of their block")
+        return args, kwargs
+
+
+class AppendHook:
+    """Forward pre-hook of the fused experts: the engine's top-k goes in with the shared slots appended."""
+
+    def __init__(self, appender: SlotAppender) -> None:
+        self.appender = appender
+        # Rows that pad a batch must leave the layer as 0 there, as the engine's own slots do.
+        self.padding = native.platform() == "rocm"
+
+    def __call__(
+        self, experts: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = {**dict(zip(("hidden_states", "topk_output"), args, strict=False)), **kwargs}
+        topk = given["topk_output"]
+        # Without the slots the shared expert would be left out in silence.
+        if topk.format.name != "STANDARD" or len(topk) != 3:
+            raise FsePatchError(
+                f"layer {self.appender.layer}: the engine's top-k came as {type(topk).__name__}; "
+                "only the standard one has room for the shared slots"
+            )
+        weights, ids = self.appender.append(given["hidden_states"], topk.topk_weights, topk.topk_ids)
+        if self.padding:
+            weights, ids = without_padding(weights, ids, self.appender.layout.top_k)
+        given["topk_output"] = topk._replace(topk_weights=weights, topk_ids=ids)
+        return (), given

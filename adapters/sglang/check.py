@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...errors import FsePatchError
 from ..check import check_arguments
-
-if TYPE_CHECKING:
-    from .role import ModelFusion
+from ..role import FusedRole
+from ..start import Start
 
 # Arguments that change what a layer computes; fused layers know their neutral values only.
 NEUTRAL = {
@@ -24,29 +23,28 @@ NEUTRAL = {
 
 
 def check_experts(
-    fusion: ModelFusion, layer: int, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+    fused_role: FusedRole, layer: int, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Stop where the engine builds other experts than those that were decided on.
 
     Raises:
         FsePatchError: the class or an argument contradicts the decision.
     """
-    check_arguments(fusion, layer, kwargs, NEUTRAL, known=not args and cls.__name__ == "FusedMoE")
+    check_arguments(fused_role, layer, kwargs, NEUTRAL, known=not args and cls.__name__ == "FusedMoE")
 
 
-def output_scale(fusion: ModelFusion, experts: Any) -> float:
-    """What the engine multiplies the layer's output by: the scale, unless it is in the top-k already."""
+def output_scale(start: Start, experts: Any) -> float:
+    """Return what the engine multiplies a layer's output by: the scale, unless the top-k has it already."""
     from sglang.srt.layers.moe import topk
 
-    routing = fusion.decision.routing
-    assert routing is not None
+    routing = start.moe.routing
     # AITER's grouped top-k has the scale inside, and models leave their outputs alone then.
     by_aiter = topk._use_aiter and routing.scoring == "sigmoid"
     inside = experts.should_fuse_routed_scaling_factor_in_topk or by_aiter
     return 1.0 if inside else routing.routed_scaling_factor
 
 
-def check_topk(fusion: ModelFusion, layer: int, topk: Any, slots: int = 0) -> None:
+def check_topk(fused_role: FusedRole, layer: int, topk: Any, slots: int = 0) -> None:
     """Stop where the engine routes otherwise than decided: its top-k is used as it is.
 
     Args:
@@ -55,11 +53,10 @@ def check_topk(fusion: ModelFusion, layer: int, topk: Any, slots: int = 0) -> No
     Raises:
         FsePatchError: a setting contradicts the decision.
     """
-    routing, config = fusion.decision.routing, topk.topk_config
-    assert routing is not None
+    routing, config = fused_role.start.moe.routing, topk.topk_config
     grouped = routing.scoring == "sigmoid"
     expected = {
-        "top_k": fusion.layout.top_k + slots,
+        "top_k": fused_role.layout.top_k + slots,
         "renormalize": routing.renormalize,
         "use_grouped_topk": grouped,
     }
@@ -70,14 +67,13 @@ def check_topk(fusion: ModelFusion, layer: int, topk: Any, slots: int = 0) -> No
         raise FsePatchError(f"layer {layer}: the engine routes by {seen}, {expected} was decided")
 
 
-def check_native(fusion: ModelFusion, layer: int, block: Any) -> None:
+def check_native(fused_role: FusedRole, layer: int, block: Any) -> None:
     """Stop where SGLang did not build a block fused as it does where its own fusion is on.
 
     Raises:
         FsePatchError: slots, scale or routing are not what the decision says.
     """
-    layout, routing = fusion.layout, fusion.decision.routing
-    assert routing is not None
+    layout, routing = fused_role.layout, fused_role.start.moe.routing
     experts, slots = block.experts, layout.num_shared_slots
     config = experts.moe_runner_config
     scale = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
@@ -85,11 +81,11 @@ def check_native(fusion: ModelFusion, layer: int, block: Any) -> None:
     seen = (experts.num_experts, experts.top_k, block.num_fused_shared_experts, scale)
     if seen != expected:
         raise FsePatchError(f"SGLang built experts, top-k, slots and scale {seen}, {expected} are expected")
-    check_topk(fusion, layer, block.topk, slots if routing.scoring == "sigmoid" else 0)
+    check_topk(fused_role, layer, block.topk, slots if routing.scoring == "sigmoid" else 0)
 
 
 def shared_gate(block: Any) -> Callable[[torch.Tensor], Any] | None:
-    """The block's gate, as logits; a linear layer of the engine returns a bias beside them."""
+    """Return the block's gate, as logits; a linear layer of the engine returns a bias beside them."""
     gate = getattr(block, "shared_expert_gate", None)
     if gate is None:
         return None

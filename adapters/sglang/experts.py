@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...fusion_core.decision.outcome import FusionDecision
+from ...fusion_core.decision.outcome import MoeSpec
 
 if TYPE_CHECKING:
-    from ...fusion_core.forward.layer import TopK  # needs Triton
+    from ...fusion_core.forward.execution import TopK  # needs Triton
 
 
 class Experts:
@@ -33,39 +33,37 @@ class Experts:
 
     @property
     def w13(self) -> torch.Tensor:
-        """See `GroupedExperts`."""
+        """[E + S, 2 * I, H], as loaded."""
         weight: torch.Tensor = self.experts.w13_weight
         return weight
 
     @property
     def w2(self) -> torch.Tensor:
-        """See `GroupedExperts`."""
+        """[E + S, H, I], as loaded."""
         weight: torch.Tensor = self.experts.w2_weight
         return weight
 
     def gemm(
         self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
     ) -> torch.Tensor:
-        """SGLang's own kernels, as its runner calls them where no expert is elsewhere; never in place."""
+        """Run SGLang's own kernels, as its runner calls them where no expert is elsewhere; never in place."""
         weights, ids = top_k
         output: torch.Tensor = self._run(hidden_states, w13, w2, weights, ids, filter_expert=False)
         return output
 
     def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
-        """See `GroupedExperts`."""
-        found = self.topk(hidden_states, logits)
-        return found.topk_weights, found.topk_ids
+        """Choose by SGLang's own top-k over E experts, its scale in the weights: k columns."""
+        top_k = self.topk(hidden_states, logits)
+        return top_k.topk_weights, top_k.topk_ids
 
     def side_stream(self, num_tokens: int) -> torch.cuda.Stream | None:
-        """As SGLang's blocks take it: while a graph is captured."""
+        """Return the stream that SGLang's blocks take: while a graph is captured."""
         return self.stream if self._capturing() else None
 
 
-def routed_topk(block: Any, decision: FusionDecision) -> Any:
-    """A TopK of k columns for a block, the scale in its weights: its own one where that is such."""
-    routing, layout = decision.routing, decision.layout
-    assert routing is not None
-    assert layout is not None
+def routed_topk(block: Any, moe: MoeSpec) -> Any:
+    """Return a TopK of k columns for a block, the scale in its weights: its own one where that is such."""
+    routing, layout = moe.routing, moe.layout
     if routing.scoring == "softmax":
         return block.topk
     from sglang.srt.layers.moe.topk import TopK

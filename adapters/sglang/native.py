@@ -50,7 +50,7 @@ def live(cls: type, family: str, model_config: Any, quantised: object) -> dict[s
 @contextmanager
 def switched_off(cls: type) -> Iterator[None]:
     """Build ``cls`` without the native fusion, whatever SGLang would decide."""
-    own, old = vars(cls).get(GATE), hasattr(cls, OLD_GATE) and not hasattr(cls, GATE)
+    original, old = vars(cls).get(GATE), hasattr(cls, OLD_GATE) and not hasattr(cls, GATE)
     setattr(cls, GATE, staticmethod(lambda *_: "fse_patch decides for this model."))
     token = SWITCHED_OFF.set(True)
     try:
@@ -58,10 +58,10 @@ def switched_off(cls: type) -> Iterator[None]:
             yield
     finally:
         SWITCHED_OFF.reset(token)
-        if own is None:
+        if original is None:
             delattr(cls, GATE)
         else:
-            setattr(cls, GATE, own)
+            setattr(cls, GATE, original)
 
 
 def _configured_off() -> AbstractContextManager[Any]:

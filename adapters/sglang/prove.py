@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from .. import prove as proving
+from .. import prove
+from ..load import ROLE
 
 
-class Prover(proving.Prover):
+class Prover(prove.Prover):
     """Runs a block as SGLang does."""
 
     def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -32,30 +33,30 @@ class Prover(proving.Prover):
 
 
 def load_and_prove(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_weights_and_postprocess``: what was loaded fused is proved before the engine has it."""
+    """Replace ``load_weights_and_postprocess``: what was loaded fused is proved before the engine has it."""
 
     @functools.wraps(original)
     def load(model: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(model, *args, **kwargs)
-        prove(model)
+        prove_model(model)
         return result
 
     return load
 
 
 def dummy_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_model`` of the loader that loads nothing: the canary says so."""
+    """Replace ``load_model`` of the loader that loads nothing: the canary says so."""
 
     @functools.wraps(original)
     def load(*args: Any, **kwargs: Any) -> Any:
         model = original(*args, **kwargs)
-        prove(model)
+        prove_model(model)
         return model
 
     return load
 
 
-def prove(model: Any) -> None:
-    """See `proving.prove`. Loaders run with the model's dtype as torch's default."""
-    if (fusion := getattr(model, "_fse_patch", None)) is not None:
-        proving.prove(fusion, torch.get_default_dtype(), Prover())
+def prove_model(model: Any) -> None:
+    """Prove a model that was built fused; loaders run with the model's dtype as torch's default."""
+    if (fused_role := getattr(model, ROLE, None)) is not None:
+        prove.prove(fused_role, torch.get_default_dtype(), Prover())

@@ -1,6 +1,4 @@
-"""Replacements for forwards of SGLang's MoE blocks: a layer with modes runs by its plan, on CUDA.
-The execution of one of SGLang's MoE blocks, in several modes.
-"""
+"""How a fused layer runs in SGLang on CUDA: the forwards of its blocks, in one of several modes."""
 
 from __future__ import annotations
 
@@ -14,16 +12,15 @@ import torch
 from ...errors import FsePatchError
 from ...fusion_core.forward.gate_rows import GateRows
 from ...fusion_core.forward.router import FusedRouter
-from ..role import BuiltModel
+from ..start import Start
 from .experts import Experts, routed_topk
 from .plan import KNOWN_BACKENDS
 
 if TYPE_CHECKING:
-    from ...fusion_core.forward.layer import LayerExecution  # needs Triton
+    from ...fusion_core.forward.execution import Execution  # needs Triton
 
-# MERGED adapters/sglang/forward.py
-
-
+# Of a block: its `BlockModes`.
+ATTRIBUTE = "_fse_patch_modes"
 # Set on a replacement: without it, the layers of a release run in one mode.
 MARK = "_fse_patch_runs_modes"
 # By number, for the operator.
@@ -32,7 +29,7 @@ _blocks: WeakValueDictionary[int, BlockModes] = WeakValueDictionary()
 
 @torch.library.custom_op("fse_patch::run_layer", mutates_args=())
 def run_layer(hidden_states: torch.Tensor, number: int) -> torch.Tensor:
-    """Opaque to torch.compile: the mode is chosen by the real number of tokens."""
+    """Run a block, opaque to torch.compile: the mode is chosen by the real number of tokens."""
     return _blocks[number](hidden_states)
 
 
@@ -41,15 +38,15 @@ def _(hidden_states: torch.Tensor, number: int) -> torch.Tensor:
     return torch.empty_like(hidden_states)
 
 
-def attach(block: Any, modes: BlockModes) -> None:
-    """From now on ``block`` runs in its modes."""
+def attach_modes(block: Any, modes: BlockModes) -> None:
+    """Let ``block`` run in its modes from now on."""
     modes.number = max(_blocks, default=-1) + 1
     _blocks[modes.number] = modes
     setattr(block, ATTRIBUTE, modes)
 
 
 def runs_modes(block: Any) -> bool:
-    """Whether the forward of a block is one of ours."""
+    """Return whether the forward of a block is one of ours."""
     forwards = (getattr(type(block), name, None) for name in ("_forward_router_experts", "forward_normal"))
     return any(getattr(forward, MARK, False) for forward in forwards)
 
@@ -62,7 +59,7 @@ def _run(modes: BlockModes, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def router_experts(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``_forward_router_experts`` of the Qwen block: all of a layer but the sum over processes."""
+    """Replace ``_forward_router_experts`` of the Qwen block: all of a layer but the sum over processes."""
 
     @functools.wraps(original)
     def _forward_router_experts(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
@@ -79,7 +76,7 @@ def router_experts(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dual_stream(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward_normal_dual_stream`` of the Qwen block: its modes take the second stream by themselves."""
+    """Replace ``forward_normal_dual_stream`` of the Qwen block: its modes take that stream by themselves."""
 
     @functools.wraps(original)
     def forward_normal_dual_stream(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +89,7 @@ def dual_stream(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def glm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward_normal`` of the GLM block, which sums over processes by itself."""
+    """Replace ``forward_normal`` of the GLM block, which sums over processes by itself."""
 
     @functools.wraps(original)
     def forward_normal(self: Any, hidden_states: torch.Tensor) -> Any:
@@ -113,13 +110,6 @@ def glm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward_normal
 
 
-# MERGED adapters/sglang/modes.py
-
-
-# Of a block: its `BlockModes`.
-ATTRIBUTE = "_fse_patch_modes"
-
-
 class BlockModes:
     """Runs one block by its execution.
 
@@ -127,57 +117,56 @@ class BlockModes:
         native: SGLang fuses the block by itself: the mode "fused" is its own forward.
     """
 
-    def __init__(self, execution: LayerExecution, native: bool) -> None:
+    def __init__(self, execution: Execution, native: bool) -> None:
         self.execution = execution
         self.native = native
         # Of the operator that runs it under torch.compile.
         self.number = -1
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The block's output [num_tokens, H], without the sum over processes."""
+        """Compute the block's output [num_tokens, H], without the sum over processes."""
         return self.execution(hidden_states, hidden_states)
 
     def is_left(self, hidden_states: torch.Tensor) -> bool:
-        """Whether SGLang's own forward runs ``hidden_states`` [num_tokens, H]."""
+        """Return whether SGLang's own forward runs ``hidden_states`` [num_tokens, H]."""
         if not self.native:
             return False
         execution = self.execution
         # The number of tokens is a symbol there; and what nothing has proved yet is not served.
         if torch.compiler.is_compiling() or execution.router.closed:
             return True
-        mode = execution.forced or execution.plan.mode_of(hidden_states.shape[0])
+        mode = execution.mode_of(hidden_states.shape[0])
         # Where the control of `verify` is with the router, it needs a forward that asks that.
         return mode == "fused" and execution.router.control_factor == 1.0
 
     def note_left(self) -> None:
-        """SGLang's own forward runs."""
+        """Count that SGLang's own forward runs."""
         if not self.execution.router.closed:
             self.execution.router.enter("fused")
 
 
-def execution_of(fusion: BuiltModel, block: Any, router: FusedRouter) -> LayerExecution:
-    """The execution of a block, as soon as it is built.
+def execution_of(start: Start, block: Any, router: FusedRouter) -> Execution:
+    """Return the execution of a block, as soon as it is built.
 
     Raises:
         FsePatchError: SGLang took another backend for its experts.
     """
-    from ...fusion_core.forward.layer import LayerExecution
+    from ...fusion_core.forward.execution import Execution
 
     backend = block.experts.quant_method.runner.runner_backend.value
     if backend not in KNOWN_BACKENDS:
         raise FsePatchError(f"layer {router.layer}: SGLang took the MoE backend {backend!r}")
-    assert fusion.plan is not None
     shared_gate = getattr(block, "shared_expert_gate", None)
 
     def gate_linear(hidden_states: torch.Tensor) -> torch.Tensor:
-        logits: Any = block.gate(hidden_states)
-        found: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
-        return found
+        answer: Any = block.gate(hidden_states)
+        logits: torch.Tensor = answer[0] if isinstance(answer, tuple) else answer
+        return logits
 
-    return LayerExecution(
+    return Execution(
         router,
-        fusion.plan,
-        Experts(block.experts, routed_topk(block, fusion.decision), block.alt_stream),
+        start.plan,
+        Experts(block.experts, routed_topk(block, start.moe), block.alt_stream),
         GateRows([block.gate] if shared_gate is None else [block.gate, shared_gate]),
         gate_linear,
         shared_gate,

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...fusion_core.forward.aiter_router import router_class
+from ...fusion_core.forward.layer import FusedLayer
+from ...fusion_core.forward.router import FusedRouter
 from ..check import check_complete
+from ..load import attach
+from ..role import ACTIVE, FusedRole
+from ..start import Start, announce_other
 from . import native
 from .check import check_arguments, key_compile_cache
-from .role import ACTIVE, CONSTRUCTED
-from .run import several_modes, take_gate
-from .start import announce_other, decide_for
+from .role import Slots
+from .run import runner_arguments, take_gate
+from .start import start_of
 
+# On the module that the layer factory makes: its `BuiltLayer`.
+BUILT = "_fse_patch_built"
 # Arguments of the layer factory whose work the fused router does.
 ROUTED_BY_US = (
     "use_grouped_topk",
@@ -37,62 +45,72 @@ SHARED = (
 
 
 def initialize(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``initialize_model``: a model that nothing decided for is named too, so silence never means on."""
+    """Replace ``initialize_model``: a model that nothing decided for is named too: silence never means on."""
 
     @functools.wraps(original)
     def initialize_model(*args: Any, **kwargs: Any) -> Any:
         model = original(*args, **kwargs)
         # Parts of a model are initialised through here as well, with a prefix.
         if not kwargs.get("prefix"):
-            announce_other(type(model))
+            announce_other(native.ENGINE, type(model))
         return model
 
     return initialize_model
 
 
 def entry_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``__init__`` of an entry class: decide, then build below the decision."""
+    """Replace ``__init__`` of an entry class: decide, then build below the decision."""
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         # A prefix makes it a part of another model, whose weights nobody remaps.
         part = ACTIVE.get() or kwargs.get("prefix")
-        fusion, off = (None, False) if part else decide_for(type(self), kwargs.get("vllm_config"))
-        if fusion is not None:
-            key_compile_cache(kwargs["vllm_config"], fusion)
-        token = ACTIVE.set(fusion or ACTIVE.get())
+        start = None if part else start_of(type(self), kwargs.get("vllm_config"))
+        fused_role = FusedRole(start, Slots()) if isinstance(start, Start) else None
+        if fused_role is not None:
+            key_compile_cache(kwargs["vllm_config"], fused_role.start)
+        native_off = start is not None and start.native_off
+        token = ACTIVE.set(fused_role or ACTIVE.get())
         try:
-            with native.switched_off(off):
+            with native.switched_off(native_off):
                 original(self, *args, **kwargs)
         finally:
             ACTIVE.reset(token)
-        if off:
+        if native_off:
             setattr(self, native.MARK, True)
-        if fusion is None:
-            return
-        check_complete(fusion, kwargs["vllm_config"].parallel_config.pipeline_parallel_size == 1)
-        self._fse_patch = fusion
-        CONSTRUCTED.add(fusion)
+        if fused_role is not None:
+            check_complete(fused_role, kwargs["vllm_config"].parallel_config.pipeline_parallel_size == 1)
+            attach(self, fused_role)
 
     return __init__
 
 
+@dataclass(frozen=True)
+class BuiltLayer:
+    """What the layer factory leaves on the module that it makes, for the block that asked for it."""
+
+    number: int
+    router: FusedRouter
+    experts: torch.nn.Module
+    execution: Any
+
+
 def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The MoE layer factory, as one model module sees it: E+S experts, top-(k+S), our router."""
+    """Replace the MoE layer factory, as one model module sees it: E+S experts, top-(k+S), our router."""
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
-        fusion = ACTIVE.get()
-        layer = fusion.layer_of(kwargs.get("prefix", "")) if fusion else None
-        if fusion is None or layer is None:
+        fused_role = ACTIVE.get()
+        layer = fused_role.layer_at(kwargs.get("prefix", "")) if fused_role else None
+        if fused_role is None or layer is None:
             return original(*args, **kwargs)
-        check_arguments(fusion, layer, args, kwargs)
-        shared = kwargs["shared_experts"]
-        gate = getattr(shared, "expert_gate", None)
+        check_arguments(fused_role, layer, args, kwargs)
+        start, layout = fused_role.start, fused_role.layout
+        gate = getattr(kwargs["shared_experts"], "expert_gate", None)
         router = router_class()(
             layer,
-            fusion.decision,
-            fusion.counter,
+            start.moe,
+            fused_role.counter,
             shared_gate=None if gate is None else lambda hidden_states: gate(hidden_states)[0],
             correction_bias=kwargs.get("e_score_correction_bias"),
         )
@@ -102,37 +120,37 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return router(hidden_states, gating_output)
 
-        several = several_modes(fusion, router, gate, kwargs)
+        modes = runner_arguments(start, router, gate, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (*ROUTED_BY_US, *SHARED)}
-        kwargs |= several | {
-            "num_experts": fusion.layout.num_experts,
-            "top_k": fusion.layout.fused_top_k,
+        kwargs |= modes | {
+            "num_experts": layout.num_experts,
+            "top_k": layout.fused_top_k,
             "shared_experts": None,
             "custom_routing_function": fused_routing,
         }
         runner = original(**kwargs)
-        fusion.add_layer(layer, router, getattr(runner, "routed_experts", runner))
-        if several:
-            fusion.executions[layer] = runner.execute
-        fusion.unstripped = layer
+        experts = getattr(runner, "routed_experts", runner)
+        setattr(runner, BUILT, BuiltLayer(layer, router, experts, getattr(runner, "execute", None)))
+        fused_role.begun.add(layer)
         return runner
 
     return factory
 
 
 def block_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``__init__`` of a MoE block: drop the shared MLP that its fused layer has replaced."""
+    """Replace ``__init__`` of a MoE block: drop the shared MLP that its fused layer has replaced."""
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        fusion = ACTIVE.get()
-        if fusion is not None and fusion.unstripped is not None:
-            setattr(self, fusion.naming.family.shared_module, None)
-            fusion.blocks[fusion.unstripped] = self
-            execution = fusion.executions.get(fusion.unstripped)
-            if execution is not None and execution.gate is None:
-                take_gate(self, execution)
-            fusion.unstripped = None
+        fused_role = ACTIVE.get()
+        built: BuiltLayer | None = getattr(getattr(self, "experts", None), BUILT, None)
+        # A block that inherits its constructor comes here twice.
+        if fused_role is None or built is None or built.number not in fused_role.unfinished:
+            return
+        setattr(self, fused_role.start.naming.family.shared_module, None)
+        fused_role.add_layer(FusedLayer(built.number, built.router, built.experts, self, built.execution))
+        if built.execution is not None and built.execution.gate is None:
+            take_gate(self, built.execution)
 
     return __init__

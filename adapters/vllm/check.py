@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import __version__
+from ...version import __version__
 from .. import check
-from ..role import ModelFusion
+from ..role import FusedRole
+from ..start import Start
 
 # Arguments that change what a layer computes; fused layers know their neutral values only.
 NEUTRAL = {
@@ -25,14 +26,13 @@ NEUTRAL = {
 }
 
 
-def check_arguments(fusion: ModelFusion, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_arguments(fused_role: FusedRole, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Stop where the engine builds another layer than the one that was decided on.
 
     Raises:
         FsePatchError: an argument contradicts the decision.
     """
-    routing = fusion.decision.routing
-    assert routing is not None
+    routing = fused_role.start.moe.routing
     expected = NEUTRAL | {
         "renormalize": routing.renormalize,
         "scoring_func": routing.scoring,
@@ -40,17 +40,15 @@ def check_arguments(fusion: ModelFusion, layer: int, args: tuple[Any, ...], kwar
         "topk_group": routing.topk_group,
     }
     known = not args and kwargs.get("shared_experts") is not None
-    check.check_arguments(fusion, layer, kwargs, expected, known)
+    check.check_arguments(fused_role, layer, kwargs, expected, known)
 
 
-def key_compile_cache(vllm_config: Any, fusion: ModelFusion) -> None:
+def key_compile_cache(vllm_config: Any, start: Start) -> None:
     """Put version and policy into vLLM's compile-cache key, through ``additional_config``."""
-    mark = f"fse_patch {__version__} {fusion.decision.policy_hash} {fusion.decision.role}"
+    mark = f"fse_patch {__version__} {start.decision.policy_hash} {start.decision.role}"
+    layout = start.moe.layout.to_dict()
     known = vllm_config.additional_config
     if isinstance(known, dict):
-        vllm_config.additional_config = {**known, mark: fusion.layout.to_dict()}
+        vllm_config.additional_config = {**known, mark: layout}
     else:
-        vllm_config.additional_config = {
-            mark: fusion.layout.to_dict(),
-            "additional_config": known.compute_hash(),
-        }
+        vllm_config.additional_config = {mark: layout, "additional_config": known.compute_hash()}

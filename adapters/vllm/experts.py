@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from ...fusion_core.forward.layer import TopK  # needs Triton
+    from ...fusion_core.forward.execution import TopK  # needs Triton
 
 
 class Experts:
@@ -19,20 +19,20 @@ class Experts:
 
     @property
     def w13(self) -> torch.Tensor:
-        """See `GroupedExperts`."""
+        """[E + S, 2 * I, H], as loaded."""
         weight: torch.Tensor = self.routed_experts.w13_weight
         return weight
 
     @property
     def w2(self) -> torch.Tensor:
-        """See `GroupedExperts`."""
+        """[E + S, H, I], as loaded."""
         weight: torch.Tensor = self.routed_experts.w2_weight
         return weight
 
     def gemm(
         self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
     ) -> torch.Tensor:
-        """vLLM's own kernels, without its modular kernel's copy of the result out of a workspace."""
+        """Run vLLM's own kernels, without its modular kernel's copy of the result out of a workspace."""
         layer, (weights, ids) = self.routed_experts, top_k
         kernel = layer.quant_method.moe_kernel.impl
         # Rounds the states to FP8 where the kernel multiplies in it, and leaves plain ones alone. The kernel
@@ -82,7 +82,7 @@ class Experts:
         return output
 
     def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
-        """See `GroupedExperts`."""
+        """Choose by stock's own router over E experts, its scale in the weights: k columns."""
         chosen: TopK = self.stock_router.select_experts(
             hidden_states=hidden_states,
             router_logits=logits,
@@ -92,7 +92,7 @@ class Experts:
         return chosen
 
     def side_stream(self, num_tokens: int) -> torch.cuda.Stream | None:
-        """As vLLM's shared experts take it, without expert or data parallelism."""
+        """Return the stream that vLLM's shared experts take, without expert or data parallelism."""
         from vllm import envs
         from vllm.utils.torch_utils import aux_stream
 

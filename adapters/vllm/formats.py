@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...fusion_core.checkpoint.config import UNQUANTISED
-from ...fusion_core.decision.outcome import FusionDecision
+from ...fusion_core.decision.outcome import Merged
 
 # vLLM's kernels of dense FP8 layers that take a slot of the experts as it lies in memory; a word for each.
 DENSE = {
@@ -48,8 +48,15 @@ class ExpertFormat:
     dense: Callable[[], Any] | None = None
 
 
-def format_of(decision: FusionDecision, vllm_config: Any) -> ExpertFormat | None:
-    """The format of a decision's layers, or None where such layers run in one mode."""
+def format_here(decision: Merged, vllm_config: Any) -> ExpertFormat | None:
+    """Return the format of a role's experts; None off CUDA, where layers run in one mode."""
+    from vllm.platforms import current_platform
+
+    return format_of(decision, vllm_config) if current_platform.is_cuda() else None
+
+
+def format_of(decision: Merged, vllm_config: Any) -> ExpertFormat | None:
+    """Return the format of a decision's layers, or None where such layers run in one mode."""
     if decision.quant_method == UNQUANTISED:
         return ExpertFormat(UNQUANTISED, _unquantised)
     config, form = vllm_config.quant_config, ",".join(decision.formats)

@@ -1,6 +1,4 @@
-"""What stands for plain products in one of vLLM's layers with FP8 experts.
-DeepGEMM compiles kernels on first use: those of the shared slots before serving, as vLLM does its own.
-"""
+"""FP8 experts in vLLM: what stands for plain products in a layer's modes, and the warm-up of its kernels."""
 
 from __future__ import annotations
 
@@ -8,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .role import ModelFusion
+from ..role import FusedRole
 
 if TYPE_CHECKING:
-    from ...fusion_core.forward.layer import TopK
-
-# MERGED adapters/vllm/fp8.py
+    from ...fusion_core.forward.execution import TopK
 
 
 class Slot:
@@ -111,21 +107,21 @@ class Fp8Experts:
         return found
 
 
-# MERGED adapters/vllm/warm.py
+def warm_up(fused_role: FusedRole, vllm_config: Any) -> None:
+    """Compile what `split` needs of DeepGEMM for any number of tokens; vLLM warms up layers that are modules.
 
-
-def warm_up(fusion: ModelFusion, vllm_config: Any) -> None:
-    """Compile what `split` needs for any number of tokens; vLLM finds only layers that are modules."""
-    execution = next(iter(fusion.executions.values()), None)
-    if execution is None or "split" not in execution.plan.modes:
-        return
+    DeepGEMM compiles kernels on first use, which would be while requests wait.
+    """
     from vllm import envs
 
-    if not isinstance(execution.quantised, Fp8Experts) or envs.VLLM_DEEP_GEMM_WARMUP == "skip":
+    layer = next(iter(fused_role.layers.values()), None)
+    quantised = None if layer is None or layer.execution is None else layer.execution.quantised
+    skipped = envs.VLLM_DEEP_GEMM_WARMUP == "skip"
+    if not isinstance(quantised, Fp8Experts) or "split" not in fused_role.start.plan.modes or skipped:
         return
-    from vllm.model_executor.warmup import deep_gemm_warmup as own
+    from vllm.model_executor.warmup import deep_gemm_warmup
 
-    for kernel, slot in execution.quantised.dense:
-        if own._is_deep_gemm_backed_kernel(kernel):
+    for kernel, slot in quantised.dense:
+        if deep_gemm_warmup._is_deep_gemm_backed_kernel(kernel):
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
-            own._deepgemm_fp8_gemm_nt_warmup(slot.weight, slot.weight_scale_inv, tokens)
+            deep_gemm_warmup._deepgemm_fp8_gemm_nt_warmup(slot.weight, slot.weight_scale_inv, tokens)

@@ -21,7 +21,7 @@ MARK = "_fse_patch_native_off"
 
 
 def live(family: str) -> dict[str, Any] | None:
-    """What is known of vLLM's own fusion, if it would build a model of ``family`` with it in this process."""
+    """Return what is known of vLLM's own fusion, if it would build a model of ``family`` with it here."""
     from vllm._aiter_ops import rocm_aiter_ops
 
     if not getattr(rocm_aiter_ops, GATE)():
@@ -38,16 +38,16 @@ def switched_off(off: bool) -> Iterator[None]:
         return
     from vllm._aiter_ops import rocm_aiter_ops
 
-    own = vars(rocm_aiter_ops)[GATE]
+    original = vars(rocm_aiter_ops)[GATE]
     setattr(rocm_aiter_ops, GATE, classmethod(lambda _: False))
     try:
         yield
     finally:
-        setattr(rocm_aiter_ops, GATE, own)
+        setattr(rocm_aiter_ops, GATE, original)
 
 
 def load_weights(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_weights`` of the entry classes: a model that was built without native fusion is loaded so."""
+    """Replace ``load_weights`` of entry classes: what was built without native fusion is loaded so."""
     fill = load.load_weights(original)
 
     @functools.wraps(original)

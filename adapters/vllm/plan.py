@@ -6,41 +6,45 @@ from typing import Any
 
 from packaging.version import Version
 
-from ... import settings
-from ...fusion_core.decision.outcome import FusionDecision
-from ...fusion_core.forward.plan import always
+from ...fusion_core.decision.layout import ExpertLayout
+from ...fusion_core.decision.outcome import Merged
+from ...fusion_core.forward.plan import ModePlan, always
 from ...fusion_core.forward.tuned import Situation
-from ..refusals import SHARED_GATE, Planned, on_cuda, unmeasured
-from .formats import UNKNOWN, ExpertFormat, dense_word, format_of
+from ...fusion_core.reasons import Reason
+from ...settings import Settings
+from ..refusals import SHARED_GATE, measured, unmeasured
+from .formats import UNKNOWN, ExpertFormat, dense_word
 
 # Backends whose experts `Experts.gemm` knows how to call.
 KNOWN_BACKENDS = {"triton"}
 
 
-def plan_of(decision: FusionDecision, vllm_config: Any) -> Planned:
-    """The plan for the layers of a decision, or None and why there is none.
+def plan_of(
+    decision: Merged, form: ExpertFormat | None, vllm_config: Any, effective: Settings
+) -> ModePlan | Reason:
+    """Return the plan for the layers of a decision, or why there is none.
 
     The backend is asked of vLLM's own selection, for the layer that stock would build and for the fused one.
+
+    Args:
+        form: of its experts; None where such layers run in one mode.
     """
     from vllm import envs
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return always("fused", "a CPU, where no speed is promised"), ""
-    allowed = settings.load().allow_unmeasured
-    layout = decision.layout
-    assert layout is not None
+        return always("fused", "a CPU, where no speed is promised")
+    allowed, layout = effective.allow_unmeasured, decision.moe.layout
     if not current_platform.is_cuda():
         return unmeasured(allowed, "on this platform")
-    form = format_of(decision, vllm_config)
     if form is None:
         return unmeasured(allowed, "for experts of this format")
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
         return unmeasured(
             False, "with VLLM_BATCH_INVARIANT: another mode for another batch breaks its promise"
         )
-    stock = backend(form, vllm_config, decision, layout.num_routed, layout.top_k)
-    fused = backend(form, vllm_config, decision, layout.num_experts, layout.fused_top_k)
+    stock = backend(form, vllm_config, layout, layout.num_routed, layout.top_k)
+    fused = backend(form, vllm_config, layout, layout.num_experts, layout.fused_top_k)
     if stock != fused or fused not in KNOWN_BACKENDS:
         return unmeasured(
             False, f"with the MoE backend {stock} of the unfused layer, {fused} of the fused one"
@@ -48,43 +52,36 @@ def plan_of(decision: FusionDecision, vllm_config: Any) -> Planned:
     here = situation(form, decision, vllm_config, fused)
     if UNKNOWN in here.backend:
         return unmeasured(False, "with the kernel that vLLM picks for the unfused shared expert")
-    return on_cuda(here)
+    return measured(here, effective)
 
 
-def situation(form: ExpertFormat, decision: FusionDecision, vllm_config: Any, found: str) -> Situation:
+def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_name: str) -> Situation:
     """What a table is asked for. Stock's kernel for the shared expert is a part of the backend."""
     from vllm import __version__
     from vllm.platforms import current_platform
 
-    assert decision.layout is not None
-    assert decision.routing is not None
-    parts = vllm_config.parallel_config.tensor_parallel_size
-    shared = decision.layout.num_shared_slots * decision.layout.moe_intermediate_size // parts
-    dense = dense_word(form, decision.layout.hidden_size, shared)
+    layout, parts = decision.moe.layout, vllm_config.parallel_config.tensor_parallel_size
+    dense = dense_word(form, layout.hidden_size, layout.shared_intermediate_size // parts)
     return Situation.of(
-        decision.layout,
+        layout,
         parts,
         engine=decision.engine,
         release=Version(__version__).public,
-        backend=f"{found}+{dense}" if dense else found,
+        backend=f"{backend_name}+{dense}" if dense else backend_name,
         device=current_platform.get_device_name(),
         dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
-        scoring=decision.routing.scoring,
-        gated=decision.shared_weight == SHARED_GATE,
+        scoring=decision.moe.routing.scoring,
+        gated=decision.moe.shared_weight == SHARED_GATE,
         quant=form.quant,
     )
 
 
-def backend(
-    form: ExpertFormat, vllm_config: Any, decision: FusionDecision, num_experts: int, top_k: int
-) -> str:
+def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_experts: int, top_k: int) -> str:
     """The backend that vLLM picks for the grouped GEMM of so many experts, in lower case."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
     from vllm.model_executor.layers.fused_moe.layer import make_parallel_config
 
-    layout = decision.layout
-    assert layout is not None
     stock = num_experts == layout.num_routed
     config = FusedMoEConfig(
         num_experts=num_experts,

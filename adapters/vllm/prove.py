@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import prove
+from ..load import ROLE
 from .fp8 import warm_up
 
 
@@ -47,14 +48,14 @@ class Prover(prove.Prover):
 
 
 def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_model`` of the loaders: what was loaded fused is proved before the engine has it."""
+    """Replace ``load_model`` of the loaders: what was loaded fused is proved before the engine has it."""
 
     @functools.wraps(original)
     def load(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = original(self, vllm_config, model_config, *args, **kwargs)
-        if (fusion := getattr(model, "_fse_patch", None)) is not None:
-            prove.prove(fusion, model_config.dtype, Prover(vllm_config))
-            warm_up(fusion, vllm_config)
+        if (fused_role := getattr(model, ROLE, None)) is not None:
+            prove.prove(fused_role, model_config.dtype, Prover(vllm_config))
+            warm_up(fused_role, vllm_config)
         return model
 
     return load

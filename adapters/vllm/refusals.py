@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...fusion_core.decision.native import gets_wrong
-from ...fusion_core.decision.outcome import FusionDecision
-from ..refusals import online, refusal
-from ..start import Refusal, config_difference, proof
-from .plan import plan_of
+from ...fusion_core.decision.outcome import Merged
+from ...fusion_core.reasons import Reason
+from ...settings import Settings
+from ..refusals import config_differs, quantised_online, without_proof
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
@@ -18,46 +17,50 @@ TRANSFERS = {"nccl", "ipc"}
 
 
 def refusals(
-    decision: FusionDecision, vllm_config: Any, source: Any, load_config: Any, own: dict[str, Any] | None
-) -> Iterator[Refusal]:
-    """What of the runtime configuration forbids to fuse, first reason first.
+    decision: Merged,
+    vllm_config: Any,
+    source: Any,
+    load_config: Any,
+    native_right: bool,
+    effective: Settings,
+) -> Iterator[Reason]:
+    """Say what of the runtime configuration forbids to fuse, first reason first.
 
     Args:
-        source, load_config: of the role's own checkpoint, see `checkpoint_of`.
-        own: vLLM's own fusion, where it is live; see `native.live`.
+        source, load_config: model and load configuration of the role.
+        native_right: vLLM's own fusion is live, and right for this checkpoint.
     """
     from vllm import envs
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if own is not None and not gets_wrong(own, decision):
-        yield "upstream.already", "vLLM's own fusion is on here (AITER) and right for this checkpoint"
-    if differing := config_difference(decision, model.hf_text_config):
-        yield "config.differs", f"{differing}; run without overrides of the MoE configuration"
+    if native_right:
+        yield Reason("upstream.already", "vLLM's own fusion is on here (AITER) and right for this checkpoint")
+    yield from config_differs(decision, model.hf_text_config)
     if parallel.enable_expert_parallel:
-        yield "parallel.ep", "expert parallelism is on; run without --enable-expert-parallel"
+        yield Reason("parallel.ep", "expert parallelism is on; run without --enable-expert-parallel")
     if parallel.enable_eplb:
-        yield "parallel.eplb", "the expert load balancer is on; run without --enable-eplb"
+        yield Reason("parallel.eplb", "the expert load balancer is on; run without --enable-eplb")
     if parallel.data_parallel_size > 1:
-        yield "parallel.dp", f"data_parallel_size is {parallel.data_parallel_size}; run with 1"
+        yield Reason("parallel.dp", f"data_parallel_size is {parallel.data_parallel_size}; run with 1")
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        yield "parallel.dp", "prefill context parallelism is on; run without it"
+        yield Reason("parallel.dp", "prefill context parallelism is on; run without it")
     if vllm_config.lora_config is not None:
-        yield "lora", "LoRA is enabled; run without --enable-lora"
+        yield Reason("lora", "LoRA is enabled; run without --enable-lora")
     outputs = getattr(vllm_config, "aux_output_config", model)
     if getattr(outputs, "enable_return_routed_experts", False):
-        yield "routing.capture", "routed experts are captured; run without --enable-return-routed-experts"
+        yield Reason(
+            "routing.capture", "routed experts are captured; run without --enable-return-routed-experts"
+        )
     if envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY:
-        yield "routing.simulator", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set; unset it"
+        yield Reason("routing.simulator", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set; unset it")
     if load_config.load_format not in LOAD_FORMATS:
-        yield "load.format", f"load_format is {load_config.load_format}; use auto or safetensors"
+        yield Reason("load.format", f"load_format is {load_config.load_format}; use auto or safetensors")
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend not in TRANSFERS:
-        yield "load.format", f"weights are updated by {transfer.backend}; use nccl or ipc"
-    yield from online(decision, source.quantization, vllm_config.quant_config)
+        yield Reason("load.format", f"weights are updated by {transfer.backend}; use nccl or ipc")
+    yield from quantised_online(decision, source.quantization, vllm_config.quant_config)
     platform = current_platform
     known = ("cpu", platform.is_cpu), ("cuda", platform.is_cuda), ("rocm", platform.is_rocm)
-    yield from proof(decision, next((name for name, here in known if here()), "this platform"))
-    plan, why = plan_of(decision, vllm_config)
-    if plan is None:
-        yield refusal(why)
+    here = next((name for name, is_here in known if is_here()), "this platform")
+    yield from without_proof(decision, here, effective)

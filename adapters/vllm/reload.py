@@ -15,28 +15,27 @@ from typing import Any
 import torch
 
 from ...errors import FsePatchError
-from ..role import ModelFusion
-from .role import CONSTRUCTED, constructed
+from ..role import CONSTRUCTED, FusedRole, constructed
 
 SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 
 
 def process_layer(original: Callable[..., None]) -> Callable[..., None]:
-    """``_layerwise_process``: fill a layer with what was sent, then copy it over the running one."""
+    """Replace ``_layerwise_process``: fill a layer with what was sent, then copy it over the running one."""
 
     @functools.wraps(original)
     def process(layer: torch.nn.Module, info: Any) -> None:
-        found = _fused(layer)
-        if found is None or info.kernel_tensors is None:
+        place = _place_of(layer)
+        if place is None or info.kernel_tensors is None:
             return original(layer, info)
-        fusion, number = found
+        fused_role, number = place
         running = info.kernel_tensors[0]
-        unsent, problem = _unsent(layer, info, fusion.layout.num_experts)
+        unsent, problem = _unsent(layer, info, fused_role.layout.num_experts)
         if problem:
             _leave(layer, info)
-            fusion.not_updated[number] = problem
+            fused_role.not_updated[number] = problem
             return
-        fusion.not_updated.pop(number, None)
+        fused_role.not_updated.pop(number, None)
         rows = [(p, unsent[_stem(name)]) for name, p in running.items()]
         kept = [(p, experts, p.data[experts].clone()) for p, experts in rows if experts]
         _pack_again(layer)
@@ -48,28 +47,29 @@ def process_layer(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def finalize(original: Callable[..., None]) -> Callable[..., None]:
-    """``finalize_layerwise_processing``: the update has ended; say which part of it could not be taken."""
+    """Replace ``finalize_layerwise_processing``: say which part of the update could not be taken."""
 
     @functools.wraps(original)
     def finalize_layerwise_processing(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
         problems = []
-        for fusion in constructed():
-            where = f"of the {fusion.decision.role} model was not updated"
-            problems += [f"layer {n} {where}: {why}" for n, why in fusion.not_updated.items()]
-            fusion.not_updated.clear()
+        for fused_role in constructed():
+            where = f"of the {fused_role.name} model was not updated"
+            problems += [f"layer {n} {where}: {why}" for n, why in fused_role.not_updated.items()]
+            fused_role.not_updated.clear()
         if problems:
             more = f" (and {len(problems) - 1} more layers)" if problems[1:] else ""
             raise FsePatchError(problems[0] + more)
-        for fusion in constructed():
-            fusion.check_gates()
+        for fused_role in constructed():
+            fused_role.updated()
 
     return finalize_layerwise_processing
 
 
-def _fused(layer: torch.nn.Module) -> tuple[ModelFusion, int] | None:
-    found = ((f, n) for f in CONSTRUCTED for n, experts in f.experts.items() if experts is layer)
-    return next(found, None)
+def _place_of(experts: torch.nn.Module) -> tuple[FusedRole, int] | None:
+    """The role and layer that a module holds the experts of."""
+    places = ((r, n) for r in CONSTRUCTED for n, layer in r.layers.items() if layer.experts is experts)
+    return next(places, None)
 
 
 def _stem(name: str) -> str:

@@ -1,20 +1,29 @@
-"""One role of one vLLM model while it is built, loaded and run."""
+"""How vLLM numbers layers and fills experts."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.weights.remap import SlotTensor
-from .. import role
-from ..role import ACTIVE, CONSTRUCTED, constructed
+from ..role import EngineSlots
+from ..start import Start
 
-__all__ = ["ACTIVE", "CONSTRUCTED", "ModelFusion", "constructed"]
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-class ModelFusion(role.ModelFusion):
-    """Writes slots with vLLM's own weight loader."""
+class Slots(EngineSlots):
+    """Layers by the prefix of their modules, slots by the weight loader of their parameters."""
 
-    def _take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
+    def layer_at(self, start: Start, place: str) -> int | None:
+        """Return the layer that a module's prefix lies in, or None where it does not fuse."""
+        match = LAYER.search(place)
+        layer = int(match[1]) if match else -1
+        return layer if layer in start.moe.layers else None
+
+    def take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
+        """Hand ``part`` to vLLM's weight loader; it says whether it took it."""
         return bool(
             parameter.weight_loader(
                 parameter,
@@ -26,5 +35,9 @@ class ModelFusion(role.ModelFusion):
             )
         )
 
-    def _share(self, experts: Any) -> tuple[int, int]:
+    def share(self, experts: Any) -> tuple[int, int]:
+        """Return the rank in tensor parallelism, and its size."""
         return int(experts.moe_config.tp_rank), int(experts.moe_config.tp_size)
+
+    def refresh(self, layer: FusedLayer) -> None:
+        """Do nothing: vLLM keeps no copies of gates."""

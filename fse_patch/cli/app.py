@@ -10,8 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from .. import __version__
 from ..errors import FsePatchError
+from ..version import __version__
 
 # One module of this package a subcommand, with a function `command` or, for a group, a Typer `app`.
 # Modules are imported only when their command runs: `plan` must not pay for `verify`.

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FsePatchError
-from ..fusion_core.forward.plan import MODES
-from ..settings import ENGINES
+from ..fusion_core.forward.mode_registry import MODES
+from ..patches import ENGINES
 from . import bench_end_to_end as whole
 from .output import print_json
 from .verify import say

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import FsePatchError
 from ..fusion_core.checkpoint.headers import read_json
-from ..settings import ENGINES
+from ..patches import ENGINES
 from .output import print_json
 from .verify import decided, engines_end_on_sigterm, parse_engine_args, say, vocab_size
 
@@ -84,11 +84,11 @@ def run(
             raise FsePatchError(f"{file}: there is no such folder")
     if out.csv is not None:
         csv_file.check(out.csv, end_to_end.csv_columns(engine))
-    decisions, _ = decided(checkpoint, engine)
+    _, main, _ = decided(checkpoint, engine)
     job = end_to_end.Job(
         checkpoint,
         engine,
-        tuple(decisions["main"].fused_layers),
+        main.moe.layers,
         vocab_size(read_json(checkpoint / "config.json"), checkpoint),
         streams,
         limits.rounds,

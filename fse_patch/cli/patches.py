@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import settings
 from ..errors import FsePatchError
+from ..patches import ENGINES
 
 
 def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
@@ -19,9 +19,9 @@ def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
     """
     from ..adapters.patching import ledger
 
-    if engine is not None and engine not in settings.ENGINES:
-        raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(settings.ENGINES)}")
-    chosen = [e for e in settings.ENGINES if ledger.exists(e)] if engine is None else [engine]
+    if engine is not None and engine not in ENGINES:
+        raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(ENGINES)}")
+    chosen = [e for e in ENGINES if ledger.exists(e)] if engine is None else [engine]
     return [_describe(ledger.load(name)) for name in chosen]
 
 

@@ -10,10 +10,10 @@ import typer
 from .. import settings
 from ..errors import RefusedError
 from ..fusion_core.decision.decide import decide_roles
-from ..fusion_core.decision.outcome import FusionDecision
+from ..fusion_core.decision.outcome import Decision, Stock
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.decision.proven import proven_platforms
-from ..settings import ENGINES
+from ..patches import ENGINES
 from .output import print_json, print_table
 
 
@@ -36,35 +36,29 @@ def command(
 
         report["runtime"] = runtime_report(decisions["main"], platform, engine_version)
     print_json(report) if json else print_table(f"{checkpoint} in {engine}", report)
-    if not decisions["main"].fuse:
+    if isinstance(decisions["main"], Stock):
         raise typer.Exit(RefusedError.exit_status)
 
 
-def plan_report(decision: FusionDecision) -> dict[str, Any]:
-    """One role's decision under the keys that other tools rely on; null where nothing is known."""
-    layout, routing = decision.layout, decision.routing
-    proven = proven_platforms(decision) if decision.fuse else []
+def plan_report(decision: Decision) -> dict[str, Any]:
+    """Return one role's decision under the keys that other tools rely on; null where nothing is known."""
+    told = decision.to_dict()
+    layout, routing = told["layout"] or {}, told["routing"] or {}
+    proven = proven_platforms(decision) if told["fuse"] else []
     note = ""
-    if decision.fuse and not proven:
+    if told["fuse"] and not proven:
         note = (
             f"{decision.engine} refuses this for now (quant.unproven): {', '.join(decision.formats)} was not "
             "run fused and compared there yet; FSE_PATCH_ALLOW_UNPROVEN=1 tries it"
         )
     return {
-        "fuse": decision.fuse,
-        "reason": decision.reason,
-        "detail": decision.detail,
-        "rule": decision.rule,
-        "engine": decision.engine,
-        "model_type": decision.model_type,
-        "num_routed": layout.num_routed if layout else None,
-        "num_shared_slots": layout.num_shared_slots if layout else None,
-        "top_k": layout.top_k if layout else None,
-        "moe_layers": list(decision.moe_layers),
-        "fused_layers": list(decision.fused_layers),
-        "scoring": routing.scoring if routing else None,
-        "shared_weight": decision.shared_weight,
-        "routed_scaling_factor": routing.routed_scaling_factor if routing else None,
+        **{key: told[key] for key in ("fuse", "reason", "detail", "rule", "engine", "model_type")},
+        **{key: layout.get(key) for key in ("num_routed", "num_shared_slots", "top_k")},
+        "moe_layers": list(told["moe_layers"]),
+        "fused_layers": list(told["fused_layers"]),
+        "scoring": routing.get("scoring"),
+        "shared_weight": told["shared_weight"],
+        "routed_scaling_factor": routing.get("routed_scaling_factor"),
         "policy_hash": decision.policy_hash,
         "formats": list(decision.formats),
         "proven": proven,

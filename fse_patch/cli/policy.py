@@ -12,7 +12,7 @@ from ..errors import RefusedError
 from ..fusion_core.decision.explain import explain as explain_role
 from ..fusion_core.decision.policy_file import load_policy, read_rules
 from ..fusion_core.evidence.gather import read_evidence
-from ..settings import ENGINES
+from ..patches import ENGINES
 from .output import print_json, print_table, ranges
 
 app = typer.Typer(

@@ -17,11 +17,12 @@ from ..errors import FsePatchError, RefusedError
 from ..fusion_core.checkpoint.families import Role
 from ..fusion_core.checkpoint.headers import read_json
 from ..fusion_core.decision.decide import decide_roles
-from ..fusion_core.decision.outcome import FusionDecision
+from ..fusion_core.decision.outcome import Decision, Merged, Stock
 from ..fusion_core.decision.policy_file import load_policy
-from ..lab.verify import SPECULATION, VerifyJob
+from ..fusion_core.engines import facts_of
+from ..lab.verify import VerifyJob
 from ..lab.verify import verify as run_verify
-from ..settings import ENGINES
+from ..patches import ENGINES
 from ..settings import load as load_settings
 from .output import print_json, print_table
 
@@ -42,13 +43,14 @@ def command(
 ) -> None:
     """Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
     arguments = parse_engine_args(engine_args)
-    decisions, version = decided(checkpoint, engine)
+    decisions, _, version = decided(checkpoint, engine)
     # A draft is built only where the engine is told to speculate.
-    roles = tuple(d for role, d in decisions.items() if role == "main" or SPECULATION[engine] in arguments)
+    drafts = facts_of(engine).lab.draft_argument in arguments
+    roles = tuple(d for role, d in decisions.items() if role == "main" or drafts)
     config = read_json(checkpoint / "config.json")
     job = VerifyJob(
         checkpoint,
-        tuple(d for d in roles if d.fuse),
+        tuple(d for d in roles if isinstance(d, Merged)),
         vocab_size(config, checkpoint),
         checkpoint_dtype(config) if dtype == "auto" else dtype,
         arguments,
@@ -65,8 +67,11 @@ def command(
         raise typer.Exit(1)
 
 
-def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, FusionDecision], str]:
-    """The decisions for each role of a checkpoint whose main model fuses, and the installed engine's version.
+def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, Decision], Merged, str]:
+    """Decide for each role of a checkpoint whose main model fuses.
+
+    Returns:
+        The decisions, that of the main model, and the installed engine's version.
 
     Raises:
         RefusedError: it does not fuse, or the version is not one that was tested.
@@ -77,10 +82,10 @@ def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, FusionDecision], 
     book = ledger.load(engine)
     version = guards.engine_version(book)
     main = decisions["main"]
-    if not main.fuse:
-        raise RefusedError(main.reason, main.detail)
+    if isinstance(main, Stock):
+        raise RefusedError(main.reason.code, main.reason.detail)
     guards.check_version(book, version, settings.allow_untested)
-    return decisions, version
+    return decisions, main, version
 
 
 @contextmanager

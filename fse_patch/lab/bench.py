@@ -5,21 +5,22 @@ from __future__ import annotations
 import importlib
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
 from ..adapters import tuned_configs
 from ..adapters.patching import guards, ledger
 from ..errors import FsePatchError, RefusedError
-from ..fusion_core.checkpoint.families import family_of
 from ..fusion_core.decision.decide import decide_roles
+from ..fusion_core.decision.outcome import Stock
 from ..fusion_core.decision.policy_file import load_policy
-from ..fusion_core.forward.plan import MODES, Mode
-from ..fusion_core.forward.router import append_shared_slots, route
-from ..settings import ENGINES
+from ..fusion_core.forward.mode_registry import MODES, Mode
+from ..fusion_core.kernels.routing_reference import append_shared_slots, route
+from ..patches import ENGINES
+from ..version import __version__
 from . import csv_file, tune
 from .timing import capture, floor_seconds, in_turn, is_quiet, ratio
 from .verify import Progress
@@ -29,15 +30,13 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ATTEMPTS = 4
 # Times as many rounds where they may decide whether a mode is as fast as stock.
 MORE = 4
-# Beyond these the small-M kernels read every expert many times over.
-SMALL_LIMIT = 32
 SEEDS, ERROR_TOKENS, DRAWN = 5, 8, 256
 # Margin of a choice of experts that rounding of the logits does not change, in units of their size.
 CLEAR = 0.005
 CONTROL = 0.5
 # Where an engine's blocks are built, as a class `Pair`: stock, fused, native (stock has the slots),
-# fusion, situation, forward_context.
-PAIRS = {engine: f"fse_patch.adapters.{engine}.block" for engine in ENGINES}
+# fused_role, situation, forward_context.
+BLOCKS = "fse_patch.lab.{engine}.blocks"
 Pair = Any
 TABLES = ("stock_table", "fused_table")
 # Of a row of `measure`; those of a mode that does not run stay empty.
@@ -57,19 +56,19 @@ def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
         RefusedError: the model does not fuse.
         FsePatchError: this engine or machine cannot be measured.
     """
-    if engine not in PAIRS:
-        raise FsePatchError(f"{engine!r}: unknown engine; use one of {', '.join(PAIRS)}")
+    if engine not in ENGINES:
+        raise FsePatchError(f"{engine!r}: unknown engine; use one of {', '.join(ENGINES)}")
     if not torch.cuda.is_available():
         raise FsePatchError("no CUDA device here; nothing to measure")
     decision = decide_roles(folder, engine, load_policy(None))["main"]
-    if not decision.fuse:
-        raise RefusedError(decision.reason, decision.detail)
-    if len(decision.fused_layers) < layers:
-        raise FsePatchError(f"{folder}: {len(decision.fused_layers)} MoE layers; give --layers that many")
+    if isinstance(decision, Stock):
+        raise RefusedError(decision.reason.code, decision.reason.detail)
+    if (count := len(decision.moe.layers)) < layers:
+        raise FsePatchError(f"{folder}: {count} MoE layers; give --layers that many")
     from .. import apply
 
     apply(engine)
-    return importlib.import_module(PAIRS[engine]).Pair(folder, decision, layers, quant=quant)
+    return importlib.import_module(BLOCKS.format(engine=engine)).Pair(folder, decision, layers, quant=quant)
 
 
 def measure(
@@ -95,12 +94,11 @@ def measure(
 
 
 def modes_for(pair: Pair, tokens: int) -> list[Mode]:
-    """What can run: split needs one slot, small pays for few tokens; without executions there is one mode."""
-    if not pair.fusion.executions:
+    """Return the modes worth measuring for so many tokens; layers without executions have one."""
+    if any(layer.execution is None for layer in pair.fused_role.layers.values()):
         return ["fused"]
-    small: list[Mode] = ["small"] if tokens <= SMALL_LIMIT else []
-    split: list[Mode] = ["split"] if pair.layout.num_shared_slots == 1 else []
-    return [*small, "fused", *split]
+    slots = pair.layout.num_shared_slots
+    return [mode.name for mode in MODES.values() if mode.runs(slots, tokens)]
 
 
 def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
@@ -113,9 +111,11 @@ def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
 
     def run(blocks: list[Any], mode: Mode | None = None) -> Callable[[], object]:
         def call() -> object:
-            for execution in pair.fusion.executions.values():
-                execution.forced = mode
-            return [block(state) for block, state in zip(blocks, states, strict=True)]
+            with ExitStack() as stack:
+                for layer in pair.fused_role.layers.values():
+                    if mode is not None:
+                        stack.enter_context(layer.forced(mode))
+                return [block(state) for block, state in zip(blocks, states, strict=True)]
 
         return call
 
@@ -128,7 +128,7 @@ def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
         seconds = in_turn(graphs, rounds)
     stock, again = seconds.pop("stock"), seconds.pop("again")
     self_ratio = ratio(stock, again)
-    gates = layout.num_routed + (pair.decision.shared_weight == "sigmoid_gate")
+    gates = layout.num_routed + (pair.decision.moe.shared_weight == "sigmoid_gate")
     row: dict[str, Any] = {
         "tokens": tokens,
         "stock_us": statistics.median(stock) / layers * 1e6,
@@ -163,31 +163,26 @@ def errors(pair: Pair, seeds: int = SEEDS) -> dict[str, Any]:
 
     Keys: tokens; stock, each mode and "control" (a mode with half the shared weight); an entry for each seed.
     """
-    found: dict[str, Any] = {"tokens": [], "stock": [], "control": []}
+    off: dict[str, Any] = {"tokens": [], "stock": [], "control": []}
     stock, fused = pair.stock[0], pair.fused[0]
-    first = min(pair.fusion.routers)
-    router, execution = pair.fusion.routers[first], pair.fusion.executions.get(first)
+    layer = pair.fused_role.layers[min(pair.fused_role.layers)]
     for seed in range(seeds):
-        states, wanted = reference(pair, seed)
-        found["tokens"].append(len(states))
+        states, expected = reference(pair, seed)
+        off["tokens"].append(len(states))
         with pair.forward_context(len(states)):
-            found["stock"].append(_off(stock(states.clone()), wanted))
-            for mode in modes_for(pair, len(states)):
-                if execution is not None:
-                    execution.forced = mode
-                found.setdefault(mode, []).append(_off(fused(states.clone()), wanted))
-            router.control_factor = CONTROL
-            found["control"].append(_off(fused(states.clone()), wanted))
-            router.control_factor = 1.0
-    return found
+            off["stock"].append(_off(stock(states.clone()), expected))
+            modes = modes_for(pair, len(states))
+            for mode in modes:
+                with layer.forced(mode):
+                    off.setdefault(mode, []).append(_off(fused(states.clone()), expected))
+            with layer.forced(modes[-1]), layer.weighted(CONTROL):
+                off["control"].append(_off(fused(states.clone()), expected))
+    return off
 
 
 def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [tokens, H] and what the first stock block gives for them, in float64."""
-    routing, layout, block = pair.decision.routing, pair.layout, pair.stock[0]
-    family = family_of(pair.decision.model_type)
-    assert routing is not None
-    assert family is not None
+    routing, layout, block = pair.decision.moe.routing, pair.layout, pair.stock[0]
     draw = torch.Generator("cuda").manual_seed(1000 + seed)
     drawn = torch.randn(DRAWN, layout.hidden_size, device="cuda", dtype=torch.bfloat16, generator=draw)
     logits = drawn.double() @ block.gate.weight.data.double().T
@@ -201,8 +196,8 @@ def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     states, logits = drawn[kept], logits[kept]
     weights, ids = route(logits, layout.top_k, routing, None if bias is None else bias.data.double())
     share: torch.Tensor | float = 1.0
-    gate = getattr(block, "shared_expert_gate", None)
-    if gate is not None:
+    if (gate_name := pair.fused_role.start.naming.family.shared_gate) is not None:
+        gate = getattr(block, gate_name)
         share = (states.double() @ gate.weight.data.double().T).sigmoid()
     weights, ids = append_shared_slots(weights, ids, layout.shared_slots, share)
     out = torch.zeros_like(states, dtype=torch.float64)
@@ -214,9 +209,9 @@ def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return states, out
 
 
-def _off(output: torch.Tensor, wanted: torch.Tensor) -> float:
-    found = float((output.double() - wanted).norm() / wanted.norm())
-    return found if found == found else float("inf")
+def _off(output: torch.Tensor, expected: torch.Tensor) -> float:
+    error = float((output.double() - expected).norm() / expected.norm())
+    return error if error == error else float("inf")
 
 
 def versions(engine: str) -> dict[str, str]:

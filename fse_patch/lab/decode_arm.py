@@ -62,7 +62,7 @@ def prompts(streams: int, vocab: int) -> list[list[int]]:
 
 def versions(engine: Any) -> dict[str, str]:
     """Of what a figure depends on; ``engine`` is its package."""
-    from .. import __version__
+    from ..version import __version__
 
     return {"fse_patch": __version__, engine.__name__: engine.__version__, "torch": str(torch.__version__)}
 

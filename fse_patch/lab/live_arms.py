@@ -17,16 +17,14 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import FsePatchError
+from ..fusion_core.engines import facts_of
 from ..settings import ENABLE
 from . import verify
 
 # The second stock says how far a figure may be trusted.
 ARMS = ("stock", "fused", "again")
-ARM_MODULES = {
-    "vllm": "fse_patch.lab.vllm.decode_arm",
-    "sglang": "fse_patch.lab.sglang.decode_arm",
-}
-CACHE = "VLLM_CACHE_ROOT"
+# The module that runs an arm, in the engine's process.
+ARM = "fse_patch.lab.{engine}.decode_arm"
 POLL = 0.2  # seconds between looks at the processes
 PARTING = 20.0  # seconds that an arm has to end its engine
 Answer = dict[str, Any]
@@ -129,7 +127,7 @@ class LiveArms:
                 file.write_text(json.dumps({**asked, "name": name}))
                 with self._log(name).open("wb") as sink:
                     self._processes[name] = subprocess.Popen(
-                        [sys.executable, "-m", ARM_MODULES[self.engine], str(file)],
+                        [sys.executable, "-m", ARM.format(engine=self.engine), str(file)],
                         env=self._environment(name),
                         stdout=sink,
                         stderr=subprocess.STDOUT,
@@ -141,13 +139,14 @@ class LiveArms:
                 time.sleep(POLL)
 
     def _environment(self, name: str) -> dict[str, str]:
-        found = {**verify.ARM_ENVIRONMENT[self.engine], **self.env}
-        found[ENABLE] = self.engine if name == "fused" else "0"
-        if self.engine == "vllm" and name == "again":
+        lab = facts_of(self.engine).lab
+        environment = {**lab.environment, **self.env}
+        environment[ENABLE] = self.engine if name == "fused" else "0"
+        if (cache := lab.compile_cache) is not None and name == "again":
             # It compiles what stock compiles, at the same time: they must not write the same files.
-            root = found.get(CACHE) or str(Path.home() / ".cache" / "vllm")
-            found[CACHE] = os.path.join(root, "fse_patch_again")
-        return found
+            root = environment.get(cache.variable) or os.path.expanduser(cache.folder)
+            environment[cache.variable] = os.path.join(root, "fse_patch_again")
+        return environment
 
     def _check(self, waited_for: str, end: float) -> None:
         for name, process in self._processes.items():

@@ -21,7 +21,7 @@ def report() -> dict[str, Any]:
     A stand-in for a kernel package says of itself, in REPLACED, which of its operations ran.
     """
     stand_in = sys.modules.get("sgl_kernel")
-    roles = [fusion.report() for fusion in constructed()]
+    roles = [fused_role.report() for fused_role in constructed()]
     ours = {role["role"] for role in roles}
     return {
         "pid": os.getpid(),
@@ -33,15 +33,15 @@ def report() -> dict[str, Any]:
 
 def reset() -> None:
     """Forget the calls of the engine's own warm-up; graphs that it captured run later."""
-    for fusion in constructed():
-        fusion.counter.reset()
+    for fused_role in constructed():
+        fused_role.counter.reset()
 
 
 def control(factor: float) -> None:
-    """Multiply the first shared slot of the main model by ``factor``; see `slot_control.multiply`."""
-    for fusion in constructed():
-        if fusion.decision.role == "main":
-            slot_control.multiply(fusion, factor)
+    """Multiply the first shared slot of every layer of the main model by ``factor``; 1.0 puts it back."""
+    for fused_role in constructed():
+        if fused_role.name == "main":
+            slot_control.multiply(fused_role, factor)
 
 
 def jitter(modules: Iterable[Any], seed: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FsePatchError
-from ..fusion_core.forward.plan import MODES
+from ..fusion_core.forward.mode_registry import MODES
 
 COLUMNS = 2
 WIDTH, HEIGHT, DPI = 6.0, 4.0, 110

@@ -1,6 +1,4 @@
-"""What the arms of an end-to-end measurement do in the process that holds the model: weights are drawn.
-Weights of an engine's MoE blocks, for measuring: random ones, and a shared expert's as slots have them.
-"""
+"""Random weights, for measuring: of a whole model that an engine holds, and of single MoE blocks."""
 
 from __future__ import annotations
 
@@ -13,9 +11,6 @@ from ..adapters.role import constructed
 from ..errors import FsePatchError
 from . import decode_arm, model_process
 from .shared_sets import SharedSets
-
-# MERGED adapters/drawing.py
-
 
 # Dummy weights alone send every token to the same experts: what routes, comes in and goes out is drawn anew.
 DRAWN = ("gate.weight", "embed_tokens.weight", "lm_head.weight")
@@ -37,8 +32,8 @@ def spread(model: Any) -> None:
         elif glm and name.endswith("norm.weight"):
             parameter.data.fill_(1)
     # Modes read gates from tensors of their own.
-    for fusion in constructed():
-        fusion.refresh_gates()
+    for fused_role in constructed():
+        fused_role.refresh_gates()
 
 
 def opened(model: Any, sets: SharedSets) -> dict[str, Any]:
@@ -48,9 +43,6 @@ def opened(model: Any, sets: SharedSets) -> dict[str, Any]:
         return {**model_process.report(), "device": decode_arm.device(), "shared": sets.check()}
     except FsePatchError as error:
         return {"error": str(error)}
-
-
-# MERGED adapters/filling.py
 
 
 GATE_STD, WEIGHT_STD, BIAS_STD = 0.03, 0.02, 0.05

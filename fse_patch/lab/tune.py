@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import FsePatchError
-from ..fusion_core.forward.plan import MODES
+from ..fusion_core.forward.mode_registry import MODES
 from ..fusion_core.forward.tuned import SLOWER, Situation, read_table, split_is_stock
 
 # Below this a mode counts as slower than stock.

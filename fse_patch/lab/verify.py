@@ -16,18 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..fusion_core.decision.outcome import FusionDecision
+from ..fusion_core.decision.outcome import Merged
+from ..fusion_core.engines import facts_of
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
 from ..settings import ENABLE
 
-ARM_MODULES = {"vllm": "fse_patch.lab.vllm.verify_arm", "sglang": "fse_patch.lab.sglang.verify_arm"}
-# The engine argument that makes it build a draft.
-SPECULATION = {"vllm": "speculative_config", "sglang": "speculative_algorithm"}
-# Only where the user has not said otherwise: one process where the engine allows it, no network.
-ARM_ENVIRONMENT = {
-    "vllm": {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
-    "sglang": {},
-}
+# The module that runs an arm, in the engine's process.
+ARM = "fse_patch.lab.{engine}.verify_arm"
 LOG_LINES = 60
 POLL = 0.3  # seconds between looks at a running arm
 PROMPT_LENGTHS = (5, 17, 64, 100)
@@ -43,7 +38,7 @@ class VerifyJob:
     """One checkpoint to verify, with the decision of each of its roles that the engine will build."""
 
     checkpoint: Path
-    decisions: tuple[FusionDecision, ...]
+    decisions: tuple[Merged, ...]
     vocab_size: int
     dtype: str
     engine_args: Mapping[str, Any] = field(default_factory=dict)
@@ -121,10 +116,10 @@ def run_process(
     with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
         request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "log"))
         request.write_text(json.dumps([job.request() for job in jobs]))
-        environment = {**ARM_ENVIRONMENT[engine], **env, ENABLE: engine if fused else "0"}
+        environment = {**facts_of(engine).lab.environment, **env, ENABLE: engine if fused else "0"}
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", ARM_MODULES[engine], str(request), str(result)],
+                [sys.executable, "-m", ARM.format(engine=engine), str(request), str(result)],
                 env=environment,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -259,11 +254,10 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     }
 
 
-def ran_as_decided(decision: FusionDecision, workers: list[dict[str, Any]]) -> list[str]:
+def ran_as_decided(decision: Merged, workers: list[dict[str, Any]]) -> list[str]:
     """What a role did otherwise than decided, in any worker. A patch that never fired must not pass."""
-    assert decision.layout is not None
     problems = []
-    wanted = list(decision.fused_layers)
+    layers = list(decision.moe.layers)
     for worker in workers:
         where = f"{decision.role} model, process {worker['pid']}"
         role = next((r for r in worker["roles"] if r["role"] == decision.role), None)
@@ -272,11 +266,11 @@ def ran_as_decided(decision: FusionDecision, workers: list[dict[str, Any]]) -> l
             why = "".join(f": {d['reason']}: {d['detail']}" for d in refused)
             problems.append(f"{where}: was not fused{why}")
             continue
-        if role["fused_layers"] != wanted:
-            problems.append(f"{where}: layers {role['fused_layers']} ran fused, {wanted} were decided")
+        if role["fused_layers"] != layers:
+            problems.append(f"{where}: layers {role['fused_layers']} ran fused, {layers} were decided")
         if role.get("canary", {}).get("state") == "pending":
             problems.append(f"{where}: was not compared with its checkpoint before serving")
-        slots = len(wanted) * decision.layout.num_shared_slots
+        slots = len(layers) * decision.moe.layout.num_shared_slots
         # Where the engine fuses by itself, its own loader fills the slots.
         if not role.get("native") and role["slots_loaded"] != slots:
             problems.append(f"{where}: {role['slots_loaded']} of {slots} shared slots were loaded")

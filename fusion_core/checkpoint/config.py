@@ -1,4 +1,4 @@
-"""What config.json says about the MoE layers and their quantisation, type checked."""
+"""MoE layers and their quantisation as config.json declares them, type checked."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ class MoeConfig:
 
     @property
     def num_shared_slots(self) -> int | None:
-        """S = shared width / I, or None where there is no shared expert or it is no multiple of I."""
+        """Number of slots S = shared width / I; None where that is no whole number, or 0."""
         slots, rest = divmod(self.shared_intermediate_size, self.moe_intermediate_size)
         return slots if slots and not rest else None
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """The checkpoint's declared quantisation.
+    """Quantisation that a checkpoint declares.
 
     Args:
         method: ``quant_method``, lower case ("none" where nothing is declared).
         scheme: what the method calls its format: "block", "fp4", "nvfp4", "int4", "pack-quantized", ...
         block: ``weight_block_size`` as (out, in), or None.
         source: file and key that declared it.
-        section: the declaration itself; what it says of single modules is read by `quant.resolve`.
+        section: the declaration itself; what it says of single modules is read in `quant`.
     """
 
     method: str = UNQUANTISED
@@ -138,7 +138,7 @@ class _Values:
 
 
 class ConfigFile:
-    """One checkpoint's config.json.
+    """File config.json of one checkpoint.
 
     Raises:
         FsePatchError: the folder or its config.json is missing or malformed.
@@ -152,12 +152,12 @@ class ConfigFile:
         if not self.path.is_file():
             raise FsePatchError(f"{folder}: has no {CONFIG_NAME}; give the folder of a checkpoint")
         self._top = _Values(read_json(self.path), self.path)
-        # Multimodal checkpoints keep the language model's values in an object of their own.
+        # Multimodal checkpoints keep the language model's values in a nested object.
         self._text = self._top.child("text_config") or self._top
         self.model_type = self._top.text("model_type", "")
 
     def moe(self, family: FamilySpec) -> MoeConfig:
-        """The MoE values, read by the keys that ``family`` names."""
+        """Read the MoE values by the keys that ``family`` names."""
         text = self._text
         layers = text.integer("num_hidden_layers", low=1, high=_MAX_LAYERS)
         routed = text.integer(family.num_experts_key)
@@ -192,26 +192,26 @@ class ConfigFile:
         )
 
     def quantisations(self) -> tuple[QuantConfig, ...]:
-        """Every declared quantisation, in the order in which engines look for them; at least "none".
+        """List every declared quantisation, in the order in which engines look for them; at least "none".
 
         Engines read the first one they find, not always the same: all of them must say the same.
         """
-        found: list[QuantConfig] = []
+        quants: list[QuantConfig] = []
         for values in (self._top, self._text) if self._text is not self._top else (self._top,):
             for key in ("quantization_config", "compression_config"):
                 section = values.child(key)
                 if section is not None:
                     default = "compressed-tensors" if key == "compression_config" else "unnamed"
-                    found.append(_quant_config(section, default, f"{CONFIG_NAME}: {section.section[:-1]}"))
+                    quants.append(_quant_config(section, default, f"{CONFIG_NAME}: {section.section[:-1]}"))
         path = self.folder / MODELOPT_CONFIG_NAME
         if path.is_file():
             values = _Values(read_json(path), path)
             section = values.child("quantization") or values
-            found.append(_quant_config(section, "modelopt", MODELOPT_CONFIG_NAME))
+            quants.append(_quant_config(section, "modelopt", MODELOPT_CONFIG_NAME))
         # Engines take the weights from such a file without a word in config.json.
-        if not found and any(self.folder.glob("*.gguf")) and not any(self.folder.glob("*.safetensors")):
-            found.append(QuantConfig("gguf", source="*.gguf"))
-        return tuple(found) or (QuantConfig(),)
+        if not quants and any(self.folder.glob("*.gguf")) and not any(self.folder.glob("*.safetensors")):
+            quants.append(QuantConfig("gguf", source="*.gguf"))
+        return tuple(quants) or (QuantConfig(),)
 
     def _shared_width(self, family: FamilySpec, width: int) -> int:
         if family.shared_size_key is not None:
@@ -247,7 +247,7 @@ def _quant_config(section: _Values, default_method: str, source: str) -> QuantCo
 
 
 def _scheme(section: _Values, block: tuple[int, int] | None) -> str:
-    """The method's own word for its format; "" where it has none that we know."""
+    """Read the method's word for its format; "" where it has none that we know."""
     if block:
         return "block"
     # Formats are open-ended: an odd value is left to the policy's default, not called bad input.

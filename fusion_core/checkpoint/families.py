@@ -1,110 +1,163 @@
-"""The model families that can fuse, as data: what differs between them stands here and nowhere else."""
+"""The model families that can fuse: what differs between them stands in patches/families/, a file each.
+
+A file has three parts: the family itself (`FamilySpec`), ``native`` (where a release of an engine fuses it by
+itself), and ``engines`` (its classes in the engines), which is left to those who hook engines.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ...errors import FsePatchError
+from ...patches import FOLDER, Engine, Platform
+from ..data_file import Specifier, Strict, Text, check, parse
 
 Scoring = Literal["softmax", "sigmoid"]
 SharedWeight = Literal["sigmoid_gate", "constant"]
 Role = Literal["main", "draft"]
+# YAML has lists only.
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]
 
 
-@dataclass(frozen=True)
-class FamilySpec:
+class FamilySpec(Strict):
     """Facts of one family, in the terms of its Hugging Face ``config.json`` and tensor names.
 
     Args:
-        name: the family's short name in reports.
+        name: the family's short name in reports: the name of its file.
         model_types: ``model_type`` values of the top-level config that name this family.
+        layer_prefixes: prefixes of decoder layers in checkpoints, longest first.
+        shared_module: the shared expert's module name below ``mlp``.
+        shared_gate: module name below ``mlp`` of the gate whose sigmoid weighs the shared expert. None: the
+            shared expert weighs 1.
         scoring: how router logits become expert scores.
-        shared_weight: weight of the shared expert: sigmoid of its own gate, or constantly 1.
-        num_experts_key, top_k_key: config keys of E and k.
-        shared_size_key: config key of the shared expert's intermediate width, if it has one.
-        num_shared_key: config key of the shared expert's width in routed widths, if it has one.
         renormalize_default: ``norm_topk_prob`` where the config does not name it.
         grouped_routing: the family reads ``n_group``, ``topk_group`` and ``routed_scaling_factor``.
+        num_experts_key, top_k_key: config keys of E and k.
+        shared_size_key: config key of the shared expert's intermediate width; or
+        num_shared_key: config key of its width in routed widths. One of the two.
         sparse_step: layers are sparse by ``decoder_sparse_step`` and ``mlp_only_layers``.
         first_dense_key: config key of the number of leading dense layers, if any.
-        shared_module: the shared expert's module name below ``mlp``.
-        layer_prefixes: prefixes of decoder layers in checkpoints, longest first.
         draft_prefix: prefix of the MTP draft's layers where it has one of its own.
         draft_count_keys: config keys of the number of draft layers, first one present wins.
         draft_after_main: the draft's layers follow the main ones under the same prefix.
     """
 
-    name: str
-    model_types: tuple[str, ...]
+    name: Text
+    model_types: Texts
+    shared_module: Text
     scoring: Scoring
-    shared_weight: SharedWeight
-    num_experts_key: str
-    shared_module: str
-    layer_prefixes: tuple[str, ...] = ("model.layers.",)
-    top_k_key: str = "num_experts_per_tok"
-    shared_size_key: str | None = None
-    num_shared_key: str | None = None
+    num_experts_key: Text
+    layer_prefixes: Texts = ("model.layers.",)
+    shared_gate: Text | None = None
     renormalize_default: bool = True
     grouped_routing: bool = False
+    top_k_key: Text = "num_experts_per_tok"
+    shared_size_key: Text | None = None
+    num_shared_key: Text | None = None
     sparse_step: bool = False
-    first_dense_key: str | None = None
-    draft_prefix: str | None = None
-    draft_count_keys: tuple[str, ...] = ()
+    first_dense_key: Text | None = None
+    draft_prefix: Text | None = None
+    draft_count_keys: Texts = ()
     draft_after_main: bool = False
 
+    @model_validator(mode="after")
+    def _one_width(self) -> FamilySpec:
+        if (self.shared_size_key is None) == (self.num_shared_key is None):
+            raise ValueError("give one of shared_size_key and num_shared_key")
+        return self
 
-FAMILIES: tuple[FamilySpec, ...] = (
-    FamilySpec(
-        name="qwen2_moe",
-        model_types=("qwen2_moe",),
-        scoring="softmax",
-        shared_weight="sigmoid_gate",
-        num_experts_key="num_experts",
-        shared_module="shared_expert",
-        shared_size_key="shared_expert_intermediate_size",
-        renormalize_default=False,
-        sparse_step=True,
-    ),
-    FamilySpec(
-        name="qwen3_next",
-        model_types=("qwen3_next",),
-        scoring="softmax",
-        shared_weight="sigmoid_gate",
-        num_experts_key="num_experts",
-        shared_module="shared_expert",
-        shared_size_key="shared_expert_intermediate_size",
-        sparse_step=True,
-        draft_prefix="mtp.layers.",
-        draft_count_keys=("num_nextn_predict_layers",),
-    ),
-    FamilySpec(
-        name="qwen3_5_moe",
-        model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
-        scoring="softmax",
-        shared_weight="sigmoid_gate",
-        num_experts_key="num_experts",
-        shared_module="shared_expert",
-        shared_size_key="shared_expert_intermediate_size",
-        # Text-only exports keep the multimodal prefix now and then; both are read.
-        layer_prefixes=("model.language_model.layers.", "model.layers."),
-        draft_prefix="mtp.layers.",
-        draft_count_keys=("mtp_num_hidden_layers",),
-    ),
-    FamilySpec(
-        name="glm4_moe",
-        model_types=("glm4_moe",),
-        scoring="sigmoid",
-        shared_weight="constant",
-        num_experts_key="n_routed_experts",
-        shared_module="shared_experts",
-        num_shared_key="n_shared_experts",
-        grouped_routing=True,
-        first_dense_key="first_k_dense_replace",
-        draft_count_keys=("num_nextn_predict_layers",),
-        draft_after_main=True,
-    ),
-)
+    @property
+    def shared_weight(self) -> SharedWeight:
+        """Weight of the shared expert: sigmoid of its own gate, or constantly 1."""
+        return "constant" if self.shared_gate is None else "sigmoid_gate"
+
+
+class NativeFusion(Strict):
+    """Where releases of an engine fuse a family by themselves.
+
+    Args:
+        platforms, versions: where they do.
+        by_default: they do so without any switch.
+        condition: what else it takes, in words.
+        models: names of the family's classes that fuse; None: all of them.
+        block: the engine's model file whose block is asked as well, if any.
+        slots: how many slots it has room for; None: any number.
+        wrong: why what is served then is not the model; None: it is.
+    """
+
+    platforms: list[Platform]
+    versions: Specifier
+    by_default: bool
+    condition: Text
+    models: list[Text] | None = None
+    block: Text | None = None
+    slots: Annotated[int, Field(ge=1)] | None = None
+    wrong: Text | None = None
+
+
+class _Beside(Strict):
+    """The parts of a file beside the family itself."""
+
+    native: dict[Engine, list[NativeFusion]] = Field(default_factory=dict)
+    engines: dict[Engine, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FamilyFile:
+    """One file of patches/families/; ``engines`` is as written, by engine."""
+
+    path: Path
+    spec: FamilySpec
+    native: Mapping[str, list[NativeFusion]]
+    engines: Mapping[str, Any]
+
+
+def read_families(folder: Path) -> tuple[FamilyFile, ...]:
+    """Read every family file of ``folder``, in the order of their names.
+
+    Raises:
+        FsePatchError: a file is malformed, or two of them take the same ``model_type``.
+    """
+    files = tuple(map(_read, sorted(folder.glob("*.yaml"))))
+    taken: dict[str, Path] = {}
+    for file in files:
+        for name in file.spec.model_types:
+            if name in taken:
+                raise FsePatchError(f"{file.path}: model_types: {name!r} is of {taken[name].name} already")
+            taken[name] = file.path
+    return files
+
+
+def _read(path: Path) -> FamilyFile:
+    data = parse(path)
+    if not isinstance(data, dict):
+        raise FsePatchError(f"{path}: holds no family; see the files beside it")
+    if "name" in data:
+        raise FsePatchError(f"{path}: name: leave it out; the file's own name is the family's")
+    beside = check(path, _Beside, {key: data.pop(key) for key in _Beside.model_fields if key in data})
+    spec = check(path, FamilySpec, {**data, "name": path.stem})
+    native: dict[str, list[NativeFusion]] = {engine: rows for engine, rows in beside.native.items()}
+    engines: dict[str, Any] = {engine: part for engine, part in beside.engines.items()}
+    return FamilyFile(path, spec, native, engines)
+
+
+@cache
+def family_files() -> tuple[FamilyFile, ...]:
+    """The files of this package."""
+    return read_families(FOLDER / "families")
+
+
+def families() -> tuple[FamilySpec, ...]:
+    """Every family."""
+    return tuple(file.spec for file in family_files())
 
 
 def family_of(model_type: str) -> FamilySpec | None:
     """The family that a top-level ``model_type`` names, or None."""
-    return next((f for f in FAMILIES if model_type in f.model_types), None)
+    return next((spec for spec in families() if model_type in spec.model_types), None)

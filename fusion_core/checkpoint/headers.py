@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ...errors import FsePatchError
 
 INDEX_NAME = "model.safetensors.index.json"
-# The format's own limit for a header; a larger length is a broken or foreign file.
+# The limit that safetensors sets for a header; a larger length is a broken or foreign file.
 MAX_HEADER_BYTES = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -29,7 +29,7 @@ _DTYPE_BITS = {
 
 
 class TensorHeader(NamedTuple):
-    """dtype as safetensors names it ("BF16", "F8_E4M3", ...) and shape of one tensor."""
+    """Header of one tensor: dtype as safetensors names it ("BF16", "F8_E4M3", ...), and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class TensorHeader(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointHeaders:
-    """All tensors of a checkpoint folder, by name; ``files`` are the shards they came from.
+    """Headers of all tensors of a checkpoint folder, by name; ``files`` are the shards they came from.
 
     Both are empty where the folder holds no safetensors file.
     """
@@ -71,15 +71,15 @@ def read_headers(folder: Path) -> CheckpointHeaders:
         path = folder / shard
         if not path.is_file():
             raise FsePatchError(f"{path}: missing, but {INDEX_NAME} names it; download the whole checkpoint")
-        found = _read_shard(path, known)
-        if twice := tensors.keys() & found.keys():
+        headers = _read_shard(path, known)
+        if twice := tensors.keys() & headers.keys():
             name = min(twice)
             first = next(s for s, names in owner if name in names)
             raise FsePatchError(
                 f"{path}: tensor {name!r} is also in {first}; keep one of the two files or add an index"
             )
-        tensors.update(found)
-        owner.append((shard, found))
+        tensors.update(headers)
+        owner.append((shard, headers))
     if weight_map is not None and (lost := weight_map.keys() - tensors.keys()):
         raise FsePatchError(
             f"{index}: tensor {min(lost)!r} is in none of its shards; index and shards do not belong together"
@@ -88,7 +88,7 @@ def read_headers(folder: Path) -> CheckpointHeaders:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
+    """Read the JSON object in ``path``.
 
     Raises:
         FsePatchError: the file cannot be read, or holds no JSON object.

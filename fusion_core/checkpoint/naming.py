@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, cast
 
-from .families import FAMILIES, FamilySpec, Role
+from .families import FamilySpec, Role, families
 
 # No model has more; and Python refuses to read numbers of thousands of digits.
 MAX_DIGITS = 6
@@ -17,7 +17,7 @@ Projection = Literal["gate_proj", "up_proj", "down_proj", "gate_up_proj"]
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """What a checkpoint name says: which layer, which expert, which part of it.
+    """Place of an expert tensor, as its name in a checkpoint says.
 
     ``expert`` is the routed expert's number, None for the shared expert, and -1 where one
     three-dimensional tensor holds all routed experts. ``suffix`` is the part of the projection
@@ -32,12 +32,13 @@ class ExpertTensor:
 
     @property
     def is_shared(self) -> bool:
+        """True for the shared expert."""
         return self.expert is None
 
 
 @dataclass(frozen=True)
 class TensorNaming:
-    """Reads the tensor names of one checkpoint: the family's names and its number of main layers."""
+    """Reader of the tensor names of one checkpoint, by the family's names and the number of main layers."""
 
     family: FamilySpec
     num_hidden_layers: int
@@ -59,7 +60,7 @@ class TensorNaming:
         )
 
     def parse(self, name: str) -> ExpertTensor | None:
-        """The expert tensor that ``name`` is, or None for every other tensor of the checkpoint."""
+        """Parse the name of an expert tensor; None for every other tensor of the checkpoint."""
         match = self._pattern.fullmatch(name)
         if match is None:
             return None
@@ -74,11 +75,11 @@ class TensorNaming:
     @cached_property
     def _inside(self) -> re.Pattern[str]:
         # Any family's shared expert: one under another family's name is no less in doubt.
-        modules = "|".join(re.escape(name) for name in sorted({f.shared_module for f in FAMILIES}))
+        modules = "|".join(re.escape(name) for name in sorted({f.shared_module for f in families()}))
         return re.compile(rf"{self._layer}(?:{modules}|experts)\.", re.ASCII)
 
     def layer_of_unknown(self, name: str) -> tuple[Role, int] | None:
-        """Role and layer of a tensor that `parse` does not know, where it lies within the experts."""
+        """Place a tensor within the experts that `parse` does not know: its role and layer, or None."""
         match = self._inside.match(name)
         return None if match is None else self._role_and_layer(match)
 

@@ -21,7 +21,7 @@ _DTYPES = {
 
 
 class CheckpointTensors:
-    """The tensors of a folder whose headers `read_headers` has accepted, by name.
+    """Tensors of a folder whose headers `read_headers` has accepted, by name.
 
     Args:
         folder: the checkpoint; its index, or else all its safetensors files, say where a tensor is.
@@ -41,11 +41,11 @@ class CheckpointTensors:
         return name in self._files
 
     def names(self) -> list[str]:
-        """The names of all tensors."""
+        """List the names of all tensors."""
         return list(self._files)
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
-        """A tensor, or row ``row`` of its first dimension, in the host's memory.
+        """Read a tensor, or row ``row`` of its first dimension, into the host's memory; dtype as stored.
 
         Raises:
             FsePatchError: it cannot be read, or is of a dtype that torch does not have.
@@ -70,7 +70,7 @@ class CheckpointTensors:
 
 @lru_cache(maxsize=8)
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a file starts, and its header."""
+    """Read where the data of a file starts, and its header."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER_BYTES:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ...errors import FsePatchError
-from ...settings import ENGINES
+from ...patches import ENGINES
 from ..checkpoint.config import UNQUANTISED, MoeConfig
 from ..checkpoint.families import FamilySpec, Role
 from ..evidence.gather import Evidence, LayerEvidence, RoleEvidence, read_evidence
-from ..reasons import Reason
+from ..reasons import FUSES, Code, Reason
 from .layout import ExpertLayout
-from .outcome import FUSES, FusionDecision, RoutingSpec
+from .outcome import Decision, Merged, MoeSpec, RoutingSpec, Stock
 from .policy import Policy, PolicyFacts, Rule
 from .policy_file import load_policy
 
@@ -22,16 +23,15 @@ _ACTIVATION = "silu"
 
 @dataclass(frozen=True)
 class _Verdict:
+    """What rules and tensors say; `FUSES` is the code of a role that fuses."""
+
     reason: Reason
-    detail: str
     rule: str = ""
     formats: tuple[str, ...] = ()
 
 
-def decide(
-    checkpoint: Path, engine: str, role: Role = "main", policy: Policy | None = None
-) -> FusionDecision:
-    """Whether one role of ``checkpoint`` fuses in ``engine``; a role that it lacks is refused.
+def decide(checkpoint: Path, engine: str, role: Role = "main", policy: Policy | None = None) -> Decision:
+    """Decide whether one role of ``checkpoint`` fuses in ``engine``; a role that it lacks is refused.
 
     Args:
         checkpoint: folder with config.json and, unless weights are not there yet, safetensors files.
@@ -43,8 +43,8 @@ def decide(
     return decide_evidence(read_evidence(Path(checkpoint)), engine, role, policy)
 
 
-def decide_roles(checkpoint: Path, engine: str, policy: Policy | None = None) -> dict[Role, FusionDecision]:
-    """The decision of the main model, and of the MTP draft where there is one; headers are read once."""
+def decide_roles(checkpoint: Path, engine: str, policy: Policy | None = None) -> dict[Role, Decision]:
+    """Decide for the main model, and for the MTP draft where there is one; headers are read once."""
     evidence = read_evidence(Path(checkpoint))
     roles: tuple[Role, ...] = ("main", "draft") if "draft" in evidence.roles else ("main",)
     return {role: decide_evidence(evidence, engine, role, policy) for role in roles}
@@ -52,49 +52,47 @@ def decide_roles(checkpoint: Path, engine: str, policy: Policy | None = None) ->
 
 def decide_evidence(
     evidence: Evidence, engine: str, role: Role = "main", policy: Policy | None = None
-) -> FusionDecision:
-    """The decision that ``evidence`` leads to: a pure function of its arguments."""
+) -> Decision:
+    """Decide by ``evidence``: a pure function of its arguments."""
     if engine not in ENGINES:
         raise FsePatchError(f"unknown engine {engine!r}; use one of {', '.join(ENGINES)}")
     policy = policy or load_policy()
+    common: dict[str, Any] = {
+        "role": role,
+        "engine": engine,
+        "model_type": evidence.model_type,
+        "policy_hash": policy.hash,
+        "quant_method": evidence.quant.method,
+    }
     if evidence.family is None or evidence.moe is None:
         named = f"model_type {evidence.model_type!r}" if evidence.model_type else "no model_type"
-        return FusionDecision(
-            role=role,
-            fuse=False,
-            reason="family.unknown",
-            detail=f"{named} is of no family that fse_patch knows",
-            rule="",
-            engine=engine,
-            model_type=evidence.model_type,
-            policy_hash=policy.hash,
-            quant_method=evidence.quant.method,
+        return Stock(
+            **common, reason=Reason("family.unknown", f"{named} is of no family that fse_patch knows")
         )
-    family, moe, found = evidence.family, evidence.moe, evidence.roles.get(role)
-    verdict = _shape_verdict(moe, found)
-    if verdict is None and found is not None:
-        verdict = _storage_verdict(evidence, moe, found, engine, policy)
-    assert verdict is not None
-    fuse = verdict.reason == FUSES
-    layers = found.moe_layers if found is not None else ()
-    return FusionDecision(
-        role=role,
-        fuse=fuse,
-        reason=verdict.reason,
-        # Names and values from the checkpoint are in it: one line, whatever they hold.
-        detail=" ".join(verdict.detail.split()),
-        rule=verdict.rule,
-        engine=engine,
-        model_type=evidence.model_type,
-        policy_hash=policy.hash,
-        quant_method=evidence.quant.method,
-        formats=verdict.formats,
-        stored_alike=found.stored_alike if found is not None else None,
+    moe, layers = evidence.moe, evidence.roles.get(role)
+    routing, shared_weight = _routing(evidence.family, moe), evidence.family.shared_weight
+    layout = _fusable(moe, layers)
+    if isinstance(layout, Reason) or layers is None:
+        verdict = _Verdict(layout) if isinstance(layout, Reason) else _Verdict(_NO_DRAFT)
+    else:
+        verdict = _storage_verdict(evidence, layout.num_shared_slots, layers, engine, policy)
+    common |= {
+        "rule": verdict.rule,
+        "formats": verdict.formats,
+        "stored_alike": layers.stored_alike if layers else None,
+    }
+    # Names and values from the checkpoint are in it: one line, whatever they hold.
+    detail = " ".join(verdict.reason.detail.split())
+    if isinstance(layout, ExpertLayout) and layers and verdict.reason.code == FUSES:
+        spec = MoeSpec(layout, routing, shared_weight, layers.moe_layers)
+        return Merged(**common, moe=spec, detail=detail)
+    return Stock(
+        **common,
+        reason=Reason(verdict.reason.code, detail),
         layout=_layout(moe),
-        routing=_routing(family, moe),
-        shared_weight=family.shared_weight,
-        moe_layers=layers,
-        fused_layers=layers if fuse else (),
+        routing=routing,
+        shared_weight=shared_weight,
+        moe_layers=layers.moe_layers if layers else (),
     )
 
 
@@ -122,25 +120,28 @@ def _routing(family: FamilySpec, moe: MoeConfig) -> RoutingSpec:
     )
 
 
-def _shape_verdict(moe: MoeConfig, found: RoleEvidence | None) -> _Verdict | None:
-    """The refusal that config.json alone leads to, or None."""
+_NO_DRAFT = Reason("family.unknown", "neither config.json nor the tensors show an MTP draft")
+
+
+def _fusable(moe: MoeConfig, layers: RoleEvidence | None) -> ExpertLayout | Reason:
+    """The layout, or the refusal that config.json alone leads to."""
     width, shared = moe.moe_intermediate_size, moe.shared_intermediate_size
-    slots = moe.num_shared_slots
-    if found is None:
-        return _Verdict("family.unknown", "neither config.json nor the tensors show an MTP draft")
-    if not moe.num_routed or not found.moe_layers:
-        return _Verdict("family.unknown", "config.json describes no layer with routed experts")
+    if layers is None:
+        return _NO_DRAFT
+    if not moe.num_routed or not layers.moe_layers:
+        return Reason("family.unknown", "config.json describes no layer with routed experts")
     if not shared:
-        return _Verdict("width.mismatch", "the shared expert has width 0: there is nothing to fuse")
-    if slots is None:
-        return _Verdict(
+        return Reason("width.mismatch", "the shared expert has width 0: there is nothing to fuse")
+    layout = _layout(moe)
+    if layout is None:
+        return Reason(
             "width.mismatch", f"the shared expert's width {shared} is no multiple of the routed width {width}"
         )
     if moe.hidden_act != _ACTIVATION:
-        return _Verdict(
+        return Reason(
             "activation.differs", f"hidden_act is {moe.hidden_act!r}; only {_ACTIVATION!r} is proven to fuse"
         )
-    return None
+    return layout
 
 
 def layer_facts(evidence: Evidence, role: Role, layer: LayerEvidence | None, engine: str) -> PolicyFacts:
@@ -167,38 +168,36 @@ def layer_facts(evidence: Evidence, role: Role, layer: LayerEvidence | None, eng
 
 
 def _storage_verdict(
-    evidence: Evidence, moe: MoeConfig, found: RoleEvidence, engine: str, policy: Policy
+    evidence: Evidence, slots: int, role: RoleEvidence, engine: str, policy: Policy
 ) -> _Verdict:
     """What tensors and policy say: all layers of the role fuse, or the first that does not is named."""
-    slots = moe.num_shared_slots or 0
     rule_for = lru_cache(maxsize=None)(policy.rule_for)
-    rule: Rule | None = None
+    rules: list[Rule] = []
     formats: set[str] = set()
-    for layer in found.layers or (None,):
+    for layer in role.layers or (None,):
         if layer is not None and layer.finding is not None:
-            return _Verdict(layer.finding.reason, layer.finding.detail)
-        facts = layer_facts(evidence, found.role, layer, engine)
-        fired = rule_for(facts)
-        rule = rule or fired
+            return _Verdict(layer.finding)
+        facts = layer_facts(evidence, role.role, layer, engine)
+        rule = rule_for(facts)
+        rules.append(rule)
         where = f"layer {layer.layer}" if layer else "config.json"
         seen = f"{where}: {_seen(evidence, layer, facts)}"
-        if not fired.fuse:
-            return _Verdict(fired.reason, f"{seen}; {fired.why}", fired.id)
-        if reason := never_fuses(facts):
-            return _Verdict(reason, f"{seen}; no rule can allow that ({fired.id} would)")
+        if not rule.fuse:
+            return _Verdict(Reason(rule.reason, f"{seen}; {rule.why}"), rule.id)
+        if code := never_fuses(facts):
+            return _Verdict(Reason(code, f"{seen}; no rule can allow that ({rule.id} would)"))
         formats.add(facts.format)
-    assert rule is not None
     named = tuple(sorted(formats))
-    what = f"{len(found.moe_layers)} sparse layers, {slots} shared slot{'s' if slots > 1 else ''} each"
-    if not found.layers:
+    what = f"{len(role.moe_layers)} sparse layers, {slots} shared slot{'s' if slots > 1 else ''} each"
+    if not role.layers:
         detail = f"{what}; by config.json alone, no safetensors headers were there"
-        return _Verdict(FUSES, detail, rule.id, named)
-    dtypes = sorted({t.dtype for layer in found.layers if layer.routed for t in layer.routed.tensors})
-    detail = f"{what}; routed and shared experts alike in {', '.join(dtypes)} ({', '.join(named)})"
-    return _Verdict(FUSES, detail, rule.id, named)
+    else:
+        dtypes = sorted({t.dtype for layer in role.layers if layer.routed for t in layer.routed.tensors})
+        detail = f"{what}; routed and shared experts alike in {', '.join(dtypes)} ({', '.join(named)})"
+    return _Verdict(Reason(FUSES, detail), rules[0].id, named)
 
 
-def never_fuses(facts: PolicyFacts) -> Reason | None:
+def never_fuses(facts: PolicyFacts) -> Code | None:
     """The refusal that holds whatever a policy says, a user's own included; None where there is none."""
     if not facts.headers:
         return None if facts.quant_method == UNQUANTISED else "quant.unknown"

@@ -36,9 +36,7 @@ def explain(evidence: Evidence, engine: str, role: Role, policy: Policy) -> dict
             groups.append({"layers": [layer.layer], **shown})
     return {
         "role": role,
-        "fuse": decision.fuse,
-        "reason": decision.reason,
-        "detail": decision.detail,
+        **{key: decision.to_dict()[key] for key in ("fuse", "reason", "detail")},
         "rule": None
         if fired is None
         else {"number": number} | fired.model_dump(include={"id", "fuse", "reason", "why", "source"}),
@@ -57,7 +55,7 @@ def _layer(
     if layer.finding is not None or evidence.moe is None or layer.config is None:
         # The detail of a finding names its layer: layers with findings stay apart.
         finding = layer.finding
-        text = f"{finding.reason}: {finding.detail}" if finding else ""
+        text = f"{finding.code}: {finding.detail}" if finding else ""
         return {"rule": None, "finding": text, "config": None, "config_detail": ""}
     facts = layer_facts(evidence, role, layer, engine)
     config = layer.config

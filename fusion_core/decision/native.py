@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from ... import patches
 from ...errors import FsePatchError
-from ..checkpoint.families import family_of
-from .outcome import FusionDecision
-
-PLATFORMS = ("cpu", "cuda", "rocm")
-NATIVE_FILE = Path(patches.__file__).with_name("native.yaml")
+from ...patches import PLATFORMS
+from ..checkpoint.families import family_files, family_of
+from ..engines import facts_of
+from .outcome import Decision, Stock
 
 
 def runtime_report(
-    decision: FusionDecision, platform: str | None = None, engine_version: str | None = None
+    decision: Decision, platform: str | None = None, engine_version: str | None = None
 ) -> dict[str, Any]:
     """What is known of running ``decision`` on a platform and a release; null where it cannot be said.
 
@@ -37,17 +32,17 @@ def runtime_report(
         version = None if engine_version is None else Version(engine_version)
     except InvalidVersion:
         raise FsePatchError(f"{engine_version!r} is no version number; use one like 1.2.3") from None
-    known = _known(decision.engine)
+    facts = facts_of(decision.engine)
     report: dict[str, Any] = {
         "platform": platform,
         "engine_version": engine_version,
-        "backend": known["backends"].get(platform),
+        "backend": next((word for name, word in facts.backends.items() if name == platform), None),
         "version": None,
         "upstream.already": None,
         "upstream.detail": "give --platform and --engine-version to know",
     }
     if version is not None:
-        report["version"] = _standing(known, version)
+        report["version"] = facts.standing(version)
     if version is None or platform is None:
         return report
     family = family_of(decision.model_type)
@@ -69,47 +64,36 @@ def runtime_report(
 def fusing(
     engine: str, family: str, platform: str, version: str, model: str | None = None
 ) -> list[dict[str, Any]]:
-    """Entries of native.yaml that hold here.
+    """What patches/families/ says of a family's own fusion here.
 
     Args:
         model: name of the model class; None stands for any of the family.
 
     Returns:
-        Mappings with the keys by_default, condition and, where there is something to say, slots and wrong.
+        Rows of `NativeFusion`, with the keys by_default, condition and those that say something.
     """
+    rows = [row for file in family_files() if file.spec.name == family for row in file.native.get(engine, ())]
     return [
-        entry
-        for entry in _known(engine)["fuses"]
-        if family in entry["families"]
-        and platform in entry["platforms"]
-        and SpecifierSet(entry["versions"]).contains(version, prereleases=True)
-        and (model is None or model in entry.get("models", [model]))
+        row.model_dump(exclude_none=True)
+        for row in rows
+        if platform in row.platforms
+        and SpecifierSet(row.versions).contains(version, prereleases=True)
+        and (model is None or row.models is None or model in row.models)
     ]
 
 
-def gets_wrong(entry: dict[str, Any], decision: FusionDecision) -> str:
+def gets_wrong(entry: dict[str, Any], decision: Decision) -> str:
     """Why what a release builds by itself would not be the checkpoint's model, or "".
 
     Args:
         entry: of `fusing`; the release is live with it.
     """
-    slots = 0 if decision.layout is None else decision.layout.num_shared_slots
+    slots = 0 if decision.moe is None else decision.moe.layout.num_shared_slots
     if "wrong" in entry:
         return str(entry["wrong"])
     if decision.stored_alike is False:
         return "routed and shared experts are stored in different ways"
-    if decision.reason == "width.mismatch" or slots > entry.get("slots", slots):
+    mismatch = isinstance(decision, Stock) and decision.reason.code == "width.mismatch"
+    if mismatch or slots > entry.get("slots", slots):
         return "the shared expert is wider than the slots that it has"
     return ""
-
-
-@cache
-def _known(engine: str) -> dict[str, Any]:
-    known: dict[str, Any] = yaml.safe_load(NATIVE_FILE.read_bytes())["engines"][engine]
-    return known
-
-
-def _standing(known: dict[str, Any], version: Version) -> str:
-    if any(version == Version(tested) for tested in known["tested"]):
-        return "tested"
-    return "read" if SpecifierSet(known["read"]).contains(version, prereleases=True) else "untested"

@@ -1,14 +1,14 @@
-"""The one decision that constructor, loader and router of a role read, and none makes again."""
+"""What was decided for one role, `Merged` or `Stock`: everything reads it, and nothing decides again."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 from ..checkpoint.families import Role, Scoring, SharedWeight
+from ..reasons import FUSES, Reason
 from .layout import ExpertLayout
-
-FUSES: Final = "ok"
 
 
 @dataclass(frozen=True)
@@ -27,46 +27,143 @@ class RoutingSpec:
 
 
 @dataclass(frozen=True)
-class FusionDecision:
-    """Fuse or not, why, and with which layout. Frozen; made before anything is allocated.
+class MoeSpec:
+    """The sparse layers of one role: sizes, routing and the weight of the shared expert.
+
+    Args:
+        layers: their numbers, as the checkpoint counts them.
+    """
+
+    layout: ExpertLayout
+    routing: RoutingSpec
+    shared_weight: SharedWeight
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decided:
+    """What both outcomes have.
 
     Args:
         role: "main" or "draft" (the MTP layers): their quantisation can differ.
-        reason: "ok", or the refusal code of docs/refusals.md.
-        detail: one line for people: what was seen and where.
         rule: id of the policy rule that fired, or "" where none was asked.
-        moe_layers: sparse layers of the role that have a shared expert, by checkpoint number.
-        fused_layers: those of them that fuse: all or none.
         policy_hash: short hash of the effective policy, part of compile-cache keys.
-        formats: of the experts in layers that may fuse, "plain" where unquantised; see proven.py.
         quant_method: what the checkpoint declares, "none" where nothing; "" where nothing was read.
-        stored_alike: whether every layer stores routed and shared experts alike, whatever the reason is; None
+        formats: of the experts in layers that may fuse, "plain" where unquantised; see proven.py.
+        stored_alike: whether every layer stores routed and shared experts alike, whatever was decided; None
             where no headers show it.
     """
 
     role: Role
-    fuse: bool
-    reason: str
-    detail: str
-    rule: str
     engine: str
-    model_type: str
+    model_type: str = ""
+    rule: str = ""
     policy_hash: str = ""
     quant_method: str = ""
-    stored_alike: bool | None = None
     formats: tuple[str, ...] = ()
+    stored_alike: bool | None = None
+
+    def _to_dict(
+        self, fuse: bool, reason: Reason, moe: dict[str, Any], fused: tuple[int, ...]
+    ) -> dict[str, Any]:
+        return {
+            "role": self.role,
+            "fuse": fuse,
+            "reason": reason.code,
+            "detail": reason.detail,
+            "rule": self.rule,
+            "engine": self.engine,
+            "model_type": self.model_type,
+            "policy_hash": self.policy_hash,
+            "quant_method": self.quant_method,
+            "stored_alike": self.stored_alike,
+            "formats": self.formats,
+            **moe,
+            "fused_layers": fused,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(_Decided):
+    """The shared expert becomes the last slots of the routed experts' tensors, in every layer of ``moe``.
+
+    Args:
+        detail: one line for people: what was seen and where.
+    """
+
+    moe: MoeSpec
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.moe.layers:
+            raise ValueError(f"a decision to fuse no layer: {self}")
+
+    def refused(self, reason: Reason) -> Stock:
+        """What is decided where something else speaks against it."""
+        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Decided)}
+        moe = self.moe
+        return Stock(
+            **common,
+            reason=reason,
+            layout=moe.layout,
+            routing=moe.routing,
+            shared_weight=moe.shared_weight,
+            moe_layers=moe.layers,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The decision as plain data, for reports."""
+        moe = {
+            "layout": self.moe.layout.to_dict(),
+            "routing": asdict(self.moe.routing),
+            "shared_weight": self.moe.shared_weight,
+            "moe_layers": self.moe.layers,
+        }
+        return self._to_dict(True, Reason(FUSES, self.detail), moe, self.moe.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stock(_Decided):
+    """The engine builds the role as it always does, because of ``reason``.
+
+    Layout, routing and layers are those of the checkpoint as far as they are known, for reports.
+    """
+
+    reason: Reason
     layout: ExpertLayout | None = None
     routing: RoutingSpec | None = None
     shared_weight: SharedWeight | None = None
     moe_layers: tuple[int, ...] = ()
-    fused_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.fuse != (self.reason == FUSES) or self.fuse != bool(self.fused_layers):
-            raise ValueError(f"contradictory decision: {self}")
-        if self.fuse and (self.layout is None or self.routing is None or self.shared_weight is None):
-            raise ValueError(f"a decision to fuse needs layout, routing and shared weight: {self}")
+        if self.reason.code == FUSES:
+            raise ValueError(f"a refusal needs a reason: {self}")
+
+    @property
+    def moe(self) -> MoeSpec | None:
+        """The sparse layers, where all of it is known: an engine may fuse them by itself."""
+        if self.layout is None or self.routing is None or self.shared_weight is None:
+            return None
+        return MoeSpec(self.layout, self.routing, self.shared_weight, self.moe_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The decision as plain data."""
-        return asdict(self)
+        """The decision as plain data, for reports."""
+        moe = {
+            "layout": self.layout.to_dict() if self.layout else None,
+            "routing": asdict(self.routing) if self.routing else None,
+            "shared_weight": self.shared_weight,
+            "moe_layers": self.moe_layers,
+        }
+        return self._to_dict(False, self.reason, moe, ())
+
+
+# A layout of its own is a further member.
+Decision = Merged | Stock
+
+
+def remarked(decision: Decision, remark: str) -> Decision:
+    """``decision`` with ``remark`` behind its line for people."""
+    if isinstance(decision, Merged):
+        return dataclasses.replace(decision, detail=decision.detail + remark)
+    reason = decision.reason
+    return dataclasses.replace(decision, reason=Reason(reason.code, reason.detail + remark))

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ...settings import ENGINES
-from ..checkpoint.families import FAMILIES, Role
+from ...patches import ENGINES
+from ..checkpoint.families import Role, families
 from ..evidence.agreement import State
 from ..evidence.specs import MlpSpec
 from ..quant.methods import FORMATS
-from ..reasons import Reason
+from ..reasons import Code
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class When(_Strict):
     @field_validator("families")
     @classmethod
     def _known_families(cls, names: list[str] | None) -> list[str] | None:
-        return _known(names, [f.name for f in FAMILIES])
+        return _known(names, [family.name for family in families()])
 
     @field_validator("formats")
     @classmethod
@@ -114,9 +114,7 @@ class Rule(_Strict):
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="unique name, shown in reports")
     when: When = Field(description="conditions; an empty object matches everything")
     fuse: bool
-    reason: Reason = Field(
-        default="ok", description="refusal code; 'ok' for a rule that fuses, and only there"
-    )
+    reason: Code = Field(default="ok", description="refusal code; 'ok' for a rule that fuses, and only there")
     why: str = Field(min_length=1, description="one line for people")
     source: str = Field(min_length=1, description="where this was learnt: a URL or a file of this project")
 

@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ... import patches
 from ...errors import FsePatchError
+from ...patches import FOLDER
+from ..data_file import LOADER
 from .policy import Policy, PolicyFile, Rule
 
-DEFAULT_POLICY = Path(patches.__file__).with_name("policy.yaml")
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DEFAULT_POLICY = FOLDER / "policy.yaml"
 
 
 def load_policy(user_file: Path | str | None = None) -> Policy:
@@ -69,7 +69,7 @@ def _parse(path: Path) -> tuple[Any, yaml.Node | None]:
     except UnicodeDecodeError as error:
         raise FsePatchError(f"{path}: the policy is not UTF-8 text (byte {error.start})") from None
     try:
-        loader = _Loader(text)
+        loader = LOADER(text)
         try:
             root = loader.get_single_node()
             _refuse_repeated_keys(path, root, "", set())

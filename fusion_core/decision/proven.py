@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import yaml
-
-from ... import patches
 from ...errors import FsePatchError
-from ...settings import ENGINES
+from ...patches import ENGINES, FOLDER, PLATFORMS
 from ..checkpoint.config import UNQUANTISED
+from ..data_file import parse
 from ..quant.methods import FORMATS
-from .native import PLATFORMS
-from .outcome import FusionDecision
+from .outcome import Decision
 
-PROVEN_FILE = Path(patches.__file__).with_name("proven.yaml")
+PROVEN_FILE = FOLDER / "proven.yaml"
 Proven = Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
@@ -27,7 +24,7 @@ def read_proven(path: Path = PROVEN_FILE) -> Proven:
     Raises:
         FsePatchError: the file names a format, an engine or a platform that is none.
     """
-    table = yaml.safe_load(path.read_bytes())["proven"]
+    table = parse(path)["proven"]
     proven = {f: {e: tuple(platforms) for e, platforms in engines.items()} for f, engines in table.items()}
     for form, engines in proven.items():
         for engine, platforms in engines.items():
@@ -37,7 +34,7 @@ def read_proven(path: Path = PROVEN_FILE) -> Proven:
     return proven
 
 
-def unproven(decision: FusionDecision, platform: str, proven: Proven | None = None) -> str:
+def unproven(decision: Decision, platform: str, proven: Proven | None = None) -> str:
     """The first format of ``decision`` that was not proven on its engine there, or "".
 
     A checkpoint that declares no quantisation needs no row. Plain experts of one that does need one: the
@@ -50,6 +47,6 @@ def unproven(decision: FusionDecision, platform: str, proven: Proven | None = No
     return next((f for f, platforms in places if platform not in platforms), "")
 
 
-def proven_platforms(decision: FusionDecision) -> list[str]:
+def proven_platforms(decision: Decision) -> list[str]:
     """Platforms on which all formats of ``decision`` were proven on its engine, for reports."""
     return [platform for platform in PLATFORMS if not unproven(decision, platform)]

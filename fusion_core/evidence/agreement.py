@@ -1,4 +1,4 @@
-"""Whether what config.json says of one layer's experts and what their headers show are one story."""
+"""Comparison of what config.json says of one layer's experts with what their headers show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ..checkpoint.config import MoeConfig
 from ..checkpoint.headers import TensorHeader
 from ..checkpoint.naming import Projection
 from ..quant.claims import PLAIN, Claim, Doubt, Resolver, all_plain
-from ..quant.layouts import LAYOUTS, contradiction, foreign
+from ..quant.layouts import contradiction, foreign
+from ..quant.methods import LAYOUTS
 from .specs import ALL_EXPERTS, Tensors
 
 # agrees: config and headers say the same, and the same of routed and shared experts.
@@ -22,7 +23,7 @@ PARTS: tuple[Part, Part] = ("routed", "shared")
 
 @dataclass(frozen=True)
 class MlpClaim:
-    """What the config says of an expert's two fused projections."""
+    """Claims of the config on an expert's two fused projections."""
 
     gate_up: Claim
     down: Claim
@@ -35,7 +36,7 @@ class MlpClaim:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The verdict on one layer; ``detail`` says what is not as it should be.
+    """Verdict on one layer; ``detail`` says what is not as it should be.
 
     ``routed`` and ``shared`` are None where the config's words are not understood.
     """
@@ -47,7 +48,7 @@ class Agreement:
 
     @property
     def format(self) -> str:
-        """The routed experts' format by config, or "" where that is not understood."""
+        """Format of the routed experts by config, or "" where that is not understood."""
         return self.routed.gate_up.format if self.routed else ""
 
 
@@ -66,21 +67,19 @@ def agreement(
             claims[part] = _claims(part, parts[part], modules[part], resolve)
     except Doubt as doubt:
         return Agreement("unknown", str(doubt))
-    found = Agreement("agrees", "", claims["routed"], claims["shared"])
+    routed, shared = claims["routed"], claims["shared"]
     for part in PARTS:
         width = moe.moe_intermediate_size if part == "routed" else moe.shared_intermediate_size
         state, detail = _compare(parts[part], claims[part], width, moe.hidden_size, part == "routed")
         if state != "agrees":
-            return Agreement(state, f"{part}: {detail}", found.routed, found.shared)
-    if found.routed != found.shared:
-        return Agreement(
-            "differs", f"routed {found.routed}, shared {found.shared}", found.routed, found.shared
-        )
-    return found
+            return Agreement(state, f"{part}: {detail}", routed, shared)
+    if routed != shared:
+        return Agreement("differs", f"routed {routed}, shared {shared}", routed, shared)
+    return Agreement("agrees", "", routed, shared)
 
 
 def cut_across(claims: MlpClaim, width: int) -> str:
-    """Why a shared expert cannot be cut into slots of ``width`` columns, or ""."""
+    """Say why a shared expert cannot be cut into slots of ``width`` columns, or ""."""
     for projection, claim, size in (
         ("gate_up", claims.gate_up, claims.gate_up.group[0]),
         ("down", claims.down, claims.down.group[1]),
@@ -95,14 +94,14 @@ def cut_across(claims: MlpClaim, width: int) -> str:
 
 
 def _claims(part: Part, tensors: Tensors, module: str, resolve: Resolver) -> MlpClaim:
-    """One claim for gate, up and down of every expert; Doubt where experts or gate and up differ."""
+    """Read one claim on gate and up, and one on down; Doubt where experts, or gate and up, differ."""
     numbers = {expert for experts in tensors.values() for expert in experts}
     if ALL_EXPERTS in numbers and len(numbers) > 1:
         raise Doubt(f"{part}: some projections are there for single experts, others in one tensor for all")
     if resolve is all_plain:
         # Tens of thousands of experts need not be asked for one by one.
         return MlpClaim(PLAIN, PLAIN)
-    found: dict[Projection, Claim] = {}
+    claims: dict[Projection, Claim] = {}
     for projection in sorted({p for p, _ in tensors}):
         if part == "shared":
             names = [f"{module}.{projection}"]
@@ -117,18 +116,19 @@ def _claims(part: Part, tensors: Tensors, module: str, resolve: Resolver) -> Mlp
                 raise Doubt(f"the config says {claim} of {names[0]}, {other} of {name}")
         if len(names) == 2 and numbers == {ALL_EXPERTS} and claim != PLAIN:
             raise Doubt(f"how one tensor of all experts is stored in {claim.format} is not known")
-        found[projection] = claim
-    gate = found["gate_up_proj"] if "gate_up_proj" in found else found["gate_proj"]
-    up = found.get("up_proj", gate)
+        claims[projection] = claim
+    gate = claims["gate_up_proj"] if "gate_up_proj" in claims else claims["gate_proj"]
+    up = claims.get("up_proj", gate)
     if gate != up:
         raise Doubt(f"{part}: the config says {gate} of gate_proj, {up} of up_proj")
-    return MlpClaim(gate, found["down_proj"])
+    return MlpClaim(gate, claims["down_proj"])
 
 
 def _compare(tensors: Tensors, claims: MlpClaim, width: int, hidden: int, routed: bool) -> tuple[State, str]:
     if claims.gate_up.format != claims.down.format:
         return "unknown", f"no kernel is known to read {claims}"
-    if claims.gate_up.format not in LAYOUTS:
+    layout = LAYOUTS.get(claims.gate_up.format)
+    if layout is None:
         return "unknown", f"how {claims.gate_up.format} is stored is not known"
     sizes = {
         "gate_proj": (width, hidden),
@@ -145,8 +145,8 @@ def _compare(tensors: Tensors, claims: MlpClaim, width: int, hidden: int, routed
                 expert, header = next(iter(experts.items()))
                 together = routed and expert == ALL_EXPERTS
                 stored[suffix] = TensorHeader(header.dtype, header.shape[1:]) if together else header
-        if wrong := contradiction(claim, stored, *sizes[projection]):
+        if wrong := contradiction(layout, claim, stored, *sizes[projection]):
             return "contradicts", f"the config says {claim}, but {projection}.{wrong}"
-        if extra := foreign(claim, stored):
+        if extra := foreign(layout, stored):
             state, detail = "unknown", f"{projection}.{extra} has no place in {claim}"
     return ("unknown", detail) if state == "unknown" else ("agrees", "")

@@ -1,4 +1,4 @@
-"""What a checkpoint shows about its routed and shared experts: one frozen record a checkpoint.
+"""Evidence of a checkpoint on its routed and shared experts: one frozen record a checkpoint.
 
 Read from config.json and safetensors headers; judged elsewhere (policy.py, decide.py).
 """
@@ -19,43 +19,36 @@ from ..checkpoint.headers import TensorHeader, read_headers
 from ..checkpoint.naming import MAX_DIGITS, Projection, TensorNaming
 from ..quant.claims import Claim, Doubt, Resolver
 from ..quant.methods import resolver_for
-from ..reasons import Reason
+from ..reasons import Code, Reason
 from .agreement import PARTS, Agreement, Part, agreement, cut_across
 from .specs import ALL_EXPERTS, MlpSpec, SpecConflict, mlp_spec, size_conflict
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something about one layer's tensors that forbids fusing whatever the policy says."""
-
-    reason: Reason
-    detail: str
-
-
-@dataclass(frozen=True)
 class LayerEvidence:
-    """How one sparse layer stores its experts; a spec is None where ``finding`` says why.
+    """Storage of the experts of one sparse layer; a spec is None where ``finding`` says why.
 
-    ``config`` says whether config.json tells the same story; None where there is a finding.
+    ``finding`` forbids fusing whatever the policy says. ``config`` says whether config.json tells the same
+    story; None where there is a finding.
     """
 
     layer: int
     routed: MlpSpec | None
     shared: MlpSpec | None
-    finding: Finding | None = None
+    finding: Reason | None = None
     config: Agreement | None = None
 
     @property
     def stored_alike(self) -> bool | None:
-        """Whether routed and shared experts are alike, in headers and config; None where nothing shows it."""
+        """True if routed and shared experts are alike in headers and config; None where nothing shows it."""
         if self.routed is None or self.shared is None:
-            return False if self.finding is not None and self.finding.reason == "quant.mixed" else None
+            return False if self.finding is not None and self.finding.code == "quant.mixed" else None
         return self.routed == self.shared and (self.config is None or self.config.state != "differs")
 
 
 @dataclass(frozen=True)
 class RoleEvidence:
-    """The sparse layers of the main model or of its MTP draft.
+    """Sparse layers of the main model or of its MTP draft.
 
     Args:
         moe_layers: sparse layers by config.json; for a draft that only the tensors show, by them.
@@ -70,14 +63,14 @@ class RoleEvidence:
 
     @property
     def stored_alike(self) -> bool | None:
-        """Whether every layer stores its routed and shared experts alike; None where that cannot be said."""
+        """True if every layer stores its routed and shared experts alike; None where nothing shows it."""
         known = [layer.stored_alike for layer in self.layers]
         return False if False in known else None if None in known or not known else True
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that a decision rests on.
+    """Facts that a decision rests on.
 
     Args:
         family, moe: None where ``model_type`` names no known family.
@@ -156,7 +149,7 @@ def _resolver(quants: tuple[QuantConfig, ...]) -> Resolver:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Hundreds of thousands of objects that all stay alive: the collector would only walk them."""
+    """Pause the garbage collector: hundreds of thousands of objects stay alive, it would only walk them."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -201,7 +194,7 @@ def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -
 
 
 def _holder(name: str, projection: str) -> str:
-    """Dotted name of the module that holds a projection."""
+    """Return the dotted name of the module that holds a projection."""
     return name.rpartition(f".{projection}")[0]
 
 
@@ -210,8 +203,8 @@ def _layer(
 ) -> LayerEvidence:
     parts = tensors.parts
 
-    def refuse(reason: Reason, detail: str) -> LayerEvidence:
-        return LayerEvidence(number, None, None, Finding(reason, f"layer {number}{detail}"))
+    def refuse(code: Code, detail: str) -> LayerEvidence:
+        return LayerEvidence(number, None, None, Reason(code, f"layer {number}{detail}"))
 
     if tensors.unknown:
         return refuse("quant.unknown", f": {tensors.unknown!r} lies within the experts and is not known")

@@ -1,4 +1,4 @@
-"""How an expert MLP is stored: dtype and granularity of each tensor of each projection."""
+"""Storage of an expert MLP: dtype and granularity of each tensor of each projection."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from ..checkpoint.headers import TensorHeader
 from ..checkpoint.naming import Projection
+from ..quant.layouts import PLAIN_DTYPES
 
 # (projection, suffix) -> expert -> header; expert -1 is the shared expert or one 3-D tensor of all.
 Tensors = Mapping[tuple[Projection, str], Mapping[int, TensorHeader]]
 ALL_EXPERTS = -1
-PLAIN_DTYPES = frozenset({"BF16", "F16", "F32"})
 # One number per element of the logical weight; packed integers are judged by policy alone.
 _DENSE_DTYPES = PLAIN_DTYPES | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8"}
 
 
 class SpecConflict(Exception):
-    """Tensors of one MLP that should be stored alike are not; the text names them."""
+    """Error: tensors of one MLP that should be stored alike are not; the text names them."""
 
 
 @dataclass(frozen=True, order=True)
@@ -48,10 +48,11 @@ class MlpSpec:
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
+        """Tensors of both projections."""
         return self.gate_up + self.down
 
     def difference(self, other: MlpSpec) -> str:
-        """The first projection in which two specs differ, both sides named; "" where they are equal."""
+        """Name the first projection in which two specs differ, with both sides; "" where they are equal."""
         for name in ("gate_up", "down"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
@@ -60,7 +61,7 @@ class MlpSpec:
 
 
 def mlp_spec(tensors: Tensors, num_experts: int | None, block: tuple[int, int] | None) -> MlpSpec:
-    """The one way in which all experts in ``tensors`` are stored.
+    """Read the one way in which all experts in ``tensors`` are stored.
 
     Args:
         tensors: headers of the routed experts, or of the shared expert, of one layer.
@@ -98,7 +99,7 @@ def mlp_spec(tensors: Tensors, num_experts: int | None, block: tuple[int, int] |
 
 
 def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden: int) -> str | None:
-    """What in ``tensors`` has another size than config.json says, or None.
+    """Say what in ``tensors`` has another size than config.json says, or None.
 
     Expected: gate and up [width, hidden], together [2*width, hidden], down [hidden, width], with a leading
     [num_experts] where one tensor holds all experts; and every expert from 0 to num_experts - 1.
@@ -109,11 +110,11 @@ def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden:
         "gate_up_proj": (2 * width, hidden),
         "down_proj": (hidden, width),
     }
-    for projection, found in sorted(_experts_of(tensors).items()):
-        if num_experts is None or ALL_EXPERTS in found:
+    for projection, numbers in sorted(_experts_of(tensors).items()):
+        if num_experts is None or ALL_EXPERTS in numbers:
             continue
-        if len(found) != num_experts or max(found) >= num_experts:
-            return f"{projection}: {len(found)} experts up to {max(found)}, config.json has {num_experts}"
+        if len(numbers) != num_experts or max(numbers) >= num_experts:
+            return f"{projection}: {len(numbers)} experts up to {max(numbers)}, config.json has {num_experts}"
     for (projection, suffix), experts in sorted(tensors.items()):
         if suffix != "weight":
             continue
@@ -127,14 +128,14 @@ def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden:
 
 
 def _experts_of(tensors: Tensors) -> dict[Projection, set[int]]:
-    found: dict[Projection, set[int]] = {}
+    numbers: dict[Projection, set[int]] = {}
     for (projection, _), experts in tensors.items():
-        found.setdefault(projection, set()).update(experts)
-    return found
+        numbers.setdefault(projection, set()).update(experts)
+    return numbers
 
 
 def _one(tensors: Tensors, projection: Projection, suffix: str) -> TensorHeader | None:
-    """The header that all experts share."""
+    """Return the header that all experts share."""
     experts = tensors.get((projection, suffix))
     if not experts:
         return None
@@ -155,7 +156,7 @@ def _granularity(
     num_experts: int | None,
     block: tuple[int, int] | None,
 ) -> str:
-    """Granularity of one expert's tensor; ``num_experts`` is E where ``header`` holds all experts."""
+    """Name the granularity of one expert's tensor; ``num_experts`` is E if ``header`` holds all experts."""
     shape = header.shape[1:] if num_experts is not None else header.shape
     if suffix == "weight":
         return "matrix" if len(shape) == 2 else f"{len(shape)}-D"

@@ -8,7 +8,8 @@ import torch
 
 from ..kernels.aiter import AiterCaps, TopK, grouped_refusal, grouped_topk, softmax_topk
 from ..kernels.aiter_check import usable
-from .router import FusedRouter, route
+from ..kernels.routing_reference import route
+from .router import FusedRouter
 
 
 def top_k_refusal(caps: AiterCaps, router: FusedRouter) -> str:

@@ -1,18 +1,15 @@
 """Which execution mode runs a fused layer for how many tokens, and how often each one ran in this process.
 
-One layout, three ways to run it: `small`, own kernels for few tokens; `fused`, the engine's grouped GEMM over
-k+S slots; `split`, the engine's grouped GEMM over k and the shared slots as a dense MLP. Which of them is the
-fastest for how many tokens is measured (tuned.py); without a measurement only `split` keeps stock's speed.
+Which mode is the fastest for how many tokens is measured (tuned.py); without a measurement only `split` keeps
+stock's speed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
-Mode = Literal["small", "fused", "split"]
-MODES: tuple[Mode, ...] = ("small", "fused", "split")
+from .mode_registry import MODES, Mode
 
 
 @dataclass(frozen=True)

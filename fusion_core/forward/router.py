@@ -1,7 +1,4 @@
-"""Routing of a fused layer: k routed experts as the family routes them, then S shared slots.
-
-The torch reference: traceable by Dynamo, and float64 where the logits are float64.
-"""
+"""What routes one fused layer: the engine's top-k or our own, with the shared slots appended."""
 
 from __future__ import annotations
 
@@ -10,86 +7,10 @@ from collections.abc import Callable
 import torch
 
 from ...errors import AuditError
-from ..decision.outcome import FusionDecision, RoutingSpec
-from .plan import Mode, ModeCounter
-
-
-def route(
-    logits: torch.Tensor,
-    top_k: int,
-    spec: RoutingSpec,
-    correction_bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose ``top_k`` experts for each token and weigh them.
-
-    Softmax (Qwen): p = softmax(logits); the k largest, renormalised to sum 1 if ``renormalize``.
-    Sigmoid (GLM-4, DeepSeek-V3): s = sigmoid(logits); s + bias chooses, first ``topk_group`` groups
-    by the sum of their two best experts, then experts in them; the weights are s without the bias.
-    Both are multiplied by ``routed_scaling_factor``.
-
-    Args:
-        logits: router logits, [num_tokens, E], any float dtype.
-        correction_bias: [E], added for choosing only.
-
-    Returns:
-        ``topk_weights`` float32 (float64 for float64 logits) and ``topk_ids`` int32,
-        both [num_tokens, top_k].
-    """
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if spec.scoring == "softmax":
-        # Top-k of the logits is top-k of the probabilities, without their ties.
-        chosen, ids = scores.topk(top_k, dim=-1)
-        if spec.renormalize:
-            weights = chosen.softmax(dim=-1)
-        else:
-            weights = (chosen - scores.logsumexp(dim=-1, keepdim=True)).exp()
-    else:
-        scores = scores.sigmoid()
-        choice = scores if correction_bias is None else scores + correction_bias.to(scores.dtype)
-        if spec.num_expert_group > 1:
-            choice = _mask_groups(choice, spec, best=1 if correction_bias is None else 2)
-        ids = choice.topk(top_k, dim=-1).indices
-        weights = scores.gather(1, ids)
-        if spec.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-    if spec.routed_scaling_factor != 1.0:
-        weights = weights * spec.routed_scaling_factor
-    return weights, ids.to(torch.int32)
-
-
-def _mask_groups(choice: torch.Tensor, spec: RoutingSpec, best: int) -> torch.Tensor:
-    """-inf for all experts outside the ``topk_group`` groups with the best expert(s)."""
-    groups = choice.reshape(choice.shape[0], spec.num_expert_group, choice.shape[1] // spec.num_expert_group)
-    group_scores = groups.topk(best, dim=-1).values.sum(dim=-1)
-    kept = group_scores.topk(spec.topk_group, dim=-1).indices
-    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
-    return groups.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
-
-
-def append_shared_slots(
-    weights: torch.Tensor, ids: torch.Tensor, slots: range, slot_weight: torch.Tensor | float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append the shared slots to a top-k.
-
-    Args:
-        weights, ids: [num_tokens, k].
-        slots: the S slot ids, each appended to every token.
-        slot_weight: net weight of the shared expert, [num_tokens, 1] or one number. All slots of a
-            split shared expert carry the same weight, as each holds a part of the same sum.
-
-    Returns:
-        [num_tokens, k + S] of both, contiguous (CPU and AITER kernels ignore strides).
-    """
-    num_tokens, num_slots = weights.shape[0], len(slots)
-    if isinstance(slot_weight, torch.Tensor):
-        shared = slot_weight.to(weights.dtype).expand(num_tokens, num_slots)
-    else:
-        shared = weights.new_full((num_tokens, num_slots), slot_weight)
-    slot_ids = torch.arange(slots.start, slots.stop, dtype=ids.dtype, device=ids.device)
-    return (
-        torch.cat([weights, shared], dim=-1),
-        torch.cat([ids, slot_ids.expand(num_tokens, num_slots)], dim=-1),
-    )
+from ..decision.outcome import MoeSpec
+from ..kernels.routing_reference import append_shared_slots, route
+from .mode_registry import Mode
+from .plan import ModeCounter
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -119,14 +40,13 @@ class SlotAppender:
     def __init__(
         self,
         layer: int,
-        decision: FusionDecision,
+        moe: MoeSpec,
         counter: ModeCounter,
         shared_gate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         output_scale: float = 1.0,
     ) -> None:
-        assert decision.layout is not None
         self.layer = layer
-        self.layout = decision.layout
+        self.layout = moe.layout
         self.counter = counter
         self.shared_gate = shared_gate
         self.output_scale = output_scale
@@ -134,8 +54,8 @@ class SlotAppender:
         self.closed = ""
         # Weight of the first slot is multiplied by this: the positive control of `verify`.
         self.control_factor = 1.0
-        if (shared_gate is None) == (decision.shared_weight == "sigmoid_gate"):
-            raise ValueError(f"layer {layer}: shared weight {decision.shared_weight!r} and its gate disagree")
+        if (shared_gate is None) == (moe.shared_weight == "sigmoid_gate"):
+            raise ValueError(f"layer {layer}: shared weight {moe.shared_weight!r} and its gate disagree")
 
     def enter(self, mode: Mode) -> None:
         """The layer runs, in this mode: count it.
@@ -183,14 +103,13 @@ class FusedRouter(SlotAppender):
     def __init__(
         self,
         layer: int,
-        decision: FusionDecision,
+        moe: MoeSpec,
         counter: ModeCounter,
         shared_gate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         correction_bias: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(layer, decision, counter, shared_gate)
-        assert decision.routing is not None
-        self.routing = decision.routing
+        super().__init__(layer, moe, counter, shared_gate)
+        self.routing = moe.routing
         self.correction_bias = correction_bias
         if (correction_bias is None) == self.routing.has_correction_bias:
             raise ValueError(f"layer {layer}: the correction bias and the decision disagree")

@@ -10,16 +10,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ... import patches
 from ...errors import FsePatchError
 from ..checkpoint.config import UNQUANTISED
 from ..decision.layout import ExpertLayout
-from .plan import Mode, ModePlan, always
+from .mode_registry import MODES
+from .plan import ModePlan, always
 
 FOLDER = Path(patches.__file__).with_name("tuned")
 EXECUTION_FILE = Path(patches.__file__).with_name("execution.yaml")
@@ -81,7 +82,15 @@ class _Strict(BaseModel):
 
 Size = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
-Choice = Literal["small", "fused", "split", "slower"]
+
+
+def _choice(text: str) -> str:
+    if text != SLOWER and text not in MODES:
+        raise ValueError(f"{text!r} is none of {', '.join([*MODES, SLOWER])}")
+    return text
+
+
+Choice = Annotated[str, AfterValidator(_choice)]
 
 
 class Step(_Strict):
@@ -217,8 +226,8 @@ def _holds(table: Table, row: Row, situation: Situation) -> bool:
 def _plan(row: Row, source: str) -> ModePlan | Literal["slower"]:
     if SLOWER in (row.otherwise, *(step.mode for step in row.steps)):
         return "slower"
-    steps = tuple((step.up_to, cast(Mode, step.mode)) for step in row.steps)
-    return ModePlan(steps, cast(Mode, row.otherwise), source)
+    steps = tuple((step.up_to, step.mode) for step in row.steps)
+    return ModePlan(steps, row.otherwise, source)
 
 
 def _is_stock(place: Split, situation: Situation, platform: str) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..decision.outcome import RoutingSpec
-from ..forward.router import append_shared_slots, route
 from .aiter import (
     AiterCaps,
     TopK,
@@ -28,6 +27,7 @@ from .aiter import (
     softmax_topk_shared,
 )
 from .aiter_experts import experts_refusal, fused_experts, shuffle
+from .routing_reference import append_shared_slots, route
 
 log = logging.getLogger("fse_patch")
 # More than one row, or no stride would show.

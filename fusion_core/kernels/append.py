@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..forward.router import append_shared_slots
+from .routing_reference import append_shared_slots
 
 
 def reference(

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from ..decision.outcome import RoutingSpec
-from ..forward.router import append_shared_slots
-from ..forward.router import route as route_reference
 from .launch import begin, options
+from .routing_reference import append_shared_slots
+from .routing_reference import route as route_reference
 
 # More would not fit the registers of one program, and no model of the families asks for more.
 MAX_TOP_K = 16

@@ -1,4 +1,4 @@
-"""The canary: one MoE layer as the checkpoint has it, computed in float64, to compare a fused forward with.
+"""Canary: one MoE layer as the checkpoint has it, computed in float64, to compare a fused forward with.
 
 Written a second time on purpose: nothing of remapping or routing is shared with the code that it judges.
 """
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import AuditError
+from ...errors import AuditError, NoReference
 from ..decision.layout import ExpertLayout
-from ..decision.outcome import FusionDecision, RoutingSpec
-from .checkpoint_layer import E4M3_MAX, CheckpointLayer, Kernel, NoReference, Round, as_it_is
+from ..decision.outcome import MoeSpec, RoutingSpec
+from .checkpoint_layer import E4M3_MAX, CheckpointLayer, Kernel, Round, as_it_is
 from .rounding import Served, share_error, share_spread
 
 # Tokens drawn at once, and how often: a token counts only if its choice of experts is no near tie.
@@ -39,8 +39,13 @@ class CanaryError(AuditError):
 class Reference:
     """Hidden states, what the layer makes of them, and how far an answer may be from it.
 
-    ``shared`` is the shared expert's part of the output, and ``share_tolerance`` [N] by how much of itself it
-    may seem to be off; None where `tolerance` tells as much.
+    Args:
+        hidden: [N, H], in the served dtype.
+        output: [N, H] float64.
+        shared: [N, H] float64, the shared expert's part of the output.
+        tolerance: on the deviation of the whole output.
+        share_tolerance: [N], by how much of itself the shared part may seem to be off; None where
+            ``tolerance`` tells as much.
     """
 
     hidden: torch.Tensor
@@ -52,7 +57,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of computing the reference: how results are rounded, and how FP8 kernels round inputs."""
+    """Way of computing the reference: how results are rounded, and how FP8 kernels round inputs."""
 
     round: Round
     kernel: Kernel | None = None
@@ -61,10 +66,15 @@ class Mode:
 def choose(
     logits: torch.Tensor, top_k: int, spec: RoutingSpec, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts [N, k] of each token by the family's definition, and how clear the choice was.
+    """Choose the experts of each token by the family's definition, and say how clear the choice was.
 
-    The margin [N] is by how much the last that was taken, expert or group, beats the first that was left, in
-    the scores that choose; infinite where nothing was left.
+    Args:
+        logits: of the router, [N, E] float64.
+        bias: correction bias, [E] float64, or None.
+
+    Returns:
+        Numbers of experts [N, k] int64, and margins [N] float64: by how much the last that was taken, expert
+        or group, beats the first that was left, in the scores that choose; infinite where nothing was left.
     """
     margin = torch.full_like(logits[:, 0], float("inf"))
     choice = logits if spec.scoring == "softmax" else _scores(logits, spec)
@@ -84,14 +94,19 @@ def choose(
 
 
 def _steepness(spec: RoutingSpec) -> float:
-    """How much of an error of a logit may be in what `choose` compares: sigmoids are flat, groups add two."""
+    """Say how much of a logit's error may be in what `choose` compares: sigmoids are flat, groups add two."""
     if spec.scoring == "softmax":
         return 1.0
     return 0.5 if spec.num_expert_group > spec.topk_group else 0.25
 
 
 def weigh(logits: torch.Tensor, ids: torch.Tensor, spec: RoutingSpec) -> torch.Tensor:
-    """The weights [N, k] of chosen experts by the family's definition."""
+    """Weigh the chosen experts by the family's definition: [N, k] float64.
+
+    Args:
+        logits: of the router, [N, E] float64.
+        ids: chosen experts, [N, k] int64.
+    """
     weights = _scores(logits, spec).gather(1, ids)
     if spec.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -102,8 +117,8 @@ def _scores(logits: torch.Tensor, spec: RoutingSpec) -> torch.Tensor:
     return torch.softmax(logits, dim=-1) if spec.scoring == "softmax" else torch.sigmoid(logits)
 
 
-def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, seed: int = 0) -> Reference:
-    """Random hidden states whose choice of experts is clear, and the layer's output for them.
+def reference(layer: CheckpointLayer, moe: MoeSpec, served: Served, seed: int = 0) -> Reference:
+    """Draw hidden states whose choice of experts is clear, and compute the layer's output for them.
 
     The tolerance is `ROUNDINGS` times what rounding every intermediate result to the served dtype makes of
     the reference, and at least so many units in the last place, and `LEAST_TOLERANCE`. Where kernels round
@@ -113,23 +128,21 @@ def reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, 
         NoReference: the checkpoint's tensors cannot tell.
     """
     for attempt in range(ATTEMPTS):
-        found = _reference(layer, decision, served, seed + attempt)
-        if found.tolerance < MOST_NOISE or found.share_tolerance is None:
-            return found
-    raise NoReference(f"rounding to FP8 alone may change {found.tolerance:.0%} of a random output")
+        drawn = _reference(layer, moe, served, seed + attempt)
+        if drawn.tolerance < MOST_NOISE or drawn.share_tolerance is None:
+            return drawn
+    raise NoReference(f"rounding to FP8 alone may change {drawn.tolerance:.0%} of a random output")
 
 
-def _reference(layer: CheckpointLayer, decision: FusionDecision, served: Served, seed: int) -> Reference:
-    layout, routing = decision.layout, decision.routing
-    assert layout is not None
-    assert routing is not None
+def _reference(layer: CheckpointLayer, moe: MoeSpec, served: Served, seed: int) -> Reference:
+    layout, routing = moe.layout, moe.routing
     gate = layer.read("gate.weight", served.gate)
     bias = layer.read("gate.e_score_correction_bias", served.bias) if routing.has_correction_bias else None
-    hidden, ids = _clear_tokens(gate, bias, decision, served, seed, layer.input_scale)
+    hidden, ids = _clear_tokens(gate, bias, moe, served, seed, layer.input_scale)
     x = hidden.double()
     row = None
-    if decision.shared_weight == "sigmoid_gate":
-        row = layer.read("shared_expert_gate.weight", served.shared_gate).reshape(1, -1)
+    if layer.shared_gate is not None:
+        row = layer.read(f"{layer.shared_gate}.weight", served.shared_gate).reshape(1, -1)
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
         return value.to(served.dtype).double()
@@ -155,12 +168,12 @@ def _reference(layer: CheckpointLayer, decision: FusionDecision, served: Served,
         held = dict(zip(("gate_proj", "up_proj"), layer.gate_up(expert, served.dtype), strict=True))
         exact = [_product(matrix, x[mine]) for matrix in held.values()]
         as_served = {way: [way(expert, name, matrix) for name, matrix in held.items()] for way in ways}
-        for mode, rows, found in zip(modes, states, inner, strict=True):
+        for mode, rows, parts in zip(modes, states, inner, strict=True):
             pre = exact
             if mode.kernel:
                 pre = [_product(matrix, rows[mine]) for matrix in as_served[mode.kernel.weights]]
             before, up = map(mode.round, pre)
-            found.append(mode.round(before * torch.sigmoid(before) * up))
+            parts.append(mode.round(before * torch.sigmoid(before) * up))
     inner = [_as_kernels_read(mode, parts, layout) for mode, parts in zip(modes, inner, strict=True)]
     outputs = [torch.zeros_like(x) for _ in modes]
     for number, (expert, mine) in enumerate(users.items()):
@@ -178,7 +191,7 @@ def _reference(layer: CheckpointLayer, decision: FusionDecision, served: Served,
 def _tolerances(
     exact: torch.Tensor, shared: torch.Tensor, errors: list[torch.Tensor], served: Served
 ) -> tuple[float, torch.Tensor | None]:
-    """Of the output, and of the shared expert's share in it.
+    """Find the tolerances of the output and of the shared expert's share in it.
 
     Args:
         errors: what rounding to the served dtype makes of the output, then what each way of the kernels does.
@@ -195,7 +208,7 @@ def _tolerances(
 
 
 def _as_kernels_read(mode: Mode, parts: list[torch.Tensor], layout: ExpertLayout) -> list[torch.Tensor]:
-    """What goes into the down projections, each slot's part a row of its own, and all rows at once."""
+    """Round what goes into the down projections: each slot's part is a row, and all rows go in at once."""
     if not mode.kernel:
         return parts
     rows = torch.cat([part.reshape(-1, layout.moe_intermediate_size) for part in parts])
@@ -207,16 +220,14 @@ def _as_kernels_read(mode: Mode, parts: list[torch.Tensor], layout: ExpertLayout
 def _clear_tokens(
     gate: torch.Tensor,
     bias: torch.Tensor | None,
-    decision: FusionDecision,
+    moe: MoeSpec,
     served: Served,
     seed: int,
     input_scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random hidden states, [N, H], and the experts that they choose whatever rounding does to the logits."""
-    layout, routing = decision.layout, decision.routing
-    assert layout is not None
-    assert routing is not None
-    wanted = max(2, EXPERTS // layout.top_k)
+    """Draw hidden states [N, H], and the experts [N, k] that they choose whatever rounding does to logits."""
+    layout, routing = moe.layout, moe.routing
+    enough = max(2, EXPERTS // layout.top_k)
     # Random numbers reach 4 standard deviations: a static scale must not cut them off.
     size = 1.0 if input_scale is None else min(1.0, E4M3_MAX * input_scale / 8)
     draw = torch.Generator("cpu").manual_seed(seed)
@@ -230,11 +241,11 @@ def _clear_tokens(
         clear = margin > 2 * _steepness(routing) * ROUNDINGS * served.gate_unit * logits.abs().amax(dim=1)
         tokens = torch.cat([tokens, drawn[clear]]) if len(tokens) else drawn[clear]
         chosen = torch.cat([chosen, ids[clear]]) if len(chosen) else ids[clear]
-        if len(tokens) >= wanted:
+        if len(tokens) >= enough:
             break
     if not len(tokens):
         raise NoReference("no random token chooses its experts clearly")
-    return tokens[:wanted], chosen[:wanted]
+    return tokens[:enough], chosen[:enough]
 
 
 def _product(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -243,33 +254,38 @@ def _product(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Distance of ``output`` from ``expected`` relative to its size, of the worst token; inf for NaN."""
+    """Measure how far the worst token of ``output`` is off, relative to its size; inf for NaN.
+
+    Args:
+        output: [N, H] of any dtype, on any device.
+        expected: [N, H] float64, in the host's memory.
+    """
     size = expected.norm(dim=-1).clamp_min(torch.finfo(expected.dtype).tiny)
     worst = float(((output.to("cpu", expected.dtype) - expected).norm(dim=-1) / size).max())
     return worst if worst == worst else float("inf")
 
 
-def judge(role: str, layer: int, wanted: Reference, output: torch.Tensor) -> float:
-    """The deviation of a fused layer's output.
+def judge(role: str, layer: int, expected: Reference, output: torch.Tensor) -> float:
+    """Return the deviation of a fused layer's output [N, H], of any dtype.
 
     Raises:
         CanaryError: it is not what the checkpoint says.
     """
-    if output.shape != wanted.output.shape:
+    if output.shape != expected.output.shape:
         raise CanaryError(f"{role} model: layer {layer} gives {list(output.shape)}; the model is not served")
-    found = deviation(output, wanted.output)
+    off = deviation(output, expected.output)
     where = f"{role} model: canary: layer {layer}"
-    if not found <= wanted.tolerance:
+    if not off <= expected.tolerance:
         raise CanaryError(
-            f"{where} is {found:.2g} off what the checkpoint says, relative to its output; "
-            f"{wanted.tolerance:.2g} is allowed; the model is not served"
+            f"{where} is {off:.2g} off what the checkpoint says, relative to its output; "
+            f"{expected.tolerance:.2g} is allowed; the model is not served"
         )
-    if wanted.share_tolerance is not None:
-        share = share_error(output.to("cpu", torch.float64) - wanted.output, wanted.shared)
-        worst = int((share.abs() / wanted.share_tolerance).argmax())
-        if not share[worst].abs() <= wanted.share_tolerance[worst]:
+    if expected.share_tolerance is not None:
+        share = share_error(output.to("cpu", torch.float64) - expected.output, expected.shared)
+        worst = int((share.abs() / expected.share_tolerance).argmax())
+        if not share[worst].abs() <= expected.share_tolerance[worst]:
             raise CanaryError(
                 f"{where} has {1 + share[worst]:.3g} times the shared expert's part, "
-                f"{wanted.share_tolerance[worst]:.2g} is allowed; the model is not served"
+                f"{expected.share_tolerance[worst]:.2g} is allowed; the model is not served"
             )
-    return found
+    return off

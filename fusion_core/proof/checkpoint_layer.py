@@ -1,7 +1,7 @@
-"""The projections of one MoE layer as the checkpoint has them, in float64, and how FP8 kernels round.
+"""Projections of one MoE layer as the checkpoint has them, in float64, and how FP8 kernels round.
 
-A format is data: the tensors that it stores are in `quant.layouts`, its scales' granularity is in the claim
-that the checkpoint's own config makes (`quant.claims`).
+A format is data: its record in `quant` has the tensors that it stores and how they are read, the claim that
+the checkpoint's own config makes has the granularity of its scales.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-from ...errors import FsePatchError
+from ...errors import NoReference
 from ..checkpoint.config import UNQUANTISED, ConfigFile
+from ..checkpoint.families import Role
 from ..checkpoint.naming import TensorNaming
 from ..checkpoint.tensors import CheckpointTensors
-from ..decision.outcome import FusionDecision
 from ..evidence.specs import ALL_EXPERTS
-from ..quant.claims import Claim, Doubt, Resolver, all_plain
-from ..quant.layouts import LAYOUTS, READABLE
-from ..quant.methods import resolver_for
+from ..quant.claims import PLAIN, Claim, Doubt, Resolver, all_plain
+from ..quant.fp8 import BLOCK, TENSOR
+from ..quant.layouts import suffixes
+from ..quant.methods import LAYOUTS, READABLE, resolver_for
+from ..quant.scales import multiply
 
 # The largest number of e4m3 (OCP 8-bit floating point, E4M3): kernels scale what they round to it.
 E4M3_MAX = 448.0
@@ -29,12 +31,12 @@ E4M3_MAX = 448.0
 WAYS: tuple[dict[str, Any], ...] = ({}, {"power_of_two": True}, {"largest": 240.0})
 
 
-class NoReference(FsePatchError):
-    """The checkpoint's tensors do not say what the layer computes; the text says why."""
-
-
 def to_e4m3(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """``values`` as an FP8 kernel sees them: e4m3 of values / scale, saturated, times scale; float64."""
+    """Round ``values`` float64 as an FP8 kernel does: e4m3 of values / scale, saturated, times scale.
+
+    Args:
+        scale: of a shape that broadcasts to that of ``values``.
+    """
     held = (values / scale).clamp(-E4M3_MAX, E4M3_MAX).float().to(torch.float8_e4m3fn)
     return held.double() * scale
 
@@ -46,7 +48,7 @@ Weights = Callable[[int | None, str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way in which kernels round: what goes into gate and up, what goes into down, and the weights."""
+    """Roundings of one kind of kernels: of what goes into gate and up, what goes into down, and weights."""
 
     before: Round
     between: Round
@@ -54,13 +56,13 @@ class Kernel:
 
 
 def as_it_is(rows: torch.Tensor) -> torch.Tensor:
-    """No rounding."""
+    """Return ``rows`` of any shape and dtype: the kernel does not round them."""
     return rows
 
 
 @dataclass(frozen=True)
 class InputRounding:
-    """How a kernel rounds the activations [rows, in] in front of a projection to e4m3.
+    """Rounding of the activations [rows, in] in front of a projection to e4m3.
 
     Args:
         tokens, columns: how many rows and columns share a scale, their largest value / 448; 0 for all.
@@ -76,7 +78,7 @@ class InputRounding:
     power_of_two: bool = False
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows``, rounded; float64."""
+        """Round ``rows`` [rows, in] float64; float64."""
         if self.scale is not None:
             return to_e4m3(rows, self.scale)
         width = rows.shape[1]
@@ -90,7 +92,7 @@ class InputRounding:
 
 
 class CheckpointLayer:
-    """The tensors of one MoE layer, by what they are for; in float64, plain ones rounded as the engine does.
+    """Tensors of one MoE layer, by what they are for; in float64, plain ones rounded as the engine does.
 
     Raises:
         NoReference: the checkpoint's safetensors files do not hold the layer, or in another format than
@@ -98,15 +100,17 @@ class CheckpointLayer:
     """
 
     def __init__(
-        self, tensors: CheckpointTensors, naming: TensorNaming, decision: FusionDecision, layer: int
+        self, tensors: CheckpointTensors, naming: TensorNaming, role: Role, quant_method: str, layer: int
     ) -> None:
         self.tensors = tensors
-        self.resolve = _resolver(tensors, decision)
+        # Name of the gate that weighs the shared expert, None where it weighs 1.
+        self.shared_gate = naming.family.shared_gate
+        self.resolve = _resolver(tensors, quant_method)
         self.names: dict[tuple[int | None, str], dict[str, str]] = {}
         for name in tensors.names():
             # Most names are another layer's, and parsing takes longer than this.
             ref = naming.parse(name) if f".{layer}.mlp." in name else None
-            if ref is not None and ref.layer == layer and ref.role == decision.role:
+            if ref is not None and ref.layer == layer and ref.role == role:
                 self.names.setdefault((ref.expert, ref.projection), {})[ref.suffix] = name
         if not self.names:
             raise NoReference("the checkpoint has no safetensors files with this layer")
@@ -116,7 +120,7 @@ class CheckpointLayer:
         self._held: dict[str, torch.Tensor] = {}
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the block, outside its experts."""
+        """Read a tensor of the block, outside its experts, rounded to ``dtype``; float64."""
         if self.block + name not in self.tensors:
             raise NoReference(f"the checkpoint has no {self.block}{name}")
         tensor = self.tensors.read(self.block + name)
@@ -125,7 +129,11 @@ class CheckpointLayer:
         return tensor.to(dtype).double()
 
     def gate_up(self, expert: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate and up [I, H] of an expert, None for the shared one; good until the next call."""
+        """Read gate and up [I, H] of an expert, None for the shared one; float64, good until the next call.
+
+        Args:
+            dtype: that of the model: plain weights are rounded to it.
+        """
         if self._together(expert):
             gate, up = self._weight(ALL_EXPERTS, "gate_up_proj", dtype, expert).chunk(2)
             return gate, up
@@ -133,13 +141,13 @@ class CheckpointLayer:
         return gate, up
 
     def down(self, expert: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Down projection [H, I] of an expert, None for the shared one; good until the next call."""
+        """Read down [H, I] of an expert, None for the shared one; as `gate_up`."""
         together = self._together(expert)
         row = expert if together else None
         return self._weight(ALL_EXPERTS if together else expert, "down_proj", dtype, row)
 
     def kernels(self, ue8m0: bool = False) -> tuple[Kernel, ...]:
-        """The ways in which kernels may round; none where they do not.
+        """List the ways in which kernels may round; none where they do not.
 
         Args:
             ue8m0: kernels here may hold weights in blocks with scales rounded up to powers of two.
@@ -147,45 +155,45 @@ class CheckpointLayer:
         before, between = (self._rounding(p) for p in (("gate_proj", "up_proj"), ("down_proj",)))
         form = self._claim(None, "gate_proj").format
         # Weights alone, where gate and up are quantised again and activations may stay as they are.
-        alone = [Kernel(as_it_is, as_it_is, self.by_one_scale)] if form == "fp8-tensor" else []
+        alone = [Kernel(as_it_is, as_it_is, self.by_one_scale)] if form == TENSOR.name else []
         if before is None or between is None:
             return tuple(alone)
         ways = WAYS if before.scale is None else WAYS[:1]
-        found = [Kernel(replace(before, **w), replace(between, **w), self.by_one_scale) for w in ways]
-        if ue8m0 and form == "fp8-block":
-            found.append(replace(found[1], weights=self.by_powers_of_two))
-        return (*alone, *found)
+        kernels = [Kernel(replace(before, **w), replace(between, **w), self.by_one_scale) for w in ways]
+        if ue8m0 and form == BLOCK.name:
+            kernels.append(replace(kernels[1], weights=self.by_powers_of_two))
+        return (*alone, *kernels)
 
     def by_one_scale(self, expert: int | None, projection: str, weight: torch.Tensor) -> torch.Tensor:
-        """Gate and up as kernels hold them that have one scale for both: the larger one."""
-        if projection == "down_proj" or self._claim(expert, projection).format != "fp8-tensor":
+        """Round gate and up [I, H] float64 as kernels do that have one scale for both: the larger one."""
+        if projection == "down_proj" or self._claim(expert, projection).format != TENSOR.name:
             return weight
         one, other = (float(self._scale(expert, p).max()) for p in ("gate_proj", "up_proj"))
         return weight if one == other else to_e4m3(weight, max(one, other))
 
     def by_powers_of_two(self, expert: int | None, projection: str, weight: torch.Tensor) -> torch.Tensor:
-        """A weight as kernels hold it whose scales are powers of two (UE8M0), rounded up."""
+        """Round a weight [out, in] float64 as kernels do that round scales up to powers of two (UE8M0)."""
         scale = torch.exp2(torch.ceil(torch.log2(self._scale(expert, projection))))
         group = self._claim(expert, projection).group
         return to_e4m3(weight, multiply(torch.ones_like(weight), scale, group))
 
     @cached_property
     def input_scale(self) -> float | None:
-        """The fixed scale of hidden states, of a checkpoint with static activations."""
+        """Fixed scale of hidden states, of a checkpoint with static activations."""
         before = self._rounding(("gate_proj", "up_proj"))
         return before.scale if before else None
 
     def _rounding(self, projections: tuple[str, ...]) -> InputRounding | None:
-        found = {key: held for key, held in self.names.items() if key[1] in projections}
-        claim = self._claim(*next(iter(found), (None, projections[0])))
+        names = {key: stored for key, stored in self.names.items() if key[1] in projections}
+        claim = self._claim(*next(iter(names), (None, projections[0])))
         if claim.inputs is None:
             return None
         if "input_scale" not in claim.needs:
             return InputRounding(*claim.inputs)
         # Engines take the largest of all experts in a layer, the shared one's with them.
-        if any("input_scale" not in held for held in found.values()):
+        if any("input_scale" not in stored for stored in names.values()):
             raise NoReference(f"some {projections[0]} in {self.block} has no input_scale")
-        scales = [float(self.tensors.read(held["input_scale"]).max()) for held in found.values()]
+        scales = [float(self.tensors.read(stored["input_scale"]).max()) for stored in names.values()]
         return InputRounding(*claim.inputs, max(scales))
 
     def _together(self, expert: int | None) -> bool:
@@ -202,13 +210,12 @@ class CheckpointLayer:
             raise NoReference(str(doubt)) from None
         if claim.format not in READABLE:
             raise NoReference(f"{name}: the canary does not read {claim.format}")
-        known = {suffix for words in LAYOUTS[claim.format] for suffix in words.split("|")}
-        if "weight" not in names or names.keys() - known:
+        if "weight" not in names or names.keys() - suffixes(LAYOUTS[claim.format]):
             raise NoReference(f"{name} and what is stored with it are not {claim.format}")
         return claim
 
     def _scale(self, expert: int | None, projection: str) -> torch.Tensor:
-        """The weight's scales as a matrix; one row or column where they are the same for all."""
+        """Read the weight's scales as a matrix; one row or column where they are the same for all."""
         stored = self.names[expert, projection]
         name = next((name for suffix, name in stored.items() if suffix.startswith("weight_scale")), None)
         if name is None:
@@ -222,40 +229,19 @@ class CheckpointLayer:
         claim = self._claim(expert, projection)
         name = self.names[expert, projection]["weight"]
         weight = self.tensors.read(name, row)
-        plain = claim.format == "plain"
+        plain = claim.format == PLAIN.format
         if not weight.is_floating_point() or plain != (weight.element_size() > 1):
             raise NoReference(f"{name} is {weight.dtype}, which is not {claim.format}")
         held = self._held.get(projection)
         if held is None or held.shape != weight.shape:
             held = self._held[projection] = torch.empty(weight.shape, dtype=torch.float64, device="cpu")
-        if plain:
-            return held.copy_(weight.to(dtype))
-        return multiply(held.copy_(weight), self._scale(expert, projection), claim.group)
+        held.copy_(weight.to(dtype) if plain else weight)
+        scale = None if plain else self._scale(expert, projection)
+        return READABLE[claim.format](held, scale, claim.group)
 
 
-def multiply(weight: torch.Tensor, scale: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
-    """``weight`` [out, in] times its scales, in place: one for every group of rows and columns, 0 for all.
-
-    Args:
-        scale: [ceil(out / rows), ceil(in / columns)]; the last block of either may be a partial one.
-
-    Raises:
-        NoReference: the scales are not as many as the groups.
-    """
-    (out, inner), (rows, columns) = weight.shape, group
-    rows, columns = rows or out, columns or inner
-    if list(scale.shape) != [-(-out // rows), -(-inner // columns)]:
-        raise NoReference(f"{list(scale.shape)} scales for {out} x {inner} in groups of {rows} x {columns}")
-    wide = scale if scale.shape[1] == 1 else scale.repeat_interleave(columns, dim=1)[:, :inner]
-    if rows == 1:
-        return weight.mul_(wide)
-    for number, factors in enumerate(wide):
-        weight[number * rows : (number + 1) * rows].mul_(factors)
-    return weight
-
-
-def _resolver(tensors: CheckpointTensors, decision: FusionDecision) -> Resolver:
-    if decision.quant_method in ("", UNQUANTISED):
+def _resolver(tensors: CheckpointTensors, quant_method: str) -> Resolver:
+    if quant_method in ("", UNQUANTISED):
         return all_plain
     try:
         return resolver_for(ConfigFile(tensors.folder).quantisations())

@@ -1,4 +1,4 @@
-"""Whether two runs of one model agree: log-probabilities of prompts and answers; a control must not."""
+"""Comparison of two runs of one model: log-probabilities of prompts and answers agree, a control's do not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def difference(one: list[list[float]], other: list[list[float]]) -> Difference:
 
 
 def summary(values: Sequence[float]) -> Difference:
-    """Of absolute differences; without any, of 0 tokens."""
+    """Sum up absolute differences; without any, those of 0 tokens."""
     # max() would let a NaN that is not in front pass for agreement.
     if any(v != v for v in values):
         return Difference(float("nan"), float("nan"), len(values))
@@ -49,7 +49,7 @@ def summary(values: Sequence[float]) -> Difference:
 
 
 def answer_steps(stock: Mapping[str, Any], fused: Mapping[str, Any]) -> list[list[float]]:
-    """How far apart the decode steps of two greedy answers are, as far as both had the same context.
+    """List how far apart the decode steps of two greedy answers are, as far as both had the same context.
 
     A step is compared by the token that stock took, in nats. Where that is none of fused's best, by the least
     that it is off. The step in which the tokens part is the last; the first token is the prompt's, and does
@@ -72,28 +72,28 @@ def answer_steps(stock: Mapping[str, Any], fused: Mapping[str, Any]) -> list[lis
 
 def _steps(tokens: Tokens, others: Tokens, best: Best, other_best: Best) -> Iterator[float]:
     same = True
-    for n, (token, other, held, found) in enumerate(zip(tokens, others, best, other_best, strict=True)):
+    for n, (token, other, held, other_held) in enumerate(zip(tokens, others, best, other_best, strict=True)):
         if not same:
             return
         same = token == other
         if n:
-            wanted, known = dict(held)[token], dict(found)
-            if token in known or any(map(math.isnan, known.values())):
-                yield abs(wanted - known.get(token, math.nan))
+            logprob, other_logprobs = dict(held)[token], dict(other_held)
+            if token in other_logprobs or any(map(math.isnan, other_logprobs.values())):
+                yield abs(logprob - other_logprobs.get(token, math.nan))
             else:
-                yield max(0.0, wanted - min(known.values()))
+                yield max(0.0, logprob - min(other_logprobs.values()))
 
 
 def noise_of(stock: Mapping[str, Any]) -> tuple[Difference, dict[str, float]]:
-    """Stock against itself: what counts, as of `NOISES`, and the means that were found.
+    """Compare stock with itself: the noise that counts, by `NOISES`, and the mean of each kind.
 
     Args:
         stock: ``logprobs`` of prompts, and of the same in the ways that `NOISES` names, where they were run.
     """
-    found = {name: difference(stock["logprobs"], stock[name]) for name in NOISES if name in stock}
-    scaled = [Difference(NOISES[name] * one.mean, one.max, one.tokens) for name, one in found.items()]
+    measured = {name: difference(stock["logprobs"], stock[name]) for name in NOISES if name in stock}
+    scaled = [Difference(NOISES[name] * one.mean, one.max, one.tokens) for name, one in measured.items()]
     noise = max(scaled, key=lambda one: math.inf if math.isnan(one.mean) else one.mean)
-    return noise, {name: one.mean for name, one in found.items()}
+    return noise, {name: one.mean for name, one in measured.items()}
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,19 @@ class Tolerance:
 
     @classmethod
     def for_dtype(cls, dtype: str, noise: Difference) -> Tolerance:
-        """Limits for a run in ``dtype``; ``noise`` is stock against stock."""
+        """Set the limits for a run in ``dtype``; ``noise`` is stock against stock."""
         if dtype == "float32":
             return cls(MEAN_FLOAT32, MAX_FLOAT32, MEAN_FLOAT32)
         return cls(NOISE_FACTOR * noise.mean, None, CONTROL_FACTOR * noise.mean)
 
-    def holds(self, found: Difference) -> bool:
-        """Whether a difference lies within the limits. NaN does not."""
-        return found.mean <= self.mean and (self.max is None or found.max <= self.max)
+    def holds(self, fused: Difference) -> bool:
+        """Tell whether a difference lies within the limits. NaN does not."""
+        return fused.mean <= self.mean and (self.max is None or fused.max <= self.max)
 
     def caught(self, control: Difference) -> bool:
-        """Whether the deliberate fault was seen."""
+        """Tell whether the deliberate fault was seen."""
         return control.mean >= self.control and not self.holds(control)
 
     def to_dict(self) -> dict[str, Any]:
-        """The limits as plain data."""
+        """Return the limits as plain data."""
         return asdict(self)

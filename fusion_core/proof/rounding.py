@@ -1,8 +1,7 @@
-"""How an engine holds a layer, and what its roundings may amount to.
-By how much of itself one part of a layer's output seems to be off, whatever else is.
+"""Size of roundings in an engine's layer, and what of an error looks like the shared expert's part.
 
-Least squares over all elements of an output: rounding points anywhere and hardly along one part, a wrong
-weight of that part points along it and nowhere else.
+The latter is least squares over all elements of an output: rounding points anywhere and hardly along one
+part, a wrong weight of that part points along it and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,23 +10,21 @@ from dataclasses import dataclass
 
 import torch
 
-# MERGED fusion_core/served.py
-
-
 # Half a unit in the last place: 2^-p for a significand of p bits (IEEE 754; bfloat16 has 8 of them).
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # TF32, which GPUs may multiply float32 in, keeps a significand of 11 bits.
 TF32_UNIT = 2.0**-11
+TINY = torch.finfo(torch.float64).tiny
 
 
 def unit_of(dtype: torch.dtype, device: str) -> float:
-    """Relative size of one rounding of ``dtype`` in a product on ``device``."""
+    """Return the relative size of one rounding of ``dtype`` in a product on ``device``."""
     return TF32_UNIT if dtype == torch.float32 and device != "cpu" else UNIT[dtype]
 
 
 @dataclass(frozen=True)
 class Served:
-    """In which dtypes the engine holds a layer: its experts and hidden states, gate, bias and shared gate.
+    """Dtypes in which the engine holds a layer: its experts and hidden states, gate, bias and shared gate.
 
     ``ue8m0``: kernels of the device may take scales of FP8 weights as powers of two.
     """
@@ -46,22 +43,16 @@ class Served:
 
     @property
     def gate_unit(self) -> float:
-        """The same of the router's logits: some gates are wider than the states."""
+        """Relative size of one rounding of the router's logits: some gates are wider than the states."""
         return unit_of(torch.promote_types(self.dtype, self.gate), self.device)
 
 
-# MERGED fusion_core/shares.py
-
-
-TINY = torch.finfo(torch.float64).tiny
-
-
 def share_error(error: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """Of each token, the factor of ``shared`` in ``error`` by least squares."""
+    """Fit ``shared`` to ``error``, both [N, H] float64, by least squares: a factor [N] for each token."""
     return (error * shared).sum(dim=-1) / shared.square().sum(dim=-1).clamp_min(TINY)
 
 
 def share_spread(error: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of `share_error` where every element of ``error`` has its sign by chance."""
+    """Estimate the standard deviation [N] of `share_error` if each element of ``error`` has a random sign."""
     size = (error * shared).square().sum(dim=-1).sqrt()
     return size / shared.square().sum(dim=-1).clamp_min(TINY)

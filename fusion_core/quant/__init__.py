@@ -1,1 +1,1 @@
-"""What quantisation configs say of single modules: one file a format, nothing judged."""
+"""Quantisation: one file and one record a method, what its configs say of single modules, nothing judged."""

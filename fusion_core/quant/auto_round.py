@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import match
+from collections.abc import Mapping
+
+from . import awq, gptq, match
 from .claims import (
     PLAIN,
     Claim,
@@ -10,16 +12,17 @@ from .claims import (
     Resolver,
     Section,
     flag,
-    integer_format,
     mapping,
     names,
     refuse_unknown_keys,
     whole,
     word,
 )
+from .integers import integer_claim
+from .records import Format, Method
 
 _SPEC = {"bits", "group_size", "sym", "data_type"}
-# Floating activations, and what tells how the weights were found.
+# Floating activations, and what tells how the weights came about.
 _HOW = {
     "quant_method", "amp", "asym", "autoround_version", "batch_size", "dataset", "enable_minmax_tuning",
     "enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps", "iters", "lr",
@@ -34,19 +37,19 @@ _KEYS = _SPEC | _HOW | _ACTIVATIONS | {"packing_format", "extra_config", *_BLOCK
 _REGEX_SIGNS = set("*+?^$()[]{}|\\")
 
 
-def auto_round(section: Section) -> Resolver:
-    """`extra_config` by full name, then by regex anywhere in the name; `block_name_to_quantize` dotted."""
+def parse(section: Section) -> Resolver:
+    """Read `extra_config`, full names, then regexes anywhere in a name; `block_name_to_quantize` dotted."""
     refuse_unknown_keys(section, _KEYS)
     packing = word(section, "packing_format", "auto_round:auto_gptq")
     if whole(section, "act_bits", 16) < 16:
         raise Doubt("quantised activations are not known")
     if packing.endswith("gptq"):
-        kind = "gptq"
+        formats = gptq.BY_BITS
     elif packing.endswith("awq"):
-        kind = "awq"
+        formats = awq.BY_BITS
     else:
         raise Doubt(f"'packing_format' {packing!r} is not known")
-    default = _claim(kind, section)
+    default = _claim(formats, section)
     blocks = tuple(part.strip() for entry in names(section, *_BLOCKS) for part in entry.split(","))
     inside = match.dotted(blocks)
     single: dict[str, Claim] = {}
@@ -57,7 +60,7 @@ def auto_round(section: Section) -> Resolver:
     for name in extra:
         change = mapping(extra, name)
         refuse_unknown_keys(change, _SPEC | _ACTIVATIONS | {"scale_dtype"}, f"extra_config.{name}.")
-        claim = _claim(kind, {**section, **change})
+        claim = _claim(formats, {**section, **change})
         if name in regexes:
             patterns.append((match.regexes([name], search=True), claim))
         else:
@@ -66,17 +69,25 @@ def auto_round(section: Section) -> Resolver:
     def resolve(name: str) -> Claim:
         if name in single:
             return single[name]
-        found = next((claim for matches, claim in patterns if matches(name)), None)
-        if found is not None:
-            return found
+        pattern = next((claim for matches, claim in patterns if matches(name)), None)
+        if pattern is not None:
+            return pattern
         return default if not blocks or inside(name) else PLAIN
 
     return resolve
 
 
-def _claim(kind: str, section: Section) -> Claim:
+def _claim(formats: Mapping[int, Format], section: Section) -> Claim:
     if whole(section, "bits") >= 16:
         return PLAIN
     word(section, "data_type", "int", {"int"})
     symmetric = "symmetric" if flag(section, "sym", True) else "zero points"
-    return integer_format(kind, section, ("bits", "group_size"), [symmetric])
+    return integer_claim(formats, section, ("bits", "group_size"), [symmetric])
+
+
+METHOD = Method(
+    names=("auto-round", "autoround", "intel/auto-round", "inc"),
+    parse=parse,
+    formats=(*gptq.METHOD.formats, *awq.METHOD.formats),
+    engine_names=frozenset({"auto-round", "inc"}),
+)

@@ -1,4 +1,4 @@
-"""What a quantisation config says of one projection, and the typed reading that all parsers share.
+"""Claim of a quantisation config on one projection, and the typed reading that all parsers share.
 
 Every function that reads a value raises Doubt where it is of another kind, and takes null for nothing said.
 """
@@ -11,15 +11,15 @@ from typing import Any
 
 
 class Doubt(Exception):
-    """Something in a quantisation config that is not known; the text says what."""
+    """Error: something in a quantisation config is not known; the text says what."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """How a config says that one projection is stored.
+    """Storage of one projection, as a config has it.
 
     Args:
-        format: "plain", "fp8-block", "int4-gptq", ...; `layouts.LAYOUTS` has those whose tensors are known.
+        format: "plain", "fp8-block", "int4-gptq", ...; `methods.LAYOUTS` has those whose tensors are known.
         bits: of a packed weight; 0 where a weight has one number an element.
         group: rows and columns of the weight [out, in] that share a scale; 0 stands for all of them.
         needs, lacks: suffixes that must, and must not, be stored.
@@ -49,7 +49,7 @@ Section = Mapping[str, Any]
 
 
 def all_plain(_: str) -> Claim:
-    """The resolver of a checkpoint that declares no quantisation."""
+    """Resolve every module of a checkpoint that declares no quantisation."""
     return PLAIN
 
 
@@ -61,7 +61,7 @@ def refuse_unknown_keys(section: Section, known: Iterable[str], where: str = "")
 
 
 def whole(section: Section, key: str, default: int | None = None, low: int = 0) -> int:
-    """The whole number under ``key``, at least ``low``."""
+    """Read the whole number under ``key``, at least ``low``."""
     value = section.get(key)
     value = default if value is None else value
     if type(value) is not int or not low <= value < 1 << 24:
@@ -70,7 +70,7 @@ def whole(section: Section, key: str, default: int | None = None, low: int = 0) 
 
 
 def flag(section: Section, key: str, default: bool) -> bool:
-    """The boolean under ``key``."""
+    """Read the boolean under ``key``."""
     value = section.get(key)
     value = default if value is None else value
     if type(value) is not bool:
@@ -79,7 +79,7 @@ def flag(section: Section, key: str, default: bool) -> bool:
 
 
 def word(section: Section, key: str, default: str, among: Iterable[str] = ()) -> str:
-    """The lower-case string under ``key``; with ``among``, one of these."""
+    """Read the string under ``key`` in lower case; with ``among``, one of these."""
     value = section.get(key)
     value = default if value is None else value
     if type(value) is not str or (among and value.lower() not in among):
@@ -88,8 +88,8 @@ def word(section: Section, key: str, default: str, among: Iterable[str] = ()) ->
 
 
 def names(section: Section, *keys: str) -> tuple[str, ...]:
-    """All strings in the lists under ``keys``; lists of lists count as one."""
-    found: list[str] = []
+    """Read all strings in the lists under ``keys``; lists of lists count as one."""
+    strings: list[str] = []
     for key in keys:
         stack = [section.get(key)]
         while stack:
@@ -97,32 +97,17 @@ def names(section: Section, *keys: str) -> tuple[str, ...]:
             if isinstance(value, list):
                 stack.extend(value)
             elif isinstance(value, str):
-                found.append(value)
+                strings.append(value)
             elif value is not None:
                 raise Doubt(f"'{key}' holds {value!r}, which is no name")
-    return tuple(found)
+    return tuple(strings)
 
 
 def mapping(section: Section, key: str) -> Section:
-    """The object under ``key``; empty where there is none."""
+    """Read the object under ``key``; empty where there is none."""
     value = section.get(key)
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise Doubt(f"'{key}' is {value!r}, no object")
     return value
-
-
-def integer_format(kind: str, section: Section, sizes: tuple[str, str], details: Iterable[str]) -> Claim:
-    """Claim on packed integers of 4 or 8 bits.
-
-    Args:
-        kind: how they are packed: "gptq" or "awq".
-        sizes: keys of the number of bits and of the group size.
-        details: what headers cannot show.
-    """
-    bits, group = whole(section, sizes[0]), whole(section, sizes[1], -1, low=-1)
-    if bits not in (4, 8) or group == 0:
-        raise Doubt(f"{bits} bits in groups of {group} are not known")
-    # -1 is how these formats say "one group a row".
-    return Claim(f"int{bits}-{kind}", bits, (1, max(group, 0)), details=tuple(details))

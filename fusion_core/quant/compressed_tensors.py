@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from . import match
 from .claims import (
     PLAIN,
@@ -16,7 +18,44 @@ from .claims import (
     whole,
     word,
 )
+from .fbgemm_fp8 import CHANNEL
+from .fp8 import BLOCK, TENSOR
+from .integers import BITS, TABLE_DTYPES
+from .layouts import CHANNEL_SCALES, INPUT_SCALE, INT32, PLAIN_DTYPES, Stored
+from .modelopt import NVFP4
+from .mxfp4 import MXFP4
+from .records import Format, Method
 
+INT8_CHANNEL = Format(
+    "int8-channel",
+    layout={
+        "weight": Stored(frozenset({"I8"}), ("out in",)),
+        "weight_scale": CHANNEL_SCALES,
+        "input_scale": INPUT_SCALE,
+    },
+    dequantise=None,
+    table_dtype=None,
+)
+# Bits -> format.
+PACKED: Mapping[int, Format] = {
+    bits: Format(
+        f"int{bits}-packed",
+        layout={
+            "weight_packed": Stored(INT32, ("out in/pack",)),
+            "weight_scale": Stored(PLAIN_DTYPES, ("out in/cols",)),
+            "weight_shape": Stored(frozenset({"I64", "I32"}), ("2",)),
+            "weight_zero_point": Stored(INT32, ("out/pack in/cols",), optional=True),
+            "weight_g_idx": Stored(INT32, ("in",), optional=True),
+        },
+        dequantise=None,
+        table_dtype=TABLE_DTYPES[bits],
+    )
+    for bits in BITS
+}
+# The config's word for a format that packs FP4 -> format.
+_FP4: Mapping[str, Format] = {"nvfp4-pack-quantized": NVFP4, "mxfp4-pack-quantized": MXFP4}
+# Strategy of FP8 weights -> format.
+_FP8: Mapping[str, Format] = {"tensor": TENSOR, "channel": CHANNEL, "block": BLOCK}
 _KEYS = {
     "quant_method", "config_groups", "format", "ignore", "quantization_status", "kv_cache_scheme",
     "sparsity_config", "transform_config", "global_compression_ratio", "version",
@@ -31,8 +70,8 @@ _CLASS = "Linear"
 _INPUT_SCALE, _ZERO, _ORDER = (frozenset({s}) for s in ("input_scale", "weight_zero_point", "weight_g_idx"))
 
 
-def compressed_tensors(section: Section) -> Resolver:
-    """Names match whole, or by a "re:" regex from their start; "Linear" targets every projection."""
+def parse(section: Section) -> Resolver:
+    """Read names that match whole, or by a "re:" regex from their start; "Linear" is every projection."""
     refuse_unknown_keys(section, _KEYS)
     word(section, "quantization_status", "compressed", {"compressed", "frozen"})
     if mapping(section, "transform_config") or word(_sparsity(section), "format", "dense") != "dense":
@@ -52,10 +91,10 @@ def compressed_tensors(section: Section) -> Resolver:
     def resolve(name: str) -> Claim:
         if ignored(name):
             return PLAIN
-        found = {claim for all_linear, matches, claim in groups if all_linear or matches(name)}
-        if len(found) > 1:
+        claims = {claim for all_linear, matches, claim in groups if all_linear or matches(name)}
+        if len(claims) > 1:
             raise Doubt(f"two config groups claim {name}")
-        return found.pop() if found else PLAIN
+        return claims.pop() if claims else PLAIN
 
     return resolve
 
@@ -73,8 +112,8 @@ def _claim(group: Section, form: str) -> Claim:
         refuse_unknown_keys(scheme, _SCHEME_KEYS, f"{label}.")
     if mapping(group, "output_activations"):
         raise Doubt("quantised output activations are not known")
-    if form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
-        return Claim(form.partition("-")[0])
+    if form in _FP4:
+        return Claim(_FP4[form].name)
     kind, bits = word(weights, "type", "int"), whole(weights, "num_bits")
     strategy = word(weights, "strategy", "")
     static = bool(inputs) and not _dynamic(inputs)
@@ -84,20 +123,20 @@ def _claim(group: Section, form: str) -> Claim:
     details = [_activations(inputs), "" if symmetric else "zero points", f"order {order}" if order else ""]
     if (kind, bits, form) == ("float", 8, "float-quantized") and symmetric and not order:
         rows, columns = _group(weights, strategy)
-        name = {"tensor": "fp8-tensor", "channel": "fp8-channel", "block": "fp8-block"}.get(strategy)
+        stored = _FP8.get(strategy)
     elif (kind, bits, form, strategy) == ("int", 8, "int-quantized", "channel") and symmetric and not order:
         rows, columns = 1, 0
-        name = "int8-channel"
-    elif kind == "int" and bits in (4, 8) and form == "pack-quantized" and strategy in ("group", "channel"):
+        stored = INT8_CHANNEL
+    elif kind == "int" and bits in PACKED and form == "pack-quantized" and strategy in ("group", "channel"):
         rows, columns = _group(weights, strategy)
-        name = f"int{bits}-packed"
+        stored = PACKED[bits]
     else:
-        name = None
-    if name is None:
+        stored = None
+    if stored is None:
         raise Doubt(f"{kind} weights of {bits} bits by {strategy or 'no strategy'} in {form!r} are not known")
     return Claim(
-        name,
-        bits if name.endswith("-packed") else 0,
+        stored.name,
+        bits if stored in PACKED.values() else 0,
         (rows, columns),
         needs=(_INPUT_SCALE if static else frozenset())
         | (frozenset() if symmetric else _ZERO)
@@ -127,7 +166,7 @@ def _dynamic(scheme: Section) -> bool:
 
 
 def _shared_scales(inputs: Section) -> tuple[int, int] | None:
-    """Tokens and columns of FP8 activations that share a scale; one for all by "tensor"."""
+    """Read how many tokens and columns of FP8 activations share a scale; 0 for all."""
     if not inputs or word(inputs, "type", "int") != "float":
         return None
     tokens = 0 if word(inputs, "strategy", "") == "tensor" else 1
@@ -141,3 +180,11 @@ def _activations(inputs: Section) -> str:
     size = f" {inputs.get('group_size')}" if inputs.get("group_size") else ""
     kind, strategy = word(inputs, "type", "int"), word(inputs, "strategy", "")
     return f"{how} {kind}{whole(inputs, 'num_bits')} activations by {strategy}{size}"
+
+
+METHOD = Method(
+    names=("compressed-tensors",),
+    parse=parse,
+    formats=(TENSOR, CHANNEL, BLOCK, INT8_CHANNEL, *PACKED.values(), NVFP4, MXFP4),
+    engine_names=frozenset({"compressed-tensors"}),
+)

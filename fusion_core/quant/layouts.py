@@ -1,4 +1,4 @@
-"""Which tensors a format stores for one projection, as data, and how stored ones differ from that."""
+"""Tensors that a format stores for one projection, and how those of a checkpoint differ from them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from ..checkpoint.headers import TensorHeader
 from .claims import Claim
 
-_PLAIN = frozenset({"BF16", "F16", "F32"})
-_FP8 = frozenset({"F8_E4M3", "F8_E4M3FNUZ"})
-_INTS = frozenset({"I32"})
+# dtypes as safetensors names them.
+PLAIN_DTYPES = frozenset({"BF16", "F16", "F32"})
+FP8_DTYPES = frozenset({"F8_E4M3", "F8_E4M3FNUZ"})
+INT32 = frozenset({"I32"})
 
 
 @dataclass(frozen=True)
@@ -28,78 +29,32 @@ class Stored:
     optional: bool = False
 
 
-_SCALAR = ("", "1")
-_WEIGHT8 = Stored(_FP8, ("out in",))
-_INPUT_SCALE = Stored(_PLAIN, _SCALAR, optional=True)
+# Suffix -> tensor; "a|b" are two names for one.
+Layout = Mapping[str, Stored]
+
+# Tensors that several formats have.
+FP8_WEIGHT = Stored(FP8_DTYPES, ("out in",))
+ONE_SCALE = Stored(PLAIN_DTYPES, ("", "1"))
+CHANNEL_SCALES = Stored(PLAIN_DTYPES, ("out 1", "out"))
+INPUT_SCALE = Stored(PLAIN_DTYPES, ("", "1"), optional=True)
 
 
-def _integers(bits: int) -> dict[str, Mapping[str, Stored]]:
-    return {
-        f"int{bits}-gptq": {
-            "qweight": Stored(_INTS, ("in/pack out",)),
-            "qzeros": Stored(_INTS, ("in/cols out/pack",)),
-            "scales": Stored(_PLAIN, ("in/cols out",)),
-            "g_idx": Stored(_INTS, ("in",), optional=True),
-        },
-        f"int{bits}-awq": {
-            "qweight": Stored(_INTS, ("in out/pack",)),
-            "qzeros": Stored(_INTS, ("in/cols out/pack",)),
-            "scales": Stored(_PLAIN, ("in/cols out",)),
-        },
-        f"int{bits}-packed": {
-            "weight_packed": Stored(_INTS, ("out in/pack",)),
-            "weight_scale": Stored(_PLAIN, ("out in/cols",)),
-            "weight_shape": Stored(frozenset({"I64", "I32"}), ("2",)),
-            "weight_zero_point": Stored(_INTS, ("out/pack in/cols",), optional=True),
-            "weight_g_idx": Stored(_INTS, ("in",), optional=True),
-        },
-    }
-
-
-# Format -> suffix -> tensor; "a|b" are two names for one. A format that is not here is never fused.
-LAYOUTS: Mapping[str, Mapping[str, Stored]] = {
-    "plain": {"weight": Stored(_PLAIN, ("out in",))},
-    "fp8-block": {
-        "weight": _WEIGHT8,
-        "weight_scale_inv|weight_scale": Stored(_PLAIN, ("out/rows in/cols",)),
-    },
-    "fp8-channel": {
-        "weight": _WEIGHT8,
-        "weight_scale": Stored(_PLAIN, ("out 1", "out")),
-        "input_scale": _INPUT_SCALE,
-    },
-    "fp8-tensor": {
-        "weight": _WEIGHT8,
-        "weight_scale": Stored(_PLAIN, _SCALAR),
-        "input_scale": _INPUT_SCALE,
-    },
-    "int8-channel": {
-        "weight": Stored(frozenset({"I8"}), ("out in",)),
-        "weight_scale": Stored(_PLAIN, ("out 1", "out")),
-        "input_scale": _INPUT_SCALE,
-    },
-    **_integers(4),
-    **_integers(8),
-}
-
-# Formats whose weight times its scale is the projection: the canary reads these and no others.
-READABLE = frozenset({"plain", "fp8-block", "fp8-channel", "fp8-tensor"})
-
-
-def contradiction(claim: Claim, stored: Mapping[str, TensorHeader], out: int, inner: int) -> str:
-    """What of one projection's tensors cannot be as ``claim`` says, or "".
+def contradiction(
+    layout: Layout, claim: Claim, stored: Mapping[str, TensorHeader], out: int, inner: int
+) -> str:
+    """Say what of one projection's tensors cannot be as ``claim`` says, or "".
 
     Args:
-        claim: of a format in LAYOUTS.
+        layout: of the claim's format.
         stored: suffix -> header of one expert.
         out, inner: sizes of the weight [out, inner].
     """
-    for names, tensor in LAYOUTS[claim.format].items():
-        found = [name for name in names.split("|") if name in stored]
-        wanted = not tensor.optional or names in claim.needs
-        if not found and wanted:
+    for names, tensor in layout.items():
+        there = [name for name in names.split("|") if name in stored]
+        required = not tensor.optional or names in claim.needs
+        if not there and required:
             return f"{names.replace('|', ' or ')} is missing"
-        for name in found:
+        for name in there:
             header = stored[name]
             if name in claim.lacks:
                 return f"{name} is there"
@@ -111,14 +66,18 @@ def contradiction(claim: Claim, stored: Mapping[str, TensorHeader], out: int, in
     return ""
 
 
-def foreign(claim: Claim, stored: Mapping[str, TensorHeader]) -> str:
-    """A stored suffix that ``claim``'s format does not have, or ""."""
-    known = {name for names in LAYOUTS[claim.format] for name in names.split("|")}
-    return min(stored.keys() - known, default="")
+def foreign(layout: Layout, stored: Mapping[str, TensorHeader]) -> str:
+    """Name a stored suffix that ``layout`` does not have, or ""."""
+    return min(stored.keys() - suffixes(layout), default="")
+
+
+def suffixes(layout: Layout) -> set[str]:
+    """List all names that tensors of ``layout`` may have."""
+    return {name for names in layout for name in names.split("|")}
 
 
 def _shape(words: str, claim: Claim, out: int, inner: int) -> tuple[int, ...] | None:
-    """The shape that ``words`` stand for; None where the weight does not pack evenly."""
+    """Read ``words`` as a shape; None where the weight does not pack evenly."""
     rows, columns = claim.group
     pack = 32 // claim.bits if claim.bits else 1
     if ("out/pack" in words and out % pack) or ("in/pack" in words and inner % pack):

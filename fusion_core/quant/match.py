@@ -1,4 +1,4 @@
-"""How lists of module names match: whole dotted components, globs and regexes, never substrings."""
+"""Matching of module names with lists: whole dotted components, globs and regexes, never substrings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from .claims import Doubt
 
-# The parser of Python's own regexes moved in 3.11; what it returns did not change.
+# The parser of Python's regexes moved in 3.11; what it returns did not change.
 _NEW = sys.version_info >= (3, 11)
 sre_parse: Any = importlib.import_module("re._parser" if _NEW else "sre_parse")
 sre_constants: Any = importlib.import_module("re._constants" if _NEW else "sre_constants")
@@ -30,9 +30,9 @@ _ONE_WAY = {
 
 
 def dotted(entries: Iterable[str]) -> Matcher:
-    """Whether an entry is a run of whole components of the name: "mlp.gate" is none of "mlp.gate_proj"."""
-    wanted = {entry.strip(".") for entry in entries} - {""}
-    longest = max((entry.count(".") + 1 for entry in wanted), default=0)
+    """Match a run of whole components anywhere in the name: "mlp.gate" is none of "mlp.gate_proj"."""
+    stripped = {entry.strip(".") for entry in entries} - {""}
+    longest = max((entry.count(".") + 1 for entry in stripped), default=0)
 
     @lru_cache(maxsize=1 << 16)
     def below(name: str) -> bool:
@@ -42,7 +42,7 @@ def dotted(entries: Iterable[str]) -> Matcher:
             return True
         run = last
         for _ in range(longest):
-            if run in wanted:
+            if run in stripped:
                 return True
             if not parent:
                 return False
@@ -50,16 +50,16 @@ def dotted(entries: Iterable[str]) -> Matcher:
             run = f"{last}.{run}"
         return False
 
-    return below if wanted else never
+    return below if stripped else never
 
 
 def ending(entries: Iterable[str]) -> Matcher:
-    """Whether an entry is the last whole components of the name."""
-    wanted = {entry.strip(".") for entry in entries} - {""}
+    """Match the last whole components of the name."""
+    stripped = {entry.strip(".") for entry in entries} - {""}
 
     def ends(name: str) -> bool:
         while name:
-            if name in wanted:
+            if name in stripped:
                 return True
             name = name.partition(".")[2]
         return False
@@ -68,12 +68,12 @@ def ending(entries: Iterable[str]) -> Matcher:
 
 
 def exact(entries: Iterable[str]) -> Matcher:
-    """Whether the name is one of the entries."""
+    """Match the whole name."""
     return frozenset(entries).__contains__
 
 
 def globs(entries: Iterable[str]) -> Matcher:
-    """Whether an entry, with * and ?, covers the name or a module that holds it."""
+    """Match the name, or a module that holds it, with entries that may have * and ?."""
     plain: list[str] = []
     patterns: list[str] = []
     for entry in entries:
@@ -98,7 +98,7 @@ def globs(entries: Iterable[str]) -> Matcher:
 
 
 def regexes(entries: Iterable[str], search: bool = False) -> Matcher:
-    """Whether a regex matches from the start of the name (``search``: anywhere in it).
+    """Match regexes from the start of the name (``search``: anywhere in it).
 
     Raises:
         Doubt: one is no regex, or could take very long.
@@ -113,7 +113,7 @@ def regexes(entries: Iterable[str], search: bool = False) -> Matcher:
 
 
 def mixed(entries: Iterable[str], plain: Callable[[Iterable[str]], Matcher]) -> Matcher:
-    """Entries that start with "re:" are regexes, the others are matched by ``plain``."""
+    """Match entries that start with "re:" as regexes, the others by ``plain``."""
     rest, patterns = [], []
     for entry in entries:
         if entry.startswith(REGEX):
@@ -125,12 +125,12 @@ def mixed(entries: Iterable[str], plain: Callable[[Iterable[str]], Matcher]) -> 
 
 
 def never(_: str) -> bool:
-    """Matches nothing."""
+    """Match nothing."""
     return False
 
 
 def ways(pattern: str) -> int:
-    """A bound on how many ways there are to try ``pattern`` on one module name.
+    """Bound the number of ways to try ``pattern`` on one module name.
 
     Raises:
         Doubt: it is no regex, or has choices inside a repeat, where the ways are beyond counting.

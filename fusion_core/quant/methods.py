@@ -1,39 +1,73 @@
-"""Finds the parser of a checkpoint's quantisation method; a method that has none is a doubt."""
+"""The registry of quantisation methods, and what is looked up in their records by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ..checkpoint.config import UNQUANTISED, QuantConfig
-from . import auto_round, awq, compressed_tensors, excluded, fp8, gptq, modelopt
-from .claims import Claim, Doubt, Resolver, Section, all_plain
-from .layouts import LAYOUTS
+from ..checkpoint.config import QuantConfig
+from . import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fbgemm_fp8,
+    fp8,
+    gptq,
+    modelopt,
+    modelopt_fp4,
+    mxfp4,
+    plain,
+    quark,
+)
+from .claims import Claim, Doubt, Resolver, Section
+from .layouts import Layout
+from .records import Format, Method
+
+if TYPE_CHECKING:
+    from .records import Dequantise
+
+METHODS: tuple[Method, ...] = (
+    plain.METHOD,
+    fp8.METHOD,
+    fbgemm_fp8.METHOD,
+    compressed_tensors.METHOD,
+    awq.METHOD,
+    gptq.METHOD,
+    auto_round.METHOD,
+    modelopt.METHOD,
+    modelopt_fp4.METHOD,
+    mxfp4.METHOD,
+    quark.METHOD,
+    bitsandbytes.METHOD,
+)
 
 # Method, as `QuantConfig.method` has it -> parser of its section; raises Doubt at what it does not know.
 PARSERS: Mapping[str, Callable[[Section], Resolver]] = {
-    "fp8": fp8.fp8,
-    "fbgemm-fp8": fp8.fbgemm,
-    "compressed-tensors": compressed_tensors.compressed_tensors,
-    "awq": awq.awq,
-    "gptq": gptq.gptq,
-    "gptqmodel": gptq.gptq,
-    "auto-round": auto_round.auto_round,
-    "autoround": auto_round.auto_round,
-    "intel/auto-round": auto_round.auto_round,
-    "inc": auto_round.auto_round,
-    "modelopt": modelopt.modelopt,
-    "modelopt-fp4": modelopt.modelopt,
-    "quark": excluded.quark,
-    "mxfp4": excluded.mxfp4,
-    "bitsandbytes": excluded.bitsandbytes,
+    name: method.parse for method in METHODS for name in method.names
 }
-# Named by parsers, and stored in ways that no layout describes.
-_NO_LAYOUT = ("mxfp4", "nvfp4", "mxfp8", "bitsandbytes-4bit", "bitsandbytes-8bit")
-FORMATS = (*LAYOUTS, *_NO_LAYOUT)
+# The same -> engines' names of the code that reads it.
+READERS: Mapping[str, frozenset[str]] = {
+    name: method.engine_names for method in METHODS for name in method.names
+}
+# Format by its name.
+FORMATS: Mapping[str, Format] = {form.name: form for method in METHODS for form in method.formats}
+# Name of a format -> the tensors that it stores; one that is not here is never fused.
+LAYOUTS: Mapping[str, Layout] = {
+    name: form.layout for name, form in FORMATS.items() if form.layout is not None
+}
+# Name of a format -> how the canary reads it; it reads no others.
+READABLE: Mapping[str, Dequantise] = {
+    name: form.dequantise for name, form in FORMATS.items() if form.dequantise is not None
+}
+# Name of a format -> dtype in the file names of tuned tables; no table is looked up for others.
+TABLE_DTYPES: Mapping[str, str] = {
+    name: form.table_dtype for name, form in FORMATS.items() if form.table_dtype is not None
+}
 
 
 def resolver_for(quants: Sequence[QuantConfig]) -> Resolver:
-    """What all configs of a checkpoint say of a module. The resolver raises Doubt where they disagree.
+    """Read what all configs of a checkpoint say of a module. The resolver raises Doubt where they disagree.
 
     Raises:
         Doubt: a method has no parser, or its config something that is not known.
@@ -53,8 +87,6 @@ def resolver_for(quants: Sequence[QuantConfig]) -> Resolver:
 
 
 def _resolver(quant: QuantConfig) -> Resolver:
-    if quant.method == UNQUANTISED:
-        return all_plain
     parser = PARSERS.get(quant.method)
     if parser is None:
         raise Doubt(f"nothing is known of quant_method {quant.method!r}")

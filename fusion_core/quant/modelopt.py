@@ -6,7 +6,11 @@ from collections.abc import Mapping
 
 from . import match
 from .claims import PLAIN, Claim, Doubt, Resolver, Section, mapping, names, refuse_unknown_keys, word
+from .fbgemm_fp8 import CHANNEL
+from .fp8 import TENSOR
+from .records import Format, Method
 
+NVFP4, MXFP8 = (Format(name, layout=None, dequantise=None, table_dtype=None) for name in ("nvfp4", "mxfp8"))
 _LISTS = ("exclude_modules", "ignore")
 _KEYS = {
     "quant_method", "quant_algo", "kv_cache_quant_algo", "kv_cache_scheme", "group_size", "has_zero_point",
@@ -14,19 +18,19 @@ _KEYS = {
 }  # fmt: skip
 _STATIC = frozenset({"input_scale"})
 _ALGORITHMS: Mapping[str, Claim] = {
-    "fp8": Claim("fp8-tensor", needs=_STATIC, inputs=(0, 0), details=("static activations",)),
+    "fp8": Claim(TENSOR.name, needs=_STATIC, inputs=(0, 0), details=("static activations",)),
     "fp8_per_channel_per_token": Claim(
-        "fp8-channel", group=(1, 0), lacks=_STATIC, inputs=(1, 0), details=("dynamic activations",)
+        CHANNEL.name, group=(1, 0), lacks=_STATIC, inputs=(1, 0), details=("dynamic activations",)
     ),
-    "nvfp4": Claim("nvfp4"),
-    "nvfp4_awq": Claim("nvfp4"),
-    "w4a16_nvfp4": Claim("nvfp4"),
-    "mxfp8": Claim("mxfp8"),
+    "nvfp4": Claim(NVFP4.name),
+    "nvfp4_awq": Claim(NVFP4.name),
+    "w4a16_nvfp4": Claim(NVFP4.name),
+    "mxfp8": Claim(MXFP8.name),
 }
 
 
-def modelopt(section: Section) -> Resolver:
-    """Globs of `exclude_modules` cover a module and what it holds; `quantized_layers` names single ones."""
+def parse(section: Section) -> Resolver:
+    """Read globs of `exclude_modules`, on a module and what it holds, and names of `quantized_layers`."""
     refuse_unknown_keys(section, _KEYS)
     excluded = match.globs(names(section, *_LISTS))
     algorithm = word(section, "quant_algo", "")
@@ -54,3 +58,12 @@ def _longest(name: str, single: Mapping[str, Claim]) -> Claim:
             return single[name]
         name = name.rpartition(".")[0]
     return PLAIN
+
+
+METHOD = Method(
+    names=("modelopt",),
+    parse=parse,
+    formats=(TENSOR, CHANNEL, NVFP4, MXFP8),
+    # Not modelopt-fp4: SGLang makes FP4 of FP8 under that name.
+    engine_names=frozenset({"modelopt", "modelopt-fp8", "modelopt-mixed"}),
+)

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from ...errors import AuditError
+from ..checkpoint.families import Role
 from ..checkpoint.naming import ExpertTensor, Projection, TensorNaming
 from ..decision.layout import ExpertLayout
-from ..decision.outcome import FusionDecision
 
 Shard = Literal["w1", "w2", "w3"]
 SHARD_OF: dict[Projection, Shard] = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -61,15 +61,14 @@ class Remap:
     """Streams one checkpoint for one role; counts, so that nothing is lost on the way.
 
     Args:
-        decision: the role's decision; only its fused layers are remapped.
+        layout, role: of the layers that are remapped.
         naming: reads the checkpoint's tensor names.
         layers: the fused layers that this process holds (pipeline stages hold a part of them).
     """
 
-    def __init__(self, decision: FusionDecision, naming: TensorNaming, layers: Iterable[int]) -> None:
-        assert decision.layout is not None
-        self.layout = decision.layout
-        self.role = decision.role
+    def __init__(self, layout: ExpertLayout, role: Role, naming: TensorNaming, layers: Iterable[int]) -> None:
+        self.layout = layout
+        self.role = role
         self.naming = naming
         self.layers = frozenset(layers)
         self.read = self.passed = self.shared = self.emitted = 0

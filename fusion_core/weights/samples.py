@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ...errors import AuditError
+from ..checkpoint.families import Role
 from ..checkpoint.naming import ExpertTensor, Projection, TensorNaming
-from ..decision.outcome import FusionDecision
+from ..decision.layout import ExpertLayout
 from .remap import Named
 
 # Values of each projection that go to each slot.
@@ -61,15 +62,14 @@ class SlotSample:
     """Samples of one load.
 
     Args:
-        decision: the role's decision.
+        layout, role: of the layers whose shared experts are sampled.
         naming: reads the checkpoint's tensor names.
         layers: the fused layers that this process holds.
     """
 
-    def __init__(self, decision: FusionDecision, naming: TensorNaming, layers: Iterable[int]) -> None:
-        assert decision.layout is not None
-        self.layout = decision.layout
-        self.role = decision.role
+    def __init__(self, layout: ExpertLayout, role: Role, naming: TensorNaming, layers: Iterable[int]) -> None:
+        self.layout = layout
+        self.role = role
         self.naming = naming
         self._below = f".{naming.family.shared_module}."
         self.layers = frozenset(layers)

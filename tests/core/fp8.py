@@ -16,16 +16,15 @@ from typing import Any
 import torch
 
 from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.decision.outcome import Merged, RoutingSpec
 from fse_patch.fusion_core.proof.canary import Reference, reference
 from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer
 from fse_patch.fusion_core.proof.rounding import Served
 from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 
-from .moe import decision, router_of
+from .moe import decision, naming_of, router_of
 from .safetensors import save
 
 Tensors = dict[str, torch.Tensor]
@@ -127,10 +126,9 @@ def calibrated(
     return dict(zip(names, (before, before, between), strict=True))
 
 
-def stored(made: FusionDecision, scheme: Scheme, seed: int) -> Tensors:
+def stored(made: Merged, scheme: Scheme, seed: int) -> Tensors:
     """The tensors of layer 1. Experts and blocks differ in size, so that their scales do too."""
-    layout, family = made.layout, family_of(made.model_type)
-    assert layout is not None
+    layout, family = made.moe.layout, family_of(made.model_type)
     assert family is not None
     draw = torch.Generator().manual_seed(seed)
 
@@ -139,9 +137,9 @@ def stored(made: FusionDecision, scheme: Scheme, seed: int) -> Tensors:
 
     hidden, width = layout.hidden_size, layout.moe_intermediate_size
     held = {f"{MLP}gate.weight": 4 * randn(layout.num_routed, hidden).bfloat16()}
-    if made.routing is not None and made.routing.has_correction_bias:
+    if made.moe.routing.has_correction_bias:
         held[f"{MLP}gate.e_score_correction_bias"] = randn(layout.num_routed)
-    if made.shared_weight == "sigmoid_gate":
+    if made.moe.shared_weight == "sigmoid_gate":
         held[f"{MLP}shared_expert_gate.weight"] = randn(1, hidden).bfloat16()
     owners = {f"experts.{e}": width for e in range(layout.num_routed)}
     for owner, size in {**owners, family.shared_module: layout.shared_intermediate_size}.items():
@@ -158,7 +156,7 @@ def stored(made: FusionDecision, scheme: Scheme, seed: int) -> Tensors:
     return held
 
 
-def layer(scheme: str, layout: ExpertLayout, routing: RoutingSpec | None = None) -> FusionDecision:
+def layer(scheme: str, layout: ExpertLayout, routing: RoutingSpec | None = None) -> Merged:
     """A decision to fuse layer 1 of a checkpoint of ``scheme``; GLM's where scores are sigmoids."""
     name = "glm4_moe" if routing is not None and routing.scoring == "sigmoid" else "qwen2_moe"
     family = family_of(name)
@@ -167,19 +165,19 @@ def layer(scheme: str, layout: ExpertLayout, routing: RoutingSpec | None = None)
     return replace(made, quant_method=SCHEMES[scheme].config["quant_method"].replace("_", "-"))
 
 
-def opened(folder: Path, made: FusionDecision, scheme: str, tensors: Tensors) -> CheckpointLayer:
+def opened(folder: Path, made: Merged, scheme: str, tensors: Tensors) -> CheckpointLayer:
     """The layer as the canary reads it from a folder."""
     save(folder / "model.safetensors", tensors)
     config = {"model_type": made.model_type, "quantization_config": SCHEMES[scheme].config}
     (folder / "config.json").write_text(json.dumps(config))
-    family = family_of(made.model_type)
-    assert family is not None
-    return CheckpointLayer(CheckpointTensors(folder), TensorNaming(family, 2), made, 1)
+    return CheckpointLayer(
+        CheckpointTensors(folder), naming_of(made.model_type, 2), made.role, made.quant_method, 1
+    )
 
 
-def wanted(folder: Path, made: FusionDecision, scheme: str, tensors: Tensors, seed: int = 0) -> Reference:
+def wanted(folder: Path, made: Merged, scheme: str, tensors: Tensors, seed: int = 0) -> Reference:
     """What the canary expects of the layer."""
-    return reference(opened(folder, made, scheme, tensors), made, BF16, seed)
+    return reference(opened(folder, made, scheme, tensors), made.moe, BF16, seed)
 
 
 class Kernel:
@@ -193,17 +191,14 @@ class Kernel:
 
     def __init__(
         self,
-        made: FusionDecision,
+        made: Merged,
         scheme: str,
         tensors: Tensors,
         power_of_two: bool = False,
         weight_only: bool = False,
         parts: int = 1,
     ) -> None:
-        layout, family = made.layout, family_of(made.model_type)
-        assert layout is not None
-        assert family is not None
-        self.made, self.layout, self.tensors, self.scheme = made, layout, tensors, SCHEMES[scheme]
+        self.moe, self.layout, self.tensors, self.scheme = made.moe, made.moe.layout, tensors, SCHEMES[scheme]
         self.power_of_two, self.weight_only, self.parts = power_of_two, weight_only, parts
         # Factor on the weights of the shared slots, and what is done to those of the routed experts.
         self.slot_factor = 1.0
@@ -211,8 +206,8 @@ class Kernel:
         self.weighed: Callable[[torch.Tensor], torch.Tensor] = lambda weights: weights
         # (slot, shard, suffix) -> tensor.
         self.held: dict[tuple[int, str, str], torch.Tensor] = {}
-        naming = TensorNaming(family, 2)
-        for item in Remap(made, naming, [1])(tensors.items()):
+        naming = naming_of(made.model_type, 2)
+        for item in Remap(self.layout, made.role, naming, [1])(tensors.items()):
             if isinstance(item, SlotTensor):
                 self.held[item.slot, item.shard, item.suffix] = item.tensor.clone()
             elif (ref := naming.parse(item[0])) is not None and ref.expert is not None:
@@ -252,7 +247,7 @@ class Kernel:
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] bfloat16 to the same."""
-        router = router_of(self.made, self.tensors, MLP, 1)
+        router = router_of(self.moe, self.tensors, MLP, 1)
         weights, ids = router(hidden, hidden @ self.tensors[f"{MLP}gate.weight"].T)
         k = self.layout.top_k
         weights = torch.cat([self.weighed(weights[:, :k]), weights[:, k:] * self.slot_factor], dim=1)

@@ -29,6 +29,7 @@ from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.checkpoint.families import Role
 from fse_patch.fusion_core.decision import decide
 from fse_patch.fusion_core.decision.explain import explain
+from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.fusion_core.decision.policy import Policy
 from fse_patch.fusion_core.decision.policy_file import load_policy
 from fse_patch.fusion_core.evidence.gather import read_evidence
@@ -36,6 +37,7 @@ from fse_patch.fusion_core.evidence.gather import read_evidence
 from .checkpoints import write_checkpoint
 from .fuzz_cases import Case, layers_in, make
 from .fuzz_oracle import reasons_not_to_fuse
+from .outcomes import code
 
 LIMIT = 5.0
 # Cases that one process takes at once, and seconds between two lines of progress.
@@ -88,10 +90,11 @@ class Runner:
                 raise AssertionError(f"an error of two lines: {error}") from None
             return "error"
         for role, decision in decisions.items():
-            assert len(decision.detail.splitlines()) == 1, f"a detail of two lines: {decision.detail!r}"
-            if decision.fuse:
+            detail = decision.to_dict()["detail"]
+            assert len(detail.splitlines()) == 1, f"a detail of two lines: {detail!r}"
+            if isinstance(decision, Merged):
                 self._check(case, role)
-        return decisions["main"].reason
+        return code(decisions["main"])
 
     def _check(self, case: Case, role: Role) -> None:
         assert not (case.forbidden and role == "main"), f"{role} fuses: {case.forbidden}"

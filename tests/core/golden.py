@@ -1,7 +1,7 @@
 """Expands the rows of tests/core/golden/ into checkpoint folders.
 
-The shapes here are written down a second time on purpose: a fault in fusion_core/quant/layouts.py must not
-write the tensors that it then reads.
+The shapes here are written down a second time on purpose: a fault in a layout of fusion_core/quant/ must
+not write the tensors that it then reads.
 """
 
 from __future__ import annotations

@@ -1,19 +1,35 @@
-"""One MoE layer for tests: decisions, and routing written a second time in plain Python floats."""
+"""One MoE layer for tests: decisions, roles, and routing written a second time in plain Python floats."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fse_patch.fusion_core.checkpoint.families import Role, SharedWeight
+from fse_patch.adapters.role import EngineSlots
+from fse_patch.adapters.start import Start
+from fse_patch.fusion_core.checkpoint.families import Role, SharedWeight, family_of
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.decision.outcome import Decision, Merged, MoeSpec, RoutingSpec
+from fse_patch.fusion_core.forward.layer import FusedLayer
+from fse_patch.fusion_core.forward.plan import ModeCounter, always
 from fse_patch.fusion_core.forward.router import FusedRouter
+from fse_patch.settings import Settings
+
+
+def moe_spec(
+    layout: ExpertLayout,
+    routing: RoutingSpec | None = None,
+    shared_weight: SharedWeight = "sigmoid_gate",
+    layers: tuple[int, ...] = (0,),
+) -> MoeSpec:
+    """Sparse layers; Qwen's routing if None."""
+    return MoeSpec(layout, routing or RoutingSpec("softmax", True), shared_weight, layers)
 
 
 def decision(
@@ -23,30 +39,67 @@ def decision(
     layers: tuple[int, ...] = (0,),
     role: Role = "main",
     model_type: str = "qwen2_moe",
-) -> FusionDecision:
+) -> Merged:
     """A decision to fuse ``layers``."""
-    return FusionDecision(
+    return Merged(
         role=role,
-        fuse=True,
-        reason="ok",
-        detail="",
-        rule="unquantised",
         engine="vllm",
         model_type=model_type,
-        layout=layout,
-        routing=routing or RoutingSpec("softmax", True),
-        shared_weight=shared_weight,
-        moe_layers=layers,
-        fused_layers=layers,
+        rule="unquantised",
+        moe=moe_spec(layout, routing, shared_weight, layers),
     )
 
 
-def router_of(made: FusionDecision, tensors: Mapping[str, torch.Tensor], mlp: str, layer: int) -> FusedRouter:
+def stored_as(method: str, formats: tuple[str, ...], engine: str = "vllm") -> Merged:
+    """A decision to fuse experts of ``formats``, of a checkpoint that declares ``method``."""
+    decided = decision(ExpertLayout(4, 1, 2, 8, 4), model_type="qwen3_next")
+    return replace(decided, engine=engine, quant_method=method, formats=formats)
+
+
+def naming_of(model_type: str, layers: int) -> TensorNaming:
+    """The tensor names of a model of ``layers`` layers."""
+    family = family_of(model_type)
+    assert family is not None
+    return TensorNaming(family, layers)
+
+
+def start_of(decided: Decision, checkpoint: Path | None = None, **changes: Any) -> Start:
+    """The start of a role: one mode, two layers and default settings where nothing else is given."""
+    assert decided.moe is not None
+    given: dict[str, Any] = {
+        "naming": naming_of(decided.model_type, 2),
+        "plan": always("fused", "test"),
+        "settings": Settings(),
+    }
+    return Start(decided, decided.moe, checkpoint=checkpoint or Path(), **{**given, **changes})
+
+
+class Slots(EngineSlots):
+    """An engine whose parameters take a slot's part by copying it, in one process."""
+
+    def layer_at(self, start: Start, place: int) -> int | None:
+        return place if place in start.moe.layers else None
+
+    def take(self, parameter: Any, part: Any, name: str) -> bool:
+        rows = parameter.data[part.slot]
+        width = rows.shape[0] // 2
+        place = {"w1": rows[:width], "w3": rows[width:], "w2": rows}[part.shard]
+        place.copy_(part.tensor)
+        return True
+
+    def share(self, experts: Any) -> tuple[int, int]:
+        return 0, 1
+
+    def refresh(self, layer: FusedLayer) -> None:
+        pass
+
+
+def router_of(moe: MoeSpec, tensors: Mapping[str, torch.Tensor], mlp: str, layer: int) -> FusedRouter:
     """The router of a layer, its gates from the checkpoint's tensors below ``mlp``."""
     row = tensors.get(f"{mlp}shared_expert_gate.weight")
     return FusedRouter(
         layer,
-        made,
+        moe,
         ModeCounter(),
         shared_gate=None if row is None else lambda states: states @ row.T,
         correction_bias=tensors.get(f"{mlp}gate.e_score_correction_bias"),

@@ -25,6 +25,7 @@ from fse_patch.lab.live_arms import ARMS, ArmError
 from fse_patch.lab.plots import _streams_panel, draw
 
 from .decode_arm import LAYERS
+from .outcomes import merged
 
 MS = {"stock": 3.0, "fused": 2.0, "again": 3.0}
 SHAPE = Path(__file__).parents[2] / "benchmarks" / "shapes" / "qwen3_next_80b"
@@ -32,7 +33,7 @@ SHAPE = Path(__file__).parents[2] / "benchmarks" / "shapes" / "qwen3_next_80b"
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(live_arms.ARM_MODULES, "vllm", "tests.core.decode_arm")
+    monkeypatch.setattr(live_arms, "ARM", "tests.core.decode_arm")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
@@ -215,7 +216,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
 
 
 def decided(*_: Any) -> dict[str, Any]:
-    return {"main": replace(decide_roles(SHAPE, "vllm")["main"], fused_layers=tuple(LAYERS))}
+    main = merged(decide_roles(SHAPE, "vllm")["main"])
+    return {"main": replace(main, moe=replace(main.moe, layers=tuple(LAYERS)))}
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,9 @@ import torch
 
 from fse_patch.errors import AuditError, FsePatchError
 from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.decision.outcome import Merged, RoutingSpec
 from fse_patch.fusion_core.proof.canary import (
     CanaryError,
     CheckpointLayer,
@@ -29,7 +28,7 @@ from fse_patch.fusion_core.proof.canary import (
 from fse_patch.fusion_core.proof.rounding import Served
 
 from .moe import choose as choose_in_floats
-from .moe import decision, shared_weight
+from .moe import decision, moe_spec, naming_of, shared_weight
 from .safetensors import save
 
 F32 = Served(torch.float32, torch.float32, torch.float32, torch.float32)
@@ -45,7 +44,7 @@ LAYERS: dict[str, tuple[str, ExpertLayout, RoutingSpec, bool]] = {
 }
 
 
-def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[FusionDecision, dict[str, torch.Tensor]]:
+def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Merged, dict[str, torch.Tensor]]:
     """A decision and the tensors of layer 1."""
     model_type, layout, routing, stacked = LAYERS[name]
     family = family_of(model_type)
@@ -76,11 +75,10 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[FusionDecision,
     return made, tensors
 
 
-def opened(folder: Path, decision: FusionDecision, tensors: dict[str, torch.Tensor]) -> CheckpointLayer:
+def opened(folder: Path, decision: Merged, tensors: dict[str, torch.Tensor]) -> CheckpointLayer:
     save(folder / "model.safetensors", tensors)
-    family = family_of(decision.model_type)
-    assert family is not None
-    return CheckpointLayer(CheckpointTensors(folder), TensorNaming(family, 2), decision, 1)
+    naming = naming_of(decision.model_type, 2)
+    return CheckpointLayer(CheckpointTensors(folder), naming, decision.role, decision.quant_method, 1)
 
 
 def mlp_in_floats(x: list[float], gate: Any, up: Any, down: Any) -> list[float]:
@@ -94,12 +92,8 @@ def mlp_in_floats(x: list[float], gate: Any, up: Any, down: Any) -> list[float]:
     return [dot(row, inner) for row in down.tolist()]
 
 
-def layer_in_floats(
-    decision: FusionDecision, tensors: dict[str, torch.Tensor], hidden: torch.Tensor
-) -> torch.Tensor:
+def layer_in_floats(decision: Merged, tensors: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     """The layer by its definition, in plain Python floats."""
-    assert decision.layout is not None
-    assert decision.routing is not None
     mlp = "model.layers.1.mlp."
     family = family_of(decision.model_type)
     assert family is not None
@@ -115,7 +109,7 @@ def layer_in_floats(
         x = token.tolist()
         scored = (gate @ token).tolist()
         chosen = choose_in_floats(
-            scored, decision.layout.top_k, decision.routing, None if bias is None else bias.tolist()
+            scored, decision.moe.layout.top_k, decision.moe.routing, None if bias is None else bias.tolist()
         )
         shared = shared_weight(None if row is None else float(row[0].double() @ token))
         parts = [(shared, mlp_in_floats(x, *weights(family.shared_module)))]
@@ -134,7 +128,7 @@ def layer_in_floats(
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_reference_is_the_definition(tmp_path: Path, name: str) -> None:
     decision, tensors = made(name)
-    found = reference(opened(tmp_path, decision, tensors), decision, F32)
+    found = reference(opened(tmp_path, decision, tensors), decision.moe, F32)
     assert len(found.hidden) >= 2
     assert found.output.dtype == torch.float64
     assert deviation(layer_in_floats(decision, tensors, found.hidden), found.output) < 1e-12
@@ -147,7 +141,7 @@ def test_the_reference_is_the_definition(tmp_path: Path, name: str) -> None:
 def test_every_part_counts(tmp_path: Path, part: str) -> None:
     """The control of the comparison above: another tensor, another answer, and more than is tolerated."""
     decision, tensors = made("softmax")
-    found = reference(opened(tmp_path, decision, tensors), decision, F32)
+    found = reference(opened(tmp_path, decision, tensors), decision.moe, F32)
     changed = {n: t * 1.1 if part in n else t for n, t in tensors.items()}
     off = layer_in_floats(decision, changed, found.hidden)
     with pytest.raises(CanaryError, match=r"canary: layer 1 is .* off what the checkpoint says"):
@@ -158,7 +152,7 @@ def test_every_part_counts(tmp_path: Path, part: str) -> None:
 def test_rounding_is_tolerated_and_little_more(tmp_path: Path) -> None:
     decision, tensors = made("softmax renormalised", torch.bfloat16)
     served = Served(*[torch.bfloat16] * 4)
-    found = reference(opened(tmp_path, decision, tensors), decision, served)
+    found = reference(opened(tmp_path, decision, tensors), decision.moe, served)
     assert 4 * 2**-8 <= found.tolerance < 0.1
     assert found.hidden.dtype == torch.bfloat16
     judge("main", 1, found, found.output.bfloat16())
@@ -173,7 +167,7 @@ def test_a_gpu_may_multiply_float32_in_tf32() -> None:
 
 def test_what_is_no_number_fails(tmp_path: Path) -> None:
     decision, tensors = made("softmax")
-    found = reference(opened(tmp_path, decision, tensors), decision, F32)
+    found = reference(opened(tmp_path, decision, tensors), decision.moe, F32)
     broken = found.output.clone()
     broken[0, 0] = float("nan")
     assert deviation(broken, found.output) == float("inf")
@@ -198,19 +192,19 @@ def test_a_router_that_sees_no_difference_has_no_reference(tmp_path: Path) -> No
     decision, tensors = made("softmax")
     tensors["model.layers.1.mlp.gate.weight"] *= 0
     with pytest.raises(NoReference, match="no random token"):
-        reference(opened(tmp_path, decision, tensors), decision, F32)
+        reference(opened(tmp_path, decision, tensors), decision.moe, F32)
 
 
 def test_glm_of_its_published_size_has_clear_tokens() -> None:
     """GLM-4.5-Air, its gate in float32: what is compared are sigmoids, which errors of logits shrink in."""
     layout = ExpertLayout(128, 1, 8, 4096, 1408)
     routing = RoutingSpec("sigmoid", True, 1.0, has_correction_bias=True)
-    made = decision(layout, routing, "constant", layers=(1,), model_type="glm4_moe")
+    moe = moe_spec(layout, routing, "constant", layers=(1,))
     draw = torch.Generator().manual_seed(3)
     gate = (0.03 * torch.randn(128, 4096, generator=draw)).double()
     bias = (0.05 * torch.randn(128, generator=draw)).double()
     served = Served(torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, "cuda")
-    tokens, chosen = _clear_tokens(gate, bias, made, served, 0, None)
+    tokens, chosen = _clear_tokens(gate, bias, moe, served, 0, None)
     assert chosen.shape == (len(tokens), 8)
     # Errors as large as the roundings of that gate leave the choice as it is.
     logits = tokens.double() @ gate.T
@@ -236,7 +230,7 @@ def test_what_is_not_plain_weights_has_no_reference(tmp_path: Path, what: str) -
     else:
         tensors = {n.replace("layers.1.", "layers.0."): t for n, t in tensors.items()}
     with pytest.raises(NoReference):
-        reference(opened(tmp_path, decision, tensors), decision, F32)
+        reference(opened(tmp_path, decision, tensors), decision.moe, F32)
 
 
 def test_tensors_are_read_where_the_index_says(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def test_weights_whose_scales_become_powers_of_two_are_allowed_where_kernels_do_
         kernel.weights_in_powers_of_two = True
         with TemporaryDirectory() as folder:
             held = opened(Path(folder), decision, "block", tensors)
-            there = reference(held, decision, dataclasses.replace(BF16, ue8m0=True), seed)
-            here = reference(held, decision, BF16, seed)
+            there = reference(held, decision.moe, dataclasses.replace(BF16, ue8m0=True), seed)
+            here = reference(held, decision.moe, BF16, seed)
         output = kernel.forward(there.hidden)
         judge("main", 1, there, output)
         used_there.append(used(there, output))

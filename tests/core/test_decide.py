@@ -10,7 +10,7 @@ import pytest
 
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.decision.decide import decide, decide_roles
-from fse_patch.fusion_core.decision.outcome import FusionDecision
+from fse_patch.fusion_core.decision.outcome import Decision
 from fse_patch.fusion_core.evidence.gather import read_evidence
 
 from .checkpoints import (
@@ -24,11 +24,12 @@ from .checkpoints import (
     with_scales,
     write_checkpoint,
 )
+from .outcomes import code, merged, stock
 
 FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 
 
-def made(folder: Path, family: str, tensors: Tensors | None, **changes: Any) -> FusionDecision:
+def made(folder: Path, family: str, tensors: Tensors | None, **changes: Any) -> Decision:
     return decide(write_checkpoint(folder, config_of(family, **changes), tensors), "vllm")
 
 
@@ -36,11 +37,10 @@ def made(folder: Path, family: str, tensors: Tensors | None, **changes: Any) -> 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_unquantised_checkpoints_fuse(tmp_path: Path, family: str, stacked: bool, dtype: str) -> None:
-    decision = made(tmp_path, family, model_tensors(family, stacked=stacked, dtype=dtype))
-    assert (decision.fuse, decision.reason, decision.rule) == (True, "ok", "unquantised")
-    assert list(decision.fused_layers) == list(decision.moe_layers) == MOE_LAYERS[family]
-    assert decision.layout is not None
-    assert decision.layout.num_experts == 5
+    decision = merged(made(tmp_path, family, model_tensors(family, stacked=stacked, dtype=dtype)))
+    assert (code(decision), decision.rule) == ("ok", "unquantised")
+    assert list(decision.moe.layers) == MOE_LAYERS[family]
+    assert decision.moe.layout.num_experts == 5
     assert dtype in decision.detail
 
 
@@ -49,17 +49,17 @@ def test_one_shared_tensor_of_another_dtype_refuses_all_layers(tmp_path: Path, f
     tensors = model_tensors(family)
     name = next(n for n in reversed(tensors) if f".{SHARED[family]}.down_proj" in n)
     tensors[name] = ("F32", tensors[name][1])
-    decision = made(tmp_path, family, tensors)
-    assert (decision.fuse, decision.reason, decision.rule) == (False, "quant.mixed", "mixed")
-    assert decision.fused_layers == ()
-    assert f"layer {MOE_LAYERS[family][-1]}: " in decision.detail
-    assert "down: routed weight BF16 matrix, shared weight F32 matrix" in decision.detail
+    decision = stock(made(tmp_path, family, tensors))
+    assert (decision.reason.code, decision.rule) == ("quant.mixed", "mixed")
+    assert decision.to_dict()["fused_layers"] == ()
+    assert f"layer {MOE_LAYERS[family][-1]}: " in decision.reason.detail
+    assert "down: routed weight BF16 matrix, shared weight F32 matrix" in decision.reason.detail
 
 
 def test_the_shared_gate_has_no_vote(tmp_path: Path) -> None:
     tensors = model_tensors("qwen2_moe")
     tensors["model.layers.0.mlp.shared_expert_gate.weight"] = ("F32", (1, 64))
-    assert made(tmp_path, "qwen2_moe", tensors).fuse
+    assert merged(made(tmp_path, "qwen2_moe", tensors))
 
 
 @pytest.mark.parametrize(
@@ -86,28 +86,28 @@ def test_a_layer_that_differs_is_named(
         del tensors[full]
     else:
         tensors[full] = header
-    decision = made(tmp_path, "qwen3_next", tensors)
-    assert (decision.fuse, decision.reason) == (False, reason)
-    assert "layer 1" in decision.detail
-    assert seen in decision.detail
+    refusal = stock(made(tmp_path, "qwen3_next", tensors)).reason
+    assert refusal.code == reason
+    assert "layer 1" in refusal.detail
+    assert seen in refusal.detail
 
 
 def test_stacked_experts_need_the_sizes_of_the_config(tmp_path: Path) -> None:
     tensors = model_tensors("qwen3_5_moe", stacked=True)
-    assert made(tmp_path, "qwen3_5_moe", tensors).fuse
+    assert merged(made(tmp_path, "qwen3_5_moe", tensors))
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
     for shape in ((5, 64, 64), (4, 64, 32), (4, 32, 64)):
         tensors[name] = ("BF16", shape)
-        decision = made(tmp_path, "qwen3_5_moe", tensors)
-        assert decision.reason == "width.mismatch"
-        assert str(list(shape)) in decision.detail
+        refusal = stock(made(tmp_path, "qwen3_5_moe", tensors)).reason
+        assert refusal.code == "width.mismatch"
+        assert str(list(shape)) in refusal.detail
 
 
 def test_experts_are_numbered_from_zero(tmp_path: Path) -> None:
     renamed = {n.replace("experts.0.", "experts.4."): t for n, t in model_tensors("qwen3_next").items()}
-    decision = made(tmp_path, "qwen3_next", renamed)
-    assert (decision.reason, decision.fuse) == ("width.mismatch", False)
-    assert "4 experts up to 4" in decision.detail
+    refusal = stock(made(tmp_path, "qwen3_next", renamed)).reason
+    assert refusal.code == "width.mismatch"
+    assert "4 experts up to 4" in refusal.detail
 
 
 def test_one_tensor_under_two_names_is_bad_input(tmp_path: Path) -> None:
@@ -117,27 +117,24 @@ def test_one_tensor_under_two_names_is_bad_input(tmp_path: Path) -> None:
         made(tmp_path, "qwen3_5_moe", tensors | {again: ("F32", (32, 64))})
     # Control: the other prefix alone is as good.
     only = {n.replace("model.language_model.", "model."): t for n, t in tensors.items()}
-    assert made(tmp_path, "qwen3_5_moe", only).fuse
+    assert merged(made(tmp_path, "qwen3_5_moe", only))
 
 
 @pytest.mark.parametrize("missing", ["shared_expert", "experts"])
 def test_a_layer_without_experts_in_the_tensors_is_no_evidence(tmp_path: Path, missing: str) -> None:
     tensors = {n: t for n, t in model_tensors("qwen2_moe").items() if f"layers.1.mlp.{missing}." not in n}
-    decision = made(tmp_path, "qwen2_moe", tensors)
-    assert (decision.reason, decision.fuse) == ("quant.unknown", False)
-    assert "layer 1: the checkpoint has no tensors" in decision.detail
+    refusal = stock(made(tmp_path, "qwen2_moe", tensors)).reason
+    assert refusal.code == "quant.unknown"
+    assert "layer 1: the checkpoint has no tensors" in refusal.detail
 
 
 @pytest.mark.parametrize("slots", [1, 4, 8])
 def test_a_wide_shared_expert_takes_several_slots(tmp_path: Path, slots: int) -> None:
     tensors = model_tensors("qwen2_moe", slots=slots)
     decision = made(tmp_path, "qwen2_moe", tensors, shared_expert_intermediate_size=32 * slots)
-    assert decision.fuse
-    assert decision.layout is not None
-    assert decision.layout.num_shared_slots == slots
+    assert merged(decision).moe.layout.num_shared_slots == slots
     glm = made(tmp_path / "glm", "glm4_moe", model_tensors("glm4_moe", slots=slots), n_shared_experts=slots)
-    assert glm.layout is not None
-    assert (glm.fuse, glm.layout.num_shared_slots) == (True, slots)
+    assert merged(glm).moe.layout.num_shared_slots == slots
 
 
 @pytest.mark.parametrize(
@@ -155,10 +152,10 @@ def test_a_wide_shared_expert_takes_several_slots(tmp_path: Path, slots: int) ->
 def test_refusals_by_config_alone(
     tmp_path: Path, family: str, changes: dict[str, Any], reason: str, seen: str
 ) -> None:
-    assert made(tmp_path, family, None).fuse, "control: the unchanged config fuses"
-    decision = made(tmp_path, family, None, **changes)
-    assert (decision.fuse, decision.reason) == (False, reason)
-    assert seen in decision.detail
+    assert merged(made(tmp_path, family, None)), "control: the unchanged config fuses"
+    refusal = stock(made(tmp_path, family, None, **changes)).reason
+    assert refusal.code == reason
+    assert seen in refusal.detail
 
 
 def test_a_block_across_slots_is_refused(tmp_path: Path) -> None:
@@ -167,42 +164,40 @@ def test_a_block_across_slots_is_refused(tmp_path: Path) -> None:
     for block, reason in ((16, "ok"), (24, "width.block")):
         quant = {"quant_method": "fp8", "weight_block_size": [block, block]}
         scaled = with_scales(tensors, block)
-        assert made(tmp_path, "qwen2_moe", scaled, quantization_config=quant, **config).reason == reason
+        assert code(made(tmp_path, "qwen2_moe", scaled, quantization_config=quant, **config)) == reason
         # One slot is never cut, so no block can lie across its edge.
         whole = with_scales(model_tensors("qwen2_moe"), block)
-        assert made(tmp_path, "qwen2_moe", whole, quantization_config=quant).reason == "ok"
+        assert code(made(tmp_path, "qwen2_moe", whole, quantization_config=quant)) == "ok"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "glm4_moe_lite", "qwen3_moe", "qwen2_moe_x", ""])
 def test_unknown_families_are_refused(tmp_path: Path, model_type: str) -> None:
     config = config_of("qwen2_moe") | {"model_type": model_type}
     decision = decide(write_checkpoint(tmp_path, config, None), "sglang")
-    assert (decision.fuse, decision.reason, decision.model_type) == (False, "family.unknown", model_type)
+    assert (stock(decision).reason.code, decision.model_type) == ("family.unknown", model_type)
 
 
 def test_without_headers_the_config_decides_and_says_so(tmp_path: Path) -> None:
-    decision = made(tmp_path, "glm4_moe", None)
-    assert (decision.fuse, decision.rule) == (True, "unquantised-config-only")
+    decision = merged(made(tmp_path, "glm4_moe", None))
+    assert decision.rule == "unquantised-config-only"
     assert "no safetensors headers" in decision.detail
     quantised = made(tmp_path, "glm4_moe", None, quantization_config=FP8)
-    assert (quantised.fuse, quantised.reason) == (False, "quant.unknown")
+    assert stock(quantised).reason.code == "quant.unknown"
 
 
 def test_fp8_in_tensors_that_no_config_declares_is_refused(tmp_path: Path) -> None:
     for block in (16, None):
         decision = made(tmp_path, "qwen3_next", with_scales(model_tensors("qwen3_next"), block))
-        assert (decision.fuse, decision.reason) == (False, "quant.contradiction")
+        assert stock(decision).reason.code == "quant.contradiction"
 
 
 def test_routing_comes_from_the_config(tmp_path: Path) -> None:
-    glm = made(tmp_path, "glm4_moe", None, n_group=2, topk_group=1)
-    assert glm.routing is not None
+    glm = merged(made(tmp_path, "glm4_moe", None, n_group=2, topk_group=1)).moe
     assert (glm.routing.scoring, glm.routing.routed_scaling_factor) == ("sigmoid", 2.5)
     assert (glm.routing.num_expert_group, glm.routing.topk_group) == (2, 1)
     assert glm.routing.has_correction_bias
     assert glm.shared_weight == "constant"
-    qwen = made(tmp_path / "q", "qwen2_moe", None, norm_topk_prob=True)
-    assert qwen.routing is not None
+    qwen = merged(made(tmp_path / "q", "qwen2_moe", None, norm_topk_prob=True)).moe
     assert (qwen.routing.renormalize, qwen.routing.has_correction_bias) == (True, False)
     assert qwen.shared_weight == "sigmoid_gate"
 
@@ -221,15 +216,13 @@ def test_the_draft_is_decided_apart(tmp_path: Path, family: str) -> None:
     tensors = model_tensors(family) | mlp_tensors(prefix, shared=shared)
     for extra in (changes, {}):
         roles = decide_roles(write_checkpoint(tmp_path, config_of(family, **extra), tensors), "vllm")
-        assert roles["main"].fuse
-        assert roles["draft"].fuse
-        assert roles["draft"].fused_layers == (layer,)
-        assert list(roles["main"].fused_layers) == MOE_LAYERS[family]
+        assert merged(roles["draft"]).moe.layers == (layer,)
+        assert list(merged(roles["main"]).moe.layers) == MOE_LAYERS[family]
     tensors[f"{prefix}mlp.{shared}.up_proj.weight"] = ("F32", (32, 64))
     tensors[f"{prefix}mlp.{shared}.gate_proj.weight"] = ("F32", (32, 64))
     roles = decide_roles(write_checkpoint(tmp_path, config_of(family, **changes), tensors), "vllm")
-    assert roles["main"].fuse
-    assert (roles["draft"].fuse, roles["draft"].reason) == (False, "quant.mixed")
+    assert merged(roles["main"])
+    assert stock(roles["draft"]).reason.code == "quant.mixed"
 
 
 @pytest.mark.parametrize("family", DRAFTS)
@@ -238,15 +231,15 @@ def test_a_declared_draft_without_tensors(tmp_path: Path, family: str) -> None:
     folder = write_checkpoint(tmp_path, config_of(family, **changes), model_tensors(family))
     assert read_evidence(folder).roles["draft"].in_checkpoint is False
     assert read_evidence(folder).roles["main"].in_checkpoint is True
-    assert decide(folder, "vllm", "draft").reason == "quant.unknown"
+    assert code(decide(folder, "vllm", "draft")) == "quant.unknown"
     (folder / "model-00001-of-00001.safetensors").unlink()
-    assert decide(folder, "vllm", "draft").fuse
+    assert merged(decide(folder, "vllm", "draft"))
 
 
 def test_no_draft_is_a_refusal_when_asked_for(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, config_of("qwen2_moe"), model_tensors("qwen2_moe"))
     assert set(decide_roles(folder, "vllm")) == {"main"}
-    assert decide(folder, "vllm", "draft").reason == "family.unknown"
+    assert code(decide(folder, "vllm", "draft")) == "family.unknown"
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from fse_patch.fusion_core.checkpoint.families import FAMILIES, FamilySpec
+from fse_patch.fusion_core.checkpoint.families import FamilySpec, families
 from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import RoutingSpec
@@ -17,10 +17,11 @@ from fse_patch.fusion_core.forward.plan import ModeCounter
 from fse_patch.fusion_core.forward.router import FusedRouter
 from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 
-from .moe import choose, decision
+from .moe import choose, moe_spec
 
 H, I, E, K, TOKENS = 12, 6, 11, 3, 7  # noqa: E741
-FAMILY = {"sigmoid_gate": FAMILIES[0], "constant": FAMILIES[-1]}
+FAMILIES = {family.name: family for family in families()}
+FAMILY = {"sigmoid_gate": FAMILIES["qwen2_moe"], "constant": FAMILIES["glm4_moe"]}
 SLOTS = [1, 2, 4, 8]
 Change = Callable[[SlotTensor], SlotTensor]
 
@@ -97,15 +98,15 @@ class Layer:
         return w13, w2
 
     def remapped(self) -> Iterator[tuple[str, torch.Tensor] | SlotTensor]:
-        decided = decision(self.layout, self.spec, self.family.shared_weight)
-        return Remap(decided, TensorNaming(self.family, 1), [0])(self.tensors.items())
+        naming = TensorNaming(self.family, 1)
+        return Remap(self.layout, "main", naming, [0])(self.tensors.items())
 
     def fused(self, change: Change = lambda part: part, slot_weight: float = 1.0) -> torch.Tensor:
         """One pass over k+S columns."""
         gate = self.shared_gate
         router = FusedRouter(
             0,
-            decision(self.layout, self.spec, self.family.shared_weight),
+            moe_spec(self.layout, self.spec, self.family.shared_weight),
             ModeCounter(),
             shared_gate=None if gate is None else lambda x: x @ gate.T,
             correction_bias=self.bias,

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.errors import NoReference
 from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.proof.canary import deviation, reference
-from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer, InputRounding, NoReference, multiply
+from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer, InputRounding
+from fse_patch.fusion_core.quant.scales import multiply
 
 from .fp8 import BF16, E4M3, MLP, SCHEMES, Tensors, layer, opened, stored, wanted
+from .moe import naming_of
 
 LAYOUT = ExpertLayout(8, 1, 2, 128, 64)
 
@@ -113,12 +114,11 @@ def test_other_formats_have_no_reference(tmp_path: Path, method: str) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "qwen2_moe", "quantization_config": section})
     )
-    family = family_of("qwen2_moe")
-    assert family is not None
 
     def read() -> None:
-        held = CheckpointLayer(CheckpointTensors(tmp_path), TensorNaming(family, 2), decision, 1)
-        reference(held, decision, BF16)
+        naming = naming_of("qwen2_moe", 2)
+        held = CheckpointLayer(CheckpointTensors(tmp_path), naming, decision.role, decision.quant_method, 1)
+        reference(held, decision.moe, BF16)
 
     with pytest.raises(NoReference):
         read()

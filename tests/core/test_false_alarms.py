@@ -17,18 +17,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fse_patch.errors import AuditError
+from fse_patch.errors import AuditError, NoReference
 from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.proof.canary import NoReference, deviation, judge, reference
+from fse_patch.fusion_core.decision.outcome import Merged, RoutingSpec
+from fse_patch.fusion_core.proof.canary import deviation, judge, reference
 from fse_patch.fusion_core.proof.rounding import Served
 from fse_patch.fusion_core.weights.audit import SlotAudit, is_poisoned, poison
 from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 from fse_patch.fusion_core.weights.samples import SlotSample
 
-from .moe import decision, router_of
+from .moe import decision, naming_of, router_of
 from .test_canary import layer_in_floats, opened
 
 MLP = "model.layers.1.mlp."
@@ -37,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @st.composite
-def decisions(draw: st.DrawFn) -> FusionDecision:
+def decisions(draw: st.DrawFn) -> Merged:
     """Any sizes and routing of either kind of family."""
     glm = draw(st.booleans())
     groups = draw(st.integers(1, 4)) if glm else 1
@@ -64,10 +63,9 @@ def decisions(draw: st.DrawFn) -> FusionDecision:
     return decision(layout, spec, family.shared_weight, layers=(1,), model_type=name)
 
 
-def checkpoint(made: FusionDecision, seed: int) -> Tensors:
+def checkpoint(made: Merged, seed: int) -> Tensors:
     """The tensors of layer 1, in a drawn order."""
-    layout, family = made.layout, family_of(made.model_type)
-    assert layout is not None
+    layout, family = made.moe.layout, family_of(made.model_type)
     assert family is not None
     draw = torch.Generator().manual_seed(seed)
 
@@ -76,9 +74,9 @@ def checkpoint(made: FusionDecision, seed: int) -> Tensors:
 
     hidden, width = layout.hidden_size, layout.moe_intermediate_size
     held = {f"{MLP}gate.weight": 4 * tensor(layout.num_routed, hidden)}
-    if made.routing is not None and made.routing.has_correction_bias:
+    if made.moe.routing.has_correction_bias:
         held[f"{MLP}gate.e_score_correction_bias"] = tensor(layout.num_routed)
-    if made.shared_weight == "sigmoid_gate":
+    if made.moe.shared_weight == "sigmoid_gate":
         held[f"{MLP}shared_expert_gate.weight"] = tensor(1, hidden)
     owners = {f"experts.{e}": width for e in range(layout.num_routed)}
     for owner, size in {**owners, family.shared_module: layout.shared_intermediate_size}.items():
@@ -93,12 +91,10 @@ def checkpoint(made: FusionDecision, seed: int) -> Tensors:
 class Layer:
     """A fused layer as an engine holds it, in float32: parameters, loader, and a kernel that loops."""
 
-    def __init__(self, made: FusionDecision, tensors: Tensors) -> None:
-        layout, family = made.layout, family_of(made.model_type)
-        assert layout is not None
-        assert family is not None
-        self.made, self.layout, self.tensors = made, layout, tensors
-        self.naming = TensorNaming(family, 2)
+    def __init__(self, made: Merged, tensors: Tensors) -> None:
+        layout = made.moe.layout
+        self.moe, self.layout, self.tensors = made.moe, layout, tensors
+        self.naming = naming_of(made.model_type, 2)
         width, hidden = layout.moe_intermediate_size, layout.hidden_size
         self.held = {
             "w13_weight": torch.zeros(layout.num_experts, 2 * width, hidden),
@@ -116,9 +112,9 @@ class Layer:
 
     def load(self) -> int:
         """How many values of the slots were compared with the stream."""
-        sample = SlotSample(self.made, self.naming, [1])
+        sample = SlotSample(self.layout, "main", self.naming, [1])
         self.audit.begin()
-        for item in Remap(self.made, self.naming, [1])(sample.tap(self._stream())):
+        for item in Remap(self.layout, "main", self.naming, [1])(sample.tap(self._stream())):
             if isinstance(item, SlotTensor):
                 self.write(item.slot, item.shard, item.tensor)
                 self.audit.wrote(item)
@@ -132,7 +128,7 @@ class Layer:
         yield from self.tensors.items()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        router = router_of(self.made, self.tensors, MLP, 1)
+        router = router_of(self.moe, self.tensors, MLP, 1)
         weights, ids = router(hidden, hidden @ self.tensors[f"{MLP}gate.weight"].T)
         out = torch.zeros_like(hidden)
         for token, (row_weights, row_ids) in enumerate(zip(weights, ids.tolist(), strict=True)):
@@ -143,7 +139,7 @@ class Layer:
         return out
 
 
-def go(made: FusionDecision, seed: int) -> bool:
+def go(made: Merged, seed: int) -> bool:
     """The whole way; whether the canary had tokens to judge by."""
     tensors = checkpoint(made, seed)
     layer = Layer(made, tensors)
@@ -151,7 +147,7 @@ def go(made: FusionDecision, seed: int) -> bool:
     assert layer.audit.slots_loaded == layer.layout.num_shared_slots
     with TemporaryDirectory() as folder:
         try:
-            wanted = reference(opened(Path(folder), made, tensors), made, F32, seed)
+            wanted = reference(opened(Path(folder), made, tensors), made.moe, F32, seed)
         except NoReference:
             return False
     assert deviation(layer_in_floats(made, tensors, wanted.hidden), wanted.output) < 1e-10
@@ -164,9 +160,9 @@ def test_nothing_right_is_stopped() -> None:
 
     @settings(max_examples=320, deadline=None, derandomize=True)
     @given(decisions(), st.integers(0, 2**20))
-    def draw(made: FusionDecision, seed: int) -> None:
+    def draw(made: Merged, seed: int) -> None:
         if go(made, seed):
-            judged.add((made.layout, made.routing))
+            judged.add((made.moe.layout, made.moe.routing))
 
     draw()
     assert len(judged) >= 200
@@ -179,11 +175,12 @@ def test_control_a_wrong_layer_is_stopped() -> None:
     made = decision(layout, spec, "constant", layers=(1,), model_type="glm4_moe")
     assert go(made, 0)
     tensors = checkpoint(made, 0)
-    wrong = dataclasses.replace(made, routing=dataclasses.replace(spec, routed_scaling_factor=1.0))
+    other = dataclasses.replace(spec, routed_scaling_factor=1.0)
+    wrong = decision(layout, other, "constant", layers=(1,), model_type="glm4_moe")
     layer = Layer(wrong, tensors)
     layer.load()
     with TemporaryDirectory() as folder:
-        wanted = reference(opened(Path(folder), made, tensors), made, F32, 0)
+        wanted = reference(opened(Path(folder), made, tensors), made.moe, F32, 0)
     with pytest.raises(AuditError, match="canary: layer 1"):
         judge("main", 1, wanted, layer.forward(wanted.hidden))
     layer = Layer(made, {n: t for n, t in tensors.items() if "shared_experts.up_proj" not in n})

@@ -12,15 +12,10 @@ import torch
 
 from fse_patch.adapters.vllm.formats import FP8, format_of
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.decision.outcome import FusionDecision
 from fse_patch.lab.random_weights import as_slots
 from fse_patch.lab.vllm.quant_folder import QUANTISATIONS, described
 
-
-def made(method: str, *formats: str) -> FusionDecision:
-    return FusionDecision(
-        "main", False, "disabled", "", "", "vllm", "qwen3_next", quant_method=method, formats=formats
-    )
+from .moe import stored_as
 
 
 def config(name: str = "fp8", block: list[int] | None = None, scheme: str = "dynamic") -> Any:
@@ -29,13 +24,13 @@ def config(name: str = "fp8", block: list[int] | None = None, scheme: str = "dyn
 
 
 def test_formats_have_a_word_for_tables() -> None:
-    plain = format_of(made("none", "plain"), SimpleNamespace(quant_config=None))
+    plain = format_of(stored_as("none", ("plain",)), SimpleNamespace(quant_config=None))
     assert plain is not None
     assert (plain.quant, plain.scale, plain.block) == ("none", "", None)
-    block = format_of(made("fp8", "fp8-block"), config(block=[128, 64]))
+    block = format_of(stored_as("fp8", ("fp8-block",)), config(block=[128, 64]))
     assert block is not None
     assert (block.quant, block.scale, block.block) == ("fp8-block 128x64", "weight_scale_inv", (128, 64))
-    tensor = format_of(made("fp8", "fp8-tensor"), config(scheme="static"))
+    tensor = format_of(stored_as("fp8", ("fp8-tensor",)), config(scheme="static"))
     assert tensor is not None
     assert (tensor.quant, tensor.scale, tensor.block) == ("fp8-tensor static", "weight_scale", None)
 
@@ -50,7 +45,7 @@ def test_formats_have_a_word_for_tables() -> None:
     ],
 )
 def test_other_formats_run_in_one_mode(method: str, formats: tuple[str, ...], name: str) -> None:
-    assert format_of(made(method, *formats), config(name, [128, 128])) is None
+    assert format_of(stored_as(method, formats), config(name, [128, 128])) is None
 
 
 @pytest.mark.parametrize("slots", [1, 2])

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.fusion_core.decision.policy import Policy
 from fse_patch.fusion_core.decision.policy_file import load_policy
 
 from .golden import MODELS, ROWS, write_row
+from .outcomes import code
 
 POLICY = load_policy()
 # No rule of the default policy names an engine.
@@ -25,11 +27,11 @@ def decided(
     """The decision on a row, in the words of its ``expect``."""
     roles = decide_roles(write_row(folder, row), engine, policy)
     main = roles["main"]
-    found: dict[str, Any] = {"reason": main.reason, "rule": main.rule}
-    if main.fuse:
+    found: dict[str, Any] = {"reason": code(main), "rule": main.rule}
+    if isinstance(main, Merged):
         found["formats"] = list(main.formats)
     if "draft" in roles:
-        found["draft"] = roles["draft"].reason
+        found["draft"] = code(roles["draft"])
     return found
 
 

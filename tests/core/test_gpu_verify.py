@@ -11,15 +11,14 @@ import yaml
 from checkpoints.recipes import RECIPES
 
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
-from fse_patch.fusion_core.forward.plan import MODES, ModePlan
+from fse_patch.fusion_core.forward.mode_registry import MODES
+from fse_patch.fusion_core.forward.plan import ModePlan
 from fse_patch.fusion_core.forward.tuned import Situation, plan_for
 
+from .moe import decision
+
 LAYOUT = ExpertLayout(num_routed=32, num_shared_slots=1, top_k=4, hidden_size=256, moe_intermediate_size=128)
-DECISION = FusionDecision(
-    "main", True, "ok", "", "", "vllm", "x", layout=LAYOUT, routing=RoutingSpec("softmax", True),
-    shared_weight="sigmoid_gate", moe_layers=(0,), fused_layers=(0,),
-)  # fmt: skip
+DECISION = decision(LAYOUT)
 GROUPS = [(engine, name) for engine, groups in gpu_verify.GROUPS.items() for name in groups]
 
 

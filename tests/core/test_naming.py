@@ -8,13 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fse_patch.fusion_core.checkpoint.families import FAMILIES, FamilySpec
+from fse_patch.fusion_core.checkpoint.families import FamilySpec, families
 from fse_patch.fusion_core.checkpoint.naming import ExpertTensor, TensorNaming
 
 MAIN_LAYERS = 10
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 SUFFIXES = ("weight", "weight_scale_inv", "input_scale", "qweight", "g_idx", "weight_packed")
-families = st.sampled_from(FAMILIES)
+FAMILIES = {family.name: family for family in families()}
+any_family = st.sampled_from(families())
 NEAR_MISSES = (
     "shared_expert_gate", "shared_expert", "shared_experts", "xshared_expert", "experts", "expert", "2",
     "mlp", "xmlp", "mlp2", "gate", "layers", "model", "language_model", "mtp", "visual", "0", "3", "12", "-1",
@@ -57,7 +58,7 @@ def split_reader(family: FamilySpec, name: str) -> ExpertTensor | None:
 
 
 @given(
-    families,
+    any_family,
     st.booleans(),
     st.integers(0, 99),
     st.one_of(st.none(), st.just(-1), st.integers(0, 600)),
@@ -82,14 +83,14 @@ def test_every_expert_name_is_read(
         assert (parsed.role == "draft") == (prefix == family.draft_prefix or behind)
 
 
-@example(FAMILIES[0], ["shared_expert", "gate_proj"])
-@given(families, st.lists(st.sampled_from(NEAR_MISSES), min_size=1, max_size=8))
+@example(FAMILIES["qwen2_moe"], ["shared_expert", "gate_proj"])
+@given(any_family, st.lists(st.sampled_from(NEAR_MISSES), min_size=1, max_size=8))
 def test_names_of_near_misses_agree_with_the_split_reader(family: FamilySpec, parts: list[str]) -> None:
     for name in (".".join(parts), family.layer_prefixes[0] + "1.mlp." + ".".join(parts)):
         assert TensorNaming(family, MAIN_LAYERS).parse(name) == split_reader(family, name)
 
 
-@given(families, st.sampled_from(["x", "_", "2", "-"]), st.data())
+@given(any_family, st.sampled_from(["x", "_", "2", "-"]), st.data())
 def test_no_component_may_grow(family: FamilySpec, extra: str, data: st.DataObject) -> None:
     """Every module name counts as a whole: one more character at either end makes another module."""
     name = f"{family.layer_prefixes[0]}1.mlp.{family.shared_module}.down_proj.weight"
@@ -117,10 +118,12 @@ def test_no_component_may_grow(family: FamilySpec, extra: str, data: st.DataObje
     ],
 )
 def test_what_is_no_expert_of_qwen(name: str) -> None:
-    assert TensorNaming(FAMILIES[0], MAIN_LAYERS).parse(name) is None
-    assert FAMILIES[0].shared_module == "shared_expert"
+    assert TensorNaming(FAMILIES["qwen2_moe"], MAIN_LAYERS).parse(name) is None
+    assert FAMILIES["qwen2_moe"].shared_module == "shared_expert"
 
 
 def test_bare_stacked_tensors_are_weights() -> None:
-    parsed = TensorNaming(FAMILIES[2], 2).parse("model.language_model.layers.1.mlp.experts.gate_up_proj")
+    parsed = TensorNaming(FAMILIES["qwen3_5_moe"], 2).parse(
+        "model.language_model.layers.1.mlp.experts.gate_up_proj"
+    )
     assert parsed == ExpertTensor("main", 1, -1, "gate_up_proj", "weight")

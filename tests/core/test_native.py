@@ -10,18 +10,20 @@ import pytest
 
 from fse_patch.fusion_core.decision.decide import decide
 from fse_patch.fusion_core.decision.native import fusing, gets_wrong, runtime_report
-from fse_patch.fusion_core.decision.outcome import FusionDecision
+from fse_patch.fusion_core.decision.outcome import Merged
+from fse_patch.fusion_core.reasons import Reason
 
 from .golden import ROWS, write_row
+from .outcomes import code, merged
 
 RIGHT = {"by_default": False, "condition": "AITER"}
 ONE_SLOT = {**RIGHT, "slots": 1}
 
 
-def decided(folder: Path, **changes: Any) -> FusionDecision:
+def decided(folder: Path, **changes: Any) -> Merged:
     """The decision on a checkpoint whose experts are stored alike."""
     row = next(row for row in ROWS if row["expect"]["reason"] == "ok" and "stored" in row)
-    return dataclasses.replace(decide(write_row(folder, row), "vllm"), **changes)
+    return dataclasses.replace(merged(decide(write_row(folder, row), "vllm")), **changes)
 
 
 def test_what_is_right_is_not_found_wrong(tmp_path: Path) -> None:
@@ -41,11 +43,11 @@ def test_experts_stored_apart_are_found_wrong(tmp_path: Path) -> None:
 
 def test_a_shared_expert_wider_than_its_slots_is_found_wrong(tmp_path: Path) -> None:
     decision = decided(tmp_path)
-    assert decision.layout is not None
-    wide = dataclasses.replace(decision, layout=dataclasses.replace(decision.layout, num_shared_slots=2))
+    layout = dataclasses.replace(decision.moe.layout, num_shared_slots=2)
+    wide = dataclasses.replace(decision, moe=dataclasses.replace(decision.moe, layout=layout))
     assert "wider" in gets_wrong(ONE_SLOT, wide)
     assert gets_wrong(RIGHT, wide) == ""
-    unfit = decided(tmp_path, fuse=False, reason="width.mismatch", layout=None, fused_layers=())
+    unfit = dataclasses.replace(decision.refused(Reason("width.mismatch", "")), layout=None)
     assert "wider" in gets_wrong(RIGHT, unfit)
 
 
@@ -61,9 +63,9 @@ def test_the_reason_that_came_first_does_not_hide_that_experts_are_stored_apart(
     """Upstream fused Quark checkpoints that exclude the shared expert; the policy refuses all of Quark."""
     decision = decide(write_row(tmp_path, row), "vllm")
     routed, shared = row["stored"]["routed"], row["stored"]["shared"]
-    alike = STACKED.get(routed, routed) == shared and decision.reason != "quant.mixed"
+    alike = STACKED.get(routed, routed) == shared and code(decision) != "quant.mixed"
     assert (decision.stored_alike is not False) == alike
-    assert bool(gets_wrong(RIGHT, decision)) == (not alike or decision.reason == "width.mismatch")
+    assert bool(gets_wrong(RIGHT, decision)) == (not alike or code(decision) == "width.mismatch")
 
 
 def test_there_are_checkpoints_whose_reason_is_another() -> None:

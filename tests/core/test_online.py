@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fse_patch.adapters.refusals import READERS, online
-from fse_patch.fusion_core.quant.methods import PARSERS
+from fse_patch.adapters.refusals import quantised_online
+from fse_patch.fusion_core.checkpoint.config import UNQUANTISED
+from fse_patch.fusion_core.quant.methods import PARSERS, READERS
 
-from .test_proven import made
+from .moe import stored_as
 
 BUILT = SimpleNamespace()
 
@@ -32,6 +33,8 @@ BUILT = SimpleNamespace()
         ("modelopt", "modelopt_fp4", True),
         ("modelopt", "modelopt_fp8", False),
         ("modelopt", "modelopt", False),
+        ("modelopt-fp4", "modelopt_fp4", False),
+        ("modelopt-fp4", "modelopt", True),
         ("compressed-tensors", "compressed-tensors", False),
         ("compressed-tensors", "compressed_tensors", False),
         ("compressed-tensors", "w8a8_fp8", True),
@@ -53,19 +56,20 @@ def test_what_does_not_match_the_checkpoint_is_refused(
     declared: str, running: str | None, refused: bool
 ) -> None:
     built = None if declared == "none" and running in (None, "unquant") else BUILT
-    found = list(online(made(declared, ("fp8-block",)), running, built))
-    assert [reason for reason, _ in found] == ["quant.online"] * refused
+    found = list(quantised_online(stored_as(declared, ("fp8-block",)), running, built))
+    assert [reason.code for reason in found] == ["quant.online"] * refused
     if refused and declared != "none":
-        assert f"is {declared} and would be run as {running}" in found[0][1]
+        assert f"is {declared} and would be run as {running}" in found[0].detail
 
 
 def test_an_engine_that_quantises_without_a_name_is_refused() -> None:
-    ((reason, detail),) = online(made("none", ("plain",)), None, BUILT)
-    assert (reason, "by an argument" in detail) == ("quant.online", True)
+    (reason,) = quantised_online(stored_as("none", ("plain",)), None, BUILT)
+    assert (reason.code, "by an argument" in reason.detail) == ("quant.online", True)
 
 
 def test_every_method_that_is_read_has_its_own_name() -> None:
     """The table names methods that have a parser, and each by its own name too, but for spellings of one."""
     assert READERS.keys() <= PARSERS.keys()
     for method in PARSERS.keys() - {"autoround", "intel/auto-round"}:
-        assert list(online(made(method, ("plain",)), method, BUILT)) == []
+        built = None if method == UNQUANTISED else BUILT
+        assert list(quantised_online(stored_as(method, ("plain",)), method, built)) == []

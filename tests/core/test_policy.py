@@ -16,6 +16,7 @@ from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY, load_poli
 from fse_patch.fusion_core.evidence.specs import MlpSpec, TensorSpec
 
 from .checkpoints import Tensors, config_of, model_tensors, with_scales, write_checkpoint
+from .outcomes import code, merged
 
 
 def packed(tensors: Tensors, where: str = "_proj") -> Tensors:
@@ -101,8 +102,7 @@ def test_golden_decisions(
     folder = write_checkpoint(tmp_path, config_of("qwen3_next", quantization_config=quant), tensors)
     for engine in ("vllm", "sglang"):
         decision = decide(folder, engine)
-        assert (decision.reason, decision.rule) == (reason, rule), decision.detail
-        assert decision.fuse == (reason == "ok")
+        assert (code(decision), decision.rule) == (reason, rule), decision
 
 
 def test_every_default_rule_is_in_a_golden_row() -> None:
@@ -179,10 +179,10 @@ def test_a_users_rules_come_first(tmp_path: Path) -> None:
     policy = load_policy(own)
     assert [rule.id for rule in policy.rules] == ["not-this-family", *(r.id for r in load_policy().rules)]
     folder = write_checkpoint(tmp_path / "c", config_of("qwen3_next"), PLAIN)
-    assert decide(folder, "vllm", policy=policy).reason == "disabled"
-    assert decide(folder, "vllm").fuse
+    assert code(decide(folder, "vllm", policy=policy)) == "disabled"
+    assert merged(decide(folder, "vllm"))
     other = write_checkpoint(tmp_path / "d", config_of("qwen2_moe"), model_tensors("qwen2_moe"))
-    assert decide(other, "vllm", policy=policy).fuse
+    assert merged(decide(other, "vllm", policy=policy))
     assert decide(other, "vllm", policy=policy).policy_hash != decide(other, "vllm").policy_hash
 
 

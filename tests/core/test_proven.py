@@ -6,29 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from fse_patch.adapters.start import proof
+from fse_patch import settings
+from fse_patch.adapters.refusals import without_proof
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.decision.decide import decide
-from fse_patch.fusion_core.decision.outcome import FusionDecision
 from fse_patch.fusion_core.decision.proven import proven_platforms, read_proven, unproven
 
 from .golden import ROWS, write_row
+from .moe import stored_as
+from .outcomes import merged
 
 PROVEN = {"fp8-block": {"vllm": ("cpu",)}}
 FP8 = next(row for row in ROWS if row["id"] == "qwen3-next-fp8-block")
 PLAIN = next(row for row in ROWS if row["id"] == "qwen3-next-bf16")
 
 
-def made(method: str, formats: tuple[str, ...], engine: str = "vllm") -> FusionDecision:
-    return FusionDecision(
-        "main", False, "disabled", "", "", engine, "qwen3_next", quant_method=method, formats=formats
-    )
-
-
 def test_nothing_quantised_is_proven_yet() -> None:
     assert read_proven() == {}
-    assert proven_platforms(made("fp8", ("fp8-block",))) == []
-    assert proven_platforms(made("none", ("plain",))) == ["cpu", "cuda", "rocm"]
+    assert proven_platforms(stored_as("fp8", ("fp8-block",))) == []
+    assert proven_platforms(stored_as("none", ("plain",))) == ["cpu", "cuda", "rocm"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +46,7 @@ def test_nothing_quantised_is_proven_yet() -> None:
 def test_every_format_of_a_role_must_be_proven(
     method: str, formats: tuple[str, ...], engine: str, platform: str, missing: str
 ) -> None:
-    assert unproven(made(method, formats, engine), platform, PROVEN) == missing
+    assert unproven(stored_as(method, formats, engine), platform, PROVEN) == missing
 
 
 @pytest.mark.parametrize(
@@ -74,14 +70,12 @@ def test_the_table_knows_its_words(tmp_path: Path, text: str, wrong: str) -> Non
 
 def test_adapters_refuse_what_is_not_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FSE_PATCH_ALLOW_UNPROVEN", raising=False)
-    quantised = decide(write_row(tmp_path / "fp8", FP8), "vllm")
-    plain = decide(write_row(tmp_path / "plain", PLAIN), "vllm")
-    assert quantised.fuse
-    assert plain.fuse
+    quantised = merged(decide(write_row(tmp_path / "fp8", FP8), "vllm"))
+    plain = merged(decide(write_row(tmp_path / "plain", PLAIN), "vllm"))
     for platform in ("cpu", "cuda", ""):
-        assert list(proof(plain, platform)) == []
-        ((reason, detail),) = proof(quantised, platform)
-        assert reason == "quant.unproven"
-        assert detail.startswith("fp8-block would fuse")
+        assert list(without_proof(plain, platform, settings.load())) == []
+        (reason,) = without_proof(quantised, platform, settings.load())
+        assert reason.code == "quant.unproven"
+        assert reason.detail.startswith("fp8-block would fuse")
     monkeypatch.setenv("FSE_PATCH_ALLOW_UNPROVEN", "1")
-    assert list(proof(quantised, "cpu")) == []
+    assert list(without_proof(quantised, "cpu", settings.load())) == []

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from fse_patch import settings
 from fse_patch.adapters import prove
-from fse_patch.adapters.start import proof
+from fse_patch.adapters.refusals import without_proof
+from fse_patch.adapters.role import FusedRole
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision import proven
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.decision.outcome import FusionDecision
-from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.decision.outcome import Merged
+from fse_patch.fusion_core.forward.layer import FusedLayer
+from fse_patch.fusion_core.forward.router import SlotAppender
 from fse_patch.fusion_core.proof.canary import CanaryError
+from fse_patch.fusion_core.reasons import Reason
+from fse_patch.fusion_core.weights.audit import poison
 
 from .fp8 import MLP, SCHEMES, Kernel, Tensors, layer, opened, stored
+from .moe import Slots, start_of, stored_as
 from .test_canary import made as made_plain
-from .test_proven import made
 
 LAYOUT = ExpertLayout(6, 2, 3, 96, 32)
 
@@ -41,29 +44,37 @@ class Prover(prove.Prover):
         raise AssertionError
 
 
-def fusion(folder: Path, decision: FusionDecision, tensors: Tensors, kernel: Any = None) -> Any:
-    """A model that was loaded: as much of `ModelFusion` as proving looks at."""
-    family = family_of(decision.model_type)
-    assert family is not None
+def loaded(folder: Path, decision: Merged, tensors: Tensors, kernel: Any = None) -> FusedRole:
+    """A role with one layer that was built and loaded; its block runs ``kernel``."""
+    role = FusedRole(start_of(decision, folder, settings=settings.load()), Slots())
+    block = torch.nn.Module()
+    for name in ("gate", "shared_expert_gate"):
+        gate = torch.nn.Module()
+        gate.weight = torch.nn.Parameter(tensors[f"{MLP}{name}.weight"], requires_grad=False)
+        setattr(block, name, gate)
+    block.kernel = kernel  # type: ignore[assignment]
+    layout = decision.moe.layout
+    experts = torch.nn.Module()
+    w13 = torch.zeros(layout.num_experts, 2 * layout.moe_intermediate_size, layout.hidden_size)
+    w2 = torch.zeros(layout.num_experts, layout.hidden_size, layout.moe_intermediate_size)
+    for name, tensor in (("w13_weight", w13), ("w2_weight", w2)):
+        experts.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    router = SlotAppender(1, decision.moe, role.counter, lambda states: states[:, :1])
+    role.add_layer(FusedLayer(1, router, experts, block))
+    fill(role)
+    role.audit.loads = 1
+    return role
 
-    def part(name: str) -> Any:
-        return SimpleNamespace(weight=tensors[f"{MLP}{name}.weight"])
 
-    block = SimpleNamespace(gate=part("gate"), shared_expert_gate=part("shared_expert_gate"), kernel=kernel)
-    return SimpleNamespace(
-        decision=decision,
-        naming=TensorNaming(family, 2),
-        checkpoint=folder,
-        canary={"state": "pending", "layers": [], "deviation": 0.0, "tolerance": 1.0},
-        audit=SimpleNamespace(loads=1),
-        blocks={1: block},
-        experts={1: torch.nn.Linear(1, 1)},
-        executions={},
-        counter=ModeCounter(),
-        open=lambda: None,
-        proved=lambda: None,
-        check_gates=lambda: None,
-    )
+def fill(role: FusedRole) -> None:
+    """Write something everywhere, as a load does, and as load_format=dummy does without one."""
+    for parameter in role.layers[1].experts.parameters():
+        parameter.data.zero_()
+
+
+def state(role: FusedRole) -> str:
+    assert role.loaded is not None
+    return role.loaded.proof.state
 
 
 @pytest.fixture(autouse=True)
@@ -72,39 +83,44 @@ def default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def quantised(folder: Path, scheme: str = "block") -> Any:
+def quantised(folder: Path, scheme: str = "block") -> FusedRole:
     decision = layer(scheme, LAYOUT)
     tensors = stored(decision, SCHEMES[scheme], 1)
     opened(folder, decision, scheme, tensors)
-    return fusion(folder, decision, tensors, Kernel(decision, scheme, tensors))
+    return loaded(folder, decision, tensors, Kernel(decision, scheme, tensors))
 
 
 @pytest.mark.parametrize("scheme", ["block", "tensor, static", "channel"])
 def test_a_quantised_layer_is_proved(tmp_path: Path, scheme: str) -> None:
-    model = quantised(tmp_path, scheme)
-    prove.prove(model, torch.bfloat16, Prover())
-    assert model.canary["state"] == "passed"
-    assert 0 < model.canary["deviation"] < model.canary["tolerance"] < 0.4
+    role = quantised(tmp_path, scheme)
+    prove.prove(role, torch.bfloat16, Prover())
+    assert role.loaded is not None
+    proof = role.loaded.proof
+    assert proof.state == "passed"
+    assert 0 < proof.deviation < proof.tolerance < 0.4
 
 
 def test_a_quantised_layer_that_is_wrong_stops_the_load(tmp_path: Path) -> None:
-    model = quantised(tmp_path)
-    model.blocks[1].kernel.slot_factor = 1.25
+    role = quantised(tmp_path)
+    block: Any = role.layers[1].block
+    block.kernel.slot_factor = 1.25
     with pytest.raises(AuditError, match=r"canary: layer 1 .* the model is not served"):
-        prove.prove(model, torch.bfloat16, Prover())
+        prove.prove(role, torch.bfloat16, Prover())
+    assert role.loaded is None
 
 
 def test_a_quantised_layer_without_reference_is_not_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = quantised(tmp_path)
+    role = quantised(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CanaryError, match=r"cannot be proved: .*FSE_PATCH_ALLOW_UNPROVEN=1 serves it"):
-        prove.prove(model, torch.bfloat16, Prover())
-    model.canary["state"] = "pending"
+        prove.prove(role, torch.bfloat16, Prover())
     monkeypatch.setenv("FSE_PATCH_ALLOW_UNPROVEN", "1")
-    prove.prove(model, torch.bfloat16, Prover())
-    assert model.canary["state"] == "no_reference"
+    role = quantised(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    prove.prove(role, torch.bfloat16, Prover())
+    assert state(role) == "no_reference"
     assert "has no safetensors files" in caplog.text
 
 
@@ -113,22 +129,28 @@ def test_a_plain_checkpoint_without_reference_is_served_and_says_so(
 ) -> None:
     """Weights in other files than safetensors, of a checkpoint that declares no quantisation."""
     decision, tensors = made_plain("softmax")
-    model = fusion(tmp_path, decision, tensors)
-    model.decision = FusionDecision(**{**vars(decision), "quant_method": "none"})
-    prove.prove(model, torch.float32, Prover())
-    assert model.canary["state"] == "no_reference"
+    role = loaded(tmp_path, replace(decision, quant_method="none"), tensors)
+    prove.prove(role, torch.float32, Prover())
+    assert state(role) == "no_reference"
     assert "has no safetensors files" in caplog.text
 
 
 def test_what_came_from_no_checkpoint_says_so(tmp_path: Path) -> None:
     """As with load_format=dummy: quantised or not, nothing was loaded that could be compared."""
-    model = quantised(tmp_path)
-    model.audit.loads, model.poisoned = 0, []
-    prove.prove(model, torch.bfloat16, Prover())
-    assert model.canary["state"] == "not_loaded"
-    model.poisoned, model.canary["state"] = [1], "pending"
+    role = quantised(tmp_path)
+    role.audit.loads = 0
+    prove.prove(role, torch.bfloat16, Prover())
+    assert state(role) == "not_loaded"
+    role = quantised(tmp_path)
+    role.audit.loads = 0
+    poison(cast(torch.Tensor, role.layers[1].experts.w2_weight).data[LAYOUT.num_routed :])
     with pytest.raises(AuditError, match="were never loaded"):
-        prove.prove(model, torch.bfloat16, Prover())
+        prove.prove(role, torch.bfloat16, Prover())
+
+
+def refused(method: str, form: str, platform: str) -> list[Reason]:
+    """What speaks against fusing experts of one format, by the settings of now."""
+    return list(without_proof(stored_as(method, (form,)), platform, settings.load()))
 
 
 def test_a_format_that_the_canary_cannot_read_is_refused_before_it_is_built(
@@ -137,13 +159,12 @@ def test_a_format_that_the_canary_cannot_read_is_refused_before_it_is_built(
     """Even one that was run and compared: a load of another checkpoint can go wrong all the same."""
     ran = {"int4-gptq": {"vllm": ("cpu",)}, "fp8-block": {"vllm": ("cpu",)}}
     monkeypatch.setattr(proven, "read_proven", lambda *_: ran)
-    assert list(proof(made("fp8", ("fp8-block",)), "cpu")) == []
-    assert [reason for reason, _ in proof(made("fp8", ("fp8-block",)), "cuda")] == ["quant.unproven"]
-    four_bit = made("gptq", ("int4-gptq",))
-    ((reason, detail),) = proof(four_bit, "cpu")
-    assert (reason, "does not read int4-gptq" in detail) == ("quant.unproven", True)
+    assert refused("fp8", "fp8-block", "cpu") == []
+    assert [r.code for r in refused("fp8", "fp8-block", "cuda")] == ["quant.unproven"]
+    (reason,) = refused("gptq", "int4-gptq", "cpu")
+    assert (reason.code, "does not read int4-gptq" in reason.detail) == ("quant.unproven", True)
     monkeypatch.setenv("FSE_PATCH_VERIFY", "off")
-    assert list(proof(four_bit, "cpu")) == []
+    assert refused("gptq", "int4-gptq", "cpu") == []
     monkeypatch.setenv("FSE_PATCH_VERIFY", "all")
     monkeypatch.setenv("FSE_PATCH_ALLOW_UNPROVEN", "1")
-    assert list(proof(four_bit, "cpu")) == []
+    assert refused("gptq", "int4-gptq", "cpu") == []

@@ -8,8 +8,7 @@ import pytest
 
 from fse_patch.fusion_core.checkpoint.config import QuantConfig
 from fse_patch.fusion_core.quant.claims import PLAIN, Claim, Doubt
-from fse_patch.fusion_core.quant.layouts import LAYOUTS
-from fse_patch.fusion_core.quant.methods import FORMATS, PARSERS, resolver_for
+from fse_patch.fusion_core.quant.methods import FORMATS, LAYOUTS, PARSERS, resolver_for
 
 LAYER = "model.layers.1.mlp"
 ROUTED, SHARED = f"{LAYER}.experts.3.up_proj", f"{LAYER}.shared_expert.up_proj"

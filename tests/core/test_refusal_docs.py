@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from fse_patch import patches
-from fse_patch.fusion_core.decision.outcome import FUSES
 from fse_patch.fusion_core.decision.policy import schema_text
-from fse_patch.fusion_core.reasons import REASONS, Reason
+from fse_patch.fusion_core.reasons import FUSES, REASONS, Code
 
 
 def test_every_code_is_documented_and_no_other() -> None:
@@ -29,4 +28,4 @@ def test_the_schema_file_is_fresh() -> None:
 
 
 def test_every_reason_has_a_meaning() -> None:
-    assert set(REASONS) == set(get_args(Reason))
+    assert set(REASONS) == set(get_args(Code))

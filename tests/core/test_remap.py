@@ -17,8 +17,6 @@ from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.weights import remap
 from fse_patch.fusion_core.weights.remap import Remap, SlotTensor, split
 
-from .moe import decision
-
 H, I, E = 6, 4, 3  # noqa: E741
 LAYERS = 2
 Tensors = dict[str, torch.Tensor]
@@ -72,8 +70,7 @@ def checkpoint(name: str, slots: int = 1, stacked: bool = False) -> Tensors:
 def remapper(
     name: str, slots: int = 1, role: Role = "main", layers: tuple[int, ...] = tuple(range(LAYERS))
 ) -> Remap:
-    decided = decision(ExpertLayout(E, slots, 2, H, I), layers=layers, role=role, model_type=name)
-    return Remap(decided, TensorNaming(family(name), LAYERS), layers)
+    return Remap(ExpertLayout(E, slots, 2, H, I), role, TensorNaming(family(name), LAYERS), layers)
 
 
 def run(

@@ -15,6 +15,7 @@ from fse_patch.fusion_core.decision.decide import decide_roles
 from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY, load_policy, read_rules
 
 from .checkpoints import CONFIGS, config_of, mlp_tensors, model_tensors, with_scales, write_checkpoint
+from .outcomes import code
 
 POLICY = load_policy()
 scalars = st.one_of(
@@ -39,7 +40,7 @@ QUANT_KEYS = ["quant_method", "weight_block_size", "bits", "format", "quant_algo
 def answers(folder: Path) -> str:
     """The reason code, or "error"; anything else raised fails the test."""
     try:
-        return decide_roles(folder, "vllm", POLICY)["main"].reason
+        return code(decide_roles(folder, "vllm", POLICY)["main"])
     except FsePatchError as error:
         message = str(error)
     assert "\n" not in message

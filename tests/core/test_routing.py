@@ -11,9 +11,10 @@ from fse_patch.errors import AuditError
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import RoutingSpec
 from fse_patch.fusion_core.forward.plan import ModeCounter
-from fse_patch.fusion_core.forward.router import FusedRouter, append_shared_slots, route
+from fse_patch.fusion_core.forward.router import FusedRouter
+from fse_patch.fusion_core.kernels.routing_reference import append_shared_slots, route
 
-from .moe import Routed, decision, wrong
+from .moe import Routed, moe_spec, wrong
 
 GAP = 1e-9  # scores closer than this may be ordered either way
 
@@ -64,7 +65,7 @@ def router_of(case: Routed, dtype: torch.dtype = torch.float64) -> FusedRouter:
     gate = case.gate
     return FusedRouter(
         3,
-        decision(case.layout, case.spec, "constant" if gate is None else "sigmoid_gate"),
+        moe_spec(case.layout, case.spec, "constant" if gate is None else "sigmoid_gate"),
         ModeCounter(),
         shared_gate=None if gate is None else lambda hidden: gate.to(dtype) + 0 * hidden[:, :1],
         correction_bias=None
@@ -254,8 +255,8 @@ def test_the_control_touches_the_first_slot_alone() -> None:
 def test_gate_and_bias_must_be_there_as_decided() -> None:
     layout = ExpertLayout(4, 1, 2, 8, 4)
     softmax, sigmoid = RoutingSpec("softmax", True), RoutingSpec("sigmoid", True, has_correction_bias=True)
-    gated = decision(layout, softmax)
-    constant = decision(layout, sigmoid, "constant")
+    gated = moe_spec(layout, softmax)
+    constant = moe_spec(layout, sigmoid, "constant")
     with pytest.raises(ValueError, match="gate disagree"):
         FusedRouter(0, gated, ModeCounter())
     with pytest.raises(ValueError, match="gate disagree"):
@@ -276,7 +277,7 @@ def test_one_number_and_one_weight_a_token_are_appended_alike() -> None:
 
 def test_a_closed_layer_does_not_run() -> None:
     layout = ExpertLayout(4, 1, 2, 8, 8)
-    router = FusedRouter(0, decision(layout, shared_weight="constant"), ModeCounter())
+    router = FusedRouter(0, moe_spec(layout, shared_weight="constant"), ModeCounter())
     hidden, logits = torch.zeros(3, 8), torch.arange(12.0).reshape(3, 4)
     router(hidden, logits)
     router.closed = "not yet"

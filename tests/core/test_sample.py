@@ -8,16 +8,13 @@ import pytest
 import torch
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.weights.samples import VALUES, SlotSample
 
-from .moe import decision
+from .moe import naming_of
 
 E, S, H, I = 4, 2, 16, 8  # noqa: E741
 LAYOUT = ExpertLayout(E, S, 2, H, I)
-FAMILY = family_of("qwen2_moe")
 PREFIX = "model.layers.0.mlp.shared_expert."
 Slots = dict[str, torch.Tensor]
 
@@ -41,8 +38,7 @@ def loaded(tensors: dict[str, torch.Tensor], parts: int = 1, rank: int = 0) -> S
 
 
 def compared(tensors: dict[str, torch.Tensor], slots: Slots, rank: int = 0) -> int:
-    assert FAMILY is not None
-    sample = SlotSample(decision(LAYOUT), TensorNaming(FAMILY, 1), [0])
+    sample = SlotSample(LAYOUT, "main", naming_of("qwen2_moe", 1), [0])
     assert list(sample.tap(tensors.items())) == list(tensors.items())
     return sample.compare(0, slots, rank).compared
 
@@ -73,7 +69,7 @@ def test_what_is_padded_is_compared_too(rank: int) -> None:
     w2 = torch.zeros(E + S, H, padded)
     w2[:, :, :held] = slots["w2_weight"]
     wide = {"w13_weight": w13.flatten(1, 2), "w2_weight": w2}
-    sample = SlotSample(decision(LAYOUT), TensorNaming(FAMILY, 1), [0])  # type: ignore[arg-type]
+    sample = SlotSample(LAYOUT, "main", naming_of("qwen2_moe", 1), [0])
     list(sample.tap(checkpoint().items()))
     assert sample.compare(0, wide, rank, 2).compared == 3 * S * VALUES // 2
     wide["w2_weight"][E:, :, :held] *= 1.0001

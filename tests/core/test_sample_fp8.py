@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from fse_patch.errors import AuditError
-from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.weights.samples import VALUES, Found, SlotSample
 
 from .fp8 import BLOCK, E4M3, MLP, SCHEMES, Tensors, layer, stored
+from .moe import naming_of
 
 E, S, H, I = 4, 2, 96, 64  # noqa: E741
 LAYOUT = ExpertLayout(E, S, 2, H, I)
@@ -64,10 +63,8 @@ def loaded(tensors: Tensors, scheme: str, layout: ExpertLayout, parts: int = 1, 
     return found
 
 
-def compared(tensors: Tensors, slots: Tensors, scheme: str, layout: ExpertLayout, rank: int = 0) -> Found:
-    family = family_of("qwen2_moe")
-    assert family is not None
-    sample = SlotSample(layer(scheme, layout), TensorNaming(family, 2), [1])
+def compared(tensors: Tensors, slots: Tensors, layout: ExpertLayout, rank: int = 0) -> Found:
+    sample = SlotSample(layout, "main", naming_of("qwen2_moe", 2), [1])
     assert len(list(sample.tap(tensors.items()))) == len(tensors)
     return sample.compare(1, slots, rank)
 
@@ -86,14 +83,14 @@ def scales(tensors: Tensors) -> int:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_was_loaded_rightly_is_found(scheme: str) -> None:
     tensors = stored(layer(scheme, LAYOUT), SCHEMES[scheme], 0)
-    found = compared(tensors, loaded(tensors, scheme, LAYOUT), scheme, LAYOUT)
+    found = compared(tensors, loaded(tensors, scheme, LAYOUT), LAYOUT)
     assert found == Found(3 * S * VALUES + scales(tensors), set())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_blocks_that_end_early_are_found(scheme: str) -> None:
     tensors = stored(layer(scheme, RAGGED), SCHEMES[scheme], 0)
-    found = compared(tensors, loaded(tensors, scheme, RAGGED), scheme, RAGGED)
+    found = compared(tensors, loaded(tensors, scheme, RAGGED), RAGGED)
     assert not found.not_compared
     assert found.compared > 3 * VALUES
 
@@ -104,7 +101,7 @@ def test_another_ranks_shard_is_not_served(scheme: str, rank: int) -> None:
     """Rank 1's rows on rank 0, and the other way: of weights and scales, and of either alone."""
     tensors = stored(layer(scheme, LAYOUT), SCHEMES[scheme], 0)
     right, wrong = (loaded(tensors, scheme, LAYOUT, 2, held) for held in (rank, 1 - rank))
-    found = compared(tensors, right, scheme, LAYOUT, rank)
+    found = compared(tensors, right, LAYOUT, rank)
     assert not found.not_compared
     assert found.compared >= 3 * S * VALUES // 2
     weights = {name: wrong[name] if name.endswith("_weight") else right[name] for name in right}
@@ -113,7 +110,7 @@ def test_another_ranks_shard_is_not_served(scheme: str, rank: int) -> None:
         faults.append({name: right[name] if name.endswith("_weight") else wrong[name] for name in right})
     for fault in faults:
         with pytest.raises(AuditError, match=r"sampled values of [\w.]+ are not the checkpoint's"):
-            compared(tensors, fault, scheme, LAYOUT, rank)
+            compared(tensors, fault, LAYOUT, rank)
 
 
 Change = Callable[[torch.Tensor], None]
@@ -160,10 +157,10 @@ FAULTS = [
 def test_a_scale_that_is_another_is_not_served(scheme: str, name: str, fault: Change) -> None:
     tensors = stored(layer(scheme, LAYOUT), SCHEMES[scheme], 0)
     slots = loaded(tensors, scheme, LAYOUT)
-    compared(tensors, slots, scheme, LAYOUT)
+    compared(tensors, slots, LAYOUT)
     fault(slots[name])
     with pytest.raises(AuditError, match=rf"_proj\.{name.partition('_')[2]} are not the checkpoint's"):
-        compared(tensors, slots, scheme, LAYOUT)
+        compared(tensors, slots, LAYOUT)
 
 
 @pytest.mark.parametrize("bit", [0, 7])
@@ -172,7 +169,7 @@ def test_one_bit_of_a_weight_is_seen(bit: int) -> None:
     slots = loaded(tensors, "block", LAYOUT)
     slots["w2_weight"].view(torch.uint8)[E] ^= 1 << bit
     with pytest.raises(AuditError, match="sampled values of down_proj are"):
-        compared(tensors, slots, "block", LAYOUT)
+        compared(tensors, slots, LAYOUT)
 
 
 def max_scale(slots: Tensors) -> Tensors:
@@ -220,7 +217,7 @@ def test_what_an_engine_holds_otherwise_is_said_to_be_not_compared(case: str) ->
     scheme, change, names = OTHERWISE[case]
     tensors = stored(layer(scheme, LAYOUT), SCHEMES[scheme], 0)
     slots = change(loaded(tensors, scheme, LAYOUT))
-    found = compared(tensors, slots, scheme, LAYOUT)
+    found = compared(tensors, slots, LAYOUT)
     assert found.not_compared == names
     # What still lies as in the checkpoint is compared, and seen when it is wrong.
     left = [name for name in slots if name.endswith(("scale", "scale_inv")) and name not in names]
@@ -228,23 +225,23 @@ def test_what_an_engine_holds_otherwise_is_said_to_be_not_compared(case: str) ->
     for name in left:
         stale(slots[name])
         with pytest.raises(AuditError):
-            compared(tensors, slots, scheme, LAYOUT)
+            compared(tensors, slots, LAYOUT)
 
 
 def test_two_input_scales_that_became_one_are_not_judged() -> None:
     tensors = stored(layer("tensor, static", LAYOUT), SCHEMES["tensor, static"], 0)
     slots = loaded(tensors, "tensor, static", LAYOUT)
-    assert not compared(tensors, slots, "tensor, static", LAYOUT).not_compared
+    assert not compared(tensors, slots, LAYOUT).not_compared
     name = f"{MLP}shared_expert.up_proj.input_scale"
     tensors[name] = tensors[name] * 2
-    found = compared(tensors, slots, "tensor, static", LAYOUT)
+    found = compared(tensors, slots, LAYOUT)
     assert found.not_compared == {"w13_input_scale"}
 
 
 def test_packed_integers_are_not_judged() -> None:
     prefix = f"{MLP}shared_expert.gate_proj."
     tensors = {f"{prefix}qweight": torch.ones(12, 128).int(), f"{prefix}scales": torch.ones(3, 128)}
-    found = compared(tensors, {"w2_weight": torch.ones(E + S, H, I)}, "block", LAYOUT)
+    found = compared(tensors, {"w2_weight": torch.ones(E + S, H, I)}, LAYOUT)
     assert found == Found(0, {"w13_qweight", "w13_scales"})
 
 
@@ -255,7 +252,7 @@ def test_blocks_that_do_not_end_with_a_part_are_not_judged() -> None:
     whole = loaded(tensors, "block", layout)
     first = torch.cat([whole["w13_weight"][:, :48], whole["w13_weight"][:, 96:144]], dim=1)
     slots = whole | {"w13_weight": first, "w2_weight": whole["w2_weight"][:, :, :48]}
-    found = compared(tensors, slots, "block", layout)
+    found = compared(tensors, slots, layout)
     assert "w13_weight_scale_inv" in found.not_compared
     assert "w2_weight_scale_inv" in found.not_compared
     assert found.compared == 0

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fse_patch.adapters.role import BuiltModel
+from fse_patch.adapters.role import FusedRole
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.forward.layer import FusedLayer
 from fse_patch.fusion_core.forward.plan import ModeCounter
 from fse_patch.fusion_core.forward.router import SlotAppender
 from fse_patch.lab import model_process, slot_control
 
-from .moe import decision
+from .moe import Slots, decision, start_of
 
 LAYOUT = ExpertLayout(num_routed=4, num_shared_slots=2, top_k=2, hidden_size=8, moe_intermediate_size=4)
 E, SLOT = LAYOUT.num_experts, LAYOUT.num_routed
 FP8 = torch.float8_e4m3fn
-
-
-class Model(BuiltModel):
-    def _share(self, experts: torch.nn.Module) -> tuple[int, int]:
-        return 0, 1
 
 
 def experts(**tensors: torch.Tensor) -> torch.nn.Module:
@@ -52,15 +45,21 @@ def in_8_bits(name: str = "w2_weight_scale_inv", *shape: int) -> torch.nn.Module
     )
 
 
-def model_of(role: Any, *layers: torch.nn.Module) -> Any:
-    family = family_of("qwen2_moe")
-    assert family is not None
+def model_of(role: Any, *layers: torch.nn.Module) -> FusedRole:
     made = decision(LAYOUT, shared_weight="constant", layers=tuple(range(len(layers))), role=role)
-    model = Model(made, TensorNaming(family, 2), Path())
-    for layer, module in enumerate(layers):
-        model.routers[layer] = SlotAppender(layer, made, ModeCounter())
-        model.experts[layer] = module
+    model = FusedRole(start_of(made), Slots())
+    for number, module in enumerate(layers):
+        router = SlotAppender(number, made.moe, ModeCounter())
+        model.layers[number] = FusedLayer(number, router, module, torch.nn.Module())
     return model
+
+
+def experts_of(model: FusedRole) -> list[Any]:
+    return [layer.experts for layer in model.layers.values()]
+
+
+def runs_in_modes(layer: FusedLayer) -> None:
+    layer.execution = SimpleNamespace()  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -83,8 +82,8 @@ def changed(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict[st
     return {name: rows for name, rows in found.items() if rows}
 
 
-def factors(model: Any) -> list[float]:
-    return [router.control_factor for router in model.routers.values()]
+def factors(model: FusedRole) -> list[float]:
+    return [layer.router.control_factor for layer in model.layers.values()]
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -92,22 +91,22 @@ def factors(model: Any) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_first_shared_slot_of_w2_alone_and_back(factor: float, dtype: torch.dtype) -> None:
     model = model_of("main", plain(dtype), plain(dtype))
-    before = [bits(module) for module in model.experts.values()]
-    wanted = model.experts[0].w2_weight.data[SLOT] * factor
+    before = [bits(module) for module in experts_of(model)]
+    wanted = experts_of(model)[0].w2_weight.data[SLOT] * factor
     slot_control.multiply(model, factor)
-    for module, held in zip(model.experts.values(), before, strict=True):
+    for module, held in zip(experts_of(model), before, strict=True):
         assert changed(module, held) == {"w2_weight": [SLOT]}
-    torch.testing.assert_close(model.experts[0].w2_weight.data[SLOT], wanted, rtol=0, atol=0)
+    torch.testing.assert_close(experts_of(model)[0].w2_weight.data[SLOT], wanted, rtol=0, atol=0)
     # Never both: the factor would be squared.
     assert factors(model) == [1.0, 1.0]
     # Factors do not add up, so the second one starts from what was loaded.
     slot_control.multiply(model, 0.5)
     slot_control.multiply(model, factor)
-    torch.testing.assert_close(model.experts[0].w2_weight.data[SLOT], wanted, rtol=0, atol=0)
+    torch.testing.assert_close(experts_of(model)[0].w2_weight.data[SLOT], wanted, rtol=0, atol=0)
     assert slot_control.in_force(model)
     slot_control.multiply(model, 1.0)
     assert not slot_control.in_force(model)
-    for module, held in zip(model.experts.values(), before, strict=True):
+    for module, held in zip(experts_of(model), before, strict=True):
         assert changed(module, held) == {}
 
 
@@ -123,7 +122,7 @@ def test_in_8_bits_the_scales_have_the_factor(module: torch.nn.Module) -> None:
     # Kernels that may have copies of the scales: the router has the factor.
     slot_control.multiply(model, 0.0)
     assert (changed(module, before), factors(model)) == ({}, [0.0])
-    model.executions[0] = SimpleNamespace()
+    runs_in_modes(model.layers[0])
     slot_control.multiply(model, 0.0)
     assert (changed(module, before), factors(model)) == ({name: [SLOT]}, [1.0])
     slot_control.multiply(model, 1.0)
@@ -155,23 +154,23 @@ def test_what_cannot_be_changed_leaves_it_to_the_router(kind: str) -> None:
     assert slot_control.slot_rows(module, LAYOUT, scales=True) is None
     # Beside a layer that can be changed: each has the factor once.
     model = model_of("main", module, plain())
-    model.executions[0] = SimpleNamespace()
-    before = [bits(m) for m in model.experts.values()]
+    runs_in_modes(model.layers[0])
+    before = [bits(m) for m in experts_of(model)]
     slot_control.multiply(model, 0.0)
-    assert [changed(m, b) for m, b in zip(model.experts.values(), before, strict=True)] == [
+    assert [changed(m, b) for m, b in zip(experts_of(model), before, strict=True)] == [
         {}, {"w2_weight": [SLOT]},
     ]  # fmt: skip
     assert factors(model) == [0.0, 1.0]
     slot_control.multiply(model, 1.0)
     assert factors(model) == [1.0, 1.0]
-    assert changed(model.experts[1], before[1]) == {}
+    assert changed(experts_of(model)[1], before[1]) == {}
 
 
 def test_on_a_cpu_the_router_has_it() -> None:
     model = model_of("main", plain())
-    before = bits(model.experts[0])
+    before = bits(experts_of(model)[0])
     slot_control.multiply(model, 0.0)
-    assert (changed(model.experts[0], before), factors(model)) == ({}, [0.0])
+    assert (changed(experts_of(model)[0], before), factors(model)) == ({}, [0.0])
     slot_control.multiply(model, 1.0)
     assert factors(model) == [1.0]
 
@@ -179,8 +178,8 @@ def test_on_a_cpu_the_router_has_it() -> None:
 class Graph:
     """Stands for a captured graph of a layer: the addresses of the weights, numbers as they were."""
 
-    def __init__(self, model: Any) -> None:
-        self.w2, self.factor = model.experts[0].w2_weight.data, model.routers[0].control_factor
+    def __init__(self, model: FusedRole) -> None:
+        self.w2, self.factor = experts_of(model)[0].w2_weight.data, factors(model)[0]
 
     def replay(self, states: torch.Tensor) -> torch.Tensor:
         return torch.stack([states @ w2.T for w2 in self.w2[SLOT:].float()]) * self.factor
@@ -191,15 +190,15 @@ def test_a_captured_graph_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     main, draft = model_of("main", plain()), model_of("draft", plain())
     monkeypatch.setattr(model_process, "constructed", lambda: [main, draft])
     graph, states = Graph(main), draw(3, 4, dtype=torch.float32)
-    honest, of_draft = graph.replay(states), bits(draft.experts[0])
+    honest, of_draft = graph.replay(states), bits(experts_of(draft)[0])
     model_process.control(0.0)
     assert not graph.replay(states)[0].any()
     assert torch.equal(graph.replay(states)[1], honest[1])
-    assert changed(draft.experts[0], of_draft) == {}
+    assert changed(experts_of(draft)[0], of_draft) == {}
     model_process.control(1.0)
     assert torch.equal(graph.replay(states), honest)
     # The control: a number of the host is not seen.
-    main.routers[0].control_factor = 0.0
+    main.layers[0].router.control_factor = 0.0
     assert torch.equal(graph.replay(states), honest)
 
 
@@ -221,16 +220,16 @@ def test_the_yardstick_is_not_measured_with_the_control(
 @pytest.mark.usefixtures("on_gpu")
 def test_a_control_that_broke_off_is_undone_and_until_then_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("main", plain(), plain())
-    before = [bits(module) for module in model.experts.values()]
+    before = [bits(module) for module in experts_of(model)]
     with monkeypatch.context() as patch:
-        patch.delitem(model.experts, 1)
-        with pytest.raises(KeyError):
+        patch.delattr(model.layers[1], "experts")
+        with pytest.raises(AttributeError):
             slot_control.multiply(model, 0.0)
     assert slot_control.in_force(model)
-    assert changed(model.experts[0], before[0]) == {"w2_weight": [SLOT]}
+    assert changed(experts_of(model)[0], before[0]) == {"w2_weight": [SLOT]}
     slot_control.multiply(model, 1.0)
     assert not slot_control.in_force(model)
-    assert [changed(m, b) for m, b in zip(model.experts.values(), before, strict=True)] == [{}, {}]
+    assert [changed(m, b) for m, b in zip(experts_of(model), before, strict=True)] == [{}, {}]
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from .checkpoints import model_tensors, with_scales
+from .outcomes import code, merged, stock
 from .test_decide import made
 
 
@@ -25,12 +26,12 @@ from .test_decide import made
 def test_an_unknown_tensor_within_the_experts_is_a_doubt(tmp_path: Path, name: str) -> None:
     tensors = model_tensors("qwen3_next")
     full = f"model.layers.1.mlp.{name}"
-    decision = made(tmp_path, "qwen3_next", tensors | {full: ("BF16", (32, 64))})
-    assert (decision.fuse, decision.reason) == (False, "quant.unknown"), decision.detail
-    assert "layer 1" in decision.detail
+    refusal = stock(made(tmp_path, "qwen3_next", tensors | {full: ("BF16", (32, 64))})).reason
+    assert refusal.code == "quant.unknown", refusal.detail
+    assert "layer 1" in refusal.detail
     # Control: beside the experts it is none of this decision's business.
     beside = full.replace(".mlp.", ".mlp.other.")
-    assert made(tmp_path, "qwen3_next", tensors | {beside: ("BF16", (32, 64))}).fuse
+    assert merged(made(tmp_path, "qwen3_next", tensors | {beside: ("BF16", (32, 64))}))
 
 
 @pytest.mark.parametrize(
@@ -45,23 +46,22 @@ def test_scales_of_another_rank_are_another_way_to_store(
         if name.endswith("_scale"):
             tensors[name] = ("F32", shared if ".shared_expert." in name else routed)
     decision = made(tmp_path, "qwen3_next", tensors, quantization_config={"quant_method": "fp8"})
-    assert decision.fuse is fuses, decision.detail
-    assert fuses or decision.reason == "quant.mixed"
+    assert code(decision) == ("ok" if fuses else "quant.mixed"), decision
 
 
 def test_single_experts_have_modules(tmp_path: Path) -> None:
     tensors = model_tensors("qwen3_next")
-    assert made(tmp_path / "a", "qwen3_next", tensors).fuse
+    assert merged(made(tmp_path / "a", "qwen3_next", tensors))
     bare = {n.removesuffix(".weight") if "_proj" in n else n: t for n, t in tensors.items()}
-    assert made(tmp_path / "b", "qwen3_next", bare).reason == "quant.unknown"
+    assert code(made(tmp_path / "b", "qwen3_next", bare)) == "quant.unknown"
 
 
 def test_one_projection_of_all_experts_and_single_ones_for_the_other(tmp_path: Path) -> None:
     tensors = model_tensors("qwen3_next", stacked=True)
-    assert made(tmp_path / "a", "qwen3_next", tensors).fuse
+    assert merged(made(tmp_path / "a", "qwen3_next", tensors))
     single = model_tensors("qwen3_next")
     mixed = {n: t for n, t in tensors.items() if n != "model.layers.0.mlp.experts.down_proj"}
     mixed |= {n: t for n, t in single.items() if ".layers.0.mlp.experts." in n and "down_proj" in n}
-    decision = made(tmp_path / "b", "qwen3_next", mixed)
-    assert (decision.fuse, decision.reason) == (False, "quant.unknown")
-    assert "in one tensor for all" in decision.detail
+    refusal = stock(made(tmp_path / "b", "qwen3_next", mixed)).reason
+    assert refusal.code == "quant.unknown"
+    assert "in one tensor for all" in refusal.detail

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +10,15 @@ import torch
 
 from fse_patch import doctor, settings
 from fse_patch.adapters import prove, tuned_configs
+from fse_patch.adapters.role import FusedRole
 from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.forward.layer import FusedLayer
 from fse_patch.fusion_core.forward.plan import ModeCounter, ModePlan
+from fse_patch.fusion_core.forward.router import SlotAppender
 from fse_patch.fusion_core.proof.canary import CanaryError, Reference
+from fse_patch.fusion_core.reasons import Reason
 
+from .moe import Slots, decision, start_of
 from .test_dispatch import table
 
 HIDDEN = torch.ones(2, 2)
@@ -23,7 +27,7 @@ LAYOUT = ExpertLayout(512, 1, 10, 2048, 512)
 
 
 class Execution:
-    """Stands for a `LayerExecution`: notes the mode that each call ran in."""
+    """Stands for an `Execution`: notes the mode that each call ran in."""
 
     def __init__(self, plan: ModePlan) -> None:
         self.plan, self.forced, self.ran, self.wrong = plan, None, [], ""
@@ -52,22 +56,18 @@ def test_the_canary_runs_every_mode(wrong: str, monkeypatch: pytest.MonkeyPatch)
     block: Any = torch.nn.Module()
     block.forward = execution
     block.gate = torch.nn.Linear(2, 2)
-    fusion: Any = SimpleNamespace(
-        blocks={0: block},
-        experts={0: block.gate},
-        executions={0: execution},
-        decision=SimpleNamespace(role="main"),
-        naming=None,
-        counter=ModeCounter(),
-    )
+    made = decision(LAYOUT, shared_weight="constant")
+    fused_role = FusedRole(start_of(made), Slots())
+    router = SlotAppender(0, made.moe, ModeCounter())
+    layer = FusedLayer(0, router, block.gate, block, execution)  # type: ignore[arg-type]
     monkeypatch.setattr(prove, "CheckpointLayer", lambda *args: None)
     monkeypatch.setattr(prove, "reference", lambda *args: WANTED)
     if wrong:
         with pytest.raises(CanaryError, match="not served"):
-            prove._prove_layer(fusion, 0, torch.float32, Prover(), None)  # type: ignore[arg-type]
+            prove._prove_layer(fused_role, layer, torch.float32, Prover(), None)  # type: ignore[arg-type]
         assert execution.ran[-1] == wrong
     else:
-        prove._prove_layer(fusion, 0, torch.float32, Prover(), None)  # type: ignore[arg-type]
+        prove._prove_layer(fused_role, layer, torch.float32, Prover(), None)  # type: ignore[arg-type]
         assert execution.ran == ["fused", "small", "split"]
     assert execution.forced is None
 
@@ -83,9 +83,8 @@ def test_the_kernels_table_of_e_stands_in(monkeypatch: pytest.MonkeyPatch) -> No
         return tables.get(E)
 
     layouts = [LAYOUT, ExpertLayout(256, 1, 8, 2048, 512), ExpertLayout(60, 4, 4, 2048, 1408)]
-    monkeypatch.setattr(
-        tuned_configs, "CONSTRUCTED", [SimpleNamespace(layout=layout, built_here=True) for layout in layouts]
-    )
+    roles = [FusedRole(start_of(decision(layout)), Slots()) for layout in layouts]
+    monkeypatch.setattr(tuned_configs, "CONSTRUCTED", roles)
     monkeypatch.setattr(tuned_configs, "LOOKED_UP", {})
     patched = tuned_configs.get_moe_configs(original)
     assert patched(513, 512, None, 0, 0) == {1: "tuned for 512"}
@@ -97,6 +96,17 @@ def test_the_kernels_table_of_e_stands_in(monkeypatch: pytest.MonkeyPatch) -> No
     # What was found is noted.
     tuned = {513: "E=512,N=512", 257: "E=257,N=512", 64: "none", 514: "none"}
     assert tuned == tuned_configs.LOOKED_UP
+
+
+def test_a_layer_that_its_engine_fuses_by_itself_keeps_its_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = decision(LAYOUT)
+    native = merged.refused(Reason("upstream.already", ""))
+    monkeypatch.setattr(tuned_configs, "LOOKED_UP", {})
+    patched = tuned_configs.get_moe_configs(lambda E, *_: "tuned for 512" if E == 512 else None)
+    for decided, taken in ((native, None), (merged, "tuned for 512")):
+        role = FusedRole(start_of(decided), Slots())
+        monkeypatch.setattr(tuned_configs, "CONSTRUCTED", [role])
+        assert patched(513, 512, None) == taken
 
 
 def test_doctor_names_the_tables(tmp_path: Path) -> None:

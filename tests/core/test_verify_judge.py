@@ -30,7 +30,7 @@ def shifted(by: float, logprobs: list[list[float]] = LOGPROBS) -> list[list[floa
 
 
 def role_report(decided: Any, **changes: Any) -> dict[str, Any]:
-    layers = list(decided.fused_layers)
+    layers = list(decided.moe.layers)
     return {
         "role": decided.role,
         "built_layers": layers,

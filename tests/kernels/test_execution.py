@@ -12,14 +12,18 @@ import torch
 from fse_patch.adapters.vllm.fp8 import Fp8Experts, Slot
 from fse_patch.errors import AuditError
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.decision.outcome import RoutingSpec
+from fse_patch.fusion_core.forward.execution import Execution, TopK
 from fse_patch.fusion_core.forward.gate_rows import GateRows
-from fse_patch.fusion_core.forward.layer import LayerExecution, TopK
-from fse_patch.fusion_core.forward.plan import MODES, ModeCounter, ModePlan, always
-from fse_patch.fusion_core.forward.router import FusedRouter, route
+from fse_patch.fusion_core.forward.layer import FusedLayer
+from fse_patch.fusion_core.forward.mode_registry import MODES
+from fse_patch.fusion_core.forward.plan import ModeCounter, ModePlan, always
+from fse_patch.fusion_core.forward.router import FusedRouter
 from fse_patch.fusion_core.kernels import experts_fp8, silu_mul
+from fse_patch.fusion_core.kernels.routing_reference import route
 from fse_patch.lab.slot_control import slot_rows
 
+from ..core.moe import moe_spec
 from .test_experts_fp8 import drawn
 from .test_kernels import DEVICE, draw, off
 
@@ -95,19 +99,16 @@ def layer(
     return out
 
 
-def build(kind: str, plan: ModePlan, stream: Any = None) -> tuple[LayerExecution, Any]:
+def build(kind: str, plan: ModePlan, stream: Any = None) -> tuple[Execution, Any]:
     """An execution, and what it must give for hidden states (with a factor on the shared expert)."""
     glm = kind.startswith("glm")
     spec = GLM if glm else QWEN
-    decision = FusionDecision(
-        "main", True, "ok", "", "", "vllm", "x", layout=LAYOUT, routing=spec,
-        shared_weight="constant" if glm else "sigmoid_gate", moe_layers=(0,), fused_layers=(0,),
-    )  # fmt: skip
+    moe = moe_spec(LAYOUT, spec, "constant" if glm else "sigmoid_gate")
     # GLM routes in float32.
     gate = Linear(LAYOUT.num_routed, 1, torch.float32 if glm else DTYPE)
     shared_gate = None if glm else Linear(1, 2)
     bias = draw(LAYOUT.num_routed, seed=3, scale=0.1) if glm else None
-    router = FusedRouter(0, decision, ModeCounter(), (lambda x: x[:, :1]) if shared_gate else None, bias)
+    router = FusedRouter(0, moe, ModeCounter(), (lambda x: x[:, :1]) if shared_gate else None, bias)
     experts = Experts(spec, bias, stream)
     quantised = in_fp8(experts) if kind == "fp8" else None
 
@@ -124,8 +125,13 @@ def build(kind: str, plan: ModePlan, stream: Any = None) -> tuple[LayerExecution
         return layer(x, experts.w13, experts.w2, weights, ids)
 
     own = GateRows([gate, shared_gate] if shared_gate else [gate]) if kind in OWN_GATES else None
-    made = LayerExecution(router, plan, experts, own, logits if own else None, shared_gate, quantised)
+    made = Execution(router, plan, experts, own, logits if own else None, shared_gate, quantised)
     return made, (wanted, logits)
+
+
+def layer_of(run: Execution) -> FusedLayer:
+    """The layer that an execution runs."""
+    return FusedLayer(0, run.router, weights_of(run), torch.nn.Module(), run)
 
 
 def weights_of(run: Any) -> Any:
@@ -219,8 +225,7 @@ def test_nothing_runs_before_it_was_proved() -> None:
     run.router.closed = "not proved"
     x = draw(2, LAYOUT.hidden_size, seed=8, dtype=DTYPE)
     for mode in MODES:
-        run.forced = mode
-        with pytest.raises(AuditError, match="not proved"):
+        with layer_of(run).forced(mode), pytest.raises(AuditError, match="not proved"):
             run(x, logits(x))
 
 
@@ -237,9 +242,11 @@ def test_the_plan_chooses_by_tokens_and_can_be_overruled() -> None:
         x = draw(tokens, LAYOUT.hidden_size, seed=8, dtype=DTYPE)
         run(x, logits(x))
     assert run.router.counter.by_mode() == {"small": 2, "fused": 1, "split": 1}
-    run.forced = "split"
-    run(x[:1], logits(x[:1]))
+    with layer_of(run).forced("split"):
+        run(x[:1], logits(x[:1]))
     assert run.router.counter.by_mode()["split"] == 2
+    run(x[:1], logits(x[:1]))
+    assert run.router.counter.by_mode()["small"] == 3
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 96), (3, 512, 2048), (2, 1408, 4096), (7, 600, 64)], ids=str)

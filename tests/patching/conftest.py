@@ -61,6 +61,17 @@ def callable_object(original):
 """
 
 
+# Of an engine, what its file has to say beside what is patched.
+FACTS: dict[str, Any] = {
+    "releases": [{"release": "1.0", "cpu": True}],
+    "read": ">=1",
+    "backends": {},
+    "plugins": {"group": "toy.plugins", "variable": "TOY_PLUGINS"},
+    "tuned_tables": {"folder": "tables", "variable": "TOY_TABLES"},
+    "lab": {"draft_argument": "draft"},
+}
+
+
 class Toy:
     """A package of its own name, so that tests cannot see each other's modules and hooks."""
 
@@ -137,7 +148,7 @@ class Toy:
             "engine": engine,
             "import_name": self.name,
             "distributions": [self.name],
-            "tested": ["1.0"],
+            **FACTS,
             "patches": entries,
             **changes,
         }

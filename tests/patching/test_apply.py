@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import yaml
 
 import fse_patch
-from fse_patch import runtime, settings
+from fse_patch import metrics, runtime, settings
 from fse_patch.adapters.patching import ledger
 from fse_patch.errors import FsePatchError, RefusedError
 
@@ -117,7 +118,7 @@ class TestRefused:
         assert environment() == {}
 
     def test_untested_release(self, engine: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-        engine.ledger("core:greet", tested=["2.0"])
+        engine.ledger("core:greet", releases=[{"release": "2.0", "cpu": True}])
         with pytest.raises(RefusedError, match=r"version\.untested"):
             fse_patch.apply("vllm")
         monkeypatch.setenv("FSE_PATCH_ALLOW_UNTESTED", "1")
@@ -170,6 +171,21 @@ class TestBadInput:
         monkeypatch.setenv("FSE_PATCH", "maybe")
         with pytest.raises(FsePatchError, match="FSE_PATCH='maybe'"):
             fse_patch.apply("vllm")
+
+
+def test_metrics_are_published_at_each_change_once_patches_are_in(
+    engine: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(metrics, "publish", published.append)
+    monkeypatch.setattr(runtime, "_listeners", [])
+    runtime.changed()
+    assert published == []
+    for _ in range(2):
+        fse_patch.apply("vllm")
+    runtime.changed()
+    assert [list(status) for status in published] == [["vllm"]]
+    assert published[0]["vllm"]["engine_version"] == "1.0"
 
 
 def test_status_carries_decisions_and_counters(engine: Toy) -> None:

@@ -14,7 +14,7 @@ from packaging.version import Version
 from fse_patch import table_coverage
 from fse_patch.adapters.patching import guards, ledger
 from fse_patch.errors import FsePatchError
-from fse_patch.settings import ENGINES
+from fse_patch.patches import ENGINES
 
 BOOKS = {engine: ledger.load(engine) for engine in ENGINES if ledger.exists(engine)}
 

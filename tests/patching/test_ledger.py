@@ -11,6 +11,8 @@ import yaml
 from fse_patch.adapters.patching import ledger
 from fse_patch.errors import FsePatchError
 
+from .conftest import FACTS
+
 ENTRY = {
     "id": "a",
     "target": "pkg.mod:Name",
@@ -24,7 +26,7 @@ DATA = {
     "engine": "vllm",
     "import_name": "pkg",
     "distributions": ["pkg"],
-    "tested": ["1.0"],
+    **FACTS,
     "patches": [ENTRY],
 }
 

@@ -54,9 +54,10 @@ def served(engine: Toy) -> Toy:
 
 def child(toy: Toy, code: str = SERVE, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     code, *rest = (text.format(name=toy.name) for text in ("import sys\n" + code, *arguments))
+    path = os.pathsep.join(filter(None, [str(toy.root), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-c", code, *rest],
-        env={**os.environ, "PYTHONPATH": str(toy.root), **env},
+        env={**os.environ, "PYTHONPATH": path, **env},
         capture_output=True,
         text=True,
         timeout=60,
@@ -105,7 +106,8 @@ ours = sorted(m for m in sys.modules if m.startswith("fse_patch."))
 print(sorted(loaded - set(sys.stdlib_module_names)), ours)
 """
         done = child(served, code)
-        ours = ["fse_patch.entry_points", "fse_patch.errors", "fse_patch.settings"]
+        names = ("entry_points", "errors", "patches", "settings", "version")
+        ours = [f"fse_patch.{name}" for name in names]
         assert done.stdout == f"{sorted(['fse_patch', served.name])} {ours}\n", done.stderr
 
 

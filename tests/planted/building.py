@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.adapters import role
+from fse_patch.adapters.role import FusedRole
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 
 from .plant import PLANTS, adapter, plant
@@ -126,39 +126,39 @@ def wrapper_of_the_canary_gone(engine: str) -> Context:
 
 @plant
 def layer_built_twice(_: str) -> Context:
-    honest = role.ModelFusion.add_layer
+    honest = FusedRole.add_layer
 
-    def add(self: Any, layer: int, router: Any, experts: Any) -> None:
-        honest(self, layer, router, experts)
-        honest(self, layer, router, experts)
+    def add(self: Any, layer: Any) -> None:
+        honest(self, layer)
+        honest(self, layer)
 
-    return patch.object(role.ModelFusion, "add_layer", add)
+    return patch.object(FusedRole, "add_layer", add)
 
 
 @plant
 def layer_left_out(engine: str) -> Context:
     """A layer of those that were decided on is built as stock builds it."""
-    name = "layer_of" if engine == "vllm" else "layer_at"
-    cls = adapter(engine, "fusion").ModelFusion
-    honest = getattr(cls, name)
+    cls = adapter(engine, "role").Slots
+    honest = cls.layer_at
 
-    def layer(self: Any, key: Any) -> Any:
-        found = honest(self, key)
-        return None if found == 1 else found
+    def layer_at(self: Any, start: Any, place: Any) -> Any:
+        number = honest(self, start, place)
+        return None if number == 1 else number
 
-    return patch.object(cls, name, layer)
+    return patch.object(cls, "layer_at", layer_at)
 
 
 @contextmanager
 def layout(**changes: int) -> Any:
     """The decision has another layout than the model."""
-    honest = role.ModelFusion.__init__
+    honest = FusedRole.__init__
 
-    def init(self: Any, decision: Any, *args: Any) -> None:
-        changed = dataclasses.replace(decision.layout, **changes)
-        honest(self, dataclasses.replace(decision, layout=changed), *args)
+    def init(self: Any, start: Any, *args: Any) -> None:
+        changed = dataclasses.replace(start.moe.layout, **changes)
+        moe = dataclasses.replace(start.moe, layout=changed)
+        honest(self, dataclasses.replace(start, moe=moe), *args)
 
-    with patch.object(role.ModelFusion, "__init__", init):
+    with patch.object(FusedRole, "__init__", init):
         yield
 
 
@@ -223,13 +223,13 @@ def shared_mlp_runs_too(engine: str) -> Context:
 @plant
 def hook_of_the_experts_gone(engine: str) -> Context:
     """The slots are loaded and no token is ever routed to them."""
-    return patch.object(adapter(engine, "construct"), "AppendHook", lambda appender: lambda *_: None)
+    return patch.object(adapter(engine, "build"), "AppendHook", lambda appender: lambda *_: None)
 
 
 @plant
 def hook_of_the_experts_set_twice(engine: str) -> Context:
-    construct = adapter(engine, "construct")
-    honest = construct.AppendHook
+    build = adapter(engine, "build")
+    honest = build.AppendHook
 
     def make(appender: Any) -> Any:
         hook = honest(appender)
@@ -239,7 +239,7 @@ def hook_of_the_experts_set_twice(engine: str) -> Context:
 
         return twice
 
-    return patch.object(construct, "AppendHook", make)
+    return patch.object(build, "AppendHook", make)
 
 
 @plant

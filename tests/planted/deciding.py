@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from fse_patch import session
-from fse_patch.adapters import role
+from fse_patch.adapters.load import RoleLoader
 from fse_patch.adapters.patching import guards
 
 from . import building
@@ -39,58 +39,57 @@ def config_overridden_at_run_time(engine: str) -> Context:
 @plant
 def draft_decided_as_main(engine: str) -> Context:
     """The draft is built on the main model's decision."""
-    return patch.object(adapter(engine, "decide"), "role_of", lambda *_: "main")
+    return patch.object(adapter(engine, "start"), "role_of", lambda *_: "main")
 
 
 @plant
 def main_decided_as_draft(engine: str) -> Context:
-    return patch.object(adapter(engine, "decide"), "role_of", lambda *_: "draft")
+    return patch.object(adapter(engine, "start"), "role_of", lambda *_: "draft")
 
 
 @plant
 def unknown_model_taken_for_an_entry_class(engine: str) -> Context:
     """Another model inherits the block, and someone lists its class."""
-    return patch.object(adapter(engine, "decide"), "role_of", lambda *_: "main")
+    return patch.object(adapter(engine, "start"), "role_of", lambda *_: "main")
 
 
 @plant
 def decided_again_before_loading(_: str) -> Context:
     """Loader and constructor each decide, and the policy has changed between: two slots, not four."""
-    honest = role.ModelFusion.load
+    honest = RoleLoader.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
-        layout = dataclasses.replace(self.layout, num_shared_slots=2)
-        self.decision = dataclasses.replace(self.decision, layout=layout)
+        start = self.role.start
+        layout = dataclasses.replace(start.moe.layout, num_shared_slots=2)
+        self.role.start = dataclasses.replace(start, moe=dataclasses.replace(start.moe, layout=layout))
         return honest(self, original, weights)
 
-    return patch.object(role.ModelFusion, "load", load)
+    return patch.object(RoleLoader, "load", load)
 
 
 @plant
 def decided_again_for_fewer_layers(_: str) -> Context:
     """The decision that the loader reads has one layer less; blocks have it all."""
-    honest = role.ModelFusion.load
+    honest = RoleLoader.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
-        self.routers = {n: router for n, router in self.routers.items() if n != 1}
+        self.role.layers = {n: layer for n, layer in self.role.layers.items() if n != 1}
         return honest(self, original, weights)
 
-    return patch.object(role.ModelFusion, "load", load)
+    return patch.object(RoleLoader, "load", load)
 
 
 @plant
 def model_left_active(engine: str) -> Context:
     """Another model is built below a decision that is not its own: its block would fuse, unremapped."""
-    construct = adapter(engine, "construct")
-    honest = construct.decide_for
+    build = adapter(engine, "build")
+    honest = build.start_of
 
-    def decide_for(*args: Any) -> Any:
-        found = honest(*args)
-        fusion = found[0] if isinstance(found, tuple) else found
-        fusion.decision = dataclasses.replace(fusion.decision, fused_layers=(7,))
-        return found
+    def start_of(*args: Any) -> Any:
+        start = honest(*args)
+        return dataclasses.replace(start, moe=dataclasses.replace(start.moe, layers=(7,)))
 
-    return patch.object(construct, "decide_for", decide_for)
+    return patch.object(build, "start_of", start_of)
 
 
 @contextmanager
@@ -155,4 +154,4 @@ def ours_is_broken_in_this_process(engine: str) -> Context:
     def broken(_: Any) -> Any:
         raise RuntimeError("a factory that fails here")
 
-    return patched_anew(engine, patch.object(adapter(engine, "construct"), "block_init", broken))
+    return patched_anew(engine, patch.object(adapter(engine, "build"), "block_init", broken))

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
-from fse_patch.adapters import role
+from fse_patch.adapters.load import RoleLoader
 from fse_patch.fusion_core.weights.remap import SlotTensor
 
 from .plant import adapter, plant
@@ -21,14 +21,14 @@ def take(change: Callable[[Any, Any, SlotTensor], SlotTensor | None]) -> Callabl
     """What the engine's weight loader is given, after the audit's part of the work; None: nothing."""
 
     def context(engine: str) -> Context:
-        cls = adapter(engine, "fusion").ModelFusion
-        honest = cls._take
+        cls = adapter(engine, "role").Slots
+        honest = cls.take
 
         def changed(self: Any, parameter: Any, part: SlotTensor, name: str) -> bool:
             given = change(self, parameter, part)
             return True if given is None else honest(self, parameter, given, name)
 
-        return patch.object(cls, "_take", changed)
+        return patch.object(cls, "take", changed)
 
     return context
 
@@ -56,51 +56,51 @@ def loader_writes_the_neighbour(engine: str) -> Context:
 @plant
 def loader_reads_nothing(_: str) -> Context:
     """An engine that decides to load nothing."""
-    honest = role.ModelFusion.load
+    honest = RoleLoader.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
         return honest(self, lambda stream: set(), weights)
 
-    return patch.object(role.ModelFusion, "load", load)
+    return patch.object(RoleLoader, "load", load)
 
 
 @plant
 def loader_stops_early(_: str) -> Context:
     """As islice of the stream: the rest is never asked for, and no count at its end is made."""
-    honest = role.ModelFusion.load
+    honest = RoleLoader.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
         return honest(self, lambda stream: original(islice(stream, 20)), weights)
 
-    return patch.object(role.ModelFusion, "load", load)
+    return patch.object(RoleLoader, "load", load)
 
 
 def after_loading(change: Callable[[Any], None]) -> Context:
-    """Done to the experts of the first layer when the loader and the audit are through."""
-    honest = role.ModelFusion.load
+    """Done to the role when the loader and the audit are through."""
+    honest = RoleLoader.load
 
     def load(self: Any, original: Any, weights: Any) -> Any:
         loaded = honest(self, original, weights)
-        change(self)
+        change(self.role)
         return loaded
 
-    return patch.object(role.ModelFusion, "load", load)
+    return patch.object(RoleLoader, "load", load)
 
 
 @plant
 def slot_overwritten_by_a_routed_expert(_: str) -> Context:
-    def change(fusion: Any) -> None:
-        for experts in fusion.experts.values():
-            experts.w2_weight.data[fusion.layout.num_routed] = experts.w2_weight.data[0]
+    def change(role: Any) -> None:
+        for layer in role.layers.values():
+            layer.experts.w2_weight.data[role.layout.num_routed] = layer.experts.w2_weight.data[0]
 
     return after_loading(change)
 
 
 @plant
 def routed_expert_overwritten_by_the_slot(_: str) -> Context:
-    def change(fusion: Any) -> None:
-        for experts in fusion.experts.values():
-            rows, slot = experts.w13_weight.data, fusion.layout.num_routed
+    def change(role: Any) -> None:
+        for layer in role.layers.values():
+            rows, slot = layer.experts.w13_weight.data, role.layout.num_routed
             rows[slot - 1] = rows[slot]
 
     return after_loading(change)
@@ -108,8 +108,8 @@ def routed_expert_overwritten_by_the_slot(_: str) -> Context:
 
 @plant
 def slot_poisoned_after_the_audit(_: str) -> Context:
-    def change(fusion: Any) -> None:
-        for experts in fusion.experts.values():
-            experts.w13_weight.data[fusion.layout.num_routed :] = float("nan")
+    def change(role: Any) -> None:
+        for layer in role.layers.values():
+            layer.experts.w13_weight.data[role.layout.num_routed :] = float("nan")
 
     return after_loading(change)

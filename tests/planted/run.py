@@ -36,9 +36,9 @@ def serve(name: str, engine: Any, job: dict[str, Any]) -> str:
     try:
         with without(job.get("without")), PLANTS[job["fault"]](name) if job["fault"] else nothing():
             model = engine.load(job["folder"], job["draft"])
-            for fusion in constructed():
-                for block in fusion.blocks.values():
-                    engine.warm_up(block, torch.zeros(2, fusion.layout.hidden_size))
+            for fused_role in constructed():
+                for layer in fused_role.layers.values():
+                    engine.warm_up(layer.block, torch.zeros(2, fused_role.layout.hidden_size))
             if job["update"]:
                 engine.update(model, weights(job["update"]))
             if CONSTRUCTED:

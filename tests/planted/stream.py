@@ -200,8 +200,8 @@ def layer_not_remapped(_: str) -> Context:
     """A layer is built fused, and its shared tensors go the unfused way."""
     honest = Remap.__init__
 
-    def init(self: Remap, decision: Any, naming: Any, layers: Any) -> None:
-        honest(self, decision, naming, [n for n in layers if n != 1])
+    def init(self: Remap, layout: Any, role: Any, naming: Any, layers: Any) -> None:
+        honest(self, layout, role, naming, [n for n in layers if n != 1])
 
     return patch.object(Remap, "__init__", init)
 

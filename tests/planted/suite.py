@@ -86,8 +86,8 @@ def run_all(
 ) -> dict[str, str]:
     """How each start ended, by the fault's id or the clean model's name, in one process.
 
-    The faults are those whose ids are ``asked`` for. A plain start comes first, and another one last: no fault
-    is left behind.
+    The faults are those whose ids are ``asked`` for. A plain start comes first, and another one last: no
+    fault is left behind.
     """
     chosen = [fault for fault in FAULTS.values() if engine in fault.engines and fault.id in asked]
     plain = job(None, checkpoints.path("qwen2_moe"))

@@ -219,7 +219,7 @@ def routed_weights_not_renormalised(_: str) -> Context:
 def output_scale_forgotten(engine: str) -> Context:
     """The engine scales the layer's output, and the shared slot's share is not divided by it."""
     if engine == "sglang":
-        return patch.object(adapter(engine, "construct"), "output_scale", lambda *_: 1.0)
+        return patch.object(adapter(engine, "build"), "output_scale", lambda *_: 1.0)
     return nullcontext()
 
 

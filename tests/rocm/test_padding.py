@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fse_patch.adapters.sglang import native
-from fse_patch.adapters.sglang.role import AppendHook
+from fse_patch.adapters.sglang.build import AppendHook
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import RoutingSpec
 from fse_patch.fusion_core.forward.plan import ModeCounter
 from fse_patch.fusion_core.forward.router import SlotAppender
 
-from ..core.moe import decision
+from ..core.moe import moe_spec
 
 LAYOUT = ExpertLayout(num_routed=4, num_shared_slots=2, top_k=2, hidden_size=3, moe_intermediate_size=8)
 WEIGHTS = torch.tensor([[0.6, 0.4], [0.0, 0.0], [0.5, 0.5]])
@@ -35,7 +35,7 @@ class Standard(NamedTuple):
 
 
 def hooked(padding: bool, pad_id: int) -> tuple[list[list[float]], list[list[int]]]:
-    made = decision(LAYOUT, RoutingSpec("softmax", True))
+    made = moe_spec(LAYOUT, RoutingSpec("softmax", True))
     with patch.object(native, "platform", lambda: "rocm" if padding else "cuda"):
         hook = AppendHook(SlotAppender(0, made, ModeCounter(), lambda x: x[:, :1]))
     ids = torch.tensor([[0, 1], [pad_id, pad_id], [2, 3]], dtype=torch.int32)

@@ -13,15 +13,16 @@ import torch
 
 from fse_patch.errors import AuditError
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.decision.outcome import FusionDecision, RoutingSpec
+from fse_patch.fusion_core.decision.outcome import MoeSpec, RoutingSpec
 from fse_patch.fusion_core.forward import aiter_router
 from fse_patch.fusion_core.forward import router as routing
 from fse_patch.fusion_core.forward.aiter_router import AiterRouter, router_class, top_k_refusal
 from fse_patch.fusion_core.forward.plan import ModeCounter
-from fse_patch.fusion_core.forward.router import FusedRouter, append_shared_slots
+from fse_patch.fusion_core.forward.router import FusedRouter
 from fse_patch.fusion_core.kernels.aiter_check import usable
+from fse_patch.fusion_core.kernels.routing_reference import append_shared_slots
 
-from ..core.moe import decision
+from ..core.moe import moe_spec
 from ..fakes.aiter_profiles import PROFILES, UNUSABLE, Profile, installed
 
 HIDDEN, TOKENS = 64, 7
@@ -41,19 +42,17 @@ ALL = {**PROFILES, **UNUSABLE}
 Routed = tuple[torch.Tensor, torch.Tensor]
 
 
-def decided(name: str) -> FusionDecision:
+def moe_of(name: str) -> MoeSpec:
     layout, spec = LAYERS[name]
     glm = spec.scoring == "sigmoid"
-    return decision(
-        layout, spec, "constant" if glm else "sigmoid_gate", model_type="glm4_moe" if glm else "qwen2_moe"
-    )
+    return moe_spec(layout, spec, "constant" if glm else "sigmoid_gate")
 
 
 def build(name: str, cls: type[FusedRouter]) -> Callable[[torch.Tensor, torch.Tensor], Routed]:
     layout, spec = LAYERS[name]
     glm = spec.scoring == "sigmoid"
     bias = 0.01 * torch.randn(layout.num_routed, generator=torch.Generator().manual_seed(1))
-    return cls(0, decided(name), ModeCounter(), None if glm else lambda x: x[:, :1], bias if glm else None)
+    return cls(0, moe_of(name), ModeCounter(), None if glm else lambda x: x[:, :1], bias if glm else None)
 
 
 def draw(name: str) -> tuple[torch.Tensor, torch.Tensor]:

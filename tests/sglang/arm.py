@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import wrapt
 
-from fse_patch.adapters.role import ModelFusion
+from fse_patch.adapters.load import RoleLoader
 from fse_patch.adapters.sglang import build
 from fse_patch.fusion_core.weights.remap import SlotTensor
 from fse_patch.lab import model_process
@@ -27,19 +27,19 @@ VARIABLE = "FSE_PATCH_TEST_FAULT"
 honest_run = verify_arm.run_job
 
 
-def deaf(self: ModelFusion, part: SlotTensor) -> None:
+def deaf(self: RoleLoader, part: SlotTensor) -> None:
     """An update leaves the slots as they are."""
-    if self.audit.loads == 0:
+    if self.role.audit.loads == 0:
         honest_write(self, part)
     else:
-        self.audit.wrote(part)
+        self.role.audit.wrote(part)
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
     **SLOT_FAULTS,
     "scale_in_the_slot": lambda: patch.object(build, "output_scale", lambda *_: 1.0),
-    "deaf_to_updates": lambda: patch.object(ModelFusion, "_write", deaf),
-    "patch_never_fired": lambda: patch.object(build, "decide_for", lambda *_: (None, None)),
+    "deaf_to_updates": lambda: patch.object(RoleLoader, "_write", deaf),
+    "patch_never_fired": lambda: patch.object(build, "start_of", lambda *_: None),
     "control_without_effect": lambda: patch.object(model_process, "control", lambda _: None),
 }
 

@@ -42,5 +42,5 @@ class Runs(running.Runs):
 @pytest.fixture(scope="session")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(verify.ARM_MODULES, "sglang", "tests.sglang.arm")
+        patch.setattr(verify, "ARM", "tests.sglang.arm")
         yield Runs(Checkpoints(tmp_path_factory.mktemp("checkpoints"), "sglang"), run, asked(request))

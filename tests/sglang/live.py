@@ -128,7 +128,7 @@ def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> 
     """Runs in the scheduler."""
     model, config = built(self, folder, draft, platform)
     blocks = [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, "topk")]
-    fusion = getattr(model, "_fse_patch", None)
+    fused_role = getattr(model, "_fse_patch", None)
     found: dict[str, Any] = {
         "class": type(model).__name__,
         "blocks": [
@@ -142,17 +142,18 @@ def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> 
             for block in blocks
         ],
         "decisions": runtime.decisions(),
-        "report": fusion.report() if fusion else None,
+        "report": fused_role.report() if fused_role else None,
     }
     if not platform:
         draw = torch.Generator().manual_seed(1)
         hidden = torch.randn(TOKENS, config.hf_text_config.hidden_size, generator=draw)
         with torch.no_grad():
             found["output"] = [block(hidden.clone()).tolist() for block in blocks]
-            if fusion:
-                for router in fusion.routers.values():
-                    router.control_factor = 1.01
-                found["control"] = [block(hidden.clone()).tolist() for block in blocks]
+            if fused_role:
+                with ExitStack() as stack:
+                    for layer in fused_role.layers.values():
+                        stack.enter_context(layer.weighted(1.01))
+                    found["control"] = [block(hidden.clone()).tolist() for block in blocks]
     runtime.clear()
     Path(file).write_text(json.dumps(found))
 

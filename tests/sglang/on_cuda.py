@@ -114,12 +114,12 @@ def start(folder: str, **server: Any) -> Any:
     return adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), 1)
 
 
-def left_and_past(fusion: Any) -> dict[str, Any]:
+def left_and_past(fused_role: Any) -> dict[str, Any]:
     """Whether SGLang's own forward runs all blocks, and what their experts answer to another than them."""
-    states = torch.zeros(1, fusion.layout.hidden_size, dtype=torch.bfloat16)
-    blocks = list(fusion.blocks.values())
+    states = torch.zeros(1, fused_role.layout.hidden_size, dtype=torch.bfloat16)
+    blocks = [layer.block for layer in fused_role.layers.values()]
     found = {"left": all(getattr(block, ATTRIBUTE).is_left(states) for block in blocks), "past": ""}
-    if fusion.built_here:
+    if fused_role.start.merged:
         try:
             blocks[0].experts(states, None)
         except FsePatchError as error:
@@ -141,24 +141,25 @@ def build(
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader import get_model
 
-    from fse_patch.fusion_core.forward import layer
+    from fse_patch.fusion_core.forward.modes import small as small_mode
 
     runtime.clear()
     found: dict[str, Any] = {"report": None, "error": ""}
-    small = shared_left_out(layer.small_experts) if fault else layer.small_experts
+    small = shared_left_out(small_mode.small_experts) if fault else small_mode.small_experts
     env = {"FSE_PATCH_TUNED": table, "FSE_PATCH_VERIFY": verify}
     with cuda(tuple(capability)), patch.dict(os.environ, env), ExitStack() as stack:
-        stack.enter_context(patch.object(layer, "small_experts", small))
+        stack.enter_context(patch.object(small_mode, "small_experts", small))
         config = start(folder, **(server or {}))
         try:
             model = get_model(
                 model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu")
             )
-            if (fusion := getattr(model, "_fse_patch", None)) is not None:
-                found["report"] = fusion.report()
-                found["executions"] = len(fusion.executions)
-                found |= left_and_past(fusion)
-                found["probe"] = probes.PROBES[probe](fusion) if probe else None
+            if (fused_role := getattr(model, "_fse_patch", None)) is not None:
+                found["report"] = fused_role.report()
+                layers = fused_role.layers.values()
+                found["executions"] = sum(layer.execution is not None for layer in layers)
+                found |= left_and_past(fused_role)
+                found["probe"] = probes.PROBES[probe](fused_role) if probe else None
         # SGLang's own errors too: what it cannot build here, it was to be left alone with.
         except (FsePatchError, ImportError, NotImplementedError) as error:
             found["error"] = f"{type(error).__name__}: {error}"
@@ -169,7 +170,7 @@ def main(request: Path, results: Path) -> None:
     """Run all builds."""
     os.environ["FSE_PATCH"] = "sglang"
     fse_patch.apply("sglang")
-    assert plan.on_cuda is refusals.on_cuda
+    assert plan.measured is refusals.measured
     results.write_text(json.dumps([build(**given) for given in json.loads(request.read_text())]))
 
 

@@ -46,8 +46,8 @@ def found(scheduler: Any, folder: str, profile: str, scaled_again: bool) -> dict
     """The canary's findings, or the error that ends the load."""
     from . import live
 
-    def scale(fusion: Any, experts: Any) -> float:
-        return float(fusion.decision.routing.routed_scaling_factor)
+    def scale(start: Any, experts: Any) -> float:
+        return float(start.moe.routing.routed_scaling_factor)
 
     CALLS.clear()
     fault = patch.object(build, "output_scale", scale) if scaled_again else nullcontext()
@@ -56,8 +56,8 @@ def found(scheduler: Any, folder: str, profile: str, scaled_again: bool) -> dict
             model, _ = live.built(scheduler, folder)
         except AuditError as error:
             return {"error": f"{type(error).__name__}: {error}", "calls": len(CALLS)}
-    fusion = getattr(model, "_fse_patch", None)
-    canary = {} if fusion is None else fusion.canary
+    fused_role = getattr(model, "_fse_patch", None)
+    canary = {} if fused_role is None else fused_role.report()["canary"]
     return {**canary, "decisions": runtime.decisions(), "calls": len(CALLS)}
 
 

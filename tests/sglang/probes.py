@@ -12,14 +12,15 @@ import torch
 
 from fse_patch.adapters.sglang import run as forward
 from fse_patch.adapters.sglang.run import ATTRIBUTE
+from fse_patch.fusion_core.forward.mode_registry import MODES
 
 # Enough that rounding moves the choice of some.
 MANY = 2048
 
 
-def states(fusion: Any, tokens: int) -> torch.Tensor:
+def states(fused_role: Any, tokens: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(tokens)
-    return torch.randn(tokens, fusion.layout.hidden_size, generator=draw).to(torch.bfloat16)
+    return torch.randn(tokens, fused_role.layout.hidden_size, generator=draw).to(torch.bfloat16)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -61,14 +62,18 @@ def streams(block: Any) -> Iterator[list[str]]:
         yield log
 
 
-def dual_stream(fusion: Any) -> dict[str, Any]:
+def first_block(fused_role: Any) -> Any:
+    return next(iter(fused_role.layers.values())).block
+
+
+def dual_stream(fused_role: Any) -> dict[str, Any]:
     """By number of tokens: what runs on the second stream, and how far the output is from without one."""
-    block = next(iter(fusion.blocks.values()))
+    block = first_block(fused_role)
     cls = type(block)
     found: dict[str, Any] = {"log": {}, "distance": {}, "unhooked": []}
     with torch.no_grad():
         for tokens in (1, 2, 3):
-            x = states(fusion, tokens)
+            x = states(fused_role, tokens)
             plain = block(x.clone())
             with streams(block) as log:
                 output = block(x.clone())
@@ -76,14 +81,14 @@ def dual_stream(fusion: Any) -> dict[str, Any]:
             found["distance"][tokens] = distance(output, plain)
         original = cls.forward_normal_dual_stream.__wrapped__
         with patch.object(cls, "forward_normal_dual_stream", original), streams(block) as log:
-            block(states(fusion, 1))
+            block(states(fused_role, 1))
         found["unhooked"] = log
     return found
 
 
-def compiled(fusion: Any) -> dict[str, Any]:
+def compiled(fused_role: Any) -> dict[str, Any]:
     """A layer under torch.compile, its number of tokens a symbol: graphs, modes, and distance to eager."""
-    block = next(iter(fusion.blocks.values()))
+    block = first_block(fused_role)
     graphs: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -98,11 +103,11 @@ def compiled(fusion: Any) -> dict[str, Any]:
         )
         found: dict[str, Any] = {"modes": [], "distance": []}
         for tokens in (2, 3, 5):
-            x = states(fusion, tokens)
+            x = states(fused_role, tokens)
             expected = block._forward_router_experts(x)
-            fusion.counter.reset()
+            fused_role.counter.reset()
             output = layer(x)
-            found["modes"].append(fusion.counter.by_mode())
+            found["modes"].append(fused_role.counter.by_mode())
             found["distance"].append(distance(output, expected))
         nodes = [str(node.target) for graph in graphs for node in graph.graph.nodes]
         return {**found, "graphs": len(graphs), "operators": sum("run_layer" in n for n in nodes)}
@@ -111,7 +116,9 @@ def compiled(fusion: Any) -> dict[str, Any]:
     with patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "0"}), torch.no_grad():
         found = run()
         checks = torch.library.opcheck(
-            forward.run_layer, (states(fusion, 3), getattr(block, ATTRIBUTE).number), raise_exception=False
+            forward.run_layer,
+            (states(fused_role, 3), getattr(block, ATTRIBUTE).number),
+            raise_exception=False,
         )
         with patch.object(forward, "_run", lambda modes, x: modes(x)):
             try:
@@ -121,11 +128,11 @@ def compiled(fusion: Any) -> dict[str, Any]:
     return {**found, "checks": checks}
 
 
-def all_reduce(fusion: Any) -> dict[str, Any]:
+def all_reduce(fused_role: Any) -> dict[str, Any]:
     """How often a layer of two processes sums, and what of: by who runs it and whether SGLang skips it."""
     from sglang.srt.models import glm4_moe
 
-    block = next(iter(fusion.blocks.values()))
+    block = first_block(fused_role)
     summed: list[torch.Tensor] = []
 
     def total(part: torch.Tensor) -> torch.Tensor:
@@ -142,10 +149,10 @@ def all_reduce(fusion: Any) -> dict[str, Any]:
             ("two, left", 2, False, "not proved"),
         ):
             summed.clear()
-            x = states(fusion, 1)
+            x = states(fused_role, 1)
             skips = patch.object(glm4_moe, "should_skip_post_experts_all_reduce", lambda skip=skip, **_: skip)
             router = getattr(block, ATTRIBUTE).execution.router
-            if closed and fusion.built_here:
+            if closed and fused_role.start.merged:
                 continue
             with skips, patch.object(block, "tp_size", parts), patch.object(router, "closed", closed):
                 output = block(x.clone())
@@ -154,23 +161,40 @@ def all_reduce(fusion: Any) -> dict[str, Any]:
     return found
 
 
-def choice(fusion: Any) -> dict[str, Any]:
+def chosen(execution: Any, x: torch.Tensor) -> torch.Tensor:
+    """``topk_ids`` of the mode `fused`."""
+    ids: list[torch.Tensor] = []
+    honest = execution.route
+
+    def route(*args: Any) -> Any:
+        top_k = honest(*args)
+        ids.append(top_k[1])
+        return top_k
+
+    with patch.object(execution, "route", route):
+        MODES["fused"].load()(execution, x, x)
+    return ids[0]
+
+
+def choice(fused_role: Any) -> dict[str, Any]:
     """Tokens whose experts are not those of SGLang's own top-k: as we route, and by 16-bit logits."""
     from fse_patch.fusion_core.kernels.route import reference
 
-    block = next(iter(fusion.blocks.values()))
-    execution, k = getattr(block, ATTRIBUTE).execution, fusion.layout.top_k
-    x = states(fusion, MANY)
+    block = first_block(fused_role)
+    execution, k = getattr(block, ATTRIBUTE).execution, fused_role.layout.top_k
+    x = states(fused_role, MANY)
 
     def others(ids: torch.Tensor, stock: torch.Tensor) -> int:
         return int((ids.sort().values != stock.sort().values).any(1).sum())
 
     with torch.no_grad():
         stock = block.topk(x, block.gate(x)).topk_ids[:, :k].int()
-        ours = execution._route(x, x, "fused")[1][:, :k]
+        ours = chosen(execution, x)[:, :k]
         rounded = torch.nn.functional.linear(x, block.gate.weight.to(x.dtype))
         router = execution.router
-        narrow = reference(rounded, k, fusion.layout.shared_slots, router.routing, router.correction_bias)[1]
+        narrow = reference(
+            rounded, k, fused_role.layout.shared_slots, router.routing, router.correction_bias
+        )[1]
     return {"ours": others(ours.int(), stock), "16 bit": others(narrow[:, :k].int(), stock)}
 
 

@@ -25,7 +25,8 @@ def found(scheduler: Any, folder: str, faulty: bool, verify: str) -> dict[str, A
             model, _ = live.built(scheduler, folder)
         except AuditError as error:
             return {"error": f"{type(error).__name__}: {error}"}
-    return {**model._fse_patch.canary, "compared": model._fse_patch.compared}
+    report = model._fse_patch.report()
+    return {**report["canary"], "compared": report["compared"]}
 
 
 def fse_prove(self: Any, file: str, builds: list[list[Any]]) -> None:

@@ -33,7 +33,7 @@ class Runs(running.Runs):
         """With the float32 shim of linear attention, and an arm that can be told to make a fault."""
         both = [*cases.FLOAT32, *cases.STOCK, *cases.DRAFTS, *cases.ANSWERS, cases.STOCK_IS_WRONG[0]]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(verify.ARM_MODULES, "vllm", "tests.vllm.fault_arm")
+            patch.setattr(verify, "ARM", "tests.vllm.fault_arm")
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
             fused = [*both, *cases.PERMUTED, *cases.REFUSED, *cases.FAULTY, *cases.FAULTY_ANSWERS]
             return self.pair("float32", both, fused, {"PYTHONPATH": path})

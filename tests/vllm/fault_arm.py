@@ -63,7 +63,7 @@ FAULTS = {
     "shared_expert_scaled": lambda: patch.object(router, "append_shared_slots", shared_scaled),
     "answers_1_percent": lambda: in_few_tokens(1.01),
     "answers_halved": lambda: in_few_tokens(0.5),
-    "patch_never_fired": lambda: patch.object(build, "decide_for", lambda *_: (None, False)),
+    "patch_never_fired": lambda: patch.object(build, "start_of", lambda *_: None),
     "refused_by_policy": refused_by_policy,
     "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),
 }

@@ -53,26 +53,27 @@ def put(config: Any, path: str, value: Any) -> Iterator[None]:
 def reason(config: Any) -> str:
     """The code of the decision for the entry class."""
     from fse_patch import runtime
-    from fse_patch.adapters.vllm.start import decide_for
+    from fse_patch.adapters.start import Start
+    from fse_patch.adapters.vllm.start import start_of
 
     runtime.clear()
-    made, _ = decide_for(load(ENTRY), config)
+    start = start_of(load(ENTRY), config)
     (recorded,) = runtime.decisions()
-    assert (made is not None) == recorded["fuse"]
+    assert isinstance(start, Start) == recorded["fuse"]
     return str(recorded["reason"])
 
 
 def quantised(config: Any, method: str | None) -> str:
     """The code for a checkpoint in FP8 that is run as ``method``."""
-    from fse_patch.adapters import start
+    from fse_patch.adapters.vllm import start
 
-    made = start.from_checkpoint
+    made = start.decision_of
 
     def fp8(*args: Any) -> Any:
         return dataclasses.replace(made(*args), quant_method="fp8", formats=("fp8-block",))
 
     with (
-        patch.object(start, "from_checkpoint", fp8),
+        patch.object(start, "decision_of", fp8),
         patch.dict(os.environ, FSE_PATCH_ALLOW_UNPROVEN="1"),
         put(config, "model_config.quantization", method),
         put(config, "quant_config", "any"),
@@ -123,7 +124,7 @@ def probe_model(checkpoint: str) -> dict[str, Any]:
     from safetensors.torch import load_file
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm.role import ACTIVE, constructed
+    from fse_patch.adapters.role import ACTIVE, constructed
 
     load_general_plugins()
     tensors = list(load_file(f"{checkpoint}/model.safetensors").items())
@@ -157,8 +158,8 @@ def probe_model(checkpoint: str) -> dict[str, Any]:
 
 def filled_otherwise(model: Any) -> Any:
     """As a dummy loader leaves it, which loads nothing and lets the engine pack what it made up."""
-    for experts in model._fse_patch.experts.values():
-        for parameter in experts.parameters():
+    for layer in model._fse_patch.layers.values():
+        for parameter in layer.experts.parameters():
             parameter.data.normal_()
     return model
 
@@ -167,23 +168,24 @@ def probe_loads(model: Any, tensors: list[tuple[str, Any]]) -> tuple[dict[str, A
     """What the audit says of loads, wrong ones first; and a weak reference to the experts."""
     import weakref
 
-    fusion = model._fse_patch
+    fused_role, loader = model._fse_patch, model._fse_patch_loader
+    experts = [layer.experts for layer in fused_role.layers.values()]
     shared = [item for item in tensors if ".shared_expert." in item[0]]
-    slot = fusion.layout.num_routed
+    slot = fused_role.layout.num_routed
     found: dict[str, Any] = {
-        "poisoned": all(bool(e.w13_weight[slot:].isnan().all()) for e in fusion.experts.values()),
+        "poisoned": all(bool(e.w13_weight[slot:].isnan().all()) for e in experts),
         "shared MLP": [layer.mlp.shared_expert is not None for layer in model.model.layers],
         "one missing": attempt(lambda: model.load_weights(t for t in tensors if t[0] != shared[0][0])),
         "one twice": attempt(lambda: model.load_weights([*tensors, shared[0]])),
-        "none read": attempt(lambda: fusion.load(lambda stream: None, tensors)),
+        "none read": attempt(lambda: loader.load(lambda stream: None, tensors)),
         "whole": attempt(lambda: model.load_weights(tensors)),
     }
     down = dict(tensors)["model.layers.0.mlp.shared_expert.down_proj.weight"]
-    found["slot holds the weight"] = bool((fusion.experts[0].w2_weight[slot] == down).all())
-    found["finite"] = all(bool(e.w13_weight[slot:].isfinite().all()) for e in fusion.experts.values())
+    found["slot holds the weight"] = bool((experts[0].w2_weight[slot] == down).all())
+    found["finite"] = all(bool(e.w13_weight[slot:].isfinite().all()) for e in experts)
     # An update may be partial: it is counted, not enforced.
     found["partial update"] = attempt(lambda: model.load_weights(shared[:1]))
-    return found, weakref.ref(fusion.experts[0])
+    return found, weakref.ref(experts[0])
 
 
 @pytest.fixture

@@ -54,11 +54,12 @@ def run_unproved(checkpoint: str) -> str:
 
     with building(checkpoint) as config, patch.object(prove, "prove", lambda *_: None):
         loader = get_model_loader(config.load_config)
-        fusion = loader.load_model(vllm_config=config, model_config=config.model_config)._fse_patch
+        fused_role = loader.load_model(vllm_config=config, model_config=config.model_config)._fse_patch
     try:
-        Prover(config).output(fusion.blocks[0], torch.zeros(1, fusion.layout.hidden_size))
+        block = fused_role.layers[0].block
+        Prover(config).output(block, torch.zeros(1, fused_role.layout.hidden_size))
     except AuditError as error:
-        return f"{fusion.canary['state']}: {error}"
+        return f"{fused_role.report()['canary']['state']}: {error}"
     return "ran"
 
 

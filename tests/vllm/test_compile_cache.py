@@ -106,7 +106,7 @@ def compiled(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Resu
 
     env = {"VLLM_CACHE_ROOT": str(folder), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "ci")])}
     with pytest.MonkeyPatch.context() as patching:
-        patching.setitem(verify.ARM_MODULES, "vllm", __name__)
+        patching.setattr(verify, "ARM", __name__)
         first = run([job("refused"), job("default"), job("other")], True, env)
         again = run([job("default"), job("default", keyed=False)], True, env)
     names = ("refused", "default", "other", "default again", "default without key")

@@ -75,7 +75,7 @@ def probe(folder: str) -> dict[str, Any]:
     from safetensors.torch import load_file
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm.role import ModelFusion
+    from fse_patch.adapters.vllm.role import Slots
     from fse_patch.errors import AuditError
 
     load_general_plugins()
@@ -89,19 +89,19 @@ def probe(folder: str) -> dict[str, Any]:
         with building(checkpoint, "bfloat16") as config, ExitStack() as stack:
             of_no_kernel(stack)
             if change is not None:
-                take = ModelFusion._take
+                take = Slots.take
 
                 def other(self: Any, parameter: Any, part: Any, name: str) -> bool:
                     return take(self, parameter, change(part), name)
 
-                stack.enter_context(patch.object(ModelFusion, "_take", other))
+                stack.enter_context(patch.object(Slots, "take", other))
             model = load(ENTRY)(vllm_config=config)
             try:
                 model.load_weights(tensors)
             except AuditError as error:
                 return str(error)
-        fusion = model._fse_patch
-        return {"compared": fusion.compared, "not_compared": sorted(fusion.not_compared)}
+        report = model._fse_patch.report()
+        return {name: report[name] for name in ("compared", "not_compared")}
 
     def other_scale(part: Any) -> Any:
         if part.suffix == "weight" or part.shard != "w2":

@@ -71,8 +71,10 @@ def probe_block(reference: str, entry: str, checkpoint: str, shared: str) -> dic
     """The block on its own, then below the decision for the entry class."""
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm.role import ACTIVE
-    from fse_patch.adapters.vllm.start import decide_for
+    from fse_patch.adapters.role import ACTIVE, FusedRole
+    from fse_patch.adapters.start import Start
+    from fse_patch.adapters.vllm.role import Slots
+    from fse_patch.adapters.vllm.start import start_of
 
     load_general_plugins()
     with building(checkpoint) as config:
@@ -84,15 +86,16 @@ def probe_block(reference: str, entry: str, checkpoint: str, shared: str) -> dic
                 return seen(cls(config=config.model_config.hf_config, prefix=prefix), shared)
             return seen(cls(vllm_config=config, prefix=prefix), shared)
 
-        fusion, _ = decide_for(load(entry), config)
-        assert fusion is not None
+        start = start_of(load(entry), config)
+        assert isinstance(start, Start)
+        fused_role = FusedRole(start, Slots())
         # Two layers that would both fuse: vLLM wants every layer's name but once.
-        first, *_, last = fusion.decision.fused_layers
+        first, *_, last = start.moe.layers
         stock = build(first)
-        token = ACTIVE.set(fusion)
+        token = ACTIVE.set(fused_role)
         fused = build(last)
         ACTIVE.reset(token)
-        layout = fusion.layout
+        layout = fused_role.layout
         return {"stock": stock, "fused": fused, "routed": layout.num_routed, "slots": layout.num_experts}
 
 
@@ -100,7 +103,8 @@ def probe_subclass(checkpoint: str) -> dict[str, Any]:
     """A model of another name that inherits everything from an entry class, and that class itself."""
     from vllm.plugins import load_general_plugins
 
-    from fse_patch.adapters.vllm.start import decide_for
+    from fse_patch.adapters.start import Start
+    from fse_patch.adapters.vllm.start import start_of
 
     load_general_plugins()
     entry = load(f"{MODELS}.qwen3_next:Qwen3NextForCausalLM")
@@ -110,7 +114,7 @@ def probe_subclass(checkpoint: str) -> dict[str, Any]:
 
     def build(cls: type) -> dict[str, Any]:
         with building(checkpoint) as config:
-            decided = decide_for(cls, config)[0] is not None
+            decided = isinstance(start_of(cls, config), Start)
             additional = dict(config.additional_config)
             model = cls(vllm_config=config)
         block = model.model.layers[0].mlp

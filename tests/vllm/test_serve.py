@@ -36,8 +36,8 @@ import wrapt
 
 
 def slot_not_written(module):
-    original = module.ModelFusion._write
-    module.ModelFusion._write = lambda self, part: part.shard == "w2" or original(self, part)
+    original = module.RoleLoader._write
+    module.RoleLoader._write = lambda self, part: part.shard == "w2" or original(self, part)
 
 
 def replaced_by_another_plugin(module):
@@ -53,7 +53,7 @@ wrapt.register_post_import_hook({function}, "{module}")
 """
 # What is wrong, and the words with which the server must say so.
 STOPPED = {
-    "slot_not_written": ("fse_patch.adapters.vllm.role", "never written"),
+    "slot_not_written": ("fse_patch.adapters.load", "never written"),
     "replaced_by_another_plugin": (
         "vllm.model_executor.models.glm4_moe",
         "another plugin may have replaced it",

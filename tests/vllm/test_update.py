@@ -132,7 +132,8 @@ def probe_updates(
     from torch.nn import Parameter
     from vllm.model_executor.model_loader.reload import layerwise
 
-    from fse_patch.adapters.vllm.role import ModelFusion, constructed
+    from fse_patch.adapters.load import RoleLoader
+    from fse_patch.adapters.role import constructed
 
     down = next(name for name in shared if name.endswith("down_proj.weight"))
     gate = down.replace("down_proj", "gate_proj")
@@ -147,8 +148,8 @@ def probe_updates(
     note("shared but one", engine.update_in_parts(gates, rest))
     note("that one", engine.update({down: shared[down]}))
     note("gate alone", engine.update({gate: shared[gate] * 2}))
-    (fusion,) = constructed()
-    experts = next(iter(fusion.experts.values()))
+    (fused_role,) = constructed()
+    experts = next(iter(fused_role.layers.values())).experts
     experts.register_parameter("w2_scale", Parameter(torch.ones(()), requires_grad=False))
     note("packed together", engine.update({down: shared[down] * 2}))
     del experts.w2_scale
@@ -158,7 +159,7 @@ def probe_updates(
     note("all old", engine.update_from(old))
     note("all new", engine.update_from(new))
     engine.update_from(old)
-    with patch.object(ModelFusion, "_write", lambda self, part: None):
+    with patch.object(RoleLoader, "_write", lambda self, part: None):
         note("without our writing", engine.update_from(new))
     engine.update_from(old)
     with patch.object(layerwise, "_layerwise_process", layerwise._layerwise_process.__wrapped__):

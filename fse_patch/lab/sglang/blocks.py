@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...adapters.role import ACTIVE, CONSTRUCTED
+from ... import settings
+from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
 from ...adapters.sglang.plan import NATIVE, situation
-from ...adapters.sglang.role import ModelFusion, NativeFusion
+from ...adapters.sglang.refusals import UPSTREAM
+from ...adapters.sglang.role import Slots
+from ...adapters.start import Start
 from ...errors import FsePatchError
 from ...fusion_core.checkpoint.families import family_of
 from ...fusion_core.checkpoint.naming import TensorNaming
-from ...fusion_core.decision.outcome import FusionDecision
+from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
+from ...fusion_core.reasons import Reason
+from ..model_block import build_block
 from ..random_weights import as_slots, fill
-from .standalone import start
+from .standalone import start_sglang
 
-MODELS = "sglang.srt.models."
-# Module, class and what the models pass to it besides the configuration.
-BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "qwen2_moe": ("qwen2_moe", "Qwen2MoeSparseMoeBlock", {}),
-    "qwen3_next": (
-        "qwen2_moe",
-        "Qwen2MoeSparseMoeBlock",
-        {"support_shared_expert_fusion": True, "enable_cuda_shared_expert_fusion": True},
-    ),
-    "qwen3_5_moe": ("qwen2_moe", "Qwen2MoeSparseMoeBlock", {"support_shared_expert_fusion": True}),
-    "glm4_moe": ("glm4_moe", "Glm4MoeSparseMoeBlock", {}),
-}
 EXPERTS = ("w13_weight", "w2_weight")
 DEVICE = "cuda"
 
@@ -53,29 +45,31 @@ class Pair:
     itemsize = 2
 
     def __init__(
-        self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16", quant: str = ""
+        self, folder: Path, decision: Merged, layers: int, dtype: str = "bfloat16", quant: str = ""
     ) -> None:
         if quant:
             raise FsePatchError(f"{quant}: SGLang's quantised blocks are not measured yet")
-        self.config = start(folder, dtype)
+        self.config = start_sglang(folder, dtype)
         self.decision = decision
         family = family_of(decision.model_type)
-        assert family is not None
-        assert decision.layout is not None
-        self.layout = decision.layout
-        naming = TensorNaming(family, len(decision.moe_layers))
+        if family is None:
+            raise FsePatchError(f"{folder}: {decision.model_type!r} is of no family that fse_patch knows")
+        moe = decision.moe
+        self.layout = moe.layout
+        naming = TensorNaming(family, len(moe.layers))
         with self._engine():
-            self.stock = [self._build(family.name, layer) for layer in decision.fused_layers[:layers]]
+            self.stock = [self._build(family.name, layer) for layer in moe.layers[:layers]]
             self.native = self.stock[0].num_fused_shared_experts > 0
-            self.situation = situation(decision, self.config, NATIVE if self.native else "triton")
-            kind = NativeFusion if self.native else ModelFusion
-            self.fusion = kind(decision, naming, folder)
+            backend = NATIVE if self.native else "triton"
+            self.situation = situation(decision.engine, moe, self.config, backend)
+            built = decision.refused(Reason(UPSTREAM, "measuring")) if self.native else decision
             # Every mode is asked for by name.
-            self.fusion.plan = always("fused", "measuring")
-            CONSTRUCTED.add(self.fusion)  # as in the engine, tables for E stand in for those for E+S
-            token = ACTIVE.set(self.fusion)
+            plan = always("fused", "measuring")
+            self.fused_role = FusedRole(Start(built, moe, naming, folder, plan, settings.load()), Slots())
+            CONSTRUCTED.add(self.fused_role)  # as in the engine, tables for E stand in for those for E+S
+            token = ACTIVE.set(self.fused_role)
             try:
-                self.fused = [self._build(family.name, layer) for layer in decision.fused_layers[:layers]]
+                self.fused = [self._build(family.name, layer) for layer in moe.layers[:layers]]
             finally:
                 ACTIVE.reset(token)
             for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
@@ -84,7 +78,7 @@ class Pair:
                 for block in (stock, fused):
                     # A block is called many times on the same states here: they must outlive it.
                     block.experts.moe_runner_config.inplace = False
-            self.fusion.open()
+            self.fused_role.open()
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[None]:
@@ -99,15 +93,15 @@ class Pair:
     def _build(self, family: str, layer: int) -> Any:
         from sglang.srt.runtime_context import get_stream
 
-        module, name, arguments = BLOCKS[family]
-        cls = getattr(importlib.import_module(MODELS + module), name)
-        return cls(
+        return build_block(
+            "sglang",
+            family,
+            self.config,
             config=self.config.hf_text_config,
             layer_id=layer,
             quant_config=None,
             alt_stream=get_stream("alt"),
             prefix=f"model.layers.{layer}.mlp",
-            **arguments,
         )
 
     def _copy(self, stock: Any, fused: Any, shared: str) -> None:

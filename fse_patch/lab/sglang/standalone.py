@@ -31,7 +31,7 @@ def free_port() -> int:
     raise RuntimeError("no free port from 20000 to 32000")
 
 
-def start(folder: Path, dtype: str) -> Any:
+def start_sglang(folder: Path, dtype: str) -> Any:
     """Set up this process for blocks of the model that a config.json describes, on one GPU; once a process.
 
     Returns:

@@ -1,50 +1,30 @@
-"""MoE blocks of the installed vLLM, stock and fused, of the same random weights; for measuring.
-Weights of MoE blocks for measuring: random ones, and where a fused block has those of a stock one.
-"""
+"""MoE blocks of the installed vLLM, stock and fused, of the same random weights; for measuring."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...adapters.role import ACTIVE, CONSTRUCTED
+from ... import settings
+from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
+from ...adapters.start import Start
 from ...adapters.vllm.formats import ExpertFormat, format_of
 from ...adapters.vllm.plan import backend, situation
-from ...adapters.vllm.role import ModelFusion
+from ...adapters.vllm.role import Slots
 from ...errors import FsePatchError
 from ...fusion_core.checkpoint.families import family_of
 from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.layout import ExpertLayout
-from ...fusion_core.decision.outcome import FusionDecision
+from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
+from ..model_block import build_block
 from ..random_weights import as_slots, fill
 from .quant_folder import described
-
-# MERGED adapters/vllm/block.py
-
-
-MODELS = "vllm.model_executor.models."
-# Module, class and what its constructor takes before the prefix. Qwen3.5 builds the block of Qwen3-Next.
-BLOCKS: dict[str, tuple[str, str, Callable[[Any], dict[str, Any]]]] = {
-    "qwen2_moe": (
-        "qwen2_moe",
-        "Qwen2MoeSparseMoeBlock",
-        lambda c: {"config": c.model_config.hf_text_config, "quant_config": c.quant_config},
-    ),
-    "qwen3_next": ("qwen3_next", "Qwen3NextSparseMoeBlock", lambda c: {"vllm_config": c}),
-    "qwen3_5_moe": ("qwen3_next", "Qwen3NextSparseMoeBlock", lambda c: {"vllm_config": c}),
-    "glm4_moe": (
-        "glm4_moe",
-        "Glm4MoE",
-        lambda c: {"config": c.model_config.hf_text_config, "quant_config": c.quant_config},
-    ),
-}
 
 
 class Pair:
@@ -54,14 +34,14 @@ class Pair:
         folder: has the model's config.json.
         decision: of that folder.
         layers: how many pairs; one pair's weights would stay in the cache.
-        quant: measure as if the experts were in this format, see `described`; "": as the folder says.
+        quant: measure as if the experts were in this format, of `QUANTISATIONS`; "": as the folder says.
     """
 
     # Stock's shared expert is an MLP of its own.
     native = False
 
     def __init__(
-        self, folder: Path, decision: FusionDecision, layers: int, dtype: str = "bfloat16", quant: str = ""
+        self, folder: Path, decision: Merged, layers: int, dtype: str = "bfloat16", quant: str = ""
     ) -> None:
         from vllm.engine.arg_utils import EngineArgs
 
@@ -83,20 +63,23 @@ class Pair:
         self.form = form
         self.itemsize = (torch.float8_e4m3fn if form.scale else torch.bfloat16).itemsize
         family = family_of(decision.model_type)
-        assert family is not None
-        assert decision.layout is not None
-        self.layout = decision.layout
+        if family is None:
+            raise FsePatchError(f"{folder}: {decision.model_type!r} is of no family that fse_patch knows")
+        moe = decision.moe
+        self.layout = moe.layout
         with self._engine():
-            picked = backend(form, self.config, decision, self.layout.num_routed, self.layout.top_k)
+            picked = backend(form, self.config, self.layout, self.layout.num_routed, self.layout.top_k)
             self.situation = situation(form, decision, self.config, picked)
-            self.fusion = ModelFusion(decision, TensorNaming(family, len(decision.moe_layers)), folder)
+            naming = TensorNaming(family, len(moe.layers))
             # Every mode is asked for by name.
-            self.fusion.plan = always("fused", "measuring")
-            CONSTRUCTED.add(self.fusion)  # as in the engine, tables for E stand in for those for E+S
+            plan = always("fused", "measuring")
+            start = Start(decision, moe, naming, folder, plan, settings.load(), form)
+            self.fused_role = FusedRole(start, Slots())
+            CONSTRUCTED.add(self.fused_role)  # as in the engine, tables for E stand in for those for E+S
             self.stock = [self._build(family.name, layer + 1000) for layer in range(layers)]
-            token = ACTIVE.set(self.fusion)
+            token = ACTIVE.set(self.fused_role)
             try:
-                self.fused = [self._build(family.name, layer) for layer in decision.fused_layers[:layers]]
+                self.fused = [self._build(family.name, layer) for layer in moe.layers[:layers]]
             finally:
                 ACTIVE.reset(token)
             for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
@@ -104,7 +87,7 @@ class Pair:
                 copy(stock, fused, family.shared_module, self.layout)
                 for block in (stock, fused):
                     process(block)
-            self.fusion.open()
+            self.fused_role.open()
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[None]:
@@ -128,9 +111,7 @@ class Pair:
             yield
 
     def _build(self, family: str, layer: int) -> Any:
-        module, name, arguments = BLOCKS[family]
-        cls = getattr(importlib.import_module(MODELS + module), name)
-        return cls(**arguments(self.config), prefix=f"model.layers.{layer}.mlp")
+        return build_block("vllm", family, self.config, prefix=f"model.layers.{layer}.mlp")
 
     def exact(self, expert: int, name: str) -> torch.Tensor:
         """w13 or w2 of an expert of the first fused block, in float64."""
@@ -144,9 +125,6 @@ class Pair:
         with self._engine(), set_forward_context(None, self.config, num_tokens=tokens):
             get_forward_context().all_moe_layers = None
             yield
-
-
-# MERGED adapters/vllm/block_weights.py
 
 
 def process(block: Any) -> None:

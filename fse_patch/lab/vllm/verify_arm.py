@@ -109,7 +109,7 @@ def shut_down(llm: Any) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from ... import runtime
-    from ...adapters.vllm.role import CONSTRUCTED
+    from ...adapters.role import CONSTRUCTED
 
     if llm is not None:
         llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,137 @@
+"""What is known of each engine itself: the record at the head of patches/<engine>.yaml."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from pydantic import Field
+
+from ..errors import FsePatchError
+from ..patches import ENGINES, FOLDER, Platform
+from .data_file import Release, Specifier, Strict, Text, check, parse
+
+
+class ReleaseRow(Strict):
+    """One release, and where fusing was run in it.
+
+    Args:
+        cpu: by the test-suite, on a CPU.
+        cuda: by hand, on GPUs of these names.
+    """
+
+    release: Release
+    cpu: bool = False
+    cuda: list[Text] = Field(default_factory=list)
+
+
+class Plugins(Strict):
+    """How an engine finds plugins: a group of entry points, and a variable that allows some of them only."""
+
+    group: Text
+    variable: Text
+
+
+class TunedTables(Strict):
+    """Where an engine has tuned tables of its grouped GEMM.
+
+    Args:
+        folder: below its package.
+        variable: names a folder of the user's own.
+        channel_scales: names of tables tell scales of channels from others.
+    """
+
+    folder: Text
+    variable: Text
+    channel_scales: bool = False
+
+
+class CompileCache(Strict):
+    """Where an engine keeps what it compiled: a variable, and the folder that it is without it."""
+
+    variable: Text
+    folder: Text
+
+
+class Lab(Strict):
+    """What measuring needs to know.
+
+    Args:
+        draft_argument: the engine argument that makes it build a draft.
+        environment: of its processes, where the user has not said otherwise.
+        compile_cache: None where two processes may write to it at once.
+    """
+
+    draft_argument: Text
+    environment: dict[Text, str] = Field(default_factory=dict)
+    compile_cache: CompileCache | None = None
+
+
+class EngineFacts(Strict):
+    """One engine.
+
+    Args:
+        engine: its name here.
+        import_name: of its package.
+        distributions: names under which it is installed; the first one found counts.
+        releases: those in which fusing was run.
+        read: releases whose source was read.
+        backends: platform -> stock's MoE backend for unquantised weights, where it is known.
+    """
+
+    engine: Text
+    import_name: Text
+    distributions: Annotated[list[Text], Field(min_length=1)]
+    releases: list[ReleaseRow]
+    read: Specifier
+    backends: dict[Platform, Text]
+    plugins: Plugins
+    tuned_tables: TunedTables
+    lab: Lab
+
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """Releases in which fusing was run."""
+        return tuple(row.release for row in self.releases if row.cpu or row.cuda)
+
+    def is_tested(self, version: Version) -> bool:
+        """Whether fusing was run in a release; local labels such as +cpu do not count."""
+        return version.public in self.tested
+
+    def standing(self, version: Version) -> str:
+        """What a release is: "tested", "read" (its source was studied) or "untested"."""
+        if self.is_tested(version):
+            return "tested"
+        read = SpecifierSet(self.read).contains(version.public, prereleases=True)
+        return "read" if read else "untested"
+
+
+def read_engine(path: Path) -> tuple[EngineFacts, dict[str, Any]]:
+    """Read the file of an engine.
+
+    Returns:
+        Its facts, and the rest of the file as written: what is patched is not the core's business.
+
+    Raises:
+        FsePatchError: it is missing or malformed.
+    """
+    data = parse(path)
+    rest = {}
+    if isinstance(data, dict):
+        rest = {key: data.pop(key) for key in set(data) - set(EngineFacts.model_fields)}
+    return check(path, EngineFacts, data), rest
+
+
+@cache
+def facts_of(engine: str) -> EngineFacts:
+    """The facts of an engine.
+
+    Raises:
+        FsePatchError: it is unknown.
+    """
+    if engine not in ENGINES:
+        raise FsePatchError(f"unknown engine {engine!r}; use one of {', '.join(ENGINES)}")
+    return read_engine(FOLDER / f"{engine}.yaml")[0]

@@ -1,0 +1,1 @@
+"""One file an execution mode; `mode_registry.py` lists them."""

@@ -1,0 +1,144 @@
+"""Where an engine's own configuration speaks against fusing, and how a decision is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fse_patch import runtime
+from fse_patch.adapters import start
+from fse_patch.adapters.refusals import config_differs, measured, unmeasured
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.decision.outcome import RoutingSpec
+from fse_patch.fusion_core.forward.plan import ModePlan
+from fse_patch.fusion_core.reasons import CONTRADICTIONS, Reason
+from fse_patch.settings import Settings
+
+from .moe import decision, start_of
+from .outcomes import stock
+from .test_dispatch import HERE, table
+
+LAYOUT = ExpertLayout(num_routed=8, num_shared_slots=1, top_k=2, hidden_size=16, moe_intermediate_size=4)
+MADE = decision(LAYOUT, RoutingSpec("softmax", True), layers=(0, 1))
+LORA = Reason("lora", "LoRA is enabled; run without --enable-lora")
+# Without a routed_scaling_factor: a key that it lacks is no difference.
+RUNNING = {
+    "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 16, "moe_intermediate_size": 4,
+    "norm_topk_prob": True, "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+def test_a_start_is_merged_where_its_decision_is() -> None:
+    assert start_of(MADE).merged
+    native = start_of(MADE.refused(Reason("upstream.already", "")))
+    assert not native.merged
+    assert native.moe == MADE.moe
+
+
+def test_arguments_that_contradict_stop_the_process_where_strictness_was_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    strict = Settings(strict_arguments=True)
+    with pytest.raises(SystemExit) as caught:
+        start.refuse(MADE, LORA, strict)
+    assert caught.value.code == 3
+    assert capsys.readouterr().err == f"fse_patch: vllm: lora: {LORA.detail}\n"
+    # The controls: without it, and for what nobody asked for by an argument.
+    slow = Reason("slower.unmeasured", "no table")
+    assert LORA.code in CONTRADICTIONS
+    assert slow.code not in CONTRADICTIONS
+    for reason, effective in ((LORA, Settings()), (slow, strict)):
+        assert start.refuse(MADE, reason, effective) == MADE.refused(reason)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused() -> None:
+    def locate() -> Path:
+        raise FsePatchError("no such folder")
+
+    decided = start.decision_of("vllm", "draft", locate, Settings())
+    assert stock(decided).reason == Reason("evidence.unreadable", "no such folder")
+    assert (decided.role, decided.engine, decided.moe) == ("draft", "vllm", None)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many decisions there were, each time that something changed."""
+    changes: list[int] = []
+    monkeypatch.setattr(runtime, "_decisions", [])
+    monkeypatch.setattr(runtime, "_listeners", [])
+    runtime.on_change(lambda: changes.append(len(runtime.decisions())))
+    return changes
+
+
+def test_a_decision_is_recorded_then_told(told: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fse_patch")
+    start.announce(MADE)
+    start.announce(MADE.refused(LORA))
+    assert told == [1, 2]
+    assert [d["reason"] for d in runtime.decisions()] == ["ok", "lora"]
+    assert [d["fuse"] for d in json.loads(json.dumps(runtime.decisions()))] == [True, False]
+    assert [r.getMessage() for r in caplog.records] == [
+        "vllm, main model: shared expert fused: ",
+        f"vllm, main model: not fused: lora: {LORA.detail}",
+    ]
+
+
+def test_listeners_are_told_once_each(told: list[int]) -> None:
+    seen: list[str] = []
+
+    def listen() -> None:
+        seen.append("again")
+
+    runtime.changed()
+    assert (told, seen) == ([0], [])
+    for _ in range(2):
+        runtime.on_change(listen)
+    runtime.changed()
+    assert (told, seen) == ([0, 0], ["again"])
+    # Recording alone tells nobody: who decides says when all of it is there.
+    runtime.record_decision({"engine": "vllm"})
+    assert told == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"norm_topk_prob": None}, ["norm_topk_prob is None, config.json says True"]),
+        ({"num_experts": 4}, ["num_experts is 4, config.json says 8"]),
+        ({"hidden_size": 8, "moe_intermediate_size": 2}, ["hidden_size is 8", "moe_intermediate_size is 2"]),
+        ({"routed_scaling_factor": 2.0}, ["routed_scaling_factor is 2.0, config.json says 1.0"]),
+        ({"num_hidden_layers": 1}, ["num_hidden_layers is 1, config.json says otherwise"]),
+    ],
+)
+def test_another_configuration_than_that_of_the_checkpoint_is_refused(
+    changes: dict[str, Any], words: list[str]
+) -> None:
+    reasons = list(config_differs(MADE, SimpleNamespace(**{**RUNNING, **changes})))
+    assert [reason.code for reason in reasons] == ["config.differs"] * bool(words)
+    for word in words:
+        assert word in reasons[0].detail
+
+
+def test_what_was_not_measured_is_a_plan_on_request_alone(tmp_path: Path) -> None:
+    plan = unmeasured(True, "on this platform")
+    assert isinstance(plan, ModePlan)
+    assert (plan.modes, "FSE_PATCH_ALLOW_UNMEASURED" in plan.source) == ({"fused"}, True)
+    refusal = unmeasured(False, "on this platform")
+    assert isinstance(refusal, Reason)
+    assert (refusal.code, "on this platform" in refusal.detail) == ("slower.unmeasured", True)
+    for otherwise, code in (("split", None), ("slower", "slower.measured")):
+        own = Settings(tuned=str(table(tmp_path / f"{otherwise}.yaml", otherwise=otherwise)))
+        answer = measured(HERE, own)
+        assert (answer.code if isinstance(answer, Reason) else None) == code
+    nowhere = measured(HERE, Settings())
+    assert isinstance(nowhere, Reason)
+    assert nowhere.code == "slower.unmeasured"
+    assert isinstance(measured(HERE, Settings(allow_unmeasured=True)), ModePlan)
