@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -133,6 +134,8 @@ def run(step: Step) -> testing.Result:
     (stamp := STAMPS / f"{name_of(step)}.json").unlink(missing_ok=True)
     before = tree()
     result = testing.run(step)
+    if testing.INTERRUPTED.is_set():
+        return result
     same = before if before == tree() else ""
     left = Stamp(result.status, result.seconds, result.closing, commit(), same, counts(result.closing))
     STAMPS.mkdir(parents=True, exist_ok=True)
@@ -172,13 +175,18 @@ def main(arguments: list[str]) -> int:
     asked = arguments or list(there)
     left = [name for name in asked if arguments or not passed(name, tree())]
     print(f"{len(left)} of {len(there)} parts to run", flush=True)
-    testing.run_all([there[name] for name in left], run)
+    interrupted = False
+    try:
+        testing.run_all([there[name] for name in left], run)
+    except KeyboardInterrupt:
+        interrupted = True
     on = tree()
     print("\nsummary\n" + "\n".join(f"  {line}" for line in table(list(there), on)))
     bad = [name for name in asked if not passed(name, on)]
     print(f"not passed: {', '.join(bad)}" if bad else f"passed: {len(asked)} parts", flush=True)
-    return 1 if bad else 0
+    return 130 if interrupted else 1 if bad else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

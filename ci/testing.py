@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ HEARTBEAT = 30
 # Processes of tests side by side: most of their tests wait for a core, each takes 1 to 4 GiB.
 AT_ONCE = 2
 RUNNING: set[subprocess.Popen[bytes]] = set()
+INTERRUPTED = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def run(step: Step) -> Result:
     closing = last_line(log)
     if status == 124:
         closing = f"ended after its limit of {step.limit} s"
-    if status:
+    if status and not INTERRUPTED.is_set():
         tail = log.read_text(errors="replace").splitlines()[-80:]
         print("\n".join(f"    | {line}" for line in tail), flush=True)
     say(f"{step.name}: {'ok' if status == 0 else f'FAILED ({status})'} in {seconds:.0f} s: {closing}\n")
@@ -113,7 +115,6 @@ def last_line(log: Path) -> str:
 
 def run_all(wanted: list[Step], run: Callable[[Step], Result] = run) -> list[Result]:
     """Run steps side by side, those that run alone before all others; results in their order."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     alone = {step.name: run(step) for step in wanted if step.alone}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         beside = pool.map(run, [step for step in wanted if not step.alone])
@@ -121,6 +122,7 @@ def run_all(wanted: list[Step], run: Callable[[Step], Result] = run) -> list[Res
             return [alone[step.name] if step.alone else next(beside) for step in wanted]
         except KeyboardInterrupt:
             # Threads do not get it: they would go on with what waits.
+            INTERRUPTED.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(RUNNING):
                 end(process)
@@ -158,4 +160,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
