@@ -295,7 +295,7 @@ RECIPES: dict[str, Recipe] = {
     # Published configs have the key; this transformers class does not write it.
     "glm4v_moe": Recipe(_glm4v_moe, config={"use_qk_norm": False}, family="glm4v_moe"),
     # Published configs have the key that engines read; this transformers class has another one for it.
-    "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}),
+    "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}, family="glm4_moe_lite"),
     # Inherits Qwen3-Next's block. To build and load only: on a CPU vLLM 0.32 stops in the first forward pass,
     # whose hyper-connections have no kernel but Triton's; earlier releases do not know the model.
     "qwen4_exp": Recipe(_qwen4_exp, dtype="bfloat16"),
