@@ -125,7 +125,8 @@ def _prove_layer(
 ) -> tuple[float, float]:
     """Its deviation, and what was allowed."""
     start, block = fused_role.start, layer.block
-    gate, shared_gate = cast(Any, block).gate, getattr(block, "shared_expert_gate", None)
+    gate, name = cast(Any, block).gate, start.naming.family.shared_gate
+    shared_gate = None if name is None else getattr(block, name, None)
     bias = getattr(gate, "e_score_correction_bias", None)
     device = next(layer.experts.parameters()).device
     served = Served(

@@ -129,7 +129,7 @@ def take_over(fused_role: FusedRole, layer: int, block: Any) -> None:
             experts.register_forward_pre_hook(PastModes(layer), with_kwargs=True)
             return
     scale = output_scale(start, experts)
-    appender = SlotAppender(layer, start.moe, fused_role.counter, shared_gate(block), scale)
+    appender = SlotAppender(layer, start.moe, fused_role.counter, shared_gate(start, block), scale)
     fused_role.add_layer(FusedLayer(layer, appender, experts, block))
     experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
 
@@ -157,8 +157,8 @@ def adopt(fused_role: FusedRole, block: Any) -> None:
 
 def routed_by_us(fused_role: FusedRole, layer: int, block: Any) -> FusedRouter:
     """Return a router for the modes of a block."""
-    bias = getattr(block.gate, "e_score_correction_bias", None)
-    return FusedRouter(layer, fused_role.start.moe, fused_role.counter, shared_gate(block), bias)
+    start, bias = fused_role.start, getattr(block.gate, "e_score_correction_bias", None)
+    return FusedRouter(layer, start.moe, fused_role.counter, shared_gate(start, block), bias)
 
 
 def glm_block_init(original: Callable[..., None]) -> Callable[..., None]:

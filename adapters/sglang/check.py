@@ -84,9 +84,10 @@ def check_native(fused_role: FusedRole, layer: int, block: Any) -> None:
     check_topk(fused_role, layer, block.topk, slots if routing.scoring == "sigmoid" else 0)
 
 
-def shared_gate(block: Any) -> Callable[[torch.Tensor], Any] | None:
+def shared_gate(start: Start, block: Any) -> Callable[[torch.Tensor], Any] | None:
     """Return the block's gate, as logits; a linear layer of the engine returns a bias beside them."""
-    gate = getattr(block, "shared_expert_gate", None)
+    name = start.naming.family.shared_gate
+    gate = None if name is None else getattr(block, name, None)
     if gate is None:
         return None
 

@@ -156,7 +156,8 @@ def execution_of(start: Start, block: Any, router: FusedRouter) -> Execution:
     backend = block.experts.quant_method.runner.runner_backend.value
     if backend not in KNOWN_BACKENDS:
         raise FsePatchError(f"layer {router.layer}: SGLang took the MoE backend {backend!r}")
-    shared_gate = getattr(block, "shared_expert_gate", None)
+    name = start.naming.family.shared_gate
+    shared_gate = None if name is None else getattr(block, name, None)
 
     def gate_linear(hidden_states: torch.Tensor) -> torch.Tensor:
         answer: Any = block.gate(hidden_states)

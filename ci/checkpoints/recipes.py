@@ -168,6 +168,38 @@ def _glm4_moe(
     )
 
 
+def _glm4v_moe() -> Any:
+    from transformers.models.glm4v_moe import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    text = {
+        **_COMMON,
+        "num_hidden_layers": 3,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": 128,
+        "moe_intermediate_size": MOE_WIDTH,
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "rope_parameters": {**rope, "mrope_section": [2, 3, 3]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    ids = {"image_token_id": 250, "video_token_id": 251, "image_start_token_id": 252, "image_end_token_id": 253}
+    config = Glm4vMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    return Glm4vMoeForConditionalGeneration(config)
+
+
 def _glm4_moe_lite() -> Any:
     from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
@@ -260,10 +292,12 @@ RECIPES: dict[str, Recipe] = {
     "glm4_moe_shared2_scale": _glm(shared=2, scale=2.5, two_ranks=True),
     "glm4_moe_grouped": _glm(scale=2.5, groups=4, top_groups=2),
     "glm4_moe_mtp": _glm(scale=2.5, draft=1),
+    # Published configs have the key; this transformers class does not write it.
+    "glm4v_moe": Recipe(_glm4v_moe, config={"use_qk_norm": False}, family="glm4v_moe"),
     # Published configs have the key that engines read; this transformers class has another one for it.
-    "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}),
+    "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}, family="glm4_moe_lite"),
     # Inherits Qwen3-Next's block. To build and load only: on a CPU vLLM 0.32 stops in the first forward pass,
     # whose hyper-connections have no kernel but Triton's; earlier releases do not know the model.
-    "qwen4_exp": Recipe(_qwen4_exp, dtype="bfloat16"),
+    "qwen4_exp": Recipe(_qwen4_exp, dtype="bfloat16", family="qwen4_exp"),
     "qwen3_moe": Recipe(_qwen3_moe),
 }
