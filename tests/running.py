@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.fusion_core.engines import facts_of
 from fse_patch.lab import verify
 
@@ -98,7 +99,7 @@ class Checkpoints:
         drafts = facts_of(self.engine).lab.draft_argument in case.engine_args
         return verify.VerifyJob(
             folder,
-            tuple(d for role, d in decisions.items() if d.fuse and (role == "main" or drafts)),
+            tuple(d for role, d in decisions.items() if isinstance(d, Merged) and (role == "main" or drafts)),
             VOCAB,
             case.dtype,
             case.engine_args if case.fault is None else {**case.engine_args, "fault": case.fault},
