@@ -33,12 +33,12 @@ GROUPS = {
     "vllm": {
         "verify": ["test_verify.py", "test_compile_cache.py"],
         "serve": ["test_serve.py", "test_end_to_end.py", "test_update.py"],
-        "faults": ["test_faults.py"],
+        "faults": ["test_faults.py", "test_canary.py"],
     },
     "sglang": {
         "verify": ["test_verify.py"],
         "serve": ["test_launch.py", "test_end_to_end.py", "test_update.py"],
-        "faults": ["test_faults.py"],
+        "faults": ["test_faults.py", "test_canary.py"],
     },
 }
 COUNTED = {"passed": "passed", "failed": "failed|errors?", "skipped": "skipped"}

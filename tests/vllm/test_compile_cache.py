@@ -22,8 +22,6 @@ from fse_patch.lab.vllm import verify_arm
 
 from .engine import Case, run
 
-# Five starts of an engine that compiles; that a model is keyed at all is shown by test_inherited.py too.
-pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 CASE = Case("qwen2_moe_wide4")
 RULE = "{{id: {id}, when: {when}, fuse: false, reason: disabled, why: a test, source: 'none: a test'}}"
