@@ -298,6 +298,6 @@ RECIPES: dict[str, Recipe] = {
     "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}, family="glm4_moe_lite"),
     # Inherits Qwen3-Next's block. To build and load only: on a CPU vLLM 0.32 stops in the first forward pass,
     # whose hyper-connections have no kernel but Triton's; earlier releases do not know the model.
-    "qwen4_exp": Recipe(_qwen4_exp, dtype="bfloat16"),
+    "qwen4_exp": Recipe(_qwen4_exp, dtype="bfloat16", family="qwen4_exp"),
     "qwen3_moe": Recipe(_qwen3_moe),
 }
