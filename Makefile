@@ -5,8 +5,10 @@ PYTHON ?= python3
 ENGINE ?=
 CASES ?= 1000000
 JOBS ?= 2
+# Parts of `make test-all`, or nothing for all that have not passed; python3 ci/test_all.py --list names them.
+PART ?=
 
-.PHONY: help envs demo test test-core test-vllm test-sglang test-kernels test-faults fuzz lint format
+.PHONY: help envs demo test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz lint format
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -17,18 +19,21 @@ envs: ## build every environment of ci/matrix.yaml under .venvs/ (resumes where 
 demo: ## tiny models of four families, stock against fused, in both engines (or ENGINE=vllm, ENGINE=sglang)
 	@$(PYTHON) ci/demo.py $(ENGINE)
 
-test: envs ## everything: lint, core tests, every engine release
+test: envs ## lint, core tests, one release of each engine in whole, the others in short: about half an hour
 	@$(PYTHON) ci/testing.py
+
+test-all: envs ## every test on every release, in parts; what passed on the same tree is not run again (or PART=NAME)
+	@$(PYTHON) ci/test_all.py $(PART)
 
 test-core: ## the tests that need no engine
 	@$(PYTHON) ci/envs.py core
 	@$(PYTHON) ci/testing.py core
 
-test-vllm: ## the tests on the real vLLM, every release of the matrix
+test-vllm: ## those of `make test` on the real vLLM, every release of the matrix
 	@$(PYTHON) ci/envs.py --engine vllm
 	@$(PYTHON) ci/testing.py vllm
 
-test-sglang: ## the tests on the real SGLang, every release of the matrix
+test-sglang: ## those of `make test` on the real SGLang, every release of the matrix
 	@$(PYTHON) ci/envs.py --engine sglang
 	@$(PYTHON) ci/testing.py sglang
 
@@ -40,7 +45,7 @@ test-kernels: ## the Triton kernels, in Triton's interpreter
 	@$(PYTHON) ci/envs.py --engine sglang
 	@$(PYTHON) ci/testing.py kernels
 
-test-faults: ## every planted fault and every clean model, in the releases that the demo shows
+test-faults: ## every planted fault and every clean model, on one release of each engine
 	@$(PYTHON) ci/envs.py
 	@$(PYTHON) ci/testing.py faults
 

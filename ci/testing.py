@@ -1,11 +1,11 @@
-"""Runs the checks and tests in the environments of ci/matrix.yaml, engine after engine, two releases at once.
+"""Runs the checks and tests in the environments of ci/matrix.yaml, two processes at once.
 
     python3 ci/testing.py [lint] [core] [kernels] [vllm] ...      default: all of them
-    python3 ci/testing.py faults                        every planted fault: the long part, in no default
+    python3 ci/testing.py faults                        every planted fault, in no default
 
-Every step has a time limit and runs in a process group of its own, so that an engine that hangs is ended with
-all its children. Its output is in .cache/logs; the end of it is shown when the step fails. The last lines are
-a summary.
+What runs in each environment is in ci/steps.py. Every step has a time limit and runs in a process group of
+its own, so that an engine that hangs is ended with all its children. Its output is in .cache/logs; the end of
+it is shown when the step fails. The last lines are a summary.
 """
 
 from __future__ import annotations
@@ -14,101 +14,34 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 
-from environment import ROOT, VENVS, say
+import steps
+from environment import ROOT, say
 from envs import matrix
+from steps import Step
 
 LOGS = ROOT / ".cache" / "logs"
-CORE = VENVS / "core" / "bin"
 HEARTBEAT = 30
-# Releases of an engine tested side by side: most of their tests wait for a core, a process takes 1 to 2 GiB.
+# Processes of tests side by side: most of their tests wait for a core, each takes 1 to 4 GiB.
 AT_ONCE = 2
+RUNNING: set[subprocess.Popen[bytes]] = set()
+INTERRUPTED = threading.Event()
 
 
-@dataclass
-class Step:
-    """One process to run: its name, command, time limit in seconds and extra environment."""
-
-    name: str
-    command: list[str]
-    limit: int
-    environment: dict[str, str] = field(default_factory=dict)
-    engine: str = ""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Result:
+    """How a step ended: its exit status, 124 at its limit, and the last line that it wrote."""
+
     step: Step
     seconds: float
     status: int
     closing: str
-
-
-def lint() -> list[Step]:
-    python, ruff = str(CORE / "python"), str(CORE / "ruff")
-    staged = [python, "ci/staged.py"]
-    cache = str(ROOT / ".cache" / "mypy")
-    return [
-        Step("ruff check", [ruff, "check", "."], 60),
-        Step("ruff format", [ruff, "format", "--check", "."], 60),
-        Step(
-            "mypy",
-            [*staged, "mypy", "--config-file", "pyproject.toml", "--cache-dir", cache, "-p", "fse_patch"],
-            600,
-        ),
-        Step("lint-imports", [*staged, "lint-imports", "--config", "pyproject.toml", "--no-cache"], 60),
-    ]
-
-
-def core(engines: list[str]) -> list[Step]:
-    """Every test folder that is not an engine's; the ledgers are compared with every engine that is built."""
-    leave = [f"--ignore=tests/{e}" for e in (*engines, "kernels")]
-    sites = sorted(map(str, VENVS.glob("*/lib/python3*/site-packages")))
-    return [
-        Step(
-            "core tests",
-            [str(CORE / "python"), "-m", "pytest", "tests", *leave],
-            1800,
-            {"ENGINE_SITES": os.pathsep.join(sites)},
-        )
-    ]
-
-
-def kernels(rows: list[dict[str, object]]) -> list[Step]:
-    """Triton kernels in its interpreter, in the environment that has one for them."""
-    row = next(row for row in rows if row.get("kernels"))
-    python = str(VENVS / str(row["name"]) / "bin" / "python")
-    return [Step("kernel tests", [python, "-m", "pytest", "tests/kernels"], 900, {"TRITON_INTERPRET": "1"})]
-
-
-def engine(row: dict[str, object]) -> Step:
-    """The tests of one engine release, in its own environment."""
-    name, kind = str(row["name"]), str(row["engine"])
-    environment = {
-        # Linear attention in float32; bfloat16 runs do not notice it. See docs/development.md.
-        "PYTHONPATH": str(ROOT / "tests" / "shims" / "gdn_float32") if kind == "vllm" else "",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # Kept between runs: without it every model class is inspected anew, 10 seconds each.
-        "VLLM_CACHE_ROOT": str(ROOT / ".cache" / name),
-    }
-    command = [str(VENVS / name / "bin" / "python"), "-m", "pytest", f"tests/{kind}"]
-    # A neighbour of a release that is tested in whole.
-    command += ["-m", "not one_release"] if "base" in row else []
-    return Step(f"{name} tests", command, 2700, environment, kind)
-
-
-def faults(row: dict[str, object]) -> Step:
-    """All planted faults, and all clean models, in one release."""
-    step = engine(row)
-    command = [*step.command[:-1], f"tests/{step.engine}/test_faults.py"]
-    return Step(f"{row['name']} faults", command, 1200, {**step.environment, "FAULTS": "all"})
 
 
 def run(step: Step) -> Result:
@@ -130,12 +63,14 @@ def run(step: Step) -> Result:
             )
         except FileNotFoundError:
             return Result(step, 0.0, 127, f"{step.command[0]} is not there: make envs")
+        RUNNING.add(process)
         status = wait(process, step, log, begun)
+        RUNNING.discard(process)
     seconds = time.monotonic() - begun
     closing = last_line(log)
     if status == 124:
         closing = f"ended after its limit of {step.limit} s"
-    if status:
+    if status and not INTERRUPTED.is_set():
         tail = log.read_text(errors="replace").splitlines()[-80:]
         print("\n".join(f"    | {line}" for line in tail), flush=True)
     say(f"{step.name}: {'ok' if status == 0 else f'FAILED ({status})'} in {seconds:.0f} s: {closing}\n")
@@ -178,32 +113,44 @@ def last_line(log: Path) -> str:
     return lines[-1].strip("= ") if lines else ""
 
 
-def main() -> int:
+def run_all(wanted: list[Step], run: Callable[[Step], Result] = run) -> list[Result]:
+    """Run steps side by side, those that run alone before all others; results in their order."""
+    alone = {step.name: run(step) for step in wanted if step.alone}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        beside = pool.map(run, [step for step in wanted if not step.alone])
+        try:
+            return [alone[step.name] if step.alone else next(beside) for step in wanted]
+        except KeyboardInterrupt:
+            # Threads do not get it: they would go on with what waits.
+            INTERRUPTED.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                end(process)
+            raise
+
+
+def chosen(names: list[str], rows: list[steps.Row]) -> list[Step]:
+    """The steps of what was asked for; a KeyError for a name that is none."""
+    # The slow ones first, so that the last ones to run side by side end at about the same time.
+    rows = sorted(rows, key=lambda row: not row.get("whole"))
+    there = {"lint": steps.lint(), "core": [steps.core(rows)], "kernels": [steps.kernels(rows)]}
+    there |= {
+        kind: [steps.engine(row) for row in rows if row["engine"] == kind] for kind in steps.engines(rows)
+    }
+    there["faults"] = [steps.faults(row) for row in rows if row.get("whole")]
+    return [step for name in names for step in there[name]]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the steps that are named, or all of `make test`; returns an exit status."""
     rows = matrix()["engines"]
-    kinds = list(dict.fromkeys(str(r["engine"]) for r in rows))
-    wanted = sys.argv[1:] or ["lint", "core", "kernels", *kinds]
-    steps: list[Step] = []
-    for name in wanted:
-        if name == "lint":
-            steps += lint()
-        elif name == "core":
-            steps += core(kinds)
-        elif name == "kernels":
-            steps += kernels(rows)
-        elif name in kinds:
-            steps += [engine(r) for r in rows if r["engine"] == name]
-        elif name == "faults":
-            steps += [faults(r) for r in rows if r.get("demo")]
-        else:
-            print(
-                f"no tests {name!r}; there are lint, core, kernels, {', '.join(kinds)}, faults",
-                file=sys.stderr,
-            )
-            return 2
-    results: list[Result] = []
-    for kind, group in groupby(steps, lambda step: step.engine):
-        with ThreadPoolExecutor(AT_ONCE if kind else 1) as pool:
-            results += pool.map(run, group)
+    default = ["lint", "core", *steps.engines(rows), "kernels"]
+    try:
+        wanted = chosen(arguments or default, rows)
+    except KeyError as unknown:
+        print(f"no tests {unknown}; there are {', '.join([*default, 'faults'])}", file=sys.stderr)
+        return 2
+    results = run_all(wanted)
     print("\nsummary")
     for r in results:
         print(f"  {'ok    ' if r.status == 0 else 'FAILED'} {r.seconds:5.0f} s  {r.step.name:20} {r.closing}")
@@ -213,4 +160,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

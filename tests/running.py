@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_checkpoints
 import torch
 from safetensors.torch import load_file, save_file
 
 from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.fusion_core.engines import facts_of
 from fse_patch.lab import verify
 
@@ -36,6 +38,37 @@ class Case:
     @property
     def name(self) -> str:
         return "-".join(filter(None, [self.recipe, self.dtype, self.order, self.fault]))
+
+    @property
+    def plain(self) -> Case:
+        """What it is compared with: nothing permuted, no fault, one process."""
+        return replace(self, order=None, fault=None, engine_args={})
+
+
+def parameters(cases: Iterable[Case], each: Collection[str] = (), long: Collection[str] = ()) -> list[Any]:
+    """Cases as parameters of a test; those in ``each`` and ``long``, by name or recipe, have these marks."""
+    marks = {"every_release": set(each), "long": set(long)}
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[getattr(pytest.mark, mark) for mark, of in marks.items() if of & {case.name, case.recipe}],
+        )
+        for case in cases
+    ]
+
+
+def asked(request: pytest.FixtureRequest) -> set[str]:
+    """Names among the parameters of tests that will run and use this fixture; of a case, the plain one too.
+
+    What takes many models through one process of an engine takes those that a test asks for, and no others.
+    """
+    names: set[str] = set()
+    for item in request.session.items:
+        if request.fixturename in getattr(item, "fixturenames", ()) and hasattr(item, "callspec"):
+            for value in item.callspec.params.values():
+                names |= {value.name, value.plain.name} if isinstance(value, Case) else {str(value)}
+    return names
 
 
 def timeless(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,7 +99,7 @@ class Checkpoints:
         drafts = facts_of(self.engine).lab.draft_argument in case.engine_args
         return verify.VerifyJob(
             folder,
-            tuple(d for role, d in decisions.items() if d.fuse and (role == "main" or drafts)),
+            tuple(d for role, d in decisions.items() if isinstance(d, Merged) and (role == "main" or drafts)),
             VOCAB,
             case.dtype,
             case.engine_args if case.fault is None else {**case.engine_args, "fault": case.fault},
@@ -95,11 +128,15 @@ class Pair:
 
 
 class Runs:
-    """Both arms of each batch, run side by side when a test first asks for them."""
+    """Both arms of each batch, run side by side when a test first asks for them.
 
-    def __init__(self, checkpoints: Checkpoints, run: RunArm) -> None:
+    Of the cases of a batch, those run whose names are ``asked`` for.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, run: RunArm, asked: Collection[str]) -> None:
         self.checkpoints = checkpoints
         self.run = run
+        self.asked = asked
         self.done: dict[str, Pair] = {}
 
     def arm(self, cases: list[Case], fused: bool, env: dict[str, str]) -> Results:
@@ -117,6 +154,7 @@ class Runs:
     def pair(self, name: str, stock: list[Case], fused: list[Case], env: dict[str, str]) -> Pair:
         """Both arms; a pair of that name is run once a session."""
         if name not in self.done:
+            stock, fused = ([case for case in cases if case.name in self.asked] for cases in (stock, fused))
             for case in {case.name: case for case in (*stock, *fused)}.values():
                 self.checkpoints.job(case)  # made here: both arms would write the same files
             # In opposite orders: vLLM inspects every new model class for ten seconds, and keeps what it found

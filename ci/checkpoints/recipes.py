@@ -195,7 +195,12 @@ def _glm4v_moe() -> Any:
         "image_size": 28,
         "patch_size": 14,
     }
-    ids = {"image_token_id": 250, "video_token_id": 251, "image_start_token_id": 252, "image_end_token_id": 253}
+    ids = {
+        "image_token_id": 250,
+        "video_token_id": 251,
+        "image_start_token_id": 252,
+        "image_end_token_id": 253,
+    }
     config = Glm4vMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     return Glm4vMoeForConditionalGeneration(config)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny_checkpoints
 
 from ..running import Checkpoints
@@ -14,22 +17,27 @@ DRAWN = {model.name: model for model in map(drawn.draw, drawn.SEEDS)}
 RECIPES = {name: recipe for name, recipe in tiny_checkpoints.RECIPES.items() if recipe.family}
 
 
-def names(engine: str) -> list[str]:
-    """Of the starts of this run; a draft has its checkpoint's name and more."""
-    if not suite.WHOLE:
-        return [*SAMPLE, f"{SAMPLE[1]} draft", *list(DRAWN)[:3]]
+def names() -> list[str]:
+    """Of all clean starts; a draft has its checkpoint's name and more."""
     drafts = [f"{name} draft" for name, recipe in RECIPES.items() if recipe.draft != "none"]
     return [*RECIPES, *drafts, *DRAWN]
 
 
-def run(engine: str, checkpoints: Checkpoints, folder: Path) -> dict[str, str]:
-    """How the start of each fault and of each clean model ended; of these the canary runs every layer."""
+def models() -> list[Any]:
+    """The names, as parameters of a test; those that `make test` leaves out are long."""
+    sample = {*SAMPLE, f"{SAMPLE[1]} draft", *list(DRAWN)[:3]}
+    return [pytest.param(name, marks=[] if name in sample else pytest.mark.long) for name in names()]
+
+
+def run(engine: str, checkpoints: Checkpoints, folder: Path, asked: Collection[str]) -> dict[str, str]:
+    """How each start that is ``asked`` for ended; of clean models the canary runs every layer."""
     tiny_checkpoints.RECIPES.update({name: model.recipe() for name, model in DRAWN.items()})
     jobs = {
         name: {
             **suite.job(None, checkpoints.path(name.removesuffix(" draft")), name.endswith(" draft")),
             "verify": "all",
         }
-        for name in names(engine)
+        for name in names()
+        if name in asked
     }
-    return suite.run_all(engine, checkpoints, folder, jobs)
+    return suite.run_all(engine, checkpoints, folder, jobs, asked)

@@ -6,18 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ..running import ROOT, Checkpoints
 from . import altered
 from .table import FAULTS, Fault
 
 TIMEOUT = 600.0
-# Set by `make test-faults`: all faults and clean models, and not the sample alone.
-WHOLE = os.environ.get("FAULTS") == "all"
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,13 @@ class Start:
     log: str
 
 
-def chosen(engine: str) -> list[Fault]:
-    """The faults of this run."""
-    return [f for f in FAULTS.values() if engine in f.engines and (WHOLE or f.sample)]
+def faults(engine: str) -> list[Any]:
+    """The faults of an engine, as parameters of a test; those that `make test` leaves out are long."""
+    return [
+        pytest.param(fault, id=fault.id, marks=[] if fault.sample else pytest.mark.long)
+        for fault in FAULTS.values()
+        if engine in fault.engines
+    ]
 
 
 def job(name: str | None, folder: Path, draft: bool = False, update: Path | None = None) -> dict[str, Any]:
@@ -74,16 +78,21 @@ def run(engine: str, wanted: list[dict[str, Any]], folder: Path) -> list[Start]:
 
 
 def run_all(
-    engine: str, checkpoints: Checkpoints, folder: Path, clean: dict[str, dict[str, Any]]
+    engine: str,
+    checkpoints: Checkpoints,
+    folder: Path,
+    clean: dict[str, dict[str, Any]],
+    asked: Collection[str],
 ) -> dict[str, str]:
     """How each start ended, by the fault's id or the clean model's name, in one process.
 
-    A plain start comes first, and another one last: no fault is left behind.
+    The faults are those whose ids are ``asked`` for. A plain start comes first, and another one last: no
+    fault is left behind.
     """
-    faults = chosen(engine)
+    chosen = [fault for fault in FAULTS.values() if engine in fault.engines and fault.id in asked]
     plain = job(None, checkpoints.path("qwen2_moe"))
-    names = [fault.id for fault in faults] + list(clean)
-    wanted = [*jobs(faults, checkpoints, folder), *clean.values()]
+    names = [fault.id for fault in chosen] + list(clean)
+    wanted = [*jobs(chosen, checkpoints, folder), *clean.values()]
     first, *starts, last = run(engine, [plain, *wanted, plain], folder)
     assert (first.outcome, last.outcome) == ("", ""), first.log
     return {name: start.outcome for name, start in zip(names, starts, strict=True)}

@@ -46,7 +46,7 @@ class Fault:
         alone: what the error says without samples, where samples catch it; empty: nothing catches it then.
         recipe: the checkpoint, of ci/checkpoints.
         engines: where it is planted.
-        sample: part of `make test`, not of `make test-faults` alone.
+        sample: part of `make test`, not of `make test-all` and `make test-faults` alone.
         draft: the draft is built, not the main model.
         update: it shows when other weights are loaded into the running model.
         altered: it is in the checkpoint's files.
@@ -68,6 +68,9 @@ class Fault:
     @property
     def id(self) -> str:
         return f"{self.name}-without_{self.without}" if self.without else self.name
+
+    def __str__(self) -> str:
+        return self.id
 
     @property
     def behind(self) -> Fault | None:

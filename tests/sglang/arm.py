@@ -44,6 +44,15 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
+def without_detokenizer() -> None:
+    """Start no process of SGLang's for text: tests ask for token ids, and nothing is ever sent to it."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    name = "_launch_detokenizer_subprocesses"
+    assert hasattr(Engine, name)
+    setattr(Engine, name, classmethod(lambda cls, **_: ([], [])))
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     os.environ[VARIABLE] = job["engine_args"].pop("fault", "")
     # The log-probabilities have to show a fault by themselves: the canary would stop most of them before.
@@ -58,5 +67,6 @@ if __name__ == "__mp_main__":
     if fault := os.environ.get(VARIABLE):
         FAULTS[fault]().start()
 if __name__ == "__main__":
+    without_detokenizer()
     verify_arm.run_job = run_job
     verify_arm.main(Path(sys.argv[1]), Path(sys.argv[2]))

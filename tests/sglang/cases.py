@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from ..running import Case
 
-# All cases run on this release; its neighbours run one or two of each family, no test marked `one_release`.
-WHOLE = version("sglang") == "0.5.20"
 TEXT_OF_VL = {"enable_multimodal": False}
-FLOAT32 = [Case("qwen2_moe"), Case("glm4_moe_scale")]
-FLOAT32 += [Case("qwen2_moe_renorm"), Case("qwen2_moe_wide4")] if WHOLE else []
-FLOAT32 += [Case("glm4_moe_shared2_scale"), Case("glm4_moe_grouped")] if WHOLE else []
+FLOAT32 = [
+    Case("qwen2_moe"),
+    Case("qwen2_moe_renorm"),
+    Case("qwen2_moe_wide4"),
+    Case("glm4_moe_scale"),
+    Case("glm4_moe_shared2_scale"),
+    Case("glm4_moe_grouped"),
+]
 # Linear attention runs in the stand-in operations of tests/shims/sglang_cpu, and the report has to say so.
-REPLACED = [Case("qwen3_next"), Case("qwen3_5_text"), Case("qwen3_5_vl_3d", engine_args=TEXT_OF_VL)]
-REPLACED += [Case("qwen3_5_text_3d"), Case("qwen3_5_vl", engine_args=TEXT_OF_VL)] if WHOLE else []
+REPLACED = [
+    Case("qwen3_next"),
+    Case("qwen3_5_text"),
+    Case("qwen3_5_text_3d"),
+    Case("qwen3_5_vl", engine_args=TEXT_OF_VL),
+    Case("qwen3_5_vl_3d", engine_args=TEXT_OF_VL),
+]
+# Proved by the canary alone.
+BFLOAT16 = [Case("glm4_moe_scale", "bfloat16")]
 # Compared with stock without tensor parallelism: a shard in the wrong place shows too.
 TENSOR_PARALLEL = [Case("qwen2_moe_wide4", engine_args={"tp_size": 2})]
 # A model that nobody patches.
 STOCK = [Case("qwen3_moe")]
-PERMUTED = [Case("glm4_moe_shared2_scale", order=order) for order in ("shared_first", "shuffled") if WHOLE]
+PERMUTED = [Case("glm4_moe_shared2_scale", order=order) for order in ("shared_first", "shuffled")]
 # Deliberate faults, and the words with which each must be refused.
 FAULTS: dict[str, tuple[str, str]] = {
     "shared_weight_1_percent": ("qwen2_moe", "log-probabilities differ"),
@@ -30,6 +38,14 @@ FAULTS: dict[str, tuple[str, str]] = {
     "patch_never_fired": ("qwen2_moe", "was not fused"),
     "control_without_effect": ("qwen2_moe", "the control"),
 }
-if not WHOLE:
-    FAULTS = {name: FAULTS[name] for name in ("shared_weight_1_percent", "patch_never_fired")}
 FAULTY = [Case(recipe, fault=fault) for fault, (recipe, _) in FAULTS.items()]
+# On every release in `make test` too: a model of each block, and a fault.
+EACH = {"qwen2_moe", "qwen3_next", "qwen3_5_vl_3d", "glm4_moe_scale"}
+EACH_FAULT = {Case("qwen2_moe", fault="shared_weight_1_percent").name}
+# In `make test-all` alone: recipes and cases beside which another one takes the same way.
+LONG = {
+    "qwen2_moe_renorm",
+    "qwen3_5_text",
+    "qwen3_5_vl",
+    Case("glm4_moe_shared2_scale", order="shared_first").name,
+}

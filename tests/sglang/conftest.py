@@ -11,12 +11,10 @@ import pytest
 from fse_patch.lab import verify
 
 from .. import running
-from ..running import ROOT, Checkpoints, Pair
+from ..running import ROOT, Checkpoints, Pair, asked
 from . import cases
 
 ARM_TIMEOUT = 1800.0
-# It sets a process up by itself, as this one release does.
-collect_ignore = [] if cases.WHOLE else ["test_faults.py"]
 
 
 def run(jobs: list[verify.VerifyJob], fused: bool, env: dict[str, str]) -> list[dict[str, Any]]:
@@ -32,7 +30,8 @@ class Runs(running.Runs):
     def float32(self) -> Pair:
         """With an arm that can be told to make a fault."""
         both = [*cases.FLOAT32, *cases.REPLACED, *cases.STOCK]
-        return self.pair("float32", both, [*both, *cases.PERMUTED, *cases.FAULTY], {})
+        fused = [*both, *cases.BFLOAT16, *cases.PERMUTED, *cases.FAULTY]
+        return self.pair("float32", both, fused, {})
 
     @property
     def tensor_parallel(self) -> Pair:
@@ -41,7 +40,7 @@ class Runs(running.Runs):
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "ARM", "tests.sglang.arm")
-        yield Runs(Checkpoints(tmp_path_factory.mktemp("checkpoints"), "sglang"), run)
+        yield Runs(Checkpoints(tmp_path_factory.mktemp("checkpoints"), "sglang"), run, asked(request))

@@ -47,18 +47,19 @@ def test_a_fault_stops_the_load(found: dict[str, Any]) -> None:
     assert "the model is not served" in found["faulty"]["error"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=lambda case: case.name)
 def test_the_ranks_of_tensor_parallelism_prove_alike(runs: Runs, case: Case) -> None:
-    (result,) = runs.arm([case], True, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}).values()
+    result = runs.tensor_parallel.fused[case.name]
     assert "workers" in result, result.get("log")
     roles = [role for worker in result["workers"] for role in worker["roles"]]
     assert [role["canary"]["state"] for role in roles] == ["passed", "passed"]
     assert all(role["compared"] for role in roles)
 
 
-@pytest.mark.one_release
-def test_bfloat16_passes(runs: Runs) -> None:
-    (result,) = runs.arm([Case("glm4_moe_scale", "bfloat16")], True, {}).values()
+@pytest.mark.parametrize("case", cases.BFLOAT16, ids=lambda case: case.name)
+def test_bfloat16_passes(runs: Runs, case: Case) -> None:
+    result = runs.float32.fused[case.name]
     assert "workers" in result, result.get("log")
     canary = result["workers"][0]["roles"][0]["canary"]
     assert canary["state"] == "passed", canary

@@ -13,7 +13,7 @@ from fse_patch.lab.live_arms import ARMS
 
 from ..running import VOCAB, Checkpoints
 
-pytestmark = pytest.mark.one_release
+pytestmark = [pytest.mark.one_release, pytest.mark.long]
 
 
 def test_three_live_engines_share_sets_of_experts(tmp_path: Path) -> None:

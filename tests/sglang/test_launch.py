@@ -24,6 +24,7 @@ from ..running import ROOT, VOCAB, Case
 from .conftest import Runs
 
 WRAPPER, STOCK = "fse_patch.launch_sglang", "sglang.launch_server"
+SERVED = [Case("glm4_moe_scale")]
 LIMIT = 300.0
 
 
@@ -97,8 +98,9 @@ def prompt_logprobs(port: int) -> list[list[float]]:
     return [[v for v, *_ in out["meta_info"]["input_token_logprobs"][1:]] for out in post(port, body)]
 
 
-def test_served_equals_the_engine(runs: Runs, tmp_path: Path) -> None:
-    case, log = Case("glm4_moe_scale"), tmp_path / "log"
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_served_equals_the_engine(runs: Runs, tmp_path: Path, case: Case) -> None:
+    log = tmp_path / "log"
     # Without SGLang's plugins, as in releases that have none.
     with server(arguments(runs.checkpoints.path(case.recipe)), log, SGLANG_PLUGINS="none") as (port, pid):
         served = prompt_logprobs(port)
@@ -119,7 +121,7 @@ EXPERT_PARALLEL = ["--tp-size=2", "--ep-size=2"]
 
 
 @pytest.mark.one_release
-@pytest.mark.parametrize("reason", CONTRADICTIONS)
+@pytest.mark.parametrize("reason", ["lora", pytest.param("backend.topk_format", marks=pytest.mark.long)])
 def test_contradicting_arguments_stop_a_strict_server(runs: Runs, tmp_path: Path, reason: str) -> None:
     args = [*arguments(runs.checkpoints.path("qwen2_moe_wide4")), *CONTRADICTIONS[reason]]
     status, log = ended(WRAPPER, args, tmp_path / "log", FSE_PATCH_STRICT="1")
@@ -128,6 +130,7 @@ def test_contradicting_arguments_stop_a_strict_server(runs: Runs, tmp_path: Path
     assert "loading shards" not in log
 
 
+@pytest.mark.long
 @pytest.mark.one_release
 def test_contradicting_arguments_go_on_unfused(runs: Runs, tmp_path: Path) -> None:
     """The control of the test above. With none of these does stock SGLang answer a request on a CPU."""
@@ -146,8 +149,9 @@ def test_contradicting_arguments_go_on_unfused(runs: Runs, tmp_path: Path) -> No
 
 
 @pytest.mark.one_release
-def test_sglangs_own_switch_is_respected(runs: Runs, tmp_path: Path) -> None:
-    case, log = Case("glm4_moe_scale"), tmp_path / "log"
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_sglangs_own_switch_is_respected(runs: Runs, tmp_path: Path, case: Case) -> None:
+    log = tmp_path / "log"
     args = [*arguments(runs.checkpoints.path(case.recipe)), "--disable-shared-experts-fusion"]
     with server(args, log, FSE_PATCH_STRICT="1") as (port, _):
         served = prompt_logprobs(port)
@@ -155,6 +159,7 @@ def test_sglangs_own_switch_is_respected(runs: Runs, tmp_path: Path) -> None:
     assert served == runs.float32.stock[case.name]["logprobs"]
 
 
+@pytest.mark.every_release
 def test_a_patch_that_fails_in_a_child_stops_the_server(runs: Runs, tmp_path: Path) -> None:
     """SGLang itself logs what a plugin raises, and serves."""
     args = arguments(runs.checkpoints.path("qwen2_moe"))
@@ -166,6 +171,7 @@ def test_a_patch_that_fails_in_a_child_stops_the_server(runs: Runs, tmp_path: Pa
     assert "loading shards" not in log
 
 
+@pytest.mark.long
 @pytest.mark.one_release
 def test_the_help_text_is_sglangs() -> None:
     # Some choices are printed in the order of a set.

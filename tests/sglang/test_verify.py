@@ -6,16 +6,18 @@ import pytest
 
 from fse_patch.lab import verify
 
-from ..running import Case, timeless
+from ..running import Case, parameters, timeless
 from . import cases
 from .conftest import Runs
+
+MODELS = parameters([*cases.FLOAT32, *cases.REPLACED], cases.EACH, cases.LONG)
 
 
 def ids(case: Case) -> str:
     return case.name
 
 
-@pytest.mark.parametrize("case", [*cases.FLOAT32, *cases.REPLACED], ids=ids)
+@pytest.mark.parametrize("case", MODELS)
 def test_float32(runs: Runs, case: Case) -> None:
     report = runs.report(case, runs.float32.stock[case.name], runs.float32.fused[case.name])
     assert report["failures"] == [], report.get("log")
@@ -28,14 +30,14 @@ def test_float32(runs: Runs, case: Case) -> None:
     assert bool(report["replaced_operations"]) == (case in cases.REPLACED)
 
 
-@pytest.mark.parametrize("case", [*cases.FLOAT32, *cases.REPLACED], ids=ids)
+@pytest.mark.parametrize("case", MODELS)
 def test_the_patches_fired_in_the_scheduler(runs: Runs, case: Case) -> None:
     fused = runs.float32.fused[case.name]
     assert fused["workers"][0]["roles"]
     assert fused["workers"][0]["pid"] != fused["arm_pid"]
 
 
-@pytest.mark.one_release
+@pytest.mark.long
 @pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=ids)
 def test_tensor_parallel(runs: Runs, case: Case) -> None:
     report = runs.report(case, runs.float32.stock[case.name], runs.tensor_parallel.fused[case.name])
@@ -43,19 +45,17 @@ def test_tensor_parallel(runs: Runs, case: Case) -> None:
     assert len(set(report["worker_pids"])) == 2
 
 
-@pytest.mark.parametrize("fault", cases.FAULTS)
-def test_a_fault_is_caught(runs: Runs, fault: str) -> None:
-    recipe, words = cases.FAULTS[fault]
-    case = Case(recipe, fault=fault)
+@pytest.mark.parametrize("case", parameters(cases.FAULTY, cases.EACH_FAULT))
+def test_a_fault_is_caught(runs: Runs, case: Case) -> None:
+    words = cases.FAULTS[case.fault or ""][1]
     job = runs.checkpoints.job(case)
-    report = verify.judge(job, runs.float32.stock[Case(recipe).name], runs.float32.fused[case.name])
+    report = verify.judge(job, runs.float32.stock[case.plain.name], runs.float32.fused[case.name])
     assert not report["passed"]
     # A model that is not served takes the server with it: then its log has the words.
     assert any(words in text for text in [*report["failures"], report.get("log", "")]), report
 
 
-@pytest.mark.one_release
-@pytest.mark.parametrize("case", cases.PERMUTED, ids=ids)
+@pytest.mark.parametrize("case", parameters(cases.PERMUTED, long=cases.LONG))
 def test_weight_order_does_not_matter(runs: Runs, case: Case) -> None:
     fused = runs.float32.fused
     plain = fused[Case(case.recipe).name]

@@ -72,7 +72,15 @@ ANSWERS = [
     Case("glm4_moe", "float16"),
 ]
 # In float16 stock divides the shared expert by the scale, and no later layer makes up for it.
-STOCK_IS_WRONG = Case("glm4_moe_scale", "float16")
+STOCK_IS_WRONG = (Case("glm4_moe_scale", "float16"), Case("glm4_moe_scale"))
 FAULTY_ANSWERS = [Case(case.recipe, case.dtype, fault="answers_halved") for case in ANSWERS]
 # Checkpoints that a policy refuses.
 REFUSED = [Case(recipe, fault="refused_by_policy") for recipe in ("qwen2_moe", "glm4_moe_scale")]
+# On every release in `make test` too: a model of each block, and a fault.
+EACH = {"qwen2_moe", "qwen3_next", "qwen3_5_vl_3d", "glm4_moe_scale"}
+EACH_FAULT = {Case("qwen2_moe", fault="shared_weight_1_percent").name}
+# In `make test-all` alone: recipes and cases beside which another one takes the same way.
+LONG = {"qwen2_moe_renorm", "qwen2_moe_wide8", "glm4_moe", "glm4_moe_shared2"}
+LONG |= {"qwen3_5_text", "qwen3_5_vl", "qwen3_5_mtp", "qwen3_5_text_mtp"}
+LONG |= {case.name for case in PERMUTED if case.order != "shuffled"}
+LONG |= {case.name for case in FAULTY_ANSWERS if case.dtype == "float16"}

@@ -13,9 +13,10 @@ from unittest.mock import patch
 import pytest
 
 from ..planted.weighing import shared_gate_inside_the_softmax
+from ..running import parameters
 from . import cases
 from .conftest import Runs
-from .engine import Checkpoints
+from .engine import Case, Checkpoints
 from .test_inherited import building
 from .test_off import in_process
 
@@ -125,23 +126,21 @@ def test_a_fault_stops_the_load(found: dict[str, Any]) -> None:
     assert "the model is not served" in found["faulty"]["error"]
 
 
+@pytest.mark.long
 @pytest.mark.one_release
-def test_the_ranks_of_tensor_parallelism_prove_alike(runs: Runs) -> None:
-    case = cases.TENSOR_PARALLEL[0]
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    (result,) = runs.arm([case], True, env).values()
+@pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=lambda case: case.name)
+def test_the_ranks_of_tensor_parallelism_prove_alike(runs: Runs, case: Case) -> None:
+    result = runs.tensor_parallel.fused[case.name]
     roles = [role for worker in result["workers"] for role in worker["roles"]]
     assert [role["canary"]["state"] for role in roles] == ["passed", "passed"]
     assert all(role["compared"] for role in roles)
 
 
-@pytest.mark.one_release
-def test_drafts_are_proved_too(runs: Runs) -> None:
-    wanted = [case for case in cases.DRAFTS if case.recipe in ("qwen3_next_mtp", "glm4_moe_mtp")]
-    path = os.pathsep.join([str(ROOT), SHIM])
-    for result in runs.arm(wanted, True, {"PYTHONPATH": path}).values():
-        roles = {role["role"]: role["canary"]["state"] for role in result["workers"][0]["roles"]}
-        assert roles == {"main": "passed", "draft": "passed"}
+@pytest.mark.parametrize("case", parameters(cases.DRAFTS, long=cases.LONG))
+def test_drafts_are_proved_too(runs: Runs, case: Case) -> None:
+    (worker,) = runs.float32.fused[case.name]["workers"]
+    roles = {role["role"]: role["canary"]["state"] for role in worker["roles"]}
+    assert roles == {"main": "passed", "draft": "passed"}
 
 
 def test_all_layers_are_proved_where_asked_for(found: dict[str, Any]) -> None:

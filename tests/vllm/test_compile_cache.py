@@ -20,8 +20,12 @@ from fse_patch.fusion_core.proof.compare import Tolerance, difference
 from fse_patch.lab import verify
 from fse_patch.lab.vllm import verify_arm
 
+from .engine import Case, run
+
+# Five starts of an engine that compiles; that a model is keyed at all is shown by test_inherited.py too.
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
-RECIPE = "qwen2_moe_wide4"
+CASE = Case("qwen2_moe_wide4")
 RULE = "{{id: {id}, when: {when}, fuse: false, reason: disabled, why: a test, source: 'none: a test'}}"
 # The default policy; one with a rule more, which never matches; and one under which nothing fuses.
 RULES = {
@@ -87,14 +91,12 @@ Results = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def compiled(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Three policies in one process, one of them again in another; last, a fused model without its key."""
-    from .engine import Case, run
-
     folder = tmp_path_factory.mktemp("compiled")
     # What vLLM knows of the model classes is kept: it costs time, and is not what is tested.
     known = Path(os.environ.get("VLLM_CACHE_ROOT", "~/.cache/vllm")).expanduser() / "modelinfos"
     if known.is_dir():
         shutil.copytree(known, folder / "modelinfos")
-    plain = checkpoints.job(Case(RECIPE))
+    plain = checkpoints.job(CASE)
 
     def job(policy: str, keyed: bool = True) -> verify.VerifyJob:
         path = folder / f"{policy}.yaml"
@@ -124,17 +126,16 @@ def test_a_second_start_reuses_its_entry(compiled: Results) -> None:
     assert again["logprobs"] == compiled["default"]["logprobs"]
 
 
+@pytest.mark.parametrize("case", [CASE], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ["refused", "default", "other", "default again"])
-def test_compiled_equals_eager(runs: Any, compiled: Results, name: str) -> None:
-    from .engine import Case
-
-    eager = (runs.float32.stock if name == "refused" else runs.float32.fused)[Case(RECIPE).name]
+def test_compiled_equals_eager(runs: Any, compiled: Results, name: str, case: Case) -> None:
+    eager = (runs.float32.stock if name == "refused" else runs.float32.fused)[case.name]
     result = compiled[name]
     built = [role["built_layers"] for role in result["workers"][0]["roles"]]
     assert built == ([] if name == "refused" else [[0, 1]])
     assert FLOAT32.holds(difference(result["logprobs"], eager["logprobs"]))
     # The control: one slot's weight off by 1 % would not pass.
-    fault = runs.float32.fused[Case(RECIPE).name]["control"]
+    fault = runs.float32.fused[case.name]["control"]
     assert FLOAT32.caught(difference(result["logprobs"], fault))
 
 

@@ -38,6 +38,7 @@ def job(folder: Path, **changed: Any) -> end_to_end.Job:
     return end_to_end.Job(folder, "vllm", layers, VOCAB, **given)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("as_served", ["0", "1"])
 def test_three_live_engines_share_sets_of_experts(
     checkpoints: Checkpoints, tmp_path: Path, as_served: str
@@ -67,6 +68,7 @@ def test_a_fused_arm_that_stays_stock_ends_the_run(checkpoints: Checkpoints, tmp
         end_to_end.measure(job(checkpoints.path("qwen2_moe")), env)
 
 
+@pytest.mark.long
 def test_streams_that_wait_for_each_other_end_the_run(checkpoints: Checkpoints) -> None:
     # What fits the cache one after the other is no measurement of two streams.
     alone = {**ARGUMENTS, "max_num_seqs": 1}

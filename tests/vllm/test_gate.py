@@ -16,7 +16,12 @@ from .test_inherited import building
 MLPS = ("qwen2_moe:Qwen2MoeMLP", "qwen3_moe:Qwen3MoeMLP")
 
 
-def probe(reference: str, checkpoint: str) -> dict[str, Any]:
+def probe(checkpoint: str) -> dict[str, Any]:
+    """What each class gives."""
+    return {reference: probe_class(reference, checkpoint) for reference in MLPS}
+
+
+def probe_class(reference: str, checkpoint: str) -> dict[str, Any]:
     """The class's output: stock, patched where the kernel is not for it, patched with the kernel, control."""
     import torch
     from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -73,11 +78,21 @@ def probe(reference: str, checkpoint: str) -> dict[str, Any]:
         return found
 
 
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> dict[str, Any]:
+    """By class, where the setting is as the test's parameter."""
+    folder, setting = str(checkpoints.path("qwen2_moe")), request.param
+    result: dict[str, Any] = in_process(
+        f"{__name__}:probe", folder, FSE_PATCH="vllm", FSE_PATCH_GATE_KERNEL=setting
+    )
+    return result
+
+
 @pytest.mark.one_release
+@pytest.mark.parametrize("found", ["1"], indirect=True)
 @pytest.mark.parametrize("reference", MLPS)
-def test_gate_kernel_is_wired(reference: str, checkpoints: Checkpoints) -> None:
-    folder = str(checkpoints.path("qwen2_moe"))
-    found = in_process(f"{__name__}:probe", reference, folder, FSE_PATCH="vllm", FSE_PATCH_GATE_KERNEL="1")
+def test_gate_kernel_is_wired(reference: str, found: dict[str, Any]) -> None:
+    found = found[reference]
     # On a CPU it is not taken, and the result is stock's to the bit.
     assert (found["patched"], found["cpu"], found["cpu_calls"]) == (True, True, 0)
     # Taken once for each gated call; an MLP without a gate has none.
@@ -88,9 +103,9 @@ def test_gate_kernel_is_wired(reference: str, checkpoints: Checkpoints) -> None:
 
 
 @pytest.mark.one_release
+@pytest.mark.parametrize("found", [None], indirect=True)
 @pytest.mark.parametrize("reference", MLPS)
-def test_without_the_setting_it_is_stock(reference: str, checkpoints: Checkpoints) -> None:
-    folder = str(checkpoints.path("qwen2_moe"))
-    found = in_process(f"{__name__}:probe", reference, folder, FSE_PATCH="vllm")
+def test_without_the_setting_it_is_stock(reference: str, found: dict[str, Any]) -> None:
+    found = found[reference]
     assert (found["patched"], found["calls"]) == (False, 0)
     assert found["kernel"] == found["control"] == 0.0

@@ -15,6 +15,7 @@ import pytest
 
 from .processes import TIMEOUT, in_process
 
+pytestmark = pytest.mark.every_release
 # vLLM's own note that it has called its plugins.
 NOTED = {"vllm.plugins.plugins_loaded"}
 OFF = (None, "0", "sglang")

@@ -14,7 +14,15 @@ from .test_inherited import building
 BLOCKS = {"qwen2_moe": "qwen2_moe:Qwen2MoeSparseMoeBlock", "glm4_moe": "glm4_moe:Glm4MoE"}
 
 
-def probe(checkpoint: str, reference: str) -> dict[str, Any]:
+def probe(*checkpoints: str) -> dict[str, Any]:
+    """What each block gives, of a checkpoint of its family."""
+    return {
+        family: probe_block(checkpoint, BLOCKS[family])
+        for family, checkpoint in zip(BLOCKS, checkpoints, strict=True)
+    }
+
+
+def probe_block(checkpoint: str, reference: str) -> dict[str, Any]:
     """How far the block is from its own forward: with the layer's logits, and with another gate."""
     import torch
     from vllm.config import get_current_vllm_config
@@ -78,10 +86,18 @@ def probe(checkpoint: str, reference: str) -> dict[str, Any]:
         return {**found, "control": float((run() - stock).norm() / stock.norm())}
 
 
+@pytest.fixture(scope="module")
+def blocks(checkpoints: Checkpoints) -> dict[str, Any]:
+    result: dict[str, Any] = in_process(
+        f"{__name__}:probe", *(str(checkpoints.path(family)) for family in BLOCKS)
+    )
+    return result
+
+
 @pytest.mark.one_release
 @pytest.mark.parametrize("family", BLOCKS)
-def test_the_layer_computes_the_logits_of_its_block(checkpoints: Checkpoints, family: str) -> None:
-    found = in_process(f"{__name__}:probe", str(checkpoints.path(family)), BLOCKS[family])
+def test_the_layer_computes_the_logits_of_its_block(blocks: dict[str, Any], family: str) -> None:
+    found = blocks[family]
     assert found["same"] == 0.0
     assert found["compiled"] < 1e-6
     assert found["before_shared"]  # as both blocks have it

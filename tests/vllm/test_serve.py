@@ -167,11 +167,12 @@ def start(checkpoints: Checkpoints, tmp_path: Path) -> Iterator[Start]:
         one.end()
 
 
-def test_served_fused_and_equal_to_the_offline_run(runs: Runs, start: Start) -> None:
+@pytest.mark.parametrize("case", [CASE], ids=lambda case: case.name)
+def test_served_fused_and_equal_to_the_offline_run(runs: Runs, start: Start, case: Case) -> None:
     server = start(FSE_PATCH="1")
     assert server.wait() is None, server.output
     served = server.logprobs()
-    offline = runs.float32.fused[CASE.name]
+    offline = runs.float32.fused[case.name]
     found = difference(served, offline["logprobs"])
     assert found.mean <= MEAN_FLOAT32
     assert found.max <= MAX_FLOAT32
@@ -180,7 +181,7 @@ def test_served_fused_and_equal_to_the_offline_run(runs: Runs, start: Start) -> 
     assert sorted(FUSED.findall(server.output)) == sorted(str(worker["pid"]) for worker in workers)
     assert str(server.process.pid) not in {str(worker["pid"]) for worker in workers}
     for worker in workers:
-        assert verify.ran_as_decided(runs.checkpoints.job(CASE).decisions[0], [worker]) == []
+        assert verify.ran_as_decided(runs.checkpoints.job(case).decisions[0], [worker]) == []
         assert worker["roles"][0]["calls_by_mode"]["fused"] > 0
 
     # The controls: neither the offline run with its fault nor the server with the same one agrees.
@@ -191,7 +192,9 @@ def test_served_fused_and_equal_to_the_offline_run(runs: Runs, start: Start) -> 
     assert difference(faulty, offline["control"]).mean <= MEAN_FLOAT32
 
 
-@pytest.mark.parametrize("fault", STOPPED)
+@pytest.mark.parametrize(
+    "fault", ["slot_not_written", pytest.param("replaced_by_another_plugin", marks=pytest.mark.long)]
+)
 def test_a_fault_in_the_worker_stops_the_server(start: Start, tmp_path: Path, fault: str) -> None:
     module, words = STOPPED[fault]
     code = FAULTS.replace("{function}", fault).replace("{module}", module)

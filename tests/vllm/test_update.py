@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import tiny_checkpoints
 
+from ..running import asked
 from .engine import IN_PROCESS, VOCAB
 from .processes import in_process
 
@@ -93,9 +94,9 @@ def started_on(folder: Path) -> list[list[float]]:
         engine.close()
 
 
-def probe(folder: str) -> dict[str, Any]:
+def probe(folder: str, *recipes: str) -> dict[str, Any]:
     """Answers and errors after each update, of each recipe."""
-    return {recipe: probe_recipe(recipe, Path(folder)) for recipe in RECIPES}
+    return {recipe: probe_recipe(recipe, Path(folder)) for recipe in recipes}
 
 
 def probe_recipe(recipe: str, folder: Path) -> dict[str, Any]:
@@ -167,13 +168,16 @@ def probe_updates(
 
 
 @pytest.fixture(scope="module")
-def updates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def updates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("updates"))
-    # Eight engines, one after the other.
-    return dict(in_process(f"{__name__}:probe", folder, timeout=600.0, FSE_PATCH="vllm", **IN_PROCESS))
+    recipes = [recipe for recipe in RECIPES if recipe in asked(request)]
+    # Four engines for each, one after the other.
+    return dict(
+        in_process(f"{__name__}:probe", folder, *recipes, timeout=600.0, FSE_PATCH="vllm", **IN_PROCESS)
+    )
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=[RECIPES[0], pytest.param(RECIPES[1], marks=pytest.mark.long)])
 def seen(request: pytest.FixtureRequest, updates: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = updates[request.param]
     return found

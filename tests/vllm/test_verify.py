@@ -10,7 +10,7 @@ import pytest
 
 from fse_patch.lab.vllm import verify_arm
 
-from ..running import timeless
+from ..running import parameters, timeless
 from . import cases
 from .conftest import Runs
 from .engine import Case
@@ -20,7 +20,7 @@ def ids(case: Case) -> str:
     return case.name
 
 
-@pytest.mark.parametrize("case", cases.FLOAT32, ids=ids)
+@pytest.mark.parametrize("case", parameters(cases.FLOAT32, cases.EACH, cases.LONG))
 def test_float32(runs: Runs, case: Case) -> None:
     pair = runs.float32
     report = runs.report(case, pair.stock[case.name], pair.fused[case.name])
@@ -32,7 +32,7 @@ def test_float32(runs: Runs, case: Case) -> None:
     assert report["answer_tokens"] > 0
 
 
-@pytest.mark.parametrize("case", cases.DRAFTS, ids=ids)
+@pytest.mark.parametrize("case", parameters(cases.DRAFTS, long=cases.LONG))
 def test_speculative_decoding_with_a_fused_draft(runs: Runs, case: Case) -> None:
     pair = runs.float32
     report = runs.report(case, pair.stock[case.name], pair.fused[case.name])
@@ -43,7 +43,7 @@ def test_speculative_decoding_with_a_fused_draft(runs: Runs, case: Case) -> None
     assert draft["calls_by_mode"]["fused"] > 0
 
 
-@pytest.mark.parametrize("case", cases.BFLOAT16, ids=ids)
+@pytest.mark.parametrize("case", parameters(cases.BFLOAT16, long=cases.LONG))
 def test_bfloat16_without_the_float32_shim(runs: Runs, case: Case) -> None:
     pair = runs.bfloat16
     report = runs.report(case, pair.stock[case.name], pair.fused[case.name])
@@ -52,6 +52,7 @@ def test_bfloat16_without_the_float32_shim(runs: Runs, case: Case) -> None:
     assert report["control_diff"] >= 10 * report["stock_noise"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=ids)
 def test_tensor_parallel(runs: Runs, case: Case) -> None:
     stock = runs.float32.stock[Case(case.recipe).name]
@@ -60,7 +61,7 @@ def test_tensor_parallel(runs: Runs, case: Case) -> None:
     assert len(set(report["worker_pids"])) == 2
 
 
-@pytest.mark.parametrize("case", cases.FAULTY, ids=ids)
+@pytest.mark.parametrize("case", parameters(cases.FAULTY, cases.EACH_FAULT))
 def test_a_fault_is_caught(runs: Runs, case: Case) -> None:
     pair = runs.float32
     report = runs.report(case, pair.stock[Case(case.recipe).name], pair.fused[case.name])
@@ -69,9 +70,9 @@ def test_a_fault_is_caught(runs: Runs, case: Case) -> None:
     assert any(words in failure for failure in report["failures"]), report["failures"]
 
 
-@pytest.mark.parametrize("number", range(len(cases.ANSWERS)))
-def test_answers_in_16_bit(runs: Runs, number: int) -> None:
-    pair, right, wrong = runs.float32, cases.ANSWERS[number], cases.FAULTY_ANSWERS[number]
+@pytest.mark.parametrize("wrong", parameters(cases.FAULTY_ANSWERS, long=cases.LONG))
+def test_answers_in_16_bit(runs: Runs, wrong: Case) -> None:
+    pair, right = runs.float32, wrong.plain
     report = runs.report(right, pair.stock[right.name], pair.fused[right.name])
     assert report["failures"] == []
     assert report["answer_tokens"] >= 12
@@ -80,9 +81,11 @@ def test_answers_in_16_bit(runs: Runs, number: int) -> None:
     assert faulty["mean_abs_answer_diff"] > 2 * faulty["tolerance"]["mean"]
 
 
-def test_glm_in_float16_is_right_where_stock_is_not(runs: Runs) -> None:
-    case, pair = cases.STOCK_IS_WRONG, runs.float32
-    exact = np.concatenate(pair.stock[Case(case.recipe).name]["logprobs"])
+@pytest.mark.long
+@pytest.mark.parametrize(("case", "float32"), [cases.STOCK_IS_WRONG], ids=ids)
+def test_glm_in_float16_is_right_where_stock_is_not(runs: Runs, case: Case, float32: Case) -> None:
+    pair = runs.float32
+    exact = np.concatenate(pair.stock[float32.name]["logprobs"])
     off = [
         np.abs(np.concatenate(arm[case.name]["logprobs"]) - exact).mean() for arm in (pair.fused, pair.stock)
     ]
@@ -92,7 +95,7 @@ def test_glm_in_float16_is_right_where_stock_is_not(runs: Runs) -> None:
     assert not runs.report(case, pair.stock[case.name], pair.fused[case.name])["passed"]
 
 
-@pytest.mark.parametrize("case", cases.PERMUTED, ids=ids)
+@pytest.mark.parametrize("case", parameters(cases.PERMUTED, long=cases.LONG))
 def test_weight_order_does_not_matter(runs: Runs, case: Case) -> None:
     fused = runs.float32.fused
     plain = fused[Case(case.recipe).name]
