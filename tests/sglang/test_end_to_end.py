@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.lab import end_to_end, readings
 from fse_patch.lab.live_arms import ARMS
 
@@ -18,7 +19,9 @@ pytestmark = [pytest.mark.one_release, pytest.mark.long]
 
 def test_three_live_engines_share_sets_of_experts(tmp_path: Path) -> None:
     folder = Checkpoints(tmp_path, "sglang").path("glm4_moe_shared2_scale")
-    layers = tuple(decide_roles(folder, "sglang")["main"].fused_layers)
+    decision = decide_roles(folder, "sglang")["main"]
+    assert isinstance(decision, Merged)
+    layers = decision.moe.layers
     assert len(layers) > 1  # otherwise nothing could be shared
     job = end_to_end.Job(
         folder,

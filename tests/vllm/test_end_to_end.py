@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fse_patch.fusion_core.decision.decide import decide_roles
+from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.lab import end_to_end, readings
 from fse_patch.lab.live_arms import ARMS, ArmError
 
@@ -26,7 +27,9 @@ RULE = "{id: always, when: {}, fuse: false, reason: disabled, why: a test, sourc
 
 
 def job(folder: Path, **changed: Any) -> end_to_end.Job:
-    layers = tuple(decide_roles(folder, "vllm")["main"].fused_layers)
+    decision = decide_roles(folder, "vllm")["main"]
+    assert isinstance(decision, Merged)
+    layers = decision.moe.layers
     given = {
         "streams": (1, 2),
         "rounds": 2,
