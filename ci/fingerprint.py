@@ -25,7 +25,7 @@ Fingerprints = dict[str, dict[str, str]]
 
 def references(book: ledger.Ledger, version: str | None = None) -> set[str]:
     """Sources that the ledger names, for one release or for all."""
-    patches = [p for p in book.patches if version is None or p.is_for(Version(version))]
+    patches = book.patches if version is None else book.patches_for(Version(version))
     return {s.reference for p in patches for s in (p.source, *p.relies_on)}
 
 

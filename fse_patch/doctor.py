@@ -173,7 +173,7 @@ def _engine(
     found |= {"installed": version, "is_tested": book.facts.is_tested(release)}
     if not found["is_tested"] and not effective.allow_untested:
         problems.append(f"{engine} {version} is not a tested release ({', '.join(book.tested)})")
-    chosen = [patch for patch in book.patches if patch.is_for(release)]
+    chosen = book.patches_for(release)
     found["guards"] = {patch.id: guards.guard(patch) or "ok" for patch in chosen}
     problems += [
         f"{engine}: patch {name}: {state}" for name, state in found["guards"].items() if state != "ok"

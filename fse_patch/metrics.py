@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import runtime
@@ -69,13 +69,13 @@ class Metrics:
 _metrics: Metrics | None = None
 
 
-def publish(status: Mapping[str, Any]) -> bool:
+def publish(status: Callable[[], Mapping[str, Any]]) -> bool:
     """Bring the metrics of the default registry up to date; False where that cannot be done."""
     global _metrics
     with _lock:
         try:
             _metrics = _metrics or Metrics()
-            _metrics.update(status)
+            _metrics.update(status())
         except ImportError:
             return False
         except Exception as error:  # a registry that is not as expected must not end a server

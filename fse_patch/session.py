@@ -156,4 +156,4 @@ def status() -> dict[str, Any]:
 
 
 def _publish() -> None:
-    metrics.publish(status())
+    metrics.publish(status)

@@ -32,6 +32,22 @@ Reference = Annotated[str, AfterValidator(check_reference)]
 Upstream = Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*)")]
 
 
+class ReliedOn(Strict):
+    """A definition, or a group of them, whose behaviour a patch assumes; a plain text for every release."""
+
+    name: Text
+    versions: Specifier = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+    def of(self, name: str, versions: str) -> ReliedOn:
+        """Give a member of this group: it holds where both do."""
+        return ReliedOn(name=name, versions=",".join(filter(None, (self.versions, versions))))
+
+
 class EntryClass(Strict):
     """A model class that an engine instantiates by itself, for one role of a family.
 
@@ -53,7 +69,7 @@ class BlockEntry(Strict):
     class_: Annotated[Reference | None, Field(alias="class")] = None
     like: Text | None = None
     versions: Specifier = ""
-    relies_on: dict[Text, list[Text]] = Field(default_factory=dict)
+    relies_on: dict[Text, list[ReliedOn]] = Field(default_factory=dict)
     upstream: Upstream | None = None
     note: str = ""
     arguments: dict[Text, Any] = Field(default_factory=dict)
@@ -88,7 +104,7 @@ class Block:
         reference: its class, as ``pkg.mod:Name``.
         like: the family whose block it is built and called as; its own where it says nothing.
         versions: releases that have it; "": every one.
-        relies_on: named groups of references, placeholders not filled in.
+        relies_on: named groups of definitions, placeholders not filled in.
         upstream, note: for the patches of this block.
         arguments: of its constructor, besides what every block gets.
         from_config: others of them, as paths below the engine's configuration; "." is that itself.
@@ -98,7 +114,7 @@ class Block:
     reference: str
     like: str
     versions: str
-    relies_on: Mapping[str, list[str]]
+    relies_on: Mapping[str, list[ReliedOn]]
     upstream: str
     note: str
     arguments: Mapping[str, Any]

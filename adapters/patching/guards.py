@@ -55,7 +55,7 @@ def check_version(ledger: Ledger, version: str, allow_untested: bool = False) ->
             f"{ledger.engine} {version} is not a tested release ({tested}); install one of them, "
             "or set FSE_PATCH_ALLOW_UNTESTED=1 to rely on the fingerprints alone",
         )
-    patches = tuple(p for p in ledger.patches if p.is_for(Version(version)))
+    patches = ledger.patches_for(Version(version))
     if not patches:
         raise RefusedError("version.untested", f"no patch is for {ledger.engine} {version} ({tested} tested)")
     return patches

@@ -7,12 +7,13 @@ definitions that patches rely on has a name.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from ...errors import FsePatchError
@@ -21,7 +22,15 @@ from ...fusion_core.data_file import Specifier, Strict, Text, check
 from ...fusion_core.engines import EngineFacts, read_engine
 from ...patches import FOLDER
 from ...settings import SWITCHES
-from .engine_families import Block, EngineFamilies, EntryClass, Reference, check_reference, engine_families
+from .engine_families import (
+    Block,
+    EngineFamilies,
+    EntryClass,
+    Reference,
+    ReliedOn,
+    check_reference,
+    engine_families,
+)
 from .source import split
 from .spec import PatchSpec, Source
 
@@ -46,8 +55,9 @@ def _switch(text: str) -> str:
 class Entry(Strict):
     """One patch as written; `PatchSpec` has the fields.
 
-    ``relies_on`` has references, names of groups, and groups of the block as ``{block}.NAME``. Of a patch for
-    every block, ``blocks_like`` leaves those that are built and called as this family's.
+    ``relies_on`` has references, names of groups, and groups of the block as ``{block}.NAME``; each may hold
+    for some releases only. Of a patch for every block, ``blocks_like`` leaves those that are built and called
+    as this family's.
     """
 
     id: Text
@@ -56,7 +66,7 @@ class Entry(Strict):
     blocks_like: Text | None = None
     source: Annotated[str, AfterValidator(_target)] | None = None
     holds: Text | None = None
-    relies_on: list[Text] = Field(default_factory=list)
+    relies_on: list[ReliedOn] = Field(default_factory=list)
     factory: Reference
     why: Text
     upstream: Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*|\{upstream\})$")]
@@ -64,10 +74,16 @@ class Entry(Strict):
     setting: Annotated[str, AfterValidator(_switch)] | None = None
 
 
+class Definition(ReliedOn):
+    """A row of a group."""
+
+    name: Reference
+
+
 class _Patches(Strict):
     """The part of an engine's file that says what is patched."""
 
-    groups: dict[Text, list[Reference]] = Field(default_factory=dict)
+    groups: dict[Text, list[Definition]] = Field(default_factory=dict)
     patches: list[Entry]
 
 
@@ -88,6 +104,10 @@ class Ledger:
     def tested(self) -> tuple[str, ...]:
         """Releases in which fusing was run."""
         return self.facts.tested
+
+    def patches_for(self, version: Version) -> tuple[PatchSpec, ...]:
+        """The patches for a release, with what they rely on in it."""
+        return tuple(patch.at(version) for patch in self.patches if patch.is_for(version))
 
 
 def read_fingerprints(path: Path) -> dict[str, dict[str, str]]:
@@ -167,14 +187,13 @@ def _for_class(entry: Entry, owner: EntryClass) -> Entry:
 
 
 def _for_block(entry: Entry, block: Block) -> Entry:
-    own = {f"{EVERY_BLOCK}.{name}": names for name, names in block.relies_on.items()}
-    relied_on = [name for item in entry.relies_on for name in own.get(item, [item])]
+    own = {f"{EVERY_BLOCK}.{name}": rows for name, rows in block.relies_on.items()}
     return entry.model_copy(
         update={
             "id": block.fill(entry.id),
             "target": block.fill(entry.target),
             "versions": _within(entry.versions, block.versions),
-            "relies_on": [block.fill(name) for name in relied_on],
+            "relies_on": [row.of(block.fill(row.name), "") for row in _members(entry.relies_on, own)],
             "why": block.fill(entry.why),
             "upstream": block.fill(entry.upstream),
         }
@@ -185,23 +204,32 @@ def _within(versions: list[str], narrower: str) -> list[str]:
     return [f"{version},{narrower}" for version in versions] if narrower else versions
 
 
-def _patch(entry: Entry, groups: Mapping[str, list[str]], hashes: Mapping[str, dict[str, str]]) -> PatchSpec:
-    def source(reference: str) -> Source:
-        split(reference)
-        return Source(reference, hashes.get(reference, {}))
+def _members(rows: Iterable[ReliedOn], groups: Mapping[str, Sequence[ReliedOn]]) -> Iterator[ReliedOn]:
+    """The rows, with the members of a group in its place."""
+    for row in rows:
+        members = groups.get(row.name)
+        yield from [row] if members is None else [row.of(member.name, member.versions) for member in members]
 
-    relied_on: list[str] = []
-    for item in entry.relies_on:
-        if ":" not in item and item not in groups:
-            raise FsePatchError(f"patch {entry.id}: relies_on: {item!r} is neither a group nor a reference")
-        relied_on += groups.get(item, [item])
+
+def _patch(
+    entry: Entry, groups: Mapping[str, list[Definition]], hashes: Mapping[str, dict[str, str]]
+) -> PatchSpec:
+    def source(reference: str, versions: str = "") -> Source:
+        split(reference)
+        return Source(reference, hashes.get(reference, {}), SpecifierSet(versions))
+
+    for row in entry.relies_on:
+        if ":" not in row.name and row.name not in groups:
+            raise FsePatchError(
+                f"patch {entry.id}: relies_on: {row.name!r} is neither a group nor a reference"
+            )
     return PatchSpec(
         id=entry.id,
         target=entry.target,
         versions=tuple(SpecifierSet(v) for v in entry.versions),
         source=source(entry.source or entry.target),
         holds=entry.holds or entry.source or entry.target,
-        relies_on=tuple(source(name) for name in relied_on),
+        relies_on=tuple(source(row.name, row.versions) for row in _members(entry.relies_on, groups)),
         factory=entry.factory,
         why=entry.why,
         upstream=entry.upstream,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -17,10 +17,12 @@ class Source:
     Args:
         reference: where it is defined, as ``pkg.mod:Qual.name``.
         fingerprints: engine version to hash, for every release it was read in.
+        versions: releases in which it is depended on.
     """
 
     reference: str
     fingerprints: dict[str, str]
+    versions: SpecifierSet = field(default_factory=SpecifierSet)
 
 
 @dataclass(frozen=True)
@@ -71,4 +73,12 @@ class PatchSpec:
 
     def is_for(self, version: Version) -> bool:
         """Whether any of the specifiers matches ``version``; local labels such as +cpu do not count."""
-        return any(s.contains(version.public, prereleases=True) for s in self.versions)
+        return any(_matches(specifier, version) for specifier in self.versions)
+
+    def at(self, version: Version) -> PatchSpec:
+        """This patch with what it relies on in one release alone."""
+        return replace(self, relies_on=tuple(s for s in self.relies_on if _matches(s.versions, version)))
+
+
+def _matches(specifier: SpecifierSet, version: Version) -> bool:
+    return specifier.contains(version.public, prereleases=True)

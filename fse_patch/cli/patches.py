@@ -40,7 +40,7 @@ def _describe(book: Any) -> dict[str, Any]:
             return "not installed"
         if not patch.is_for(Version(installed)):
             return f"not for {installed}"
-        return guards.guard(patch) or "ok"
+        return guards.guard(patch.at(Version(installed))) or "ok"
 
     return {
         "engine": book.engine,

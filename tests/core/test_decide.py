@@ -170,7 +170,7 @@ def test_a_block_across_slots_is_refused(tmp_path: Path) -> None:
         assert code(made(tmp_path, "qwen2_moe", whole, quantization_config=quant)) == "ok"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "glm4_moe_lite", "qwen3_moe", "qwen2_moe_x", ""])
+@pytest.mark.parametrize("model_type", ["llama", "glm4_moe_x", "qwen3_moe", "qwen2_moe_x", ""])
 def test_unknown_families_are_refused(tmp_path: Path, model_type: str) -> None:
     config = config_of("qwen2_moe") | {"model_type": model_type}
     decision = decide(write_checkpoint(tmp_path, config, None), "sglang")

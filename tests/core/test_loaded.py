@@ -12,7 +12,7 @@ import torch
 from fse_patch import runtime
 from fse_patch.adapters import prove
 from fse_patch.adapters.load import RoleLoader, attach, load_weights
-from fse_patch.adapters.loaded import HeldTensor, Proof
+from fse_patch.adapters.loaded import HeldTensor, Loaded, Proof
 from fse_patch.adapters.role import CONSTRUCTED, FusedRole
 from fse_patch.errors import AuditError, FsePatchError
 from fse_patch.fusion_core.decision.layout import ExpertLayout
@@ -84,13 +84,19 @@ class Engine:
             layer = self.role.layers[int(name.split(".")[2])]
             if ref is None:
                 if not self.drops_gates:
-                    layer.block.shared_expert_gate.weight.data.copy_(tensor)  # type: ignore[union-attr]
+                    block: Any = layer.block
+                    block.shared_expert_gate.weight.data.copy_(tensor)
             elif ref.expert is not None:
                 suffix = "w2_weight" if ref.projection == "down_proj" else "w13_weight"
                 rows = getattr(layer.experts, suffix).data[ref.expert]
                 place = {"gate_proj": slice(0, I), "up_proj": slice(I, None), "down_proj": slice(None)}
                 rows[place[ref.projection]] = tensor
         return "loaded"
+
+
+def record_of(role: FusedRole) -> Loaded:
+    assert role.loaded is not None
+    return role.loaded
 
 
 def addresses(role: FusedRole) -> dict[int, dict[str, int]]:
@@ -119,39 +125,33 @@ def test_it_is_made_once_after_the_load() -> None:
     assert role.loaded is None
     assert role.layers[0].router.closed
     prove.prove(role, torch.float32, NoProver())
-    record = role.loaded
-    assert record is not None
+    record = record_of(role)
     assert (record.proof, record.loads, record.slots_loaded) == (Proof("off"), 1, S * len(LAYERS))
-    assert {n: {k: t.address for k, t in held.items()} for n, held in record.experts.items()} == addresses(
-        role
-    )
+    known = {n: {name: held.address for name, held in layer.items()} for n, layer in record.experts.items()}
+    assert known == addresses(role)
     assert record.experts[1]["w2_weight"].shape == (E + S, H, I)
     assert record.experts[1]["w2_weight"].dtype == "float32"
     prove.prove(role, torch.float32, NoProver())
-    assert role.loaded is record
+    assert record_of(role) is record
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.loads = 2  # type: ignore[misc]
 
 
 def test_it_is_made_anew_after_an_update(served: tuple[FusedRole, RoleLoader, Engine]) -> None:
     role, loader, engine = served
-    before = role.loaded
-    assert before is not None
+    before = record_of(role)
     loader.load(engine, checkpoint(seed=1))
-    after = role.loaded
-    assert after is not None
+    after = record_of(role)
     assert after is not before
     assert (before.loads, after.loads) == (1, 2)
     assert (after.proof, after.experts) == (before.proof, before.experts)
     # What was given other memory is seen by the next one.
-    role.layers[0].experts.w2_weight = torch.nn.Parameter(
-        role.layers[0].experts.w2_weight.data.clone(),  # type: ignore[operator,union-attr]
-        requires_grad=False,
-    )
+    experts: Any = role.layers[0].experts
+    experts.w2_weight = torch.nn.Parameter(experts.w2_weight.data.clone(), requires_grad=False)
     loader.load(engine, checkpoint(seed=2))
-    assert role.loaded is not None
-    assert role.loaded.experts[0]["w2_weight"] != after.experts[0]["w2_weight"]
-    assert role.loaded.experts[1] == after.experts[1]
+    last = record_of(role)
+    assert last.experts[0]["w2_weight"] != after.experts[0]["w2_weight"]
+    assert last.experts[1] == after.experts[1]
 
 
 def test_an_update_that_is_wrong_leaves_it_as_it_was(served: tuple[FusedRole, RoleLoader, Engine]) -> None:
@@ -168,19 +168,17 @@ def test_what_an_engine_collects_is_recorded_when_it_is_done(
 ) -> None:
     """As in vLLM's layer-wise reload: parameters are on no device until all has come."""
     role, _, _ = served
-    before, held = role.loaded, role.layers[0].experts.w2_weight
-    role.layers[0].experts.w2_weight = torch.nn.Parameter(
-        torch.empty(E + S, H, I, device="meta"), requires_grad=False
-    )
-    loader = RoleLoader(role)
-    loader.load(lambda stream: list(stream) and None, [])
+    before, experts = record_of(role), role.layers[0].experts
+    held = experts.w2_weight
+    nowhere = torch.empty(E + S, H, I, device="meta")
+    experts.w2_weight = torch.nn.Parameter(nowhere, requires_grad=False)
+    RoleLoader(role).load(list, [])
     assert role.audit.loads == 2
-    assert role.loaded is before
-    role.layers[0].experts.w2_weight = held
+    assert record_of(role) is before
+    experts.w2_weight = held
     role.updated()
-    assert role.loaded is not before
-    assert role.loaded is not None
-    assert role.loaded.loads == 2
+    assert record_of(role) is not before
+    assert record_of(role).loads == 2
 
 
 def test_before_the_proof_an_update_makes_none() -> None:
@@ -192,30 +190,22 @@ def test_before_the_proof_an_update_makes_none() -> None:
     role.updated()
     assert role.loaded is None
     prove.prove(role, torch.float32, NoProver())
-    assert role.loaded is not None
-    assert role.loaded.loads == 2
+    assert record_of(role).loads == 2
 
 
 def test_a_role_that_the_engine_fuses_by_itself_has_one_too() -> None:
     role = built(native=True)
-    engine, passed = Engine(role), []
-
-    def load(stream: Iterable[Named]) -> None:
-        passed.extend(stream)
-
-    loader = RoleLoader(role)
-    loader.load(load, [named for named in checkpoint() if "gate.weight" not in named[0]])
+    engine, loader, passed = Engine(role), RoleLoader(role), list[Named]()
+    loader.load(passed.extend, [named for named in checkpoint() if "gate.weight" not in named[0]])
     # All tensors reach the engine, the shared experts' too.
     assert len(passed) == len(LAYERS) * 3 * (E + 1)
     prove.prove(role, torch.float32, NoProver())
-    before = role.loaded
-    assert before is not None
+    before = record_of(role)
     # Its layers stay as the engine has them where nothing proved them.
     assert role.layers[0].router.closed == "layer 0 was not proved"
     loader.load(engine, [named for named in checkpoint() if "shared_expert_gate" in named[0]])
-    assert role.loaded is not before
-    assert role.loaded is not None
-    assert (before.loads, role.loaded.loads, role.report()["native"]) == (1, 2, True)
+    assert record_of(role) is not before
+    assert (before.loads, record_of(role).loads, role.report()["native"]) == (1, 2, True)
 
 
 def test_a_report_tells_of_the_proof(served: tuple[FusedRole, RoleLoader, Engine]) -> None:

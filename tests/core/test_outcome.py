@@ -64,7 +64,8 @@ def test_contradictory_ones_cannot_be_made() -> None:
         Merged(**COMMON, moe=dataclasses.replace(MOE, layers=()))
     with pytest.raises(ValueError, match="needs a reason"):
         Stock(**COMMON, reason=Reason(FUSES, "all is well"))
-    for kind in (Merged, Stock):
+    kinds: tuple[Any, ...] = (Merged, Stock)
+    for kind in kinds:
         # What fuses has layers, what does not has a reason.
         with pytest.raises(TypeError, match="missing"):
             kind(**COMMON)
@@ -95,8 +96,8 @@ def test_a_refusal_keeps_what_the_checkpoint_says() -> None:
 
 @pytest.mark.parametrize("unknown", ["layout", "routing", "shared_weight"])
 def test_layers_of_which_a_part_is_unknown_are_no_spec(unknown: str) -> None:
-    refused = MERGED.refused(LORA)
-    assert dataclasses.replace(refused, **{unknown: None}).moe is None
+    refused, less = MERGED.refused(LORA), dict[str, Any]({unknown: None})
+    assert dataclasses.replace(refused, **less).moe is None
     assert refused.moe is not None
 
 

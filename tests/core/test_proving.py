@@ -47,12 +47,12 @@ class Prover(prove.Prover):
 def loaded(folder: Path, decision: Merged, tensors: Tensors, kernel: Any = None) -> FusedRole:
     """A role with one layer that was built and loaded; its block runs ``kernel``."""
     role = FusedRole(start_of(decision, folder, settings=settings.load()), Slots())
-    block = torch.nn.Module()
+    block: Any = torch.nn.Module()
     for name in ("gate", "shared_expert_gate"):
         gate = torch.nn.Module()
         gate.weight = torch.nn.Parameter(tensors[f"{MLP}{name}.weight"], requires_grad=False)
         setattr(block, name, gate)
-    block.kernel = kernel  # type: ignore[assignment]
+    block.kernel = kernel
     layout = decision.moe.layout
     experts = torch.nn.Module()
     w13 = torch.zeros(layout.num_experts, 2 * layout.moe_intermediate_size, layout.hidden_size)

@@ -177,7 +177,7 @@ def test_metrics_are_published_at_each_change_once_patches_are_in(
     engine: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published: list[Mapping[str, Any]] = []
-    monkeypatch.setattr(metrics, "publish", published.append)
+    monkeypatch.setattr(metrics, "publish", lambda status: published.append(status()))
     monkeypatch.setattr(runtime, "_listeners", [])
     runtime.changed()
     assert published == []

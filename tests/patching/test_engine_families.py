@@ -11,7 +11,7 @@ import yaml
 from packaging.version import Version
 
 from fse_patch.adapters.patching import ledger
-from fse_patch.adapters.patching.engine_families import BlockEntry, EntryClass, block_of
+from fse_patch.adapters.patching.engine_families import BlockEntry, EntryClass, ReliedOn, block_of
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.checkpoint.families import families
 from fse_patch.patches import ENGINES, FOLDER
@@ -93,6 +93,15 @@ def test_a_block_of_its_own_has_the_patches_of_its_kind(
     assert first.why.endswith(". A note.")
     assert first.relies_on[0].reference == f"{MODELS[engine]}.made:MadeBlock.forward"
     assert first.module == f"{MODELS[engine]}.made"
+
+
+def test_a_block_relies_on_something_in_some_releases(data: Path) -> None:
+    limited = {"name": "{class}.route", "versions": ">=0.28"}
+    add(data, "vllm", own("vllm", relies_on={"forward": ["{class}.forward", limited]}))
+    book = ledger.load("vllm", data)
+    for release, names in (("0.26.0", {"forward"}), ("0.28.0", {"forward", "route"})):
+        sources = {s.reference for p in book.patches_for(Version(release)) for s in p.relies_on}
+        assert {s.rpartition(".")[2] for s in sources if ".made:MadeBlock." in s} == names
 
 
 def test_releases_of_a_class_narrow_its_patches(data: Path) -> None:
@@ -178,5 +187,6 @@ def test_a_family_passes_arguments_of_its_own_to_another_familys_block() -> None
 
 def test_every_key_is_explained() -> None:
     text = (FOLDER / "families" / "README.md").read_text()
-    keys = [*EntryClass.model_fields, *(key.rstrip("_") for key in BlockEntry.model_fields)]
+    kinds = (EntryClass, BlockEntry, ReliedOn)
+    keys = [key.rstrip("_") for kind in kinds for key in kind.model_fields]
     assert [key for key in keys if f"`{key}`" not in text] == []

@@ -48,6 +48,14 @@ def test_every_tested_release_has_patches_and_fingerprints(engine: str) -> None:
             assert version in source.fingerprints, f"{source.reference}: run ci/fingerprint.py on {version}"
 
 
+@pytest.mark.parametrize("engine", BOOKS)
+def test_everything_relied_on_is_so_in_a_tested_release(engine: str) -> None:
+    book = BOOKS[engine]
+    looked_at = [p for version in book.tested for p in book.patches_for(Version(version))]
+    named = {(p.id, s.reference) for p in book.patches for s in p.relies_on}
+    assert named == {(p.id, s.reference) for p in looked_at for s in p.relies_on}
+
+
 @pytest.mark.skipif(not installed(), reason="no engine here and none in ENGINE_SITES")
 @pytest.mark.parametrize(
     ("engine", "version", "site"), [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in installed()]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .conftest import Toy
 
@@ -57,6 +58,19 @@ def test_other_releases_stay_and_unnamed_sources_go(installed: Toy) -> None:
     path.write_text(json.dumps({name: {"0.9": "old", "1.0": "wrong"}, "gone:gone": {"1.0": "x"}}))
     assert run(installed, "--write").returncode == 0
     assert stored(installed) == {name: {"0.9": "old", "1.0": mine}}
+
+
+def test_source_of_another_release_is_not_looked_for(installed: Toy) -> None:
+    path = installed.root / "ledger" / "vllm.yaml"
+    data = yaml.safe_load(path.read_text())
+    gone = f"{installed.name}.core:gone"
+    data["patches"][0]["relies_on"] = [{"name": gone, "versions": "<1.0"}]
+    path.write_text(yaml.safe_dump(data))
+    assert run(installed, "--write").returncode == 0
+    assert stored(installed)[gone] == {}
+    data["patches"][0]["relies_on"] = [gone]
+    path.write_text(yaml.safe_dump(data))
+    assert "core:gone: not defined" in run(installed).stderr
 
 
 def test_source_that_is_not_there(installed: Toy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from packaging.version import Version
 
 from fse_patch.adapters.patching import guards, ledger
@@ -86,6 +87,22 @@ class TestFingerprint:
         toy.write("core.py", SOURCE + "\n\ndef helper():\n    return 2\n")
         with pytest.raises(RefusedError, match="helper"):
             guards.check_source(book, greet)
+
+    @pytest.mark.parametrize(("versions", "passes"), [("<1.0", True), ("<=1.0", False)])
+    def test_what_is_gone_counts_where_it_is_relied_on(
+        self, toy: Toy, book: ledger.Ledger, versions: str, passes: bool
+    ) -> None:
+        folder = toy.root / "ledger"
+        data = yaml.safe_load((folder / "vllm.yaml").read_text())
+        data["patches"][0]["relies_on"] = [{"name": f"{toy.name}.core:gone", "versions": versions}]
+        (folder / "vllm.yaml").write_text(yaml.safe_dump(data))
+        book = ledger.load("vllm", folder)
+        (patch,) = guards.check_version(book, "1.0+cpu")
+        if passes:
+            guards.check_source(book, patch)
+        else:
+            with pytest.raises(RefusedError, match="core:gone is not defined"):
+                guards.check_source(book, patch)
 
     def test_no_known_fingerprint_is_refused(self, toy: Toy, book: ledger.Ledger) -> None:
         (toy.root / "ledger" / "vllm.fingerprints.json").unlink()

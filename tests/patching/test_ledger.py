@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from fse_patch.adapters.patching import ledger
 from fse_patch.errors import FsePatchError
@@ -66,6 +67,58 @@ def test_bad_field(tmp_path: Path, change: dict[str, object], named: str) -> Non
     assert str(tmp_path / "vllm.yaml") in str(caught.value)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+GROUPS = {
+    "both": ["pkg.dep:f", {"name": "pkg.dep:g", "versions": "<2"}],
+    "late": [{"name": "pkg.dep:h", "versions": ">=1.5"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("relies_on", "by_release"),
+    [
+        (["both"], {"1.0": "fg", "1.5": "fg", "2.0": "f", "2.0+cpu": "f"}),
+        (["late", "pkg.dep:f"], {"1.0": "f", "1.5": "hf", "2.0": "hf"}),
+        ([{"name": "pkg.dep:f", "versions": ">1"}], {"1.0": "", "1.5": "f"}),
+        # A group, for some releases: both have to hold.
+        ([{"name": "both", "versions": ">=1.5"}], {"1.0": "", "1.5": "fg", "2.0": "f"}),
+        ([{"name": "late", "versions": "<2"}], {"1.0": "", "1.5": "h", "2.0": ""}),
+    ],
+)
+def test_what_is_relied_on_in_some_releases(
+    tmp_path: Path, relies_on: list[object], by_release: dict[str, str]
+) -> None:
+    book = load(tmp_path, {**DATA, "groups": GROUPS, "patches": [{**ENTRY, "relies_on": relies_on}]})
+    for release, names in by_release.items():
+        (patch,) = book.patches_for(Version(release))
+        assert "".join(s.reference[-1] for s in patch.relies_on) == names, release
+    assert book.patches_for(Version("0.9")) == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"name": "pkg.dep:f", "versions": "one"}, "versions: Invalid specifier"),
+        ({"name": "pkg.dep:f", "version": "<2"}, "version: Extra inputs"),
+        ({"versions": "<2"}, "name: Field required"),
+        (5, "Input should be"),
+    ],
+)
+@pytest.mark.parametrize("place", ["groups.g.0", "patches.0.relies_on.0"])
+def test_bad_row(tmp_path: Path, place: str, row: object, named: str) -> None:
+    entry = {**ENTRY, "relies_on": [row]} if "patches" in place else ENTRY
+    groups = {"g": [row]} if "groups" in place else {}
+    with pytest.raises(FsePatchError) as caught:
+        load(tmp_path, {**DATA, "groups": groups, "patches": [entry]})
+    assert str(caught.value).startswith(f"{tmp_path / 'vllm.yaml'}: {place}")
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_of_a_group_is_a_reference(tmp_path: Path) -> None:
+    with pytest.raises(FsePatchError, match=r"groups\.g\.0\.name: 'both': write it as"):
+        load(tmp_path, {**DATA, "groups": {"g": ["both"]}})
 
 
 def test_id_twice(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ FLOAT32 = [
     Case("glm4_moe_scale"),
     Case("glm4_moe_shared2_scale"),
     Case("glm4_moe_grouped"),
+    Case("glm4v_moe", engine_args=TEXT_OF_VL),
 ]
 # Linear attention runs in the stand-in operations of tests/shims/sglang_cpu, and the report has to say so.
 REPLACED = [

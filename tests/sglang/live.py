@@ -114,6 +114,8 @@ def built(scheduler: Any, folder: str, draft: bool = False, platform: str = "") 
     config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=draft)
     config = adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), 1)  # as its own runner does
     with ExitStack() as stack:
+        # Qwen3.8's hyper-connections ask CUDA where they are.
+        stack.enter_context(patch.object(torch.cuda, "current_device", lambda: "cpu"))
         if draft:
             stack.enter_context(draft_model_build_scope())
         if platform:

