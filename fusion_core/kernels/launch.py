@@ -17,7 +17,7 @@ HOPPER = (9, 0)
 
 
 def options(tensor: torch.Tensor) -> dict[str, Any]:
-    """Return the launch arguments for the tensor's device, of a kernel that takes ``PDL`` and calls `begin`."""
+    """Return the launch arguments on the tensor's device, for a kernel with ``PDL`` that calls `begin`."""
     if tensor.is_cuda and _supported(tensor.device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
