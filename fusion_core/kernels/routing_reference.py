@@ -19,10 +19,11 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose ``top_k`` experts for each token and weigh them.
 
-    Softmax (Qwen; `Qwen2MoeSparseMoeBlock` of Transformers): p = softmax(logits); the k largest, renormalised to sum 1 if ``renormalize``.
-    Sigmoid (GLM-4, DeepSeek-V3; `Glm4MoeTopkRouter` there): s = sigmoid(logits); s + bias chooses, first ``topk_group`` groups
+    Softmax (Qwen): p = softmax(logits); the k largest, renormalised to sum 1 if ``renormalize``.
+    Sigmoid (GLM-4, DeepSeek-V3): s = sigmoid(logits); s + bias chooses, first ``topk_group`` groups
     by the sum of their two best experts, then experts in them; the weights are s without the bias.
-    Both are multiplied by ``routed_scaling_factor``.
+    Both are multiplied by ``routed_scaling_factor``. So do `Qwen2MoeSparseMoeBlock` and
+    `Glm4MoeTopkRouter` of Transformers.
 
     Args:
         logits: router logits, [num_tokens, E], any float dtype.

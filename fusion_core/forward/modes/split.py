@@ -1,4 +1,4 @@
-"""Mode `split`, stock's way on views: the grouped GEMM over k, and the shared slot as a dense MLP beside it."""
+"""Mode `split`, stock's way on views: the grouped GEMM over k, the shared slot as a dense MLP beside it."""
 
 from __future__ import annotations
 
