@@ -77,7 +77,7 @@ def resolve(module: ModuleType, qualname: str) -> Binding:
 
 
 def holders(import_name: str, value: object) -> Iterator[Binding]:
-    """Find the bindings to ``value`` in a package's loaded modules: its ``from X import Y`` copies, under any name."""
+    """Find what is bound to ``value`` in a package's loaded modules: ``from X import Y`` copies too."""
     loaded: list[tuple[str, Any]] = list(sys.modules.items())
     for name, module in loaded:
         # Anything may stand in sys.modules; looking into a stand-in could import what it stands for.

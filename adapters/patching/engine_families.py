@@ -179,11 +179,11 @@ def engine_families(engine: str, files: Iterable[FamilyFile]) -> EngineFamilies:
     return EngineFamilies(tuple(entries), tuple(blocks.values()), used)
 
 
-def _block(family: str, entry: BlockEntry, user: BlockEntry) -> Block:
-    """Make the block that ``entry`` describes, with the arguments that ``user`` gives where it gives any."""
+def _block(family: str, entry: BlockEntry, borrower: BlockEntry) -> Block:
+    """Make the block that ``entry`` describes, with the arguments of ``borrower`` where it gives any."""
     assert entry.class_ is not None
     assert entry.upstream is not None
-    arguments = user.arguments if "arguments" in user.model_fields_set else entry.arguments
+    arguments = borrower.arguments if "arguments" in borrower.model_fields_set else entry.arguments
     return Block(
         family,
         entry.class_,

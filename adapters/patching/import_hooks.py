@@ -13,7 +13,7 @@ import wrapt
 
 
 class Subscriber(Protocol):
-    """Someone who waits for imports."""
+    """A receiver of imports."""
 
     def imported(self, module: str) -> None:
         """Hear that a module has just been executed; an exception makes its import fail."""

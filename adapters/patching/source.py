@@ -67,7 +67,7 @@ def fingerprint(reference: str, site_packages: Sequence[str] | None = None) -> s
 
 
 def split(reference: str) -> tuple[str, str]:
-    """Split into module and qualified name a ``pkg.mod:Qual.name`` reference.
+    """Split a ``pkg.mod:Qual.name`` reference into module and qualified name.
 
     Raises:
         FsePatchError: the text is not such a reference.

@@ -72,7 +72,7 @@ class PatchSpec:
         return self.source.reference != self.target
 
     def is_for(self, version: Version) -> bool:
-        """Return whether any of the specifiers matches ``version``; local labels such as +cpu do not count."""
+        """Return whether a specifier matches ``version``; local labels such as +cpu do not count."""
         return any(_matches(specifier, version) for specifier in self.versions)
 
     def at(self, version: Version) -> PatchSpec:

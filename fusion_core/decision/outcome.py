@@ -156,7 +156,7 @@ class Stock(_Decided):
         return self._to_dict(self.reason, self.layout, self.routing, self.shared_weight, self.moe_layers)
 
 
-# A layout of its own is a further member.
+# Another layout of the weights is a further member.
 Decision = Merged | Stock
 
 

@@ -1,4 +1,4 @@
-"""Routing of a fused layer on ROCm: AITER's top-k of the routed experts, and our own append of the slots."""
+"""Routing of a fused layer on ROCm: AITER's top-k of the routed experts, then the shared slots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def top_k_refusal(caps: AiterCaps, router: FusedRouter) -> str:
 
 
 class AiterRouter(FusedRouter):
-    """`FusedRouter` whose routed experts AITER chooses, where it does that rightly; else the reference.
+    """A `FusedRouter` whose routed experts AITER chooses, where it does that rightly; else the reference.
 
     Nothing is kept between calls: buffers that layers share were how upstream lost the shared expert. AITER
     is looked at when the first layer is built, before any graph is captured.
@@ -55,7 +55,7 @@ class AiterRouter(FusedRouter):
         return softmax_topk(caps, router_logits, self.layout.top_k, self.routing.renormalize)
 
     def __call__(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> TopK:
-        """Route: shapes and dtypes are those of `FusedRouter`."""
+        """Route each token; shapes and dtypes are those of `FusedRouter`."""
         return self.append(hidden_states, *self.choose(router_logits))
 
 

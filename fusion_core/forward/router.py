@@ -1,4 +1,4 @@
-"""Routing of one fused layer: the engine's top-k or our own, with the shared slots appended."""
+"""Routing of one fused layer: a top-k, the engine's or that of `route`, with the shared slots appended."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Situation:
     """Everything that a measurement depends on: another value of any of these is another measurement.
 
     Args:
-        engine, release, backend: who runs the grouped GEMM; backend in the engine's own word, lower case.
+        engine, release, backend: who runs the grouped GEMM; backend in the engine's word, lower case.
         device: the GPU's name, as its driver gives it.
         dtype: of hidden states, and of weights that are not quantised, as torch names it.
         scoring, gated: how the layer routes, and whether the shared expert has a sigmoid gate.
@@ -130,7 +130,7 @@ class Table(Strict):
 
 
 class Split(Strict):
-    """A place where `split` runs stock's own kernels on views of the fused weights."""
+    """A place where `split` runs stock's kernels on views of the fused weights."""
 
     engine: Text
     releases: list[Text]

@@ -46,7 +46,7 @@ TopK = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class AiterCaps:
-    """What can be called; an operation that is not to be used is None.
+    """Operations that can be called; one that is not to be used is None.
 
     Args:
         why: why nothing can be, or "".

@@ -1,4 +1,4 @@
-"""Appends the shared slots to a top-k that an engine has made, in one launch."""
+"""Append of the shared slots to a top-k that an engine has made, in one launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sigmoid(x·w)·y (+ residual) in one launch: the gate of a shared expert that stays unfused."""
+"""Gate of a shared expert that stays unfused, sigmoid(x·w)·y (+ residual), in one launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How kernels that follow each other overlap: programmatic dependent launch, on NVIDIA GPUs from Hopper on.
+"""Overlap of kernels that follow each other: programmatic dependent launch, on NVIDIA GPUs from Hopper on.
 
 A kernel launched so is set up while the one before it still runs. It calls `begin` before it touches memory:
 that waits until all that was launched before has ended and is visible, and then lets the next one be set up.

@@ -78,7 +78,7 @@ class SlotSample:
         self._other: dict[int, set[str]] = {}
 
     def tap(self, stream: Iterable[Named]) -> Iterator[Named]:
-        """Pass the stream on as it is; weights of shared experts and their scales are sampled on their way."""
+        """Pass the stream on as it is; weights of shared experts and their scales are sampled on the way."""
         for name, tensor in stream:
             # Most names are other tensors', and the remap parses each of them anyway.
             ref = self.naming.parse(name) if self._below in name else None
@@ -149,7 +149,7 @@ class SlotSample:
     def _place(
         self, layer: int, sample: _Sample, slots: Mapping[str, torch.Tensor], parts: int
     ) -> torch.Tensor | None:
-        """Return the parameter as [S, width of w1 and w3 or of w2, hidden size]; None where it is not that."""
+        """View the parameter as [S, width of w1 and w3 or of w2, hidden size]; None where it is not that."""
         parameter = slots.get(sample.parameter)
         if parameter is None or parameter.is_meta or not parts or not parameter.ndim:
             return None
