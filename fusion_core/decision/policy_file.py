@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,19 @@ def load_policy(user_file: Path | str | None = None) -> Policy:
     rules = read_rules(DEFAULT_POLICY)
     if user_file is None:
         return Policy(rules)
-    user_rules = read_rules(Path(user_file))
-    taken = {rule.id for rule in rules}
-    for number, rule in enumerate(user_rules):
-        if rule.id in taken:
-            line = _line(_parse(Path(user_file))[1], ["rules", number, "id"])
-            message = f"{rule.id!r} is taken by the default policy; rename it"
-            raise _error(Path(user_file), line, f"rules[{number}].id", message)
-    return Policy(user_rules + rules)
+    taken = dict.fromkeys((rule.id for rule in rules), "is taken by the default policy; rename it")
+    return Policy(read_rules(Path(user_file), taken) + rules)
 
 
-def read_rules(path: Path) -> tuple[Rule, ...]:
-    """Read the rules of one policy file, in order."""
+def read_rules(path: Path, taken: Mapping[str, str] | None = None) -> tuple[Rule, ...]:
+    """Read the rules of one policy file, in order.
+
+    Args:
+        taken: ids that it may not use, and why.
+
+    Raises:
+        FsePatchError: the file cannot be read, is no YAML, or breaks the schema.
+    """
     data, root = _parse(path)
     try:
         rules = PolicyFile.model_validate(data).rules
@@ -46,14 +47,12 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
         # What is missing has no line: that of the object without it.
         line = _line(root, place[:-1] if kind == "missing" else place)
         raise _error(path, line, _dotted(place), message) from None
-    seen: dict[str, int] = {}
+    taken = dict(taken or {})
     for number, rule in enumerate(rules):
         line = _line(root, ["rules", number, "id"])
-        if rule.id in seen:
-            raise _error(
-                path, line, f"rules[{number}].id", f"{rule.id!r} is the id at line {seen[rule.id]} too"
-            )
-        seen[rule.id] = line
+        if rule.id in taken:
+            raise _error(path, line, f"rules[{number}].id", f"{rule.id!r} {taken[rule.id]}")
+        taken[rule.id] = f"is the id at line {line} too"
     return tuple(rules)
 
 

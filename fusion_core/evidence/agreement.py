@@ -131,7 +131,7 @@ def _compare(tensors: Tensors, claims: MlpClaim, width: int, hidden: int, routed
     if layout is None:
         return "unknown", f"how {claims.gate_up.format} is stored is not known"
     shapes = projection_shapes(width, hidden)
-    state, detail = "agrees", ""
+    unknown = ""
     for projection in sorted({p for p, _ in tensors}):
         claim = claims.down if projection == "down_proj" else claims.gate_up
         stored: dict[str, TensorHeader] = {}
@@ -143,5 +143,5 @@ def _compare(tensors: Tensors, claims: MlpClaim, width: int, hidden: int, routed
         if wrong := contradiction(layout, claim, stored, *shapes[projection]):
             return "contradicts", f"the config says {claim}, but {projection}.{wrong}"
         if extra := foreign(layout, stored):
-            state, detail = "unknown", f"{projection}.{extra} has no place in {claim}"
-    return ("unknown", detail) if state == "unknown" else ("agrees", "")
+            unknown = f"{projection}.{extra} has no place in {claim}"
+    return ("unknown", unknown) if unknown else ("agrees", "")
