@@ -1,4 +1,4 @@
-"""What fusing a shared expert means: evidence, policy, decision, layout, remap, routing, audit.
+"""Core of fusing a shared expert: checkpoint, evidence, decision, weights, forward and proof.
 
-Knows torch in the files that compute; knows no engine by name.
+Knows torch in the files that compute; imports no engine.
 """

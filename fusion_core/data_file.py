@@ -1,4 +1,4 @@
-"""Reads a data file in YAML and checks it; an error is one line that names file and field."""
+"""Data files in YAML, read and checked; an error is one line that names file and field."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Release = Annotated[str, AfterValidator(_release)]
 
 
 def parse(path: Path) -> Any:
-    """Read what a file holds, as plain data.
+    """Read a YAML file as plain data.
 
     Raises:
         FsePatchError: it cannot be read, or is no YAML.
@@ -67,8 +67,13 @@ def check(path: Path, kind: type[_Kind], data: Any) -> _Kind:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        # A misspelt field is also a missing one: the misspelling says more.
-        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        field = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
+        place, message, _ = first_fault(error)
+        field = ".".join(map(str, place))
         raise FsePatchError(f"{path}: {f'{field}: ' if field else ''}{message}") from error
+
+
+def first_fault(error: ValidationError) -> tuple[tuple[int | str, ...], str, str]:
+    """Return the fault that says most: its place in the data, a message, and pydantic's type of it."""
+    # A misspelt field is also a missing one: the misspelling says more.
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    return first["loc"], first["msg"].removeprefix("Value error, "), first["type"]

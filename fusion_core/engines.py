@@ -1,4 +1,4 @@
-"""What is known of each engine itself: the record at the head of patches/<engine>.yaml."""
+"""Facts of each engine itself: the record at the head of patches/<engine>.yaml."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class ReleaseRow(Strict):
 
 
 class Plugins(Strict):
-    """How an engine finds plugins: a group of entry points, and a variable that allows some of them only."""
+    """An engine's way to find plugins: a group of entry points, and a variable that allows some only."""
 
     group: Text
     variable: Text
 
 
 class TunedTables(Strict):
-    """Where an engine has tuned tables of its grouped GEMM.
+    """The place of an engine's tuned tables of its grouped GEMM.
 
     Args:
         folder: below its package.
-        variable: names a folder of the user's own.
+        variable: names a folder of the user's.
         channel_scales: names of tables tell scales of channels from others.
     """
 
@@ -50,14 +50,14 @@ class TunedTables(Strict):
 
 
 class CompileCache(Strict):
-    """Where an engine keeps what it compiled: a variable, and the folder that it is without it."""
+    """The place where an engine keeps what it compiled: a variable, and the folder that it is without it."""
 
     variable: Text
     folder: Text
 
 
 class Lab(Strict):
-    """What measuring needs to know.
+    """Facts that measuring needs.
 
     Args:
         draft_argument: the engine argument that makes it build a draft.
@@ -76,7 +76,7 @@ class EngineFacts(Strict):
     Args:
         engine: its name here.
         import_name: of its package.
-        distributions: names under which it is installed; the first one found counts.
+        distributions: names under which it is installed; the first one that is there counts.
         releases: those in which fusing was run.
         read: releases whose source was read.
         backends: platform -> stock's MoE backend for unquantised weights, where it is known.
@@ -94,15 +94,15 @@ class EngineFacts(Strict):
 
     @property
     def tested(self) -> tuple[str, ...]:
-        """Releases in which fusing was run."""
+        """List the releases in which fusing was run."""
         return tuple(row.release for row in self.releases if row.cpu or row.cuda)
 
     def is_tested(self, version: Version) -> bool:
-        """Whether fusing was run in a release; local labels such as +cpu do not count."""
+        """Return whether fusing was run in a release; local labels such as +cpu do not count."""
         return version.public in self.tested
 
     def standing(self, version: Version) -> str:
-        """What a release is: "tested", "read" (its source was studied) or "untested"."""
+        """Say what a release is: "tested", "read" (its source was studied) or "untested"."""
         if self.is_tested(version):
             return "tested"
         read = SpecifierSet(self.read).contains(version.public, prereleases=True)
@@ -127,7 +127,7 @@ def read_engine(path: Path) -> tuple[EngineFacts, dict[str, Any]]:
 
 @cache
 def facts_of(engine: str) -> EngineFacts:
-    """The facts of an engine.
+    """Return the facts of an engine.
 
     Raises:
         FsePatchError: it is unknown.

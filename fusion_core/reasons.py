@@ -1,4 +1,4 @@
-"""The stable codes that say why a role fuses or does not, and what each means: the one table of them."""
+"""Stable codes that say why a role fuses or does not, and what each means: the one table of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FUSES: Final = "ok"
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something is not fused: a stable code, and one line for people with what was seen and where."""
+    """Reason why something is not fused: a stable code, and a line for people with what was seen where."""
 
     code: Code
     detail: str
@@ -53,7 +53,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a code means, in one sentence, and what a user can do about it; "" where nothing is to be done.
+    """Meaning of a code, in one sentence, and what a user can do about it; "" where nothing is to be done.
 
     Args:
         asked_for: the user's own arguments contradict fusing: where strictness was asked for too, they stop

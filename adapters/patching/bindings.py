@@ -19,32 +19,32 @@ class Binding:
         owner: the module or class.
         name: the attribute.
         original: the object as stored, descriptors unbound.
-        own: False where the owner inherits the attribute: putting it back then means deleting ours.
+        inherited: the owner inherits the attribute: putting it back then means deleting ours.
     """
 
     owner: ModuleType | type
     name: str
     original: Any
-    own: bool = True
+    inherited: bool = False
 
     def put(self, value: Any) -> None:
         """Bind the name to ``value``."""
         setattr(self.owner, self.name, value)
 
     def holds(self, value: Any) -> bool:
-        """Whether the owner itself now holds ``value``, by identity."""
+        """Return whether the owner itself now holds ``value``, by identity."""
         return vars(self.owner).get(self.name, self) is value
 
     def restore(self) -> None:
         """Put the original back."""
-        if self.own:
+        if not self.inherited:
             setattr(self.owner, self.name, self.original)
         elif self.name in vars(self.owner):
             delattr(self.owner, self.name)
 
     @property
     def place(self) -> tuple[int, str]:
-        """Which name of which object this is."""
+        """Return which name of which object this is."""
         return id(self.owner), self.name
 
     def __str__(self) -> str:
@@ -52,12 +52,12 @@ class Binding:
 
     @property
     def restored(self) -> bool:
-        """Whether the original is in place, by identity."""
-        return self.holds(self.original) if self.own else self.name not in vars(self.owner)
+        """Return whether the original is in place, by identity."""
+        return self.name not in vars(self.owner) if self.inherited else self.holds(self.original)
 
 
 def resolve(module: ModuleType, qualname: str) -> Binding:
-    """The binding of ``qualname`` in an imported module, with the raw descriptor.
+    """Find the binding of ``qualname`` in an imported module, with the raw descriptor.
 
     Raises:
         FsePatchError: there is no such attribute.
@@ -72,12 +72,12 @@ def resolve(module: ModuleType, qualname: str) -> Binding:
         return Binding(owner, name, vars(owner)[name])
     for base in owner.__mro__[1:] if isinstance(owner, type) else ():
         if name in vars(base):
-            return Binding(owner, name, vars(base)[name], own=False)
+            return Binding(owner, name, vars(base)[name], inherited=True)
     raise FsePatchError(f"{module.__name__}:{qualname}: no such attribute")
 
 
 def holders(import_name: str, value: object) -> Iterator[Binding]:
-    """Bindings to ``value`` in a package's loaded modules: its ``from X import Y`` copies, under any name."""
+    """Find what is bound to ``value`` in a package's loaded modules: ``from X import Y`` copies too."""
     loaded: list[tuple[str, Any]] = list(sys.modules.items())
     for name, module in loaded:
         # Anything may stand in sys.modules; looking into a stand-in could import what it stands for.

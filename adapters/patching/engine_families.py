@@ -1,4 +1,4 @@
-"""What an engine has of the model families: the classes that it instantiates, and their MoE blocks."""
+"""Model families in an engine: the classes that it instantiates, and their MoE blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .source import split
 
 
 def check_reference(text: str) -> str:
-    """Check a ``pkg.mod:Qual.name`` reference, as pydantic wants it; returns it.
+    """Check a ``pkg.mod:Qual.name`` reference and return it, as pydantic wants it.
 
     Raises:
         ValueError: it is none.
@@ -63,7 +63,7 @@ class EntryClass(Strict):
 
 
 class BlockEntry(Strict):
-    """A block as written: a class of the family's own, or another family's by reference."""
+    """A block as written: a class for this family, or another family's by reference."""
 
     same_as: Text | None = None
     class_: Annotated[Reference | None, Field(alias="class")] = None
@@ -145,7 +145,7 @@ class EngineFamilies:
 
     Args:
         entry_classes: in the order of their files.
-        blocks: those that stand in a file of their own, by family.
+        blocks: those that stand with their class in a file.
         used: family -> the block that its models build, with their arguments.
     """
 
@@ -155,7 +155,7 @@ class EngineFamilies:
 
 
 def engine_families(engine: str, files: Iterable[FamilyFile]) -> EngineFamilies:
-    """What the family files say of ``engine``.
+    """Read what the family files say of ``engine``.
 
     Raises:
         FsePatchError: a file is malformed, or refers to a block that no file has.
@@ -179,21 +179,21 @@ def engine_families(engine: str, files: Iterable[FamilyFile]) -> EngineFamilies:
     return EngineFamilies(tuple(entries), tuple(blocks.values()), used)
 
 
-def _block(family: str, own: BlockEntry, asked: BlockEntry) -> Block:
-    """The block that ``own`` describes, with the arguments that ``asked`` gives where it gives any."""
-    assert own.class_ is not None
-    assert own.upstream is not None
-    arguments = asked.arguments if "arguments" in asked.model_fields_set else own.arguments
+def _block(family: str, entry: BlockEntry, borrower: BlockEntry) -> Block:
+    """Make the block that ``entry`` describes, with the arguments of ``borrower`` where it gives any."""
+    assert entry.class_ is not None
+    assert entry.upstream is not None
+    arguments = borrower.arguments if "arguments" in borrower.model_fields_set else entry.arguments
     return Block(
         family,
-        own.class_,
-        own.like or family,
-        own.versions,
-        own.relies_on,
-        own.upstream,
-        own.note,
+        entry.class_,
+        entry.like or family,
+        entry.versions,
+        entry.relies_on,
+        entry.upstream,
+        entry.note,
         arguments,
-        own.from_config,
+        entry.from_config,
     )
 
 
@@ -203,7 +203,7 @@ def _shipped(engine: str) -> EngineFamilies:
 
 
 def block_of(engine: str, family: str) -> Block:
-    """The block that models of ``family`` build in ``engine``, for measuring it.
+    """Return the block that models of ``family`` build in ``engine``, for measuring it.
 
     Raises:
         FsePatchError: the family has none there.

@@ -1,4 +1,4 @@
-"""Whether the installed engine is the one that the patches were written against. Imports no engine."""
+"""Guards: is the installed engine the one that the patches were written against? Imports no engine."""
 
 from __future__ import annotations
 
@@ -19,31 +19,29 @@ _WHAT_TO_DO = "run `fse-patch patches --engine {engine}`, and use a tested relea
 
 
 def engine_version(ledger: Ledger, site_packages: Sequence[str] | None = None) -> str:
-    """Version of the installed engine, from its metadata.
+    """Read the version of the installed engine, from its metadata.
 
     Raises:
         FsePatchError: it is not installed, or its version is not one.
     """
-    found = ""
-    for name in ledger.facts.distributions:
-        path = sys.path if site_packages is None else list(site_packages)
-        found = next((d.version for d in metadata.distributions(name=name, path=path)), "")
-        if found:
-            break
-    if not found or source_file(ledger.facts.import_name, site_packages) is None:
+    path = sys.path if site_packages is None else list(site_packages)
+    names = ledger.facts.distributions
+    installed = (d.version for name in names for d in metadata.distributions(name=name, path=path))
+    version = next((text for text in installed if text), "")
+    if not version or source_file(ledger.facts.import_name, site_packages) is None:
         raise FsePatchError(
-            f"{ledger.engine}: not installed here (looked for {' or '.join(ledger.facts.distributions)}); "
+            f"{ledger.engine}: not installed here (looked for {' or '.join(names)}); "
             "install fse-patch into the engine's own environment"
         )
     try:
-        Version(found)
+        Version(version)
     except InvalidVersion as error:
-        raise FsePatchError(f"{ledger.engine}: its version {found!r} is not a version") from error
-    return found
+        raise FsePatchError(f"{ledger.engine}: its version {version!r} is not a version") from error
+    return version
 
 
 def check_version(ledger: Ledger, version: str, allow_untested: bool = False) -> tuple[PatchSpec, ...]:
-    """The patches for this release.
+    """Return the patches for this release.
 
     Raises:
         RefusedError: ``version.untested``: the release is not on the list, or no patch is for it.
@@ -71,7 +69,7 @@ def _problem(source: Source, site_packages: Sequence[str] | None) -> str:
 
 
 def _binding_problem(patch: PatchSpec, site_packages: Sequence[str] | None) -> str:
-    """A target that is not its own source must be an imported name, or a method that its class inherits."""
+    """Check a target that is not its source: an imported name, or a method that its class inherits."""
     module, qualname = split(patch.target)
     owner = qualname.rpartition(".")[0]
     if not patch.imported:
@@ -84,7 +82,7 @@ def _binding_problem(patch: PatchSpec, site_packages: Sequence[str] | None) -> s
 
 
 def guard(patch: PatchSpec, site_packages: Sequence[str] | None = None) -> str:
-    """What is wrong with the installed source of a patch, in a line, or "" if it is as expected."""
+    """Say what is wrong with the installed source of a patch, in a line, or "" if it is as expected."""
     problems = (_problem(s, site_packages) for s in (patch.source, *patch.relies_on))
     return next((p for p in problems if p), "") or _binding_problem(patch, site_packages)
 
@@ -101,7 +99,7 @@ def check_source(ledger: Ledger, patch: PatchSpec, site_packages: Sequence[str] 
 
 
 def check_factory(patch: PatchSpec) -> None:
-    """A factory that is not there must be seen before anything is patched, though it is imported late.
+    """Check that a factory is there, before anything is patched: it is imported late.
 
     Raises:
         FsePatchError: our own package is incomplete.

@@ -1,4 +1,4 @@
-"""Tell subscribers when a module has been imported.
+"""Import hooks: subscribers are told when a module has been imported.
 
 wrapt's hooks cannot be taken back, so there is one for a module; it looks up who is subscribed when it fires.
 """
@@ -13,10 +13,10 @@ import wrapt
 
 
 class Subscriber(Protocol):
-    """Someone who waits for imports."""
+    """A receiver of imports."""
 
     def imported(self, module: str) -> None:
-        """A module has just been executed; an exception makes its import fail."""
+        """Hear that a module has just been executed; an exception makes its import fail."""
 
 
 _subscribers: list[Subscriber] = []

@@ -1,4 +1,4 @@
-"""The ledger: what is patched in an engine, as YAML, with the fingerprints beside it as generated JSON.
+"""Ledger: what is patched in an engine, as YAML, with the fingerprints beside it as generated JSON.
 
 A patch that exists once for each MoE block is written once, with ``{block}`` in its id. A group of
 definitions that patches rely on has a name.
@@ -97,16 +97,16 @@ class Ledger:
 
     @property
     def engine(self) -> str:
-        """The engine's name."""
+        """Return the engine's name."""
         return self.facts.engine
 
     @property
     def tested(self) -> tuple[str, ...]:
-        """Releases in which fusing was run."""
+        """List the releases in which fusing was run."""
         return self.facts.tested
 
     def patches_for(self, version: Version) -> tuple[PatchSpec, ...]:
-        """The patches for a release, with what they rely on in it."""
+        """Return the patches for a release, with what they rely on in it."""
         return tuple(patch.at(version) for patch in self.patches if patch.is_for(version))
 
 
@@ -124,12 +124,12 @@ def read_fingerprints(path: Path) -> dict[str, dict[str, str]]:
 
 
 def exists(engine: str) -> bool:
-    """Whether there are patches for ``engine``."""
+    """Return whether there are patches for ``engine``."""
     return (FOLDER / f"{engine}.yaml").is_file()
 
 
 def load(engine: str, folder: Path | None = None) -> Ledger:
-    """The ledger of ``engine``, with fingerprints.
+    """Read the ledger of ``engine``, with fingerprints.
 
     Args:
         folder: of the data; that of this package if None.
@@ -156,7 +156,7 @@ def load(engine: str, folder: Path | None = None) -> Ledger:
 def _expanded(
     written: _Patches, families: EngineFamilies, hashes: Mapping[str, dict[str, str]]
 ) -> Iterator[PatchSpec]:
-    """Every patch, those for each entry class and for each block among them."""
+    """Make every patch, those for each entry class and for each block among them."""
     taken: set[str] = set()
     for entry in written.patches:
         if entry.target.startswith(EVERY_ENTRY_CLASS):
@@ -187,13 +187,13 @@ def _for_class(entry: Entry, owner: EntryClass) -> Entry:
 
 
 def _for_block(entry: Entry, block: Block) -> Entry:
-    own = {f"{EVERY_BLOCK}.{name}": rows for name, rows in block.relies_on.items()}
+    groups = {f"{EVERY_BLOCK}.{name}": rows for name, rows in block.relies_on.items()}
     return entry.model_copy(
         update={
             "id": block.fill(entry.id),
             "target": block.fill(entry.target),
             "versions": _within(entry.versions, block.versions),
-            "relies_on": [row.of(block.fill(row.name), "") for row in _members(entry.relies_on, own)],
+            "relies_on": [row.of(block.fill(row.name), "") for row in _members(entry.relies_on, groups)],
             "why": block.fill(entry.why),
             "upstream": block.fill(entry.upstream),
         }
@@ -205,7 +205,7 @@ def _within(versions: list[str], narrower: str) -> list[str]:
 
 
 def _members(rows: Iterable[ReliedOn], groups: Mapping[str, Sequence[ReliedOn]]) -> Iterator[ReliedOn]:
-    """The rows, with the members of a group in its place."""
+    """Return the rows, with the members of a group in its place."""
     for row in rows:
         members = groups.get(row.name)
         yield from [row] if members is None else [row.of(member.name, member.versions) for member in members]

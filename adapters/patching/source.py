@@ -1,8 +1,7 @@
-"""A short hash of an installed definition: its syntax tree without docstrings and comments.
+"""Installed definitions, read without importing the engine, and a short hash of each, its fingerprint.
 
-The dump is our own: ``ast.dump`` differs between Python releases, and a fingerprint has to hold on all.
-
-Where an installed definition stands, found and parsed without importing the engine.
+The hash is of the syntax tree without docstrings and comments. The tree is written out here, because
+``ast.dump`` differs between Python releases, and a fingerprint has to hold on all.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ from pathlib import Path
 
 from ...errors import FsePatchError
 
-# MERGED adapters/fingerprint.py
-
-
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # Load, Store and Del follow from the place in the tree; the others are comments or typing-only.
 _SKIPPED_FIELDS = {"ctx", "kind", "type_comment", "type_ignores"}
 
@@ -31,7 +28,7 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 def _joined(values: Sequence[ast.AST]) -> list[ast.AST]:
-    """Parts of an f-string, adjacent literals merged: how they are cut up differs between Python releases."""
+    """Merge adjacent literals of an f-string: how they are cut up differs between Python releases."""
     parts: list[ast.AST] = []
     for part in values:
         last = parts[-1] if parts else None
@@ -62,21 +59,15 @@ def _dump(value: object) -> str:
 
 
 def fingerprint(reference: str, site_packages: Sequence[str] | None = None) -> str | None:
-    """Hash of the installed definition of ``pkg.mod:Qual.name``, or None if there is no such definition."""
-    found = nodes(reference, site_packages)
-    if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in found):
+    """Hash the installed definition of ``pkg.mod:Qual.name``; None if there is no such definition."""
+    definitions = nodes(reference, site_packages)
+    if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in definitions):
         return None  # an import statement says nothing about the code: name the module that defines it
-    return hashlib.sha256(_dump(found).encode()).hexdigest()[:16]
-
-
-# MERGED adapters/source.py
-
-
-SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return hashlib.sha256(_dump(definitions).encode()).hexdigest()[:16]
 
 
 def split(reference: str) -> tuple[str, str]:
-    """Module and qualified name of a ``pkg.mod:Qual.name`` reference.
+    """Split a ``pkg.mod:Qual.name`` reference into module and qualified name.
 
     Raises:
         FsePatchError: the text is not such a reference.
@@ -88,7 +79,7 @@ def split(reference: str) -> tuple[str, str]:
 
 
 def source_file(module: str, site_packages: Sequence[str] | None = None) -> Path | None:
-    """The file of ``module``, found without importing its package, or None.
+    """Find the file of ``module`` without importing its package; None if there is none.
 
     Args:
         module: dotted name.
@@ -124,7 +115,7 @@ def _parse(path: Path, mtime_ns: int, size: int) -> ast.Module:
 
 
 def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """Statements of a scope, with those under if, try and with, which open no scope."""
+    """List the statements of a scope, with those under if, try and with, which open no scope."""
     for node in body:
         yield node
         if not isinstance(node, SCOPES):
@@ -146,7 +137,7 @@ def _binds(node: ast.AST, name: str) -> bool:
 
 
 def nodes_in(path: Path, qualname: str) -> list[ast.AST]:
-    """Every statement of a file that binds ``qualname``; several where it is defined twice."""
+    """List every statement of a file that binds ``qualname``; several where it is defined twice."""
     stat = path.stat()
     scope: list[ast.AST] = [_parse(path, stat.st_mtime_ns, stat.st_size)]
     for name in qualname.split("."):
@@ -156,7 +147,7 @@ def nodes_in(path: Path, qualname: str) -> list[ast.AST]:
 
 
 def nodes(reference: str, site_packages: Sequence[str] | None = None) -> list[ast.AST]:
-    """Every statement that binds the referenced name in its installed module."""
+    """List every statement that binds the referenced name in its installed module."""
     module, qualname = split(reference)
     path = source_file(module, site_packages)
     return [] if path is None else nodes_in(path, qualname)

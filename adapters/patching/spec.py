@@ -12,7 +12,7 @@ from .source import split
 
 @dataclass(frozen=True)
 class Source:
-    """A definition of the engine that we replace or depend on.
+    """A definition of the engine that is replaced or relied on.
 
     Args:
         reference: where it is defined, as ``pkg.mod:Qual.name``.
@@ -58,25 +58,25 @@ class PatchSpec:
 
     @property
     def module(self) -> str:
-        """The module that has to be imported before the patch can be put in."""
+        """Return the module that has to be imported before the patch can be put in."""
         return split(self.target)[0]
 
     @property
     def qualname(self) -> str:
-        """The attribute's name inside its module."""
+        """Return the attribute's name inside its module."""
         return split(self.target)[1]
 
     @property
     def imported(self) -> bool:
-        """Whether the target is a name bound elsewhere than where it is defined."""
+        """Return whether the target is a name bound elsewhere than where it is defined."""
         return self.source.reference != self.target
 
     def is_for(self, version: Version) -> bool:
-        """Whether any of the specifiers matches ``version``; local labels such as +cpu do not count."""
+        """Return whether a specifier matches ``version``; local labels such as +cpu do not count."""
         return any(_matches(specifier, version) for specifier in self.versions)
 
     def at(self, version: Version) -> PatchSpec:
-        """This patch with what it relies on in one release alone."""
+        """Return this patch with what it relies on in one release alone."""
         return replace(self, relies_on=tuple(s for s in self.relies_on if _matches(s.versions, version)))
 
 

@@ -1,5 +1,6 @@
-"""What one patch changes: made once, and undone by identity.
-Put the patches of an engine in, all or none, and take them out by identity. Knows no engine by name.
+"""Transaction: the patches of an engine are put in, all or none, and taken out by identity.
+
+Knows no engine by name.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from . import import_hooks
 from .bindings import Binding, holders, resolve
 from .spec import PatchSpec
 
-# MERGED adapters/change.py
-
-
 log = logging.getLogger("fse_patch")
+lock = threading.RLock()
+
+APPLIED = "applied"
+WAITING = "waiting for import"
+NOT_APPLIED = "not applied"
 
 
 def _factory(patch: PatchSpec) -> Callable[[Any], Any]:
@@ -47,7 +50,7 @@ def _replacement(patch: PatchSpec, original: Any) -> Any:
 
 
 def _check_origin(patch: PatchSpec, original: Any) -> None:
-    """The fingerprint was taken of ``source``: is that what the target holds?"""
+    """Check that the target holds what the fingerprint was taken of."""
     plain = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
     if isinstance(plain, (FunctionType, type)):
         origin = f"{plain.__module__}:{plain.__qualname__}"
@@ -57,7 +60,7 @@ def _check_origin(patch: PatchSpec, original: Any) -> None:
 
 
 class Change:
-    """The names that one patch rebinds.
+    """Names that one patch rebinds.
 
     Args:
         patch: its module is imported.
@@ -86,7 +89,7 @@ class Change:
         log.debug("%s: %s, %d names rebound", self.patch.id, self.patch.target, len(self._bindings))
 
     def undo(self) -> list[str]:
-        """Put the originals back, also where the replacement was imported since; returns what resists."""
+        """Put the originals back, also where the replacement was imported since; return what resists."""
         known = {b.place for b in self._bindings}
         late = list(holders(self._import_name, self._new)) if self._ours else []
         stuck = []
@@ -105,19 +108,8 @@ class Change:
         return stuck
 
 
-# MERGED adapters/patching.py
-
-
-log = logging.getLogger("fse_patch")
-lock = threading.RLock()
-
-APPLIED = "applied"
-WAITING = "waiting for import"
-NOT_APPLIED = "not applied"
-
-
 class PatchSet:
-    """The patches of one engine in this process.
+    """Patches of one engine in this process.
 
     Args:
         import_name: top-level package of the engine.
@@ -198,7 +190,7 @@ class PatchSet:
                 raise FsePatchError(f"could not be put back: {', '.join(stuck)}; restart the process")
 
     def state(self, patch: PatchSpec) -> str:
-        """Whether a patch is in, waits for its module, or was taken out after a failure."""
+        """Say whether a patch is in, waits for its module, or was taken out after a failure."""
         if patch.id in self._changes:
             return APPLIED
         return WAITING if self.failure is None else NOT_APPLIED

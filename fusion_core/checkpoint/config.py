@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class MoeConfig:
 
     @property
     def num_shared_slots(self) -> int | None:
-        """Number of slots S = shared width / I; None where that is no whole number, or 0."""
+        """Return the number of slots S = shared width / I; None where that is no whole number, or 0."""
         slots, rest = divmod(self.shared_intermediate_size, self.moe_intermediate_size)
         return slots if slots and not rest else None
 
@@ -87,46 +87,34 @@ class _Values:
             return FsePatchError(f"{self.path}: has no '{name}'; expected {expected}")
         return FsePatchError(f"{self.path}: '{name}' is {self.values[key]!r}; expected {expected}")
 
-    def integer(self, key: str, default: int | None = None, low: int = 0, high: int = _MAX_COUNT) -> int:
+    def _get(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        """Return a value that fits; the default, where there is one, for null and for a missing key."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
+        if not fits(value):
+            raise self.fail(key, expected)
+        return value
+
+    def integer(self, key: str, default: int | None = None, low: int = 0, high: int = _MAX_COUNT) -> int:
         # bool is an int to Python; JSON's true is no count.
-        if type(value) is not int or not low <= value <= high:
-            raise self.fail(key, f"a whole number from {low} to {high}")
+        expected = f"a whole number from {low} to {high}"
+        value: int = self._get(key, default, lambda v: type(v) is int and low <= v <= high, expected)
         return value
 
     def number(self, key: str, default: float) -> float:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise self.fail(key, "a number above 0")
-        return float(value)
+        return float(self._get(key, default, _is_positive, "a number above 0"))
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if type(value) is not bool:
-            raise self.fail(key, "true or false")
+        value: bool = self._get(key, default, lambda v: type(v) is bool, "true or false")
         return value
 
     def text(self, key: str, default: str) -> str:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if type(value) is not str:
-            raise self.fail(key, "a string")
+        value: str = self._get(key, default, lambda v: type(v) is str, "a string")
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
-        value = self.values.get(key)
-        if value is None:
-            return ()
-        if type(value) is not list or not all(type(n) is int and n >= 0 for n in value):
-            raise self.fail(key, "a list of whole numbers")
-        return tuple(value)
+        return tuple(self._get(key, (), _is_integers, "a list of whole numbers"))
 
     def child(self, key: str) -> _Values | None:
         value = self.values.get(key)
@@ -135,6 +123,14 @@ class _Values:
         if not isinstance(value, dict):
             raise self.fail(key, "an object")
         return _Values(value, self.path, f"{self.section}{key}.")
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def _is_integers(value: Any) -> bool:
+    return type(value) is list and all(type(n) is int and n >= 0 for n in value)
 
 
 class ConfigFile:

@@ -1,4 +1,4 @@
-"""The model families that can fuse: what differs between them stands in patches/families/, a file each.
+"""Model families that can fuse: what differs between them stands in patches/families/, a file each.
 
 A file has three parts: the family itself (`FamilySpec`), ``native`` (where a release of an engine fuses it by
 itself), and ``engines`` (its classes in the engines), which is left to those who hook engines.
@@ -43,7 +43,7 @@ class FamilySpec(Strict):
         num_shared_key: config key of its width in routed widths. One of the two.
         sparse_step: layers are sparse by ``decoder_sparse_step`` and ``mlp_only_layers``.
         first_dense_key: config key of the number of leading dense layers, if any.
-        draft_prefix: prefix of the MTP draft's layers where it has one of its own.
+        draft_prefix: prefix of the MTP draft's layers where it is another one.
         draft_count_keys: config keys of the number of draft layers, first one present wins.
         draft_after_main: the draft's layers follow the main ones under the same prefix.
     """
@@ -74,12 +74,12 @@ class FamilySpec(Strict):
 
     @property
     def shared_weight(self) -> SharedWeight:
-        """Weight of the shared expert: sigmoid of its own gate, or constantly 1."""
+        """Name the weight of the shared expert: the sigmoid of its gate, or constantly 1."""
         return "constant" if self.shared_gate is None else "sigmoid_gate"
 
 
 class NativeFusion(Strict):
-    """Where releases of an engine fuse a family by themselves.
+    """Releases of an engine that fuse a family by themselves.
 
     Args:
         platforms, versions: where they do.
@@ -102,7 +102,7 @@ class NativeFusion(Strict):
 
 
 class _Beside(Strict):
-    """The parts of a file beside the family itself."""
+    """Parts of a file beside the family itself."""
 
     native: dict[Engine, list[NativeFusion]] = Field(default_factory=dict)
     engines: dict[Engine, Any] = Field(default_factory=dict)
@@ -149,15 +149,15 @@ def _read(path: Path) -> FamilyFile:
 
 @cache
 def family_files() -> tuple[FamilyFile, ...]:
-    """The files of this package."""
+    """Read the files of this package."""
     return read_families(FOLDER / "families")
 
 
 def families() -> tuple[FamilySpec, ...]:
-    """Every family."""
+    """List every family."""
     return tuple(file.spec for file in family_files())
 
 
 def family_of(model_type: str) -> FamilySpec | None:
-    """The family that a top-level ``model_type`` names, or None."""
+    """Return the family that a top-level ``model_type`` names, or None."""
     return next((spec for spec in families() if model_type in spec.model_types), None)

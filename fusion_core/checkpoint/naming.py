@@ -32,7 +32,7 @@ class ExpertTensor:
 
     @property
     def is_shared(self) -> bool:
-        """True for the shared expert."""
+        """Return True for the shared expert."""
         return self.expert is None
 
 

@@ -1,4 +1,4 @@
-"""Single tensors of a checkpoint, read where they lie in its safetensors files, and nothing else of it."""
+"""Tensors of a checkpoint, read one by one where they lie in its safetensors files."""
 
 from __future__ import annotations
 

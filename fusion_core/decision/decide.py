@@ -1,4 +1,4 @@
-"""Makes the decisions: one a role, from one reading of the checkpoint, before anything is allocated."""
+"""Decisions: one a role, from one reading of the checkpoint, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ACTIVATION = "silu"
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What rules and tensors say; `FUSES` is the code of a role that fuses."""
+    """Verdict of rules and tensors; `FUSES` is the code of a role that fuses."""
 
     reason: Reason
     rule: str = ""
@@ -124,7 +124,7 @@ _NO_DRAFT = Reason("family.unknown", "neither config.json nor the tensors show a
 
 
 def _fusable(moe: MoeConfig, layers: RoleEvidence | None) -> ExpertLayout | Reason:
-    """The layout, or the refusal that config.json alone leads to."""
+    """Return the layout, or the refusal that config.json alone leads to."""
     width, shared = moe.moe_intermediate_size, moe.shared_intermediate_size
     if layers is None:
         return _NO_DRAFT
@@ -145,7 +145,7 @@ def _fusable(moe: MoeConfig, layers: RoleEvidence | None) -> ExpertLayout | Reas
 
 
 def layer_facts(evidence: Evidence, role: Role, layer: LayerEvidence | None, engine: str) -> PolicyFacts:
-    """What rules look at in one layer; ``layer`` None stands for all of them where no headers are there.
+    """Collect what rules look at in one layer; ``layer`` None stands for all of them without headers.
 
     The family of ``evidence`` is known, and the layer has no finding.
     """
@@ -170,7 +170,7 @@ def layer_facts(evidence: Evidence, role: Role, layer: LayerEvidence | None, eng
 def _storage_verdict(
     evidence: Evidence, slots: int, role: RoleEvidence, engine: str, policy: Policy
 ) -> _Verdict:
-    """What tensors and policy say: all layers of the role fuse, or the first that does not is named."""
+    """Ask tensors and policy: all layers of the role fuse, or the first that does not is named."""
     rule_for = lru_cache(maxsize=None)(policy.rule_for)
     rules: list[Rule] = []
     formats: set[str] = set()
@@ -198,7 +198,7 @@ def _storage_verdict(
 
 
 def never_fuses(facts: PolicyFacts) -> Code | None:
-    """The refusal that holds whatever a policy says, a user's own included; None where there is none."""
+    """Return the refusal that holds whatever any policy says; None where there is none."""
     if not facts.headers:
         return None if facts.quant_method == UNQUANTISED else "quant.unknown"
     if not facts.specs_equal:
@@ -209,7 +209,7 @@ def never_fuses(facts: PolicyFacts) -> Code | None:
 
 
 def _seen(evidence: Evidence, layer: LayerEvidence | None, facts: PolicyFacts) -> str:
-    """The evidence behind a refusal, in words."""
+    """Word the evidence behind a refusal, in words."""
     quant = evidence.quant
     method = f"quant_method {quant.method}" + (f" ({quant.scheme})" if quant.scheme else "")
     if layer is None or facts.routed is None or facts.shared is None:

@@ -1,4 +1,4 @@
-"""What a decision saw, layer by layer: the rule that fired and the evidence of headers and config."""
+"""Explanation of a decision, layer by layer: the rule that fired and the evidence of headers and config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .policy import DEFAULT_DENY, Policy
 
 
 def explain(evidence: Evidence, engine: str, role: Role, policy: Policy) -> dict[str, Any]:
-    """The decision of one role with its reasons, as plain data.
+    """Explain the decision of one role, as plain data.
 
     Keys: role, fuse, reason, detail, rule (id, fuse, reason, why, source, number of the rule in the effective
     policy; null where the checkpoint was refused before any rule), quantisation (method, scheme, source of
@@ -26,9 +26,9 @@ def explain(evidence: Evidence, engine: str, role: Role, policy: Policy) -> dict
     decision = decide_evidence(evidence, engine, role, policy)
     numbered = enumerate((*policy.rules, DEFAULT_DENY), 1)
     number, fired = next(((n, rule) for n, rule in numbered if rule.id == decision.rule), (0, None))
-    found = evidence.roles.get(role)
+    role_evidence = evidence.roles.get(role)
     groups: list[dict[str, Any]] = []
-    for layer in found.layers if found else ():
+    for layer in role_evidence.layers if role_evidence else ():
         shown = _layer(evidence, layer, engine, role, policy)
         if groups and {k: v for k, v in groups[-1].items() if k != "layers"} == shown:
             groups[-1]["layers"].append(layer.layer)

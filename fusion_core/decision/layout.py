@@ -1,4 +1,4 @@
-"""Where the experts of one MoE layer lie in the fused tensors."""
+"""Layout of one MoE layer: where its experts lie in the fused tensors."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ class ExpertLayout:
 
     @property
     def num_experts(self) -> int:
-        """E + S: rows of the fused ``w13`` and ``w2``."""
+        """Return E + S: rows of the fused ``w13`` and ``w2``."""
         return self.num_routed + self.num_shared_slots
 
     @property
     def fused_top_k(self) -> int:
-        """k + S: columns of the fused ``topk_ids``."""
+        """Return k + S: columns of the fused ``topk_ids``."""
         return self.top_k + self.num_shared_slots
 
     @property
     def shared_intermediate_size(self) -> int:
-        """S * I: intermediate width of the shared expert in the checkpoint."""
+        """Return S * I: intermediate width of the shared expert in the checkpoint."""
         return self.num_shared_slots * self.moe_intermediate_size
 
     @property
     def shared_slots(self) -> range:
-        """Slot ids of the shared expert."""
+        """Return the slot ids of the shared expert."""
         return range(self.num_routed, self.num_experts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data, for reports and hashes."""
+        """Return the fields as plain data, for reports and hashes."""
         return asdict(self)

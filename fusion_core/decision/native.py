@@ -1,4 +1,4 @@
-"""What a release of an engine does about the shared expert by itself, and whether that is right."""
+"""Native fusion: what a release of an engine does with the shared expert by itself, and whether rightly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .outcome import Decision, Stock
 def runtime_report(
     decision: Decision, platform: str | None = None, engine_version: str | None = None
 ) -> dict[str, Any]:
-    """What is known of running ``decision`` on a platform and a release; null where it cannot be said.
+    """Report what is known of running ``decision`` on a platform and release; null where it cannot be said.
 
     Keys: platform, engine_version; "backend", stock's MoE backend for unquantised weights; "version", one of
     "tested", "read" (its source was studied) and "untested"; "upstream.already", whether this release fuses
@@ -64,7 +64,7 @@ def runtime_report(
 def fusing(
     engine: str, family: str, platform: str, version: str, model: str | None = None
 ) -> list[dict[str, Any]]:
-    """What patches/families/ says of a family's own fusion here.
+    """List what patches/families/ says of how a release fuses a family by itself.
 
     Args:
         model: name of the model class; None stands for any of the family.
@@ -83,7 +83,7 @@ def fusing(
 
 
 def gets_wrong(entry: dict[str, Any], decision: Decision) -> str:
-    """Why what a release builds by itself would not be the checkpoint's model, or "".
+    """Say why what a release builds by itself would not be the checkpoint's model, or "".
 
     Args:
         entry: of `fusing`; the release is live with it.

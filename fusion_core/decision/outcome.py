@@ -1,4 +1,4 @@
-"""What was decided for one role, `Merged` or `Stock`: everything reads it, and nothing decides again."""
+"""Outcome of the decision for one role, `Merged` or `Stock`: everything reads it, nothing decides again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layout import ExpertLayout
 
 @dataclass(frozen=True)
 class RoutingSpec:
-    """How a layer routes, in the terms of ``config.json``.
+    """Routing of a layer, in the terms of ``config.json``.
 
     ``num_expert_group`` and ``topk_group`` are 1 where experts are not grouped.
     """
@@ -42,7 +42,7 @@ class MoeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class _Decided:
-    """What both outcomes have.
+    """Fields of both outcomes.
 
     Args:
         role: "main" or "draft" (the MTP layers): their quantisation can differ.
@@ -64,8 +64,14 @@ class _Decided:
     stored_alike: bool | None = None
 
     def _to_dict(
-        self, fuse: bool, reason: Reason, moe: dict[str, Any], fused: tuple[int, ...]
+        self,
+        reason: Reason,
+        layout: ExpertLayout | None,
+        routing: RoutingSpec | None,
+        shared_weight: SharedWeight | None,
+        moe_layers: tuple[int, ...],
     ) -> dict[str, Any]:
+        fuse = reason.code == FUSES
         return {
             "role": self.role,
             "fuse": fuse,
@@ -78,14 +84,17 @@ class _Decided:
             "quant_method": self.quant_method,
             "stored_alike": self.stored_alike,
             "formats": self.formats,
-            **moe,
-            "fused_layers": fused,
+            "layout": layout.to_dict() if layout else None,
+            "routing": asdict(routing) if routing else None,
+            "shared_weight": shared_weight,
+            "moe_layers": moe_layers,
+            "fused_layers": moe_layers if fuse else (),
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged(_Decided):
-    """The shared expert becomes the last slots of the routed experts' tensors, in every layer of ``moe``.
+    """Outcome: in all layers of ``moe`` the shared expert becomes the last slots of the experts' tensors.
 
     Args:
         detail: one line for people: what was seen and where.
@@ -99,7 +108,7 @@ class Merged(_Decided):
             raise ValueError(f"a decision to fuse no layer: {self}")
 
     def refused(self, reason: Reason) -> Stock:
-        """What is decided where something else speaks against it."""
+        """Return what is decided where something else speaks against it."""
         common = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Decided)}
         moe = self.moe
         return Stock(
@@ -112,19 +121,15 @@ class Merged(_Decided):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The decision as plain data, for reports."""
-        moe = {
-            "layout": self.moe.layout.to_dict(),
-            "routing": asdict(self.moe.routing),
-            "shared_weight": self.moe.shared_weight,
-            "moe_layers": self.moe.layers,
-        }
-        return self._to_dict(True, Reason(FUSES, self.detail), moe, self.moe.layers)
+        """Return the decision as plain data, for reports."""
+        moe = self.moe
+        reason = Reason(FUSES, self.detail)
+        return self._to_dict(reason, moe.layout, moe.routing, moe.shared_weight, moe.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stock(_Decided):
-    """The engine builds the role as it always does, because of ``reason``.
+    """Outcome: the engine builds the role as it always does, because of ``reason``.
 
     Layout, routing and layers are those of the checkpoint as far as they are known, for reports.
     """
@@ -141,28 +146,22 @@ class Stock(_Decided):
 
     @property
     def moe(self) -> MoeSpec | None:
-        """The sparse layers, where all of it is known: an engine may fuse them by itself."""
+        """Return the sparse layers where all of it is known: an engine may fuse them by itself."""
         if self.layout is None or self.routing is None or self.shared_weight is None:
             return None
         return MoeSpec(self.layout, self.routing, self.shared_weight, self.moe_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The decision as plain data, for reports."""
-        moe = {
-            "layout": self.layout.to_dict() if self.layout else None,
-            "routing": asdict(self.routing) if self.routing else None,
-            "shared_weight": self.shared_weight,
-            "moe_layers": self.moe_layers,
-        }
-        return self._to_dict(False, self.reason, moe, ())
+        """Return the decision as plain data, for reports."""
+        return self._to_dict(self.reason, self.layout, self.routing, self.shared_weight, self.moe_layers)
 
 
-# A layout of its own is a further member.
+# Another layout of the weights is a further member.
 Decision = Merged | Stock
 
 
 def remarked(decision: Decision, remark: str) -> Decision:
-    """``decision`` with ``remark`` behind its line for people."""
+    """Return ``decision`` with ``remark`` behind its line for people."""
     if isinstance(decision, Merged):
         return dataclasses.replace(decision, detail=decision.detail + remark)
     reason = decision.reason

@@ -1,4 +1,4 @@
-"""The fusion policy: ordered rules over a layer's evidence; the first that matches decides, none denies."""
+"""Fusion policy: ordered rules over a layer's evidence; the first that matches decides, none denies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..reasons import Code
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """What rules look at: one layer of one role, for one engine.
+    """Facts that rules look at: one layer of one role, for one engine.
 
     ``routed`` and ``shared`` are None where the checkpoint folder holds no safetensors headers; so is
     ``config``, whether config.json agrees with them. ``format`` is the routed experts' one by config.json, ""
@@ -41,11 +41,12 @@ class PolicyFacts:
 
     @property
     def headers(self) -> bool:
+        """Return whether safetensors headers were there."""
         return self.routed is not None and self.shared is not None
 
     @property
     def specs_equal(self) -> bool | None:
-        """Whether routed and shared experts are alike, in the headers and in what the config says."""
+        """Return whether routed and shared experts are alike, in the headers and in what the config says."""
         return self.routed == self.shared and self.config != "differs" if self.headers else None
 
 
@@ -91,7 +92,7 @@ class When(_Strict):
         return _known(names, ENGINES)
 
     def matches(self, facts: PolicyFacts) -> bool:
-        """Whether every given condition holds for ``facts``."""
+        """Return whether every given condition holds for ``facts``."""
         return (
             _is_in(facts.quant_method, self.quant_methods)
             and _is_in(facts.quant_scheme, self.quant_schemes)
@@ -149,18 +150,18 @@ class Policy:
     rules: tuple[Rule, ...]
 
     def rule_for(self, facts: PolicyFacts) -> Rule:
-        """The rule that decides ``facts``."""
+        """Return the rule that decides ``facts``."""
         return next((rule for rule in self.rules if rule.when.matches(facts)), DEFAULT_DENY)
 
     @cached_property
     def hash(self) -> str:
-        """12 hex digits that change with what the rules decide, not with how they are worded."""
+        """Return 12 hex digits that change with what the rules decide, not with how they are worded."""
         effect = [rule.model_dump(include={"id", "when", "fuse", "reason"}) for rule in self.rules]
         return hashlib.sha256(json.dumps(effect, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def schema_text() -> str:
-    """The JSON Schema of a policy file, as patches/policy.schema.json holds it."""
+    """Write the JSON Schema of a policy file, as patches/policy.schema.json holds it."""
     schema: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return json.dumps(schema | PolicyFile.model_json_schema(), indent=2) + "\n"
 

@@ -1,7 +1,8 @@
-"""Reads policy files; every error names file, line and field."""
+"""Policy files; every error names file, line and field."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from pydantic import ValidationError
 
 from ...errors import FsePatchError
 from ...patches import FOLDER
-from ..data_file import LOADER
+from ..data_file import LOADER, first_fault
 from .policy import Policy, PolicyFile, Rule
 
 DEFAULT_POLICY = FOLDER / "policy.yaml"
 
 
 def load_policy(user_file: Path | str | None = None) -> Policy:
-    """The effective policy: the rules of ``user_file``, if given, before the default ones.
+    """Read the effective policy: the rules of ``user_file``, if given, before the default ones.
 
     Raises:
         FsePatchError: a file cannot be read, is no YAML, or breaks the schema.
@@ -25,39 +26,33 @@ def load_policy(user_file: Path | str | None = None) -> Policy:
     rules = read_rules(DEFAULT_POLICY)
     if user_file is None:
         return Policy(rules)
-    own = read_rules(Path(user_file))
-    taken = {rule.id for rule in rules}
-    for number, rule in enumerate(own):
-        if rule.id in taken:
-            line = _line(_parse(Path(user_file))[1], ["rules", number, "id"])
-            message = f"{rule.id!r} is taken by the default policy; rename it"
-            raise _error(Path(user_file), line, f"rules[{number}].id", message)
-    return Policy(own + rules)
+    taken = dict.fromkeys((rule.id for rule in rules), "is taken by the default policy; rename it")
+    return Policy(read_rules(Path(user_file), taken) + rules)
 
 
-def read_rules(path: Path) -> tuple[Rule, ...]:
-    """The rules of one policy file, in order."""
+def read_rules(path: Path, taken: Mapping[str, str] | None = None) -> tuple[Rule, ...]:
+    """Read the rules of one policy file, in order.
+
+    Args:
+        taken: ids that it may not use, and why.
+
+    Raises:
+        FsePatchError: the file cannot be read, is no YAML, or breaks the schema.
+    """
     data, root = _parse(path)
     try:
         rules = PolicyFile.model_validate(data).rules
     except ValidationError as error:
-        # A misspelt field is also a missing one: the misspelling says more.
-        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        place = list(first["loc"])
-        if first["type"] == "missing":
-            line, place = _line(root, place[:-1]), place
-        else:
-            line = _line(root, place)
-        message = first["msg"].removeprefix("Value error, ")
+        place, message, kind = first_fault(error)
+        # What is missing has no line: that of the object without it.
+        line = _line(root, place[:-1] if kind == "missing" else place)
         raise _error(path, line, _dotted(place), message) from None
-    seen: dict[str, int] = {}
+    taken = dict(taken or {})
     for number, rule in enumerate(rules):
         line = _line(root, ["rules", number, "id"])
-        if rule.id in seen:
-            raise _error(
-                path, line, f"rules[{number}].id", f"{rule.id!r} is the id at line {seen[rule.id]} too"
-            )
-        seen[rule.id] = line
+        if rule.id in taken:
+            raise _error(path, line, f"rules[{number}].id", f"{rule.id!r} {taken[rule.id]}")
+        taken[rule.id] = f"is the id at line {line} too"
     return tuple(rules)
 
 
@@ -101,15 +96,15 @@ def _refuse_repeated_keys(path: Path, node: yaml.Node | None, place: str, seen: 
             _refuse_repeated_keys(path, value, f"{place.removesuffix('.')}[{number}].", seen)
 
 
-def _line(node: yaml.Node | None, place: list[Any]) -> int:
-    """The line of the deepest node on the way to ``place``."""
+def _line(node: yaml.Node | None, place: Sequence[int | str]) -> int:
+    """Return the line of the deepest node on the way to ``place``."""
     line = 1 if node is None else node.start_mark.line + 1
     for step in place:
         if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == step), None)
-            if found is None:
+            field = next(((key, value) for key, value in node.value if key.value == step), None)
+            if field is None:
                 break
-            line, node = found[0].start_mark.line + 1, found[1]
+            line, node = field[0].start_mark.line + 1, field[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
             node = node.value[step]
             line = node.start_mark.line + 1
@@ -118,7 +113,7 @@ def _line(node: yaml.Node | None, place: list[Any]) -> int:
     return line
 
 
-def _dotted(place: list[Any]) -> str:
+def _dotted(place: Iterable[int | str]) -> str:
     return "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in place).removeprefix(".")
 
 

@@ -1,4 +1,4 @@
-"""Which quantised formats were run and compared on which engine and platform (patches/proven.yaml)."""
+"""Quantised formats that were run and compared, by engine and platform (patches/proven.yaml)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Proven = Mapping[str, Mapping[str, tuple[str, ...]]]
 
 @cache
 def read_proven(path: Path = PROVEN_FILE) -> Proven:
-    """Format -> engine -> platforms.
+    """Read the table: format -> engine -> platforms.
 
     Raises:
         FsePatchError: the file names a format, an engine or a platform that is none.
@@ -35,7 +35,7 @@ def read_proven(path: Path = PROVEN_FILE) -> Proven:
 
 
 def unproven(decision: Decision, platform: str, proven: Proven | None = None) -> str:
-    """The first format of ``decision`` that was not proven on its engine there, or "".
+    """Return the first format of ``decision`` that was not proven on its engine there, or "".
 
     A checkpoint that declares no quantisation needs no row. Plain experts of one that does need one: the
     engine's quantisation code builds them.
@@ -48,5 +48,5 @@ def unproven(decision: Decision, platform: str, proven: Proven | None = None) ->
 
 
 def proven_platforms(decision: Decision) -> list[str]:
-    """Platforms on which all formats of ``decision`` were proven on its engine, for reports."""
+    """List the platforms on which all formats of ``decision`` were proven on its engine, for reports."""
     return [platform for platform in PLATFORMS if not unproven(decision, platform)]

@@ -12,7 +12,7 @@ from ..checkpoint.naming import Projection
 from ..quant.claims import PLAIN, Claim, Doubt, Resolver, all_plain
 from ..quant.layouts import contradiction, foreign
 from ..quant.methods import LAYOUTS
-from .specs import ALL_EXPERTS, Tensors
+from .specs import ALL_EXPERTS, Tensors, projection_shapes
 
 # agrees: config and headers say the same, and the same of routed and shared experts.
 # differs: they say the same, but the config says one thing of routed and another of shared experts.
@@ -48,7 +48,7 @@ class Agreement:
 
     @property
     def format(self) -> str:
-        """Format of the routed experts by config, or "" where that is not understood."""
+        """Name the format of the routed experts by config, or "" where that is not understood."""
         return self.routed.gate_up.format if self.routed else ""
 
 
@@ -130,13 +130,8 @@ def _compare(tensors: Tensors, claims: MlpClaim, width: int, hidden: int, routed
     layout = LAYOUTS.get(claims.gate_up.format)
     if layout is None:
         return "unknown", f"how {claims.gate_up.format} is stored is not known"
-    sizes = {
-        "gate_proj": (width, hidden),
-        "up_proj": (width, hidden),
-        "gate_up_proj": (2 * width, hidden),
-        "down_proj": (hidden, width),
-    }
-    state, detail = "agrees", ""
+    shapes = projection_shapes(width, hidden)
+    unknown = ""
     for projection in sorted({p for p, _ in tensors}):
         claim = claims.down if projection == "down_proj" else claims.gate_up
         stored: dict[str, TensorHeader] = {}
@@ -145,8 +140,8 @@ def _compare(tensors: Tensors, claims: MlpClaim, width: int, hidden: int, routed
                 expert, header = next(iter(experts.items()))
                 together = routed and expert == ALL_EXPERTS
                 stored[suffix] = TensorHeader(header.dtype, header.shape[1:]) if together else header
-        if wrong := contradiction(layout, claim, stored, *sizes[projection]):
+        if wrong := contradiction(layout, claim, stored, *shapes[projection]):
             return "contradicts", f"the config says {claim}, but {projection}.{wrong}"
         if extra := foreign(layout, stored):
-            state, detail = "unknown", f"{projection}.{extra} has no place in {claim}"
-    return ("unknown", detail) if state == "unknown" else ("agrees", "")
+            unknown = f"{projection}.{extra} has no place in {claim}"
+    return ("unknown", unknown) if unknown else ("agrees", "")

@@ -40,7 +40,7 @@ class LayerEvidence:
 
     @property
     def stored_alike(self) -> bool | None:
-        """True if routed and shared experts are alike in headers and config; None where nothing shows it."""
+        """Tell if routed and shared experts are alike in headers and config; None where nothing shows it."""
         if self.routed is None or self.shared is None:
             return False if self.finding is not None and self.finding.code == "quant.mixed" else None
         return self.routed == self.shared and (self.config is None or self.config.state != "differs")
@@ -63,7 +63,7 @@ class RoleEvidence:
 
     @property
     def stored_alike(self) -> bool | None:
-        """True if every layer stores its routed and shared experts alike; None where nothing shows it."""
+        """Tell if every layer stores its routed and shared experts alike; None where nothing shows it."""
         known = [layer.stored_alike for layer in self.layers]
         return False if False in known else None if None in known or not known else True
 

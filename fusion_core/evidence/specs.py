@@ -48,7 +48,7 @@ class MlpSpec:
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """Tensors of both projections."""
+        """Return the tensors of both projections."""
         return self.gate_up + self.down
 
     def difference(self, other: MlpSpec) -> str:
@@ -98,18 +98,23 @@ def mlp_spec(tensors: Tensors, num_experts: int | None, block: tuple[int, int] |
     return MlpSpec(_sorted(gate), _sorted(by_projection["down_proj"]))
 
 
-def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden: int) -> str | None:
-    """Say what in ``tensors`` has another size than config.json says, or None.
-
-    Expected: gate and up [width, hidden], together [2*width, hidden], down [hidden, width], with a leading
-    [num_experts] where one tensor holds all experts; and every expert from 0 to num_experts - 1.
-    """
-    shapes = {
+def projection_shapes(width: int, hidden: int) -> dict[Projection, tuple[int, int]]:
+    """Return the shape [out, in] of each projection of an MLP of ``width``."""
+    return {
         "gate_proj": (width, hidden),
         "up_proj": (width, hidden),
         "gate_up_proj": (2 * width, hidden),
         "down_proj": (hidden, width),
     }
+
+
+def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden: int) -> str | None:
+    """Say what in ``tensors`` has another size than config.json says, or None.
+
+    Expected: the `projection_shapes`, with a leading [num_experts] where one tensor holds all experts; and
+    every expert from 0 to num_experts - 1.
+    """
+    shapes = projection_shapes(width, hidden)
     for projection, numbers in sorted(_experts_of(tensors).items()):
         if num_experts is None or ALL_EXPERTS in numbers:
             continue

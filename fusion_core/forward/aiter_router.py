@@ -1,4 +1,4 @@
-"""Routing of a fused layer on ROCm: AITER's top-k of the routed experts, and our own append of the slots."""
+"""Routing of a fused layer on ROCm: AITER's top-k of the routed experts, then the shared slots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .router import FusedRouter
 
 
 def top_k_refusal(caps: AiterCaps, router: FusedRouter) -> str:
-    """Why AITER does not choose the routed experts of ``router``'s layer, or ""."""
+    """Say why AITER does not choose the routed experts of ``router``'s layer, or ""."""
     spec, layout = router.routing, router.layout
     if spec.scoring == "sigmoid":
         return grouped_refusal(caps, spec, layout.num_routed, layout.top_k)
@@ -25,7 +25,7 @@ def top_k_refusal(caps: AiterCaps, router: FusedRouter) -> str:
 
 
 class AiterRouter(FusedRouter):
-    """`FusedRouter` whose routed experts AITER chooses, where it does that rightly; else the reference.
+    """A `FusedRouter` whose routed experts AITER chooses, where it does that rightly; else the reference.
 
     Nothing is kept between calls: buffers that layers share were how upstream lost the shared expert. AITER
     is looked at when the first layer is built, before any graph is captured.
@@ -38,7 +38,14 @@ class AiterRouter(FusedRouter):
             usable(str(here))
 
     def choose(self, router_logits: torch.Tensor) -> TopK:
-        """The routed experts of each token, as `route` gives them: a scale is inside the weights."""
+        """Choose the routed experts of each token, as `route` does: a scale is inside the weights.
+
+        Args:
+            router_logits: [num_tokens, E], any float dtype.
+
+        Returns:
+            ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, k].
+        """
         caps = usable(str(router_logits.device))
         if top_k_refusal(caps, self):
             return route(router_logits, self.layout.top_k, self.routing, self.correction_bias)
@@ -48,10 +55,10 @@ class AiterRouter(FusedRouter):
         return softmax_topk(caps, router_logits, self.layout.top_k, self.routing.renormalize)
 
     def __call__(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> TopK:
-        """As of `FusedRouter`."""
+        """Route each token; shapes and dtypes are those of `FusedRouter`."""
         return self.append(hidden_states, *self.choose(router_logits))
 
 
 def router_class() -> type[FusedRouter]:
-    """What routes a fused layer on this build of torch."""
+    """Return the class that routes a fused layer on this build of torch."""
     return FusedRouter if torch.version.hip is None else AiterRouter

@@ -1,4 +1,4 @@
-"""How one fused layer runs: in the mode that its plan has for the number of tokens. Knows no engine by name.
+"""Execution of one fused layer, in the mode that its plan has for the number of tokens.
 
 No mode waits for the GPU or allocates anything whose size depends on values there, so each can be captured in
 a CUDA graph; the mode is chosen by a number that the host knows.
@@ -22,43 +22,43 @@ TopK = tuple[torch.Tensor, torch.Tensor]
 
 
 class GroupedExperts(Protocol):
-    """What an engine has to give of one layer."""
+    """An engine's part of one layer: its experts and how it runs them."""
 
     @property
     def w13(self) -> torch.Tensor:
-        """[E + S, 2 * I, H], as loaded."""
+        """Return [E + S, 2 * I, H], as loaded."""
 
     @property
     def w2(self) -> torch.Tensor:
-        """[E + S, H, I], as loaded."""
+        """Return [E + S, H, I], as loaded."""
 
     def gemm(
         self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
     ) -> torch.Tensor:
-        """The grouped GEMM over these experts; the result is the caller's own, [num_tokens, H]."""
+        """Run the grouped GEMM over these experts: [num_tokens, H], in memory that the caller may change."""
 
     def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
-        """Stock's own routing over E experts, its scale in the weights: k columns."""
+        """Route as stock does over E experts, its scale in the weights: k columns."""
 
     def side_stream(self, num_tokens: int) -> torch.cuda.Stream | None:
-        """The stream that stock runs the shared expert on for so many tokens; None: in turn."""
+        """Return the stream that stock runs the shared expert on for so many tokens; None: in turn."""
 
 
 class QuantisedExperts(Protocol):
-    """What stands for products with w13 and w2 where they are quantised; results have the states' dtype."""
+    """Products with w13 and w2 where these are quantised; results have the states' dtype."""
 
     def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """Few tokens over k + S slots: [num_tokens, H]."""
+        """Run few tokens over k + S slots: [num_tokens, H]."""
 
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """w13 of the one shared slot: [num_tokens, 2 * I]."""
+        """Multiply by w13 of the one shared slot: [num_tokens, 2 * I]."""
 
     def down(self, inner: torch.Tensor) -> torch.Tensor:
-        """w2 of the one shared slot, of inner states [num_tokens, I]: [num_tokens, H]."""
+        """Multiply inner states [num_tokens, I] by w2 of the one shared slot: [num_tokens, H]."""
 
 
 class Execution:
-    """Runs one layer.
+    """The way one layer runs.
 
     Args:
         router: routing and audit of the layer.
@@ -101,7 +101,7 @@ class Execution:
         gate_linear: Callable[[torch.Tensor], torch.Tensor] | None,
         before_shared: bool = False,
     ) -> None:
-        """From now on the layer computes its own logits; arguments as of the class.
+        """Let the layer compute its own logits from now on; arguments as of the class.
 
         Args:
             before_shared: stock's shared expert starts after them, and not beside them.
@@ -115,15 +115,15 @@ class Execution:
         self.gate, self.gate_linear, self.logits_first = gate, gate_linear, before_shared
 
     def mode_of(self, num_tokens: int) -> Mode:
-        """The mode that runs ``num_tokens``."""
+        """Return the mode that runs ``num_tokens``."""
         return self.forced or self.plan.mode_of(num_tokens)
 
     def __call__(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Compute the layer's output [num_tokens, H], in new memory.
 
         Args:
-            hidden_states: [num_tokens, H], contiguous.
-            logits: [num_tokens, E]; not looked at where the layer computes its own.
+            hidden_states: [num_tokens, H], contiguous, bfloat16 or float16 on a GPU.
+            logits: [num_tokens, E], any float dtype; not looked at where the layer computes its own.
         """
         mode = self.mode_of(hidden_states.shape[0])
         self.router.enter(mode)
@@ -133,10 +133,14 @@ class Execution:
         return output
 
     def route(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
-        """Choose and weigh k + S columns in one or two launches: ``topk_weights``, ``topk_ids``.
+        """Choose and weigh k + S columns in one or two launches.
 
         Args:
+            hidden_states: [num_tokens, H].
             logits: [num_tokens, E], or E + 1 with the shared gate's where the layer computes its own.
+
+        Returns:
+            ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, k + S].
         """
         layout, router = self.layout, self.router
         spec, bias, slots = router.routing, router.correction_bias, layout.shared_slots

@@ -12,7 +12,7 @@ ALIGNMENT = 8
 
 
 class GateRows:
-    """[E + G, H] (and zero rows up to the alignment), of which both modules' weights become views.
+    """A matrix [E + G, H] (and zero rows up to the alignment), of which both modules' weights become views.
 
     So what is loaded into either module is in the matrix too; and its address, which CUDA graphs hold, stays.
 
@@ -32,16 +32,16 @@ class GateRows:
 
     @property
     def weights(self) -> list[torch.nn.Parameter]:
-        """The modules' weights. Asked for anew: an engine may put another parameter in the place of one."""
+        """Return the modules' weights. Asked for anew: an engine may put other parameters in their place."""
         return [cast(torch.nn.Parameter, module.weight) for module in self.modules]
 
     @property
     def rows(self) -> torch.Tensor:
-        """[E + G, H], without the rows of zeros."""
+        """Return [E + G, H], without the rows of zeros."""
         return self.padded[: self.count]
 
     def refresh(self) -> bool:
-        """Take over weights that were given other memory since; whether there were any."""
+        """Take over weights that were given other memory since; return whether there were any."""
         start, moved = 0, False
         for weight in self.weights:
             view = self.padded[start : start + len(weight)]

@@ -34,7 +34,7 @@ class FusedLayer:
 
     @property
     def modes(self) -> list[Mode]:
-        """The modes that it runs in, by its plan."""
+        """Return the modes that it runs in, by its plan."""
         return ["fused"] if self.execution is None else sorted(self.execution.plan.modes)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The execution modes: ways to run one fused layer. A file each in `modes/`, and a line in `MODES`.
+"""Registry of the execution modes, ways to run one fused layer: a file each in `modes/`, a line in `MODES`.
 
 Imports neither torch nor Triton: plans and tables name modes where neither is needed.
 """
@@ -31,12 +31,12 @@ class ExecutionMode:
     most_tokens: int | None = None
 
     def runs(self, num_shared_slots: int, num_tokens: int) -> bool:
-        """Whether it is worth measuring for such a layer and so many tokens."""
+        """Return whether it is worth measuring for such a layer and so many tokens."""
         fits = self.most_slots is None or num_shared_slots <= self.most_slots
         return fits and (self.most_tokens is None or num_tokens <= self.most_tokens)
 
     def load(self) -> Run:
-        """The function; some need Triton."""
+        """Import its function; some need Triton."""
         run: Run = importlib.import_module(f"{__package__}.modes.{self.name}").run
         return run
 

@@ -1,4 +1,4 @@
-"""Which execution mode runs a fused layer for how many tokens, and how often each one ran in this process.
+"""Plans and counts: which mode runs a fused layer for how many tokens, and how often each one ran.
 
 Which mode is the fastest for how many tokens is measured (tuned.py); without a measurement only `split` keeps
 stock's speed.
@@ -14,7 +14,7 @@ from .mode_registry import MODES, Mode
 
 @dataclass(frozen=True)
 class ModePlan:
-    """The mode for every number of tokens: a step holds up to its limit, the last mode beyond all of them.
+    """A mode for every number of tokens: a step holds up to its limit, the last mode beyond all of them.
 
     Args:
         steps: (tokens, mode), in ascending order of tokens.
@@ -34,7 +34,7 @@ class ModePlan:
             raise ValueError(f"{sorted(unknown)[0]!r} is no mode; use one of {', '.join(MODES)}")
 
     def mode_of(self, num_tokens: int) -> Mode:
-        """The mode for ``num_tokens``. A host number: it is known when a CUDA graph is captured."""
+        """Return the mode for ``num_tokens``. A host number: it is known when a CUDA graph is captured."""
         for limit, mode in self.steps:
             if num_tokens <= limit:
                 return mode
@@ -42,7 +42,7 @@ class ModePlan:
 
     @property
     def modes(self) -> set[Mode]:
-        """All modes that can run."""
+        """Return all modes that can run."""
         return {mode for _, mode in self.steps} | {self.otherwise}
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class ModePlan:
 
 
 def always(mode: Mode, source: str) -> ModePlan:
-    """The plan of one mode."""
+    """Return the plan of one mode."""
     return ModePlan((), mode, source)
 
 
@@ -73,15 +73,15 @@ class ModeCounter:
             self._captured[layer, mode] += 1
 
     def layers(self) -> list[int]:
-        """Layers that ran fused at least once, or are in a captured graph, in order."""
+        """List the layers that ran fused at least once, or are in a captured graph, in order."""
         return sorted({layer for layer, _ in (*self._calls, *self._captured)})
 
     def by_mode(self) -> dict[str, int]:
-        """Calls of all layers, by mode."""
+        """Return the calls of all layers, by mode."""
         return _by_mode(self._calls)
 
     def captured_by_mode(self) -> dict[str, int]:
-        """Calls of all layers that were captured, by mode: one for each layer and graph."""
+        """Return the calls of all layers that were captured, by mode: one for each layer and graph."""
         return _by_mode(self._captured)
 
     def reset(self) -> None:

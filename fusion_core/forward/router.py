@@ -1,4 +1,4 @@
-"""What routes one fused layer: the engine's top-k or our own, with the shared slots appended."""
+"""Routing of one fused layer: a top-k, the engine's or that of `route`, with the shared slots appended."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .plan import ModeCounter
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether Triton's kernels can run on it."""
+    """Return whether Triton's kernels can run on it."""
     return tensor.is_cuda
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is captured on the current stream."""
+    """Return whether a CUDA graph is captured on the current stream."""
     # A process without a GPU in use need not ask its driver; a CPU build of torch has nothing to ask.
     in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return in_use and torch.cuda.is_current_stream_capturing()
 
 
 class SlotAppender:
-    """Appends the shared slots of one layer to a top-k that the engine or `route` has made.
+    """An appender of one layer's shared slots to a top-k that the engine or `route` has made.
 
     Args:
         layer: checkpoint number of the layer.
@@ -58,7 +58,7 @@ class SlotAppender:
             raise ValueError(f"layer {layer}: shared weight {moe.shared_weight!r} and its gate disagree")
 
     def enter(self, mode: Mode) -> None:
-        """The layer runs, in this mode: count it.
+        """Count that the layer runs, in this mode.
 
         Raises:
             AuditError: it was not proved yet.
@@ -72,9 +72,17 @@ class SlotAppender:
     def append(
         self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], from [num_tokens, k] of both.
+        """Append the shared slots to a top-k; one launch on a GPU.
 
-        One launch on a GPU.
+        Args:
+            hidden_states: [num_tokens, H]; what the shared gate sees.
+            weights, ids: [num_tokens, k], float32 and int32 on a GPU.
+
+        Returns:
+            ``topk_weights`` and ``topk_ids``, both [num_tokens, k + S], dtypes as given.
+
+        Raises:
+            AuditError: the layer was not proved yet.
         """
         self.enter("fused")
         gate = None if self.shared_gate is None else self.shared_gate(hidden_states)
@@ -93,7 +101,7 @@ class SlotAppender:
 
 
 class FusedRouter(SlotAppender):
-    """Routes one fused layer, as its decision says. An engine calls it with what it has at hand.
+    """A router of one fused layer, as its decision says. An engine calls it with what it has at hand.
 
     Args:
         layer, shared_gate, counter: as of `SlotAppender`.
@@ -117,6 +125,14 @@ class FusedRouter(SlotAppender):
     def __call__(
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``topk_weights`` and ``topk_ids``, [num_tokens, k + S], for ``hidden_states`` [num_tokens, H]."""
+        """Choose and weigh k experts for each token, and append the shared slots.
+
+        Args:
+            hidden_states: [num_tokens, H].
+            router_logits: [num_tokens, E], any float dtype.
+
+        Returns:
+            ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, k + S].
+        """
         weights, ids = route(router_logits, self.layout.top_k, self.routing, self.correction_bias)
         return self.append(hidden_states, weights, ids)

@@ -1,7 +1,7 @@
 """Tuned tables: which mode was measured to be the fastest, by device, engine release, backend, dtype, shape.
 
-Shipped ones lie in patches/tuned/; FSE_PATCH_TUNED names a file of the user's own, as `fse-patch tune` writes
-it, whose rows come first. patches/execution.yaml says where `split` can stand in for a measurement.
+Shipped ones lie in patches/tuned/; FSE_PATCH_TUNED names a file of the user's, as `fse-patch tune` writes it,
+whose rows come first. patches/execution.yaml says where `split` can stand in for a measurement.
 """
 
 from __future__ import annotations
@@ -12,28 +12,27 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from ... import patches
-from ...errors import FsePatchError
+from ...patches import FOLDER as DATA
 from ..checkpoint.config import UNQUANTISED
+from ..data_file import Strict, Text, check, parse
 from ..decision.layout import ExpertLayout
 from .mode_registry import MODES
 from .plan import ModePlan, always
 
-FOLDER = Path(patches.__file__).with_name("tuned")
-EXECUTION_FILE = Path(patches.__file__).with_name("execution.yaml")
+FOLDER = DATA / "tuned"
+EXECUTION_FILE = DATA / "execution.yaml"
 # Outcome of a lookup where the table says that nothing is as fast as stock.
 SLOWER = "slower"
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a measurement holds for: another value of any of these is another measurement.
+    """Everything that a measurement depends on: another value of any of these is another measurement.
 
     Args:
-        engine, release, backend: who runs the grouped GEMM; backend in the engine's own word, lower case.
+        engine, release, backend: who runs the grouped GEMM; backend in the engine's word, lower case.
         device: the GPU's name, as its driver gives it.
         dtype: of hidden states, and of weights that are not quantised, as torch names it.
         scoring, gated: how the layer routes, and whether the shared expert has a sigmoid gate.
@@ -56,7 +55,7 @@ class Situation:
 
     @classmethod
     def of(cls, layout: ExpertLayout, parts: int, **rest: Any) -> Situation:
-        """Of a layer whose experts are cut in ``parts`` along their width."""
+        """Make it of a layer whose experts are cut in ``parts`` along their width."""
         return cls(
             num_routed=layout.num_routed,
             num_shared_slots=layout.num_shared_slots,
@@ -76,12 +75,7 @@ class Situation:
         )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 Size = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
 
 
 def _choice(text: str) -> str:
@@ -93,14 +87,14 @@ def _choice(text: str) -> str:
 Choice = Annotated[str, AfterValidator(_choice)]
 
 
-class Step(_Strict):
-    """Up to so many tokens, this mode; "slower" where none is as fast as stock."""
+class Step(Strict):
+    """A mode up to so many tokens; "slower" where none is as fast as stock."""
 
     up_to: Size
     mode: Choice
 
 
-class Row(_Strict):
+class Row(Strict):
     """One shape."""
 
     num_routed: Size
@@ -123,7 +117,7 @@ class Row(_Strict):
         return self
 
 
-class Table(_Strict):
+class Table(Strict):
     """One file: the rows of one device, release and backend; ``versions`` and ``measured`` say whence."""
 
     engine: Text
@@ -135,74 +129,65 @@ class Table(_Strict):
     rows: list[Row]
 
 
-class Split(_Strict):
-    """Where `split` runs stock's own kernels on views of the fused weights."""
+class Split(Strict):
+    """A place where `split` runs stock's kernels on views of the fused weights."""
 
     engine: Text
     releases: list[Text]
     backend: Text
     platform: Literal["cuda", "rocm"]
     dtypes: list[Text]
-    quants: list[Text] = [UNQUANTISED]
+    quants: list[Text] = Field(default_factory=lambda: [UNQUANTISED])
     # By name; None stands for every one of the platform.
     devices: list[Text] | None = None
     max_slots: Size
     why: Text
 
 
-class Execution(_Strict):
-    """patches/execution.yaml."""
+class _SplitPlaces(Strict):
+    """The file patches/execution.yaml."""
 
     split: list[Split]
 
 
-def _read(path: Path, kind: type[Any]) -> Any:
-    try:
-        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FsePatchError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FsePatchError(f"{path}: {' '.join(str(error).split())}") from error
-
-
 def read_table(path: Path) -> Table:
-    """One table.
+    """Read one table.
 
     Raises:
         FsePatchError: the file cannot be read or is none; file and field are named.
     """
-    table: Table = _read(path, Table)
-    return table
+    return check(path, Table, parse(path))
 
 
 @cache
 def shipped() -> tuple[tuple[str, Table], ...]:
-    """The tables of this package, by file name."""
+    """Read the tables of this package: (file name, table)."""
     return tuple((path.name, read_table(path)) for path in sorted(FOLDER.glob("*.yaml")))
 
 
 @cache
 def split_places() -> tuple[Split, ...]:
-    """The allow-list of `split`."""
-    execution: Execution = _read(EXECUTION_FILE, Execution)
-    return tuple(execution.split)
+    """Read the allow-list of `split`."""
+    return tuple(check(EXECUTION_FILE, _SplitPlaces, parse(EXECUTION_FILE)).split)
 
 
 def plan_for(
-    situation: Situation, platform: str, own: Path | None = None, places: Iterable[Split] | None = None
+    situation: Situation,
+    platform: str,
+    user_table: Path | None = None,
+    places: Iterable[Split] | None = None,
 ) -> ModePlan | Literal["slower"] | None:
-    """The measured plan; without a measurement `split` where that is stock; otherwise None.
+    """Look up the measured plan; without a measurement `split` where that is stock; otherwise None.
 
     Args:
-        own: a table of the user's own; asked first.
+        user_table: a table of the user's, asked first.
         places: in place of the shipped allow-list.
 
     Returns:
         A plan, or "slower" where a table says that some number of tokens is slower in every mode.
     """
-    tables = [*([(str(own), read_table(own))] if own else []), *shipped()]
-    for name, table in tables:
+    first = [(str(user_table), read_table(user_table))] if user_table else []
+    for name, table in (*first, *shipped()):
         for row in table.rows:
             if _holds(table, row, situation):
                 return _plan(row, f"table {name}")
@@ -212,13 +197,13 @@ def plan_for(
 
 
 def split_is_stock(situation: Situation, platform: str, places: Iterable[Split] | None = None) -> bool:
-    """Whether `split` runs the kernels of stock there; ``places`` as of `plan_for`."""
+    """Return whether `split` runs the kernels of stock there; ``places`` as of `plan_for`."""
     allowed = split_places() if places is None else places
     return any(_is_stock(place, situation, platform) for place in allowed)
 
 
 def _holds(table: Table, row: Row, situation: Situation) -> bool:
-    known = {**table.model_dump(include={"engine", "release", "backend", "device"})}
+    known = table.model_dump(include={"engine", "release", "backend", "device"})
     known |= row.model_dump(exclude={"steps", "otherwise"})
     return known == asdict(situation)
 

@@ -46,7 +46,7 @@ TopK = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class AiterCaps:
-    """What can be called; an operation that is not to be used is None.
+    """Operations that can be called; one that is not to be used is None.
 
     Args:
         why: why nothing can be, or "".
@@ -66,7 +66,7 @@ class AiterCaps:
 
 
 def architecture() -> str:
-    """Name of the current GPU's architecture, such as gfx942."""
+    """Return the name of the current GPU's architecture, such as gfx942."""
     return str(torch.cuda.get_device_properties().gcnArchName).partition(":")[0]
 
 
@@ -74,31 +74,31 @@ def probe() -> AiterCaps:
     """Look for AITER. Costs its import; never raises."""
     if torch.version.hip is None:
         return AiterCaps("torch is not built for ROCm")
-    found: dict[str, Any] = {}
+    symbols: dict[str, Any] = {}
     try:
         if (arch := architecture()) not in ARCHITECTURES:
             return AiterCaps(f"the GPU is {arch}; AITER's kernels are for {' and '.join(ARCHITECTURES)}")
         for name, module in SYMBOLS.items():
-            found[name] = getattr(importlib.import_module(module), name, None)
-        if missing := [name for name, symbol in found.items() if symbol is None]:
+            symbols[name] = getattr(importlib.import_module(module), name, None)
+        if missing := [name for name, symbol in symbols.items() if symbol is None]:
             # One release imports without its kernels; and the package of that name on PyPI is another one.
             return AiterCaps(f"aiter has no {', '.join(missing)}")
         return AiterCaps(
-            topk_softmax=found["topk_softmax"],
-            biased_grouped_topk=found["biased_grouped_topk"],
-            fused_moe=found["fused_moe"],
-            shuffle_weight=found["shuffle_weight"],
-            topk_takes_shared=_takes_shared(found["topk_softmax"]),
-            moe_arguments=frozenset(inspect.signature(found["fused_moe"]).parameters),
-            silu=found["ActivationType"].Silu,
-            unquantised=found["QuantType"].No,
+            topk_softmax=symbols["topk_softmax"],
+            biased_grouped_topk=symbols["biased_grouped_topk"],
+            fused_moe=symbols["fused_moe"],
+            shuffle_weight=symbols["shuffle_weight"],
+            topk_takes_shared=_takes_shared(symbols["topk_softmax"]),
+            moe_arguments=frozenset(inspect.signature(symbols["fused_moe"]).parameters),
+            silu=symbols["ActivationType"].Silu,
+            unquantised=symbols["QuantType"].No,
         )
     except Exception as error:  # whatever an import of a half-installed package raises
         return AiterCaps(f"aiter cannot be used: {type(error).__name__}: {error}")
 
 
 def _takes_shared(topk_softmax: Callable[..., None]) -> bool:
-    """Whether the 7-argument form is there: by signature, or by schema where a wrapper hides that."""
+    """Look for the 7-argument form: by signature, or by schema where a wrapper hides that."""
     try:
         parameters = inspect.signature(topk_softmax).parameters
     except (TypeError, ValueError):
@@ -111,7 +111,7 @@ def _takes_shared(topk_softmax: Callable[..., None]) -> bool:
 
 
 def softmax_topk(caps: AiterCaps, logits: torch.Tensor, top_k: int, renormalize: bool) -> TopK:
-    """The ``top_k`` routed experts by AITER's 5-argument `topk_softmax`, right on every release.
+    """Choose the ``top_k`` routed experts by AITER's 5-argument `topk_softmax`, right on every release.
 
     p = softmax(logits) over all E, its k largest, divided by their sum if ``renormalize``; in float32.
 
@@ -133,7 +133,7 @@ def softmax_topk(caps: AiterCaps, logits: torch.Tensor, top_k: int, renormalize:
 
 
 def shared_refusal(caps: AiterCaps, num_routed: int, num_shared: int, padding: bool) -> str:
-    """Why the 7-argument `topk_softmax` cannot serve a layer, or "" where it can.
+    """Say why the 7-argument `topk_softmax` cannot serve a layer, or "" where it can.
 
     Args:
         padding: rows may have to be left out of the shared experts.
@@ -150,13 +150,13 @@ def shared_refusal(caps: AiterCaps, num_routed: int, num_shared: int, padding: b
 def softmax_topk_shared(
     caps: AiterCaps, logits: torch.Tensor, top_k: int, slots: range, renormalize: bool
 ) -> TopK:
-    """Routed experts and shared slots by the 7-argument `topk_softmax`; only where `shared_refusal` is "".
+    """Choose experts and append slots by the 7-argument `topk_softmax`; only where `shared_refusal` is "".
 
     The kernel writes sigmoid(logit), in float32, to the slots' weights, and leaves their ids alone.
 
     Args:
-        logits: [num_tokens, E + S]; the last S columns are the shared gate's logit, S times. Rows may be
-            strided.
+        logits: [num_tokens, E + S], any float dtype; the last S columns are the shared gate's logit, S times.
+            Rows may be strided.
         slots: the S ids, from E on.
 
     Returns:
@@ -175,7 +175,7 @@ def softmax_topk_shared(
 
 
 def grouped_refusal(caps: AiterCaps, spec: RoutingSpec, num_routed: int, top_k: int) -> str:
-    """Why `biased_grouped_topk` cannot route a layer, or ""."""
+    """Say why `biased_grouped_topk` cannot route a layer, or ""."""
     groups = spec.num_expert_group
     if caps.biased_grouped_topk is None:
         return caps.why or "it is not to be used"
@@ -191,16 +191,18 @@ def grouped_refusal(caps: AiterCaps, spec: RoutingSpec, num_routed: int, top_k: 
 def grouped_topk(
     caps: AiterCaps, logits: torch.Tensor, correction_bias: torch.Tensor, top_k: int, spec: RoutingSpec
 ) -> TopK:
-    """GLM's routing by `biased_grouped_topk`; only where `grouped_refusal` is "".
+    """Route as GLM does, by `biased_grouped_topk`; only where `grouped_refusal` is "".
 
     ``routed_scaling_factor`` is inside the weights then, and nowhere else may it be applied again.
 
     Args:
-        logits: [num_tokens, E]; taken in float32, since the kernel reads the bias in the logits' dtype.
-        correction_bias: [E].
+        logits: [num_tokens, E], any float dtype; taken in float32, since the kernel reads the bias in the
+            logits' dtype.
+        correction_bias: [E], any float dtype.
 
     Returns:
-        As of `softmax_topk`. One row stride serves both in the kernel, so both are of one width.
+        ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, top_k]: one row stride serves both
+        in the kernel.
     """
     assert caps.biased_grouped_topk is not None
     logits = logits.float().contiguous()
@@ -214,13 +216,16 @@ def grouped_topk(
 
 
 def without_padding(weights: torch.Tensor, ids: torch.Tensor, top_k: int) -> TopK:
-    """Padded rows as rows of expert 0 that weigh nothing, their slots included.
+    """Turn padded rows into rows of expert 0 that weigh nothing, their slots included.
 
     AITER's kernels use an id as an address; and what a padded row adds must be 0 on every rank. Engines mark
     such rows by negative ids, or by routed weights that are all 0.
 
     Args:
-        weights, ids: [num_tokens, top_k + S].
+        weights, ids: [num_tokens, top_k + S], float32 and int32.
+
+    Returns:
+        Both, of the same shapes and dtypes.
     """
     padded = (ids[:, :top_k] < 0).any(-1, keepdim=True) | (weights[:, :top_k] == 0).all(-1, keepdim=True)
     return weights.masked_fill(padded, 0.0), ids.masked_fill(padded, 0)

@@ -38,18 +38,20 @@ GLM = RoutingSpec("sigmoid", True, 2.5, has_correction_bias=True)
 
 
 def _logits(columns: int, wider: int, device: torch.device) -> torch.Tensor:
-    """Rows of distinct values, far enough apart for one right choice, in a buffer that is ``wider``."""
+    """Draw rows of distinct values, far enough apart for one right choice, in a buffer that is ``wider``."""
     # Engines build with a default device and dtype of their own.
     draw = torch.Generator("cpu").manual_seed(columns)
     rows = [torch.randperm(columns + wider, generator=draw, device="cpu") for _ in range(TOKENS)]
     return (torch.stack(rows).to(torch.float32) / 16.0 - 2.0).to(device)[:, :columns]
 
 
-def _differ(what: str, found: TopK, wanted: TopK) -> str:
-    """How a top-k is not the wanted one, in whatever order, or ""."""
-    if [found[0].dtype, found[1].dtype] != [torch.float32, torch.int32]:
-        return f"{what}: it gives {found[0].dtype} and {found[1].dtype}"
-    (weights, ids), (right_weights, right_ids) = ([part.cpu() for part in pair] for pair in (found, wanted))
+def _difference(what: str, top_k: TopK, reference: TopK) -> str:
+    """Say how a top-k is not that of the reference, in whatever order, or ""."""
+    if [top_k[0].dtype, top_k[1].dtype] != [torch.float32, torch.int32]:
+        return f"{what}: it gives {top_k[0].dtype} and {top_k[1].dtype}"
+    (weights, ids), (right_weights, right_ids) = (
+        [part.cpu() for part in pair] for pair in (top_k, reference)
+    )
     order, right_order = ids.argsort(dim=1), right_ids.argsort(dim=1)
     if not torch.equal(ids.gather(1, order), right_ids.gather(1, right_order)):
         return f"{what}: other experts than the reference"
@@ -58,37 +60,38 @@ def _differ(what: str, found: TopK, wanted: TopK) -> str:
 
 
 def check_softmax(caps: AiterCaps, device: torch.device) -> str:
-    """What is wrong with the 5-argument top-k, or ""; 60 is Qwen1.5-MoE's number of experts."""
+    """Say what is wrong with the 5-argument top-k, or ""; 60 is Qwen1.5-MoE's number of experts."""
     for experts, renormalize in ((60, False), (60, True), (64, True)):
         logits = _logits(experts, 3, device)
-        wanted = route(logits, 4, RoutingSpec("softmax", renormalize))
-        if fault := _differ("topk_softmax", softmax_topk(caps, logits, 4, renormalize), wanted):
+        reference = route(logits, 4, RoutingSpec("softmax", renormalize))
+        if fault := _difference("topk_softmax", softmax_topk(caps, logits, 4, renormalize), reference):
             return f"{fault} ({experts} experts)"
     return ""
 
 
 def check_shared(caps: AiterCaps, device: torch.device) -> str:
-    """What is wrong with the 7-argument top-k on strided logits, or ""."""
+    """Say what is wrong with the 7-argument top-k on strided logits, or ""."""
     if refusal := shared_refusal(caps, 64, 2, padding=False):
         return refusal
     logits, slots = _logits(66, 10, device), range(64, 66)
-    wanted = append_shared_slots(*route(logits[:, :64], 4, RoutingSpec("softmax", True)), slots, 0.0)
-    wanted[0][:, 4:] = logits[:, 64:].sigmoid()
-    return _differ("topk_softmax of 7", softmax_topk_shared(caps, logits, 4, slots, True), wanted)
+    reference = append_shared_slots(*route(logits[:, :64], 4, RoutingSpec("softmax", True)), slots, 0.0)
+    reference[0][:, 4:] = logits[:, 64:].sigmoid()
+    top_k = softmax_topk_shared(caps, logits, 4, slots, True)
+    return _difference("topk_softmax of 7", top_k, reference)
 
 
 def check_grouped(caps: AiterCaps, device: torch.device) -> str:
-    """What is wrong with GLM's top-k, or "": it has to have the scale inside."""
+    """Say what is wrong with GLM's top-k, or "": it has to have the scale inside."""
     if refusal := grouped_refusal(caps, GLM, 128, 8):
         return refusal
     logits = _logits(128, 3, device)
     bias = 0.1 * _logits(128, 0, device)[0]
-    wanted = route(logits, 8, GLM, bias)
-    return _differ("biased_grouped_topk", grouped_topk(caps, logits, bias, 8, GLM), wanted)
+    reference = route(logits, 8, GLM, bias)
+    return _difference("biased_grouped_topk", grouped_topk(caps, logits, bias, 8, GLM), reference)
 
 
 def check_experts(caps: AiterCaps, device: torch.device) -> str:
-    """What is wrong with `fused_moe` on five experts, the last of them a shared slot, or ""."""
+    """Say what is wrong with `fused_moe` on five experts, the last of them a shared slot, or ""."""
     draw = torch.Generator("cpu").manual_seed(0)
     experts, hidden, width = 5, 128, 128
 
@@ -96,24 +99,21 @@ def check_experts(caps: AiterCaps, device: torch.device) -> str:
         drawn = torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu") / math.sqrt(shape[-1])
         return drawn.to(torch.bfloat16).to(device)
 
-    w13, w2, states = (
-        tensor(experts, 2 * width, hidden),
-        tensor(experts, hidden, width),
-        tensor(TOKENS, hidden),
-    )
+    w13, w2 = tensor(experts, 2 * width, hidden), tensor(experts, hidden, width)
+    states = tensor(TOKENS, hidden)
     if refusal := experts_refusal(caps, w13, w2, experts):
         return refusal
     ids = torch.tensor([[0, 3, 4], [2, 1, 4], [3, 2, 4]], dtype=torch.int32, device=device)
     shares = [[0.6, 0.4, 0.9], [0.5, 0.5, 0.2], [0.8, 0.2, 0.5]]
     weights = torch.tensor(shares, dtype=torch.float32, device=device)
-    wanted = torch.zeros(TOKENS, hidden, dtype=torch.float64, device=device)
+    reference = torch.zeros(TOKENS, hidden, dtype=torch.float64, device=device)
     for row, columns in enumerate(ids.tolist()):
         for column, expert in enumerate(columns):
             gate, up = (w13[expert].double() @ states[row].double()).chunk(2)
             inner = w2[expert].double() @ (torch.nn.functional.silu(gate) * up)
-            wanted[row] += weights[row, column].double() * inner
-    found = fused_experts(caps, states, *shuffle(caps, w13, w2), weights, ids)
-    off = float((found.double() - wanted).norm() / wanted.norm())
+            reference[row] += weights[row, column].double() * inner
+    output = fused_experts(caps, states, *shuffle(caps, w13, w2), weights, ids)
+    off = float((output.double() - reference).norm() / reference.norm())
     return "" if off <= OUTPUTS else f"fused_moe: its output is {off:.2g} off"
 
 
@@ -127,8 +127,8 @@ CHECKS: tuple[tuple[str, Callable[[AiterCaps, torch.device], str]], ...] = (
 
 
 def failures(caps: AiterCaps, device: torch.device) -> dict[str, str]:
-    """What of ``caps`` is not right on ``device``, and what is wrong with it."""
-    found = {}
+    """Return what of ``caps`` is not right on ``device``: operation -> what is wrong with it."""
+    faults = {}
     for name, check in CHECKS:
         if getattr(caps, name):
             try:
@@ -136,20 +136,20 @@ def failures(caps: AiterCaps, device: torch.device) -> dict[str, str]:
             except Exception as error:  # a kernel that was not built, and whatever it says
                 fault = f"{name}: {type(error).__name__}: {error}"
             if fault:
-                found[name] = fault
-    return found
+                faults[name] = fault
+    return faults
 
 
 def checked(caps: AiterCaps, device: torch.device) -> AiterCaps:
-    """``caps`` without what is not right here; one line in the log for each."""
-    found = failures(caps, device)
-    for name, fault in found.items():
+    """Return ``caps`` without what is not right here; one line in the log for each."""
+    faults = failures(caps, device)
+    for name, fault in faults.items():
         log.warning("AITER: %s is not used: %s", name, fault)
-    return without(caps, found)
+    return without(caps, faults)
 
 
 def without(caps: AiterCaps, names: Iterable[str]) -> AiterCaps:
-    """``caps`` without some of its operations."""
+    """Return ``caps`` without some of its operations."""
     gone: dict[str, Any] = {name: False if name == "topk_takes_shared" else None for name in names}
     if "topk_softmax" in gone:
         gone["topk_takes_shared"] = False
@@ -158,7 +158,7 @@ def without(caps: AiterCaps, names: Iterable[str]) -> AiterCaps:
 
 @cache
 def usable(device: str) -> AiterCaps:
-    """What this process may call on ``device``; found out once, and said in one line."""
+    """Return what this process may call on ``device``; asked once, and said in one line."""
     caps = probe()
     if caps.why:
         if torch.version.hip is not None:

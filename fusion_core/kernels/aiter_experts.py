@@ -12,7 +12,7 @@ MARK = "is_shuffled"
 
 
 def alignment(intermediate_size: int) -> int:
-    """What an expert's intermediate width has to be a multiple of for CK's two-stage kernels.
+    """Return what an expert's intermediate width has to be a multiple of for CK's two-stage kernels.
 
     Up to 192 they have tiles of 64, from there on one of 128; another width ends in "device_gemm with the
     specified compilation parameters does not support this GEMM problem".
@@ -21,7 +21,7 @@ def alignment(intermediate_size: int) -> int:
 
 
 def experts_refusal(caps: AiterCaps, w13: torch.Tensor, w2: torch.Tensor, num_experts: int) -> str:
-    """Why `fused_moe` cannot run a layer, or "": the engine's Triton kernels run it then.
+    """Say why `fused_moe` cannot run a layer, or "": the engine's Triton kernels run it then.
 
     Args:
         w13: [E+S, 2I, H], gate rows before up rows; w2: [E+S, H, I]. Neither shuffled.
@@ -44,10 +44,16 @@ def experts_refusal(caps: AiterCaps, w13: torch.Tensor, w2: torch.Tensor, num_ex
 
 
 def shuffle(caps: AiterCaps, w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both weights in the layout of the kernels, marked so.
+    """Put both weights into the layout of the kernels, marked so.
 
     AITER reads the layout off the attribute ``is_shuffled`` of the object that it gets; views and
-    torch.nn.Parameter lose it, see `keep_mark`.
+    torch.nn.Parameter lose it, and `keep_mark` gives it back.
+
+    Args:
+        w13, w2: [E+S, 2I, H] and [E+S, H, I], bfloat16 or float16, as `experts_refusal` lets pass.
+
+    Returns:
+        Both, of the same shapes and dtypes.
 
     Raises:
         ValueError: one is shuffled already: twice is another layout.
@@ -62,7 +68,7 @@ def shuffle(caps: AiterCaps, w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch
 
 
 def keep_mark(made: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """``made``, a parameter or another view of all of ``source``, with its mark."""
+    """Give ``made``, a parameter or another view of all of ``source``, its mark."""
     setattr(made, MARK, getattr(source, MARK, False))
     return made
 
@@ -76,13 +82,16 @@ def fused_experts(
     ids: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
-    """sum over columns j of weights[:, j] * expert ids[:, j] (SiLU(x.w1) * (x.w3)).w2, [num_tokens, H].
+    """Compute the sum over columns j of weights[:, j] · w2 (SiLU(w1 x) · (w3 x)) of expert ids[:, j].
 
     Args:
         hidden_states: [num_tokens, H], of the weights' dtype.
         w13, w2: from `shuffle`.
         weights: [num_tokens, k+S] float32; ids: int32, in range(E+S).
         options: by keyword; those that this release does not know are left out if they are None or False.
+
+    Returns:
+        [num_tokens, H] in the dtype of ``hidden_states``.
 
     Raises:
         ValueError: a tensor is not as the kernels take it, or an option is not known.

@@ -1,4 +1,4 @@
-"""Appends the shared slots to a top-k that an engine has made, in one launch."""
+"""Append of the shared slots to a top-k that an engine has made, in one launch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def reference(
     gate: torch.Tensor | None,
     slot_weight: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `append` computes, in torch."""
+    """Compute what `append` computes, in torch; shapes and dtypes as there."""
     shared = slot_weight if gate is None else gate.to(weights.dtype).sigmoid() * slot_weight
     return append_shared_slots(weights, ids, slots, shared)
 
@@ -28,13 +28,16 @@ def append(
     gate: torch.Tensor | None,
     slot_weight: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``topk_weights`` and ``topk_ids`` with S more columns, contiguous.
+    """Append S columns to ``topk_weights`` and ``topk_ids``.
 
     Args:
         weights: [num_tokens, k] float32; ids: [num_tokens, k] int32. Rows may be strided.
         slots: the S ids.
         gate: logits [num_tokens, 1] of the gate that all slots share; None: they weigh ``slot_weight``.
         slot_weight: factor on the slots' weight.
+
+    Returns:
+        Both as [num_tokens, k + S], contiguous, dtypes as given.
     """
     tokens, top_k = weights.shape
     total = top_k + len(slots)
@@ -56,7 +59,7 @@ def append(
         TOP_K=top_k,
         TOTAL=total,
         GATED=gate is not None,
-        BLOCK=triton.next_power_of_2(total),
+        BLOCK_N=triton.next_power_of_2(total),
         num_warps=1,
     )
     return out_weights, out_ids
@@ -64,30 +67,31 @@ def append(
 
 @triton.jit
 def _append(
-    weights,
-    ids,
-    gate,
-    out_weights,
-    out_ids,
-    weights_stride,
-    ids_stride,
-    gate_stride,
+    weights_ptr,
+    ids_ptr,
+    gate_ptr,
+    out_weights_ptr,
+    out_ids_ptr,
+    stride_wm,
+    stride_im,
+    stride_gm,
     first_slot,
     slot_weight,
     TOP_K: tl.constexpr,
     TOTAL: tl.constexpr,
     GATED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    routed = column < TOP_K
-    weight = tl.load(weights + token * weights_stride + column, mask=routed, other=0.0)
-    chosen = tl.load(ids + token * ids_stride + column, mask=routed, other=0)
+    offs_n = tl.arange(0, BLOCK_N)
+    routed = offs_n < TOP_K
+    weight = tl.load(weights_ptr + token * stride_wm + offs_n, mask=routed, other=0.0)
+    expert = tl.load(ids_ptr + token * stride_im + offs_n, mask=routed, other=0)
     shared = slot_weight
     if GATED:
-        shared = slot_weight / (1.0 + tl.exp(-tl.load(gate + token * gate_stride).to(tl.float32)))
+        shared = slot_weight / (1.0 + tl.exp(-tl.load(gate_ptr + token * stride_gm).to(tl.float32)))
     weight = tl.where(routed, weight, shared)
-    chosen = tl.where(routed, chosen, first_slot + column - TOP_K)
-    tl.store(out_weights + token * TOTAL + column, weight, mask=column < TOTAL)
-    tl.store(out_ids + token * TOTAL + column, chosen, mask=column < TOTAL)
+    expert = tl.where(routed, expert, first_slot + offs_n - TOP_K)
+    mask = offs_n < TOTAL
+    tl.store(out_weights_ptr + token * TOTAL + offs_n, weight, mask=mask)
+    tl.store(out_ids_ptr + token * TOTAL + offs_n, expert, mask=mask)

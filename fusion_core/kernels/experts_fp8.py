@@ -19,24 +19,29 @@ CHUNK = 16
 # Rows or columns that share a scale where there is one for all.
 ALL = 1 << 30
 Block = tuple[int, int]
-# Rows and chunks of a tile, warps, and weights of a chunk, which a thread multiplies and adds up by itself.
+# BLOCK_N, CHUNKS, warps, and CHUNK: weights that a thread multiplies and adds up by itself.
 Tile = tuple[int, int, int, int]
 
 
 def w13_tile(hidden: int) -> Tile:
-    """For w13 [2 * I, H]."""
+    """Return the tile for w13 [2 * I, H]: the fastest one on an H200."""
     return (2, 64, 1, 16) if hidden <= 2048 else (1, 128, 2, 16)
 
 
 def w2_tile(width: int) -> Tile:
-    """For w2 [H, I]; chunks of 8, because a thread loads so many of the inner states at once."""
+    """Return the tile for w2 [H, I]; chunks of 8, because a thread loads so many inner states at once."""
     return (4, 16, 1, 8) if width <= 128 else (1, 64, 1, 8)
 
 
 def dequantised(
     weight: torch.Tensor, scale: torch.Tensor, block: Block | None, halves: int = 1
 ) -> torch.Tensor:
-    """Weights [n, out, in] times their scales, in float64. ``halves``: 2 where scales of w1 and w3 follow."""
+    """Multiply weights [n, out, in] by their scales, in float64.
+
+    Args:
+        scale, block: as of `small_experts`.
+        halves: 2 where the scales of w3 follow those of w1.
+    """
     wide = weight.double()
     if block is None:
         return wide * scale.double().reshape(-1, 1, 1)
@@ -58,7 +63,7 @@ def reference(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """What `small_experts` computes, in float64."""
+    """Compute what `small_experts` computes, in float64; shapes as there."""
     whole = dequantised(w13, w13_scale, block, halves=2), dequantised(w2, w2_scale, block)
     return experts.reference(hidden_states, *whole, topk_weights, topk_ids)
 
@@ -73,7 +78,7 @@ def small_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """The fused layer's output [num_tokens, H] in the dtype of ``hidden_states``.
+    """Compute the fused layer's output: sum over j of weight_j · w2_j (SiLU(w1_j x) · (w3_j x)).
 
     Args:
         hidden_states: [num_tokens, H], bfloat16 or float16.
@@ -83,6 +88,9 @@ def small_experts(
         w13_scale: float32, contiguous, [E + S, 2 * ceil(I / rows), ceil(H / columns)], blocks of w1 before
             those of w3; or [E + S]. w2_scale: [E + S, ceil(H / rows), ceil(I / columns)]; or [E + S].
         topk_weights: [num_tokens, k + S] float32; topk_ids: the same shape, int32.
+
+    Returns:
+        [num_tokens, H] in the dtype of ``hidden_states``.
 
     Raises:
         ValueError: scales and sizes do not fit these kernels.
@@ -101,20 +109,25 @@ def small_experts(
 def check(
     w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor, block: Block | None
 ) -> None:
-    """Raises ValueError where `small_experts` would read scales that are not there."""
+    """Refuse tensors of which `small_experts` would read scales that are not there.
+
+    Raises:
+        ValueError: scales and sizes do not fit these kernels.
+    """
     total, hidden, width = w2.shape
-    wanted: tuple[tuple[int, ...], ...] = ((total,), (total,))
+    w13_shape: tuple[int, ...] = (total,)
+    w2_shape: tuple[int, ...] = (total,)
     if block is not None:
         rows, columns = block
-        across = -(-hidden // columns), -(-width // columns)
-        wanted = (total, 2 * -(-width // rows), across[0]), (total, -(-hidden // rows), across[1])
+        w13_shape = (total, 2 * -(-width // rows), -(-hidden // columns))
+        w2_shape = (total, -(-hidden // rows), -(-width // columns))
         if columns % CHUNK:
             raise ValueError(f"blocks of {columns} columns; the kernel takes multiples of {CHUNK}")
     if hidden % CHUNK or width % CHUNK:
         raise ValueError(f"H {hidden} and I {width} must be multiples of {CHUNK}")
     if w13.shape != (total, 2 * width, hidden):
         raise ValueError(f"w13 is {list(w13.shape)}, w2 {list(w2.shape)}")
-    for name, scale, shape in (("w13", w13_scale, wanted[0]), ("w2", w2_scale, wanted[1])):
+    for name, scale, shape in (("w13", w13_scale, w13_shape), ("w2", w2_scale, w2_shape)):
         if tuple(scale.shape) != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
             raise ValueError(
                 f"scales of {name}: {list(scale.shape)} {scale.dtype}, not {list(shape)} float32"
@@ -130,10 +143,10 @@ def launch_w13(
     inner: torch.Tensor,
     tile: Tile,
 ) -> None:
-    """SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [num_tokens * (k + S), I]."""
-    (rows, chunks, warps, chunk), (hidden, width) = tile, (w13.shape[2], inner.shape[1])
+    """Write SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [num_tokens * (k + S), I]."""
+    (block_n, chunks, warps, chunk), (hidden, width) = tile, (w13.shape[2], inner.shape[1])
     chunks = min(chunks, triton.next_power_of_2(hidden // chunk))
-    _w13[(inner.shape[0], triton.cdiv(width, rows))](
+    _w13[(inner.shape[0], triton.cdiv(width, block_n))](
         states,
         w13,
         scale,
@@ -144,10 +157,10 @@ def launch_w13(
         WIDTH=width,
         **_scales(scale, block),
         UP=0 if block is None else scale.shape[1] // 2,
-        ROWS=rows,
+        BLOCK_N=block_n,
         CHUNKS=chunks,
         CHUNK=chunk,
-        EVEN=width % rows == 0 and hidden % (chunks * chunk) == 0,
+        EVEN=width % block_n == 0 and hidden % (chunks * chunk) == 0,
         num_warps=warps,
         **options(states),
     )
@@ -163,10 +176,10 @@ def launch_w2(
     output: torch.Tensor,
     tile: Tile,
 ) -> None:
-    """The weighted sum over a token's slots of w2 · inner into ``output`` [num_tokens, H]."""
-    (rows, chunks, warps, chunk), (hidden, width) = tile, w2.shape[1:]
+    """Write the weighted sum over a token's slots of w2 · inner into ``output`` [num_tokens, H]."""
+    (block_n, chunks, warps, chunk), (hidden, width) = tile, w2.shape[1:]
     chunks = min(chunks, triton.next_power_of_2(width // chunk))
-    _w2[(output.shape[0], triton.cdiv(hidden, rows))](
+    _w2[(output.shape[0], triton.cdiv(hidden, block_n))](
         inner,
         w2,
         scale,
@@ -177,114 +190,110 @@ def launch_w2(
         HIDDEN=hidden,
         WIDTH=width,
         **_scales(scale, block),
-        ROWS=rows,
+        BLOCK_N=block_n,
         CHUNKS=chunks,
         CHUNK=chunk,
-        EVEN=hidden % rows == 0 and width % (chunks * chunk) == 0,
+        EVEN=hidden % block_n == 0 and width % (chunks * chunk) == 0,
         num_warps=warps,
         **options(inner),
     )
 
 
 def _scales(scale: torch.Tensor, block: Block | None) -> dict[str, int]:
-    """How the kernels find a scale: one for all is a block of any size, in one row and column of blocks."""
-    rows, columns = (1, 1) if block is None else scale.shape[1:]
-    block_rows, block_columns = block or (ALL, ALL)
-    return {
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLUMNS": block_columns,
-        "SCALE_ROWS": rows,
-        "SCALE_COLUMNS": columns,
-    }
+    """Say where the kernels find a scale: one for all is a block of any size, alone in its matrix."""
+    scale_n, scale_k = (1, 1) if block is None else scale.shape[1:]
+    group_n, group_k = block or (ALL, ALL)
+    return {"GROUP_N": group_n, "GROUP_K": group_k, "SCALE_N": scale_n, "SCALE_K": scale_k}
 
 
 @triton.jit
-def _states(states, chunk, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
-    """[chunks, CHUNK] of a row of states, float32."""
-    column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+def _states(row_ptr, offs_c, K: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
+    """Load chunks ``offs_c`` of a row of K states: [CHUNKS, CHUNK] float32."""
+    offs_k = offs_c[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     if EVEN:
-        return tl.load(states + column).to(tl.float32)
-    return tl.load(states + column, mask=(chunk * CHUNK < COLUMNS)[:, None], other=0.0).to(tl.float32)
+        return tl.load(row_ptr + offs_k).to(tl.float32)
+    return tl.load(row_ptr + offs_k, mask=(offs_c * CHUNK < K)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _products(
-    weight, scale, row, chunk, state, LAST: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    w_ptr, scale_ptr, offs_n, offs_c, x, N: tl.constexpr, K: tl.constexpr, GROUP_N: tl.constexpr,
+    GROUP_K: tl.constexpr, SCALE_K: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """[rows, chunks]: sums of products, scaled, of a matrix [LAST, COLUMNS] that starts at ``weight``."""
-    place = chunk * CHUNK
-    column = place[:, None] + tl.arange(0, CHUNK)[None, :]
-    there = (row < LAST)[:, None] & (place < COLUMNS)[None, :]
-    tile = weight + row[:, None, None] * COLUMNS + column[None, :, :]
+    """Add up products of a matrix [N, K] with ``x`` within each chunk, and scale: [BLOCK_N, CHUNKS]."""
+    first_k = offs_c * CHUNK
+    offs_k = first_k[:, None] + tl.arange(0, CHUNK)[None, :]
+    mask = (offs_n < N)[:, None] & (first_k < K)[None, :]
+    tile_ptr = w_ptr + offs_n[:, None, None] * K + offs_k[None, :, :]
     if EVEN:
-        found = tl.load(tile).to(tl.float32)
+        w = tl.load(tile_ptr).to(tl.float32)
     else:
-        found = tl.load(tile, mask=there[:, :, None], other=0.0).to(tl.float32)
-    across = place // BLOCK_COLUMNS
-    if BLOCK_ROWS % ROWS == 0:
+        w = tl.load(tile_ptr, mask=mask[:, :, None], other=0.0).to(tl.float32)
+    scale_k = first_k // GROUP_K
+    if GROUP_N % BLOCK_N == 0:
         # All rows of the tile lie in one row of blocks.
-        first = tl.min(row, 0) // BLOCK_ROWS * SCALE_COLUMNS
-        factor = tl.load(scale + first + across, mask=place < COLUMNS, other=0.0)[None, :]
+        row = tl.min(offs_n, 0) // GROUP_N * SCALE_K
+        scale = tl.load(scale_ptr + row + scale_k, mask=first_k < K, other=0.0)[None, :]
     else:
-        down = row // BLOCK_ROWS * SCALE_COLUMNS
-        factor = tl.load(scale + down[:, None] + across[None, :], mask=there, other=0.0)
-    return tl.sum(found * state[None, :, :], 2) * factor
+        row = offs_n // GROUP_N * SCALE_K
+        scale = tl.load(scale_ptr + row[:, None] + scale_k[None, :], mask=mask, other=0.0)
+    return tl.sum(w * x[None, :, :], 2) * scale
 
 
 @triton.jit
 def _w13(
-    x, w13, scale, ids, inner, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, UP: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+    x_ptr, w13_ptr, scale_ptr, ids_ptr, inner_ptr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr, UP: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     pair = tl.program_id(0).to(tl.int64)
-    expert = tl.load(ids + pair).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    first = w13 + expert * (2 * WIDTH * HIDDEN)
-    factors = scale + expert * (SCALE_ROWS * SCALE_COLUMNS)
-    gate = tl.zeros([ROWS, CHUNKS], tl.float32)
-    up = tl.zeros([ROWS, CHUNKS], tl.float32)
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w1_ptr = w13_ptr + expert * (2 * WIDTH * HIDDEN)
+    w1_scale_ptr = scale_ptr + expert * (SCALE_N * SCALE_K)
+    acc_gate = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
+    acc_up = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
     for start in tl.static_range(0, HIDDEN, CHUNKS * CHUNK):
-        chunk = start // CHUNK + tl.arange(0, CHUNKS)
-        state = _states(x + pair // SLOTS * HIDDEN, chunk, HIDDEN, CHUNK, EVEN)
-        gate += _products(
-            first, factors, row, chunk, state, WIDTH, HIDDEN, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS,
-            CHUNK, EVEN,
+        offs_c = start // CHUNK + tl.arange(0, CHUNKS)
+        x = _states(x_ptr + pair // SLOTS * HIDDEN, offs_c, HIDDEN, CHUNK, EVEN)
+        acc_gate += _products(
+            w1_ptr, w1_scale_ptr, offs_n, offs_c, x, WIDTH, HIDDEN, GROUP_N, GROUP_K, SCALE_K, BLOCK_N, CHUNK,
+            EVEN,
         )  # fmt: skip
-        up += _products(
-            first + WIDTH * HIDDEN, factors + UP * SCALE_COLUMNS, row, chunk, state, WIDTH, HIDDEN,
-            BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS, CHUNK, EVEN,
+        acc_up += _products(
+            w1_ptr + WIDTH * HIDDEN, w1_scale_ptr + UP * SCALE_K, offs_n, offs_c, x, WIDTH, HIDDEN, GROUP_N,
+            GROUP_K, SCALE_K, BLOCK_N, CHUNK, EVEN,
         )  # fmt: skip
-    g = tl.sum(gate, 1)
-    value = g / (1.0 + tl.exp(-g)) * tl.sum(up, 1)
-    tl.store(inner + pair * WIDTH + row, value.to(inner.dtype.element_ty), mask=row < WIDTH)
+    gate = tl.sum(acc_gate, 1)
+    value = gate / (1.0 + tl.exp(-gate)) * tl.sum(acc_up, 1)
+    tl.store(inner_ptr + pair * WIDTH + offs_n, value.to(inner_ptr.dtype.element_ty), mask=offs_n < WIDTH)
 
 
 @triton.jit
 def _w2(
-    inner, w2, scale, ids, weights, output, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    inner_ptr, w2_ptr, scale_ptr, ids_ptr, weights_ptr, out_ptr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, CHUNKS], tl.float32)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
     # Unrolled: the loads of all slots are under way at once.
     for j in tl.static_range(SLOTS):
         pair = token * SLOTS + j
-        expert = tl.load(ids + pair).to(tl.int64)
-        weight = tl.load(weights + pair)
+        expert = tl.load(ids_ptr + pair).to(tl.int64)
+        weight = tl.load(weights_ptr + pair)
         for start in tl.static_range(0, WIDTH, CHUNKS * CHUNK):
-            chunk = start // CHUNK + tl.arange(0, CHUNKS)
-            state = _states(inner + pair * WIDTH, chunk, WIDTH, CHUNK, EVEN)
-            total += weight * _products(
-                w2 + expert * (HIDDEN * WIDTH), scale + expert * (SCALE_ROWS * SCALE_COLUMNS), row, chunk,
-                state, HIDDEN, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, SCALE_COLUMNS, ROWS, CHUNK, EVEN,
+            offs_c = start // CHUNK + tl.arange(0, CHUNKS)
+            x = _states(inner_ptr + pair * WIDTH, offs_c, WIDTH, CHUNK, EVEN)
+            acc += weight * _products(
+                w2_ptr + expert * (HIDDEN * WIDTH), scale_ptr + expert * (SCALE_N * SCALE_K), offs_n, offs_c,
+                x, HIDDEN, WIDTH, GROUP_N, GROUP_K, SCALE_K, BLOCK_N, CHUNK, EVEN,
             )  # fmt: skip
-    tl.store(output + token * HIDDEN + row, tl.sum(total, 1).to(output.dtype.element_ty), mask=row < HIDDEN)
+    out_ptrs = out_ptr + token * HIDDEN + offs_n
+    tl.store(out_ptrs, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=offs_n < HIDDEN)

@@ -1,4 +1,4 @@
-"""sigmoid(x·w)·y (+ residual) in one launch: the gate of a shared expert that stays unfused."""
+"""Gate of a shared expert that stays unfused, sigmoid(x·w)·y (+ residual), in one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .launch import begin, options
 def reference(
     hidden_states: torch.Tensor, gate: torch.Tensor, mlp: torch.Tensor, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What `gated_mlp` computes, in float64."""
+    """Compute what `gated_mlp` computes, in float64; shapes as there."""
     out = (hidden_states.double() @ gate.double().reshape(-1, 1)).sigmoid() * mlp.double()
     return out if residual is None else out + residual.double()
 
@@ -20,10 +20,14 @@ def reference(
 def gated_mlp(
     hidden_states: torch.Tensor, gate: torch.Tensor, mlp: torch.Tensor, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[num_tokens, H] in the dtype of ``mlp``.
+    """Weigh the shared expert's output by its gate, and add ``residual``: sigmoid(x·w)·y (+ residual).
 
     Args:
-        hidden_states: [num_tokens, H]; gate: [1, H]; mlp and residual: [num_tokens, H]. Rows contiguous.
+        hidden_states: [num_tokens, H]; gate: [1, H]; mlp and residual: [num_tokens, H]. Rows contiguous, any
+            float dtype; computed in float32.
+
+    Returns:
+        [num_tokens, H] in the dtype of ``mlp``.
     """
     tokens, hidden = mlp.shape
     out = torch.empty_like(mlp)
@@ -35,7 +39,7 @@ def gated_mlp(
         out,
         HIDDEN=hidden,
         ADD=residual is not None,
-        BLOCK=triton.next_power_of_2(hidden),
+        BLOCK_H=triton.next_power_of_2(hidden),
         num_warps=8 if hidden > 2048 else 4,
         **options(mlp),
     )
@@ -44,24 +48,24 @@ def gated_mlp(
 
 @triton.jit
 def _gated_mlp(
-    x,
-    gate,
-    mlp,
-    residual,
-    out,
+    x_ptr,
+    gate_ptr,
+    mlp_ptr,
+    residual_ptr,
+    out_ptr,
     HIDDEN: tl.constexpr,
     ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    start = tl.program_id(0).to(tl.int64) * HIDDEN
-    column = tl.arange(0, BLOCK)
-    inside = column < HIDDEN
-    state = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(gate + column, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(mlp + start + column, mask=inside, other=0.0).to(tl.float32)
-    value = value / (1.0 + tl.exp(-tl.sum(state * weight, 0)))
+    row = tl.program_id(0).to(tl.int64) * HIDDEN
+    offs_h = tl.arange(0, BLOCK_H)
+    mask = offs_h < HIDDEN
+    x = tl.load(x_ptr + row + offs_h, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(mlp_ptr + row + offs_h, mask=mask, other=0.0).to(tl.float32)
+    value = value / (1.0 + tl.exp(-tl.sum(x * gate, 0)))
     if ADD:
-        value += tl.load(residual + start + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + start + column, value.to(out.dtype.element_ty), mask=inside)
+        value += tl.load(residual_ptr + row + offs_h, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row + offs_h, value.to(out_ptr.dtype.element_ty), mask=mask)

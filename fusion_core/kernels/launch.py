@@ -1,4 +1,4 @@
-"""How kernels that follow each other overlap: programmatic dependent launch, on NVIDIA GPUs from Hopper on.
+"""Overlap of kernels that follow each other: programmatic dependent launch, on NVIDIA GPUs from Hopper on.
 
 A kernel launched so is set up while the one before it still runs. It calls `begin` before it touches memory:
 that waits until all that was launched before has ended and is visible, and then lets the next one be set up.
@@ -17,7 +17,7 @@ HOPPER = (9, 0)
 
 
 def options(tensor: torch.Tensor) -> dict[str, Any]:
-    """Arguments of a launch on the tensor's device, for a kernel that takes ``PDL`` and calls `begin`."""
+    """Return the launch arguments on the tensor's device, for a kernel with ``PDL`` that calls `begin`."""
     if tensor.is_cuda and _supported(tensor.device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
@@ -34,7 +34,7 @@ def _supported(device: torch.device) -> bool:
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """From here on all that was launched before is there."""
+    """Wait until all that was launched before is there, then let the next kernel be set up."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

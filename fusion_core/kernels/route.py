@@ -23,7 +23,7 @@ def reference(
     correction_bias: torch.Tensor | None = None,
     slot_weight: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `route` computes, in torch; float64 where the logits are float64."""
+    """Compute what `route` computes, in torch; float64 where the logits are float64."""
     experts = slots.start
     weights, ids = route_reference(logits[:, :experts], top_k, spec, correction_bias)
     shared: torch.Tensor | float = slot_weight
@@ -46,7 +46,7 @@ def route(
         logits: [num_tokens, E + G], contiguous rows. G = 1: the last column is the logit of the gate that all
             slots share. G = 0: the slots weigh ``slot_weight``.
         slots: the S ids of the shared slots; they start at E.
-        spec: how the family routes; see `fusion_core.routing.route`.
+        spec: how the family routes; `routing_reference.route` has the formulas.
         correction_bias: [E] float32, added for choosing only.
         slot_weight: factor on the slots' weight.
 
@@ -90,11 +90,11 @@ def route(
 
 @triton.jit
 def _route(
-    logits,
-    bias,
-    weights,
-    ids,
-    stride,
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    stride_lm,
     scale,
     slot_weight,
     EXPERTS: tl.constexpr,
@@ -115,11 +115,12 @@ def _route(
     token = tl.program_id(0).to(tl.int64)
     PLACES: tl.constexpr = GROUPS_P2 * IN_GROUP_P2
     NONE: tl.constexpr = -(1 << 31)
+    IN_GROUP: tl.constexpr = EXPERTS // GROUPS
     place = tl.arange(0, PLACES)
-    in_group: tl.constexpr = EXPERTS // GROUPS
-    expert = place // IN_GROUP_P2 * in_group + place % IN_GROUP_P2
-    real = (place // IN_GROUP_P2 < GROUPS) & (place % IN_GROUP_P2 < in_group)
-    score = tl.load(logits + token * stride + expert, mask=real, other=float("-inf")).to(tl.float32)
+    offs_e = place // IN_GROUP_P2 * IN_GROUP + place % IN_GROUP_P2
+    mask_e = (place // IN_GROUP_P2 < GROUPS) & (place % IN_GROUP_P2 < IN_GROUP)
+    row_ptr = logits_ptr + token * stride_lm
+    score = tl.load(row_ptr + offs_e, mask=mask_e, other=float("-inf")).to(tl.float32)
     peak = tl.max(score, 0)
     total = 1.0
     if SIGMOID:
@@ -128,40 +129,41 @@ def _route(
         total = tl.sum(tl.exp(score - peak), 0)
     choice = score
     if BIASED:
-        choice += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
+        choice += tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
     if GROUPS > 1:
-        choice = tl.where(real, choice, float("-inf"))
+        choice = tl.where(mask_e, choice, float("-inf"))
         choice = _keep_groups(choice, GROUPS, TOP_GROUPS, GROUPS_P2, IN_GROUP_P2, BIASED)
     # Reductions of 32-bit integers are one instruction. Of equal values the first place wins; no choice falls
     # beyond the experts.
-    key = tl.where(real, _ordered(choice), NONE)
-    out = tl.arange(0, OUT_P2)
-    chosen = tl.zeros([OUT_P2], tl.int32)
+    key = tl.where(mask_e, _ordered(choice), NONE)
+    offs_n = tl.arange(0, OUT_P2)
+    expert = tl.zeros([OUT_P2], tl.int32)
     for k in tl.static_range(TOP_K):
         best = tl.max(key, 0)
         won = tl.min(tl.where(key == best, place, PLACES), 0)
-        chosen = tl.where(out == k, won // IN_GROUP_P2 * in_group + won % IN_GROUP_P2, chosen)
+        expert = tl.where(offs_n == k, won // IN_GROUP_P2 * IN_GROUP + won % IN_GROUP_P2, expert)
         key = tl.where(place == won, NONE, key)
-    routed = out < TOP_K
-    weight = tl.load(logits + token * stride + chosen, mask=routed, other=float("-inf")).to(tl.float32)
+    routed = offs_n < TOP_K
+    weight = tl.load(row_ptr + expert, mask=routed, other=float("-inf")).to(tl.float32)
     weight = 1.0 / (1.0 + tl.exp(-weight)) if SIGMOID else tl.exp(weight - peak)
     if RENORMALIZE:
         total = tl.sum(weight, 0)
     weight = weight / total * scale
     shared = slot_weight
     if GATED:
-        gate = tl.load(logits + token * stride + EXPERTS).to(tl.float32)
+        gate = tl.load(row_ptr + EXPERTS).to(tl.float32)
         shared = slot_weight / (1.0 + tl.exp(-gate))
     weight = tl.where(routed, weight, shared)
-    chosen = tl.where(routed, chosen, EXPERTS + out - TOP_K)
-    row = token * (TOP_K + SLOTS) + out
-    tl.store(weights + row, weight, mask=out < TOP_K + SLOTS)
-    tl.store(ids + row, chosen, mask=out < TOP_K + SLOTS)
+    expert = tl.where(routed, expert, EXPERTS + offs_n - TOP_K)
+    offs_out = token * (TOP_K + SLOTS) + offs_n
+    mask = offs_n < TOP_K + SLOTS
+    tl.store(weights_ptr + offs_out, weight, mask=mask)
+    tl.store(ids_ptr + offs_out, expert, mask=mask)
 
 
 @triton.jit
 def _ordered(value):
-    """int32 in the order of float32, all above the least one; both zeros are one."""
+    """Map float32 to int32 of the same order, all above the least one; both zeros are one."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -175,13 +177,13 @@ def _keep_groups(
     IN_GROUP_P2: tl.constexpr,
     TWO_BEST: tl.constexpr,
 ):
-    """-inf for all experts outside the groups with the best expert, or the best two."""
+    """Put -inf for all experts outside the groups with the best expert, or the best two."""
     table = tl.reshape(choice, [GROUPS_P2, IN_GROUP_P2])
     mark = tl.max(table, 1)
     if TWO_BEST:
         first = tl.argmax(table, 1)
-        column = tl.arange(0, IN_GROUP_P2)
-        mark += tl.max(tl.where(column[None, :] == first[:, None], float("-inf"), table), 1)
+        offs_n = tl.arange(0, IN_GROUP_P2)
+        mark += tl.max(tl.where(offs_n[None, :] == first[:, None], float("-inf"), table), 1)
     group = tl.arange(0, GROUPS_P2)
     mark = tl.where(group < GROUPS, mark, float("-inf"))
     kept = tl.zeros([GROUPS_P2], tl.int32)

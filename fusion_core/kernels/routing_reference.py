@@ -22,11 +22,12 @@ def route(
     Softmax (Qwen): p = softmax(logits); the k largest, renormalised to sum 1 if ``renormalize``.
     Sigmoid (GLM-4, DeepSeek-V3): s = sigmoid(logits); s + bias chooses, first ``topk_group`` groups
     by the sum of their two best experts, then experts in them; the weights are s without the bias.
-    Both are multiplied by ``routed_scaling_factor``.
+    Both are multiplied by ``routed_scaling_factor``. So do `Qwen2MoeSparseMoeBlock` and
+    `Glm4MoeTopkRouter` of Transformers.
 
     Args:
         logits: router logits, [num_tokens, E], any float dtype.
-        correction_bias: [E], added for choosing only.
+        correction_bias: [E], any float dtype, added for choosing only.
 
     Returns:
         ``topk_weights`` float32 (float64 for float64 logits) and ``topk_ids`` int32,
@@ -55,7 +56,7 @@ def route(
 
 
 def _mask_groups(choice: torch.Tensor, spec: RoutingSpec, best: int) -> torch.Tensor:
-    """-inf for all experts outside the ``topk_group`` groups with the best expert(s)."""
+    """Put -inf for all experts outside the ``topk_group`` groups with the best expert(s)."""
     groups = choice.reshape(choice.shape[0], spec.num_expert_group, choice.shape[1] // spec.num_expert_group)
     group_scores = groups.topk(best, dim=-1).values.sum(dim=-1)
     kept = group_scores.topk(spec.topk_group, dim=-1).indices
@@ -69,13 +70,13 @@ def append_shared_slots(
     """Append the shared slots to a top-k.
 
     Args:
-        weights, ids: [num_tokens, k].
+        weights, ids: [num_tokens, k], any float and any integer dtype.
         slots: the S slot ids, each appended to every token.
         slot_weight: net weight of the shared expert, [num_tokens, 1] or one number. All slots of a
             split shared expert carry the same weight, as each holds a part of the same sum.
 
     Returns:
-        [num_tokens, k + S] of both, contiguous (CPU and AITER kernels ignore strides).
+        Both as [num_tokens, k + S], dtypes as given, contiguous (CPU and AITER kernels ignore strides).
     """
     num_tokens, num_slots = weights.shape[0], len(slots)
     if isinstance(slot_weight, torch.Tensor):

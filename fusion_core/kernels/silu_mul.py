@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 # Most inner states that one program computes: few tokens need more programs than tokens.
-COLUMNS = 512
+BLOCK_N = 512
 
 
 def reference(
     gate_up: torch.Tensor, hidden_states: torch.Tensor | None = None, gate: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What `silu_mul` computes, in float64."""
+    """Compute what `silu_mul` computes, in float64; shapes as there."""
     one, up = gate_up.double().chunk(2, dim=-1)
     inner = torch.nn.functional.silu(one) * up
     if hidden_states is None or gate is None:
@@ -30,30 +30,36 @@ def silu_mul(
     gate: torch.Tensor | None = None,
     factor: float = 1.0,
 ) -> torch.Tensor:
-    """[num_tokens, I] in the dtype of ``gate_up``.
+    """Compute the inner states of a dense MLP: SiLU(gate)·up, times sigmoid(x·w) where there is a gate.
 
     Args:
-        gate_up: [num_tokens, 2 * I], gate before up, contiguous.
+        gate_up: [num_tokens, 2 * I], gate before up, contiguous, any float dtype; computed in float32.
         hidden_states: [num_tokens, H], rows contiguous; gate: H values. Both, or neither.
         factor: multiplies the result.
+
+    Returns:
+        [num_tokens, I] in the dtype of ``gate_up``.
     """
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
     gated = hidden_states is not None and gate is not None
-    hidden = hidden_states.shape[1] if gated and hidden_states is not None else 1
-    columns = min(COLUMNS, triton.next_power_of_2(width))
-    _silu_mul[(tokens, triton.cdiv(width, columns))](
+    # Without a gate the kernel reads neither of the two.
+    states, stride, hidden = gate_up, 0, 1
+    if gated and hidden_states is not None:
+        states, stride, hidden = hidden_states, hidden_states.stride(0), hidden_states.shape[1]
+    block_n = min(BLOCK_N, triton.next_power_of_2(width))
+    _silu_mul[(tokens, triton.cdiv(width, block_n))](
         gate_up,
-        hidden_states if gated else gate_up,
+        states,
         gate if gated else gate_up,
         out,
-        hidden_states.stride(0) if gated and hidden_states is not None else 0,
+        stride,
         factor,
         WIDTH=width,
         HIDDEN=hidden,
         GATED=gated,
-        COLUMNS=columns,
-        BLOCK=triton.next_power_of_2(hidden),
+        BLOCK_N=block_n,
+        BLOCK_H=triton.next_power_of_2(hidden),
         num_warps=4,
     )
     return out
@@ -61,28 +67,30 @@ def silu_mul(
 
 @triton.jit
 def _silu_mul(
-    gate_up,
-    x,
-    gate,
-    out,
-    stride,
+    gate_up_ptr,
+    x_ptr,
+    gate_ptr,
+    out_ptr,
+    stride_xm,
     factor,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     GATED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     weight = factor
     if GATED:
-        row = tl.arange(0, BLOCK)
-        state = tl.load(x + token * stride + row, mask=row < HIDDEN, other=0.0).to(tl.float32)
-        scale = tl.load(gate + row, mask=row < HIDDEN, other=0.0).to(tl.float32)
-        weight = factor / (1.0 + tl.exp(-tl.sum(state * scale, 0)))
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < WIDTH
-    g = tl.load(gate_up + token * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(gate_up + token * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        offs_h = tl.arange(0, BLOCK_H)
+        mask_h = offs_h < HIDDEN
+        x = tl.load(x_ptr + token * stride_xm + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+        weight = factor / (1.0 + tl.exp(-tl.sum(x * gate, 0)))
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < WIDTH
+    row_ptr = gate_up_ptr + token * 2 * WIDTH + offs_n
+    g = tl.load(row_ptr, mask=mask_n, other=0.0).to(tl.float32)
+    u = tl.load(row_ptr + WIDTH, mask=mask_n, other=0.0).to(tl.float32)
     value = g / (1.0 + tl.exp(-g)) * u * weight
-    tl.store(out + token * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + token * WIDTH + offs_n, value.to(out_ptr.dtype.element_ty), mask=mask_n)

@@ -44,16 +44,21 @@ def clear_padding(slots: Mapping[str, torch.Tensor], width: int) -> None:
 
 
 def is_poisoned(rows: torch.Tensor) -> bool:
-    """Whether any element of the slot rows is NaN."""
+    """Return whether any element of the slot rows is NaN."""
     if not rows.is_floating_point() or rows.is_meta:
         return False
     return bool(torch.isnan(rows.float() if rows.element_size() == 1 else rows).any())
 
 
 def marks(experts: torch.Tensor) -> list[torch.Tensor]:
-    """One element of w1, w3 or w2 of every expert, to poison and look at: an expert that never came shows.
+    """Return views of single elements, to poison and look at: an expert that never came shows.
 
-    None where the tensor has not the three dimensions of plain weights.
+    Args:
+        experts: w13 [E, 2 * I, H] or w2 [E, H, I].
+
+    Returns:
+        One element of w1 and w3, or two of w2, of every expert: views [E]. Empty where the tensor has not the
+        three dimensions of plain weights.
     """
     return [] if experts.ndim != 3 else [experts[:, row, 0] for row in {0, experts.shape[1] // 2}]
 
@@ -78,25 +83,25 @@ class SlotAudit:
         self.expected |= {(layer, s, shard, x) for s in slots for shard in shards for x in suffixes}
 
     def begin(self) -> None:
-        """A load starts."""
+        """Note that a load starts."""
         self.written.clear()
 
     def wrote(self, part: SlotTensor) -> None:
-        """One slot tensor was accepted by the engine's weight loader."""
+        """Note that one slot tensor was accepted by the engine's weight loader."""
         key = part.layer, part.slot, part.shard, part.suffix
         self.written[key] += 1
         self.covered.add(key)
 
     @property
     def slots_loaded(self) -> int:
-        """Slots of which every part was written, by whichever load."""
+        """Count the slots of which every part was written, by whichever load."""
         slots = {key[:2] for key in self.expected}
         return len(slots - {key[:2] for key in self.expected - self.covered})
 
     def finish(
         self, poisoned_layers: list[int], update: bool = False, unrouted_layers: Sequence[int] = ()
     ) -> None:
-        """A load ended; after the first that passed, every load is an update.
+        """Check a load that ended; after the first that passed, every load is an update.
 
         Raises:
             AuditError: it was not an update and a part is missing, was written twice, was not expected,

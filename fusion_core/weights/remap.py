@@ -1,4 +1,4 @@
-"""The weight stream: shared-expert tensors become slot tensors, everything else passes untouched."""
+"""Remap of the weight stream: shared-expert tensors become slot tensors, everything else passes untouched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SlotTensor:
 
     @property
     def parameter(self) -> str:
-        """Name of the fused parameter below the layer's experts, e.g. ``w13_weight``."""
+        """Return the name of the fused parameter below the layer's experts, e.g. ``w13_weight``."""
         return f"{'w2' if self.shard == 'w2' else 'w13'}_{self.suffix}"
 
 
@@ -58,7 +58,7 @@ def split(tensor: torch.Tensor, projection: Projection, layout: ExpertLayout) ->
 
 
 class Remap:
-    """Streams one checkpoint for one role; counts, so that nothing is lost on the way.
+    """A remap of one checkpoint for one role; it counts, so that nothing is lost on the way.
 
     Args:
         layout, role: of the layers that are remapped.
@@ -74,7 +74,11 @@ class Remap:
         self.read = self.passed = self.shared = self.emitted = 0
 
     def __call__(self, stream: Iterable[Named]) -> Iterator[Named | SlotTensor]:
-        """(name, tensor) in; the same pair, or a SlotTensor for each slot, out. One tensor at a time."""
+        """Pass (name, tensor) on, or a SlotTensor for each slot in its place; one tensor at a time.
+
+        Raises:
+            AuditError: a shared expert's tensor comes twice, does not split, or parts were lost.
+        """
         seen: set[ExpertTensor] = set()
         for name, tensor in stream:
             self.read += 1

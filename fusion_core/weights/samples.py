@@ -1,6 +1,6 @@
 """Samples of the shared experts as the checkpoint streams them, looked for in the slots after the load.
 
-Bit by bit, and reckoned from the checkpoint's own rows and columns: nothing of the remap is used. A part in
+Bit by bit, and reckoned from the checkpoint's rows and columns: nothing of the remap is used. A part in
 the wrong slot, shard, row, column or process, transposed or changed on its way shows without a forward. So
 it is with the scales of FP8 weights. What an engine holds in another layout or dtype is not compared.
 """
@@ -42,12 +42,13 @@ class _Sample:
 
     @property
     def parameter(self) -> str:
+        """Return the name of the fused parameter, e.g. ``w13_weight``."""
         return f"{'w2' if self.projection == 'down_proj' else 'w13'}_{self.suffix}"
 
 
 @dataclass
-class Found:
-    """What a comparison of one layer saw.
+class Comparison:
+    """Result of comparing one layer.
 
     Args:
         compared: values that are as in the checkpoint.
@@ -77,7 +78,7 @@ class SlotSample:
         self._other: dict[int, set[str]] = {}
 
     def tap(self, stream: Iterable[Named]) -> Iterator[Named]:
-        """The stream as it is; weights of shared experts and their scales are sampled on their way."""
+        """Pass the stream on as it is; weights of shared experts and their scales are sampled on the way."""
         for name, tensor in stream:
             # Most names are other tensors', and the remap parses each of them anyway.
             ref = self.naming.parse(name) if self._below in name else None
@@ -110,7 +111,9 @@ class SlotSample:
         sample = _Sample(ref.projection, ref.suffix, inner, outer, extent, values)
         self._samples.setdefault(ref.layer, []).append(sample)
 
-    def compare(self, layer: int, parameters: Mapping[str, torch.Tensor], rank: int, parts: int = 0) -> Found:
+    def compare(
+        self, layer: int, parameters: Mapping[str, torch.Tensor], rank: int, parts: int = 0
+    ) -> Comparison:
         """Look for a layer's samples in its slots.
 
         Args:
@@ -122,7 +125,7 @@ class SlotSample:
         Raises:
             AuditError: a value is not what the checkpoint has.
         """
-        found = Found(not_compared=set(self._other.get(layer, ())))
+        comparison = Comparison(not_compared=set(self._other.get(layer, ())))
         width, total = self.layout.moe_intermediate_size, self.layout.num_experts
         first = self.layout.num_routed
         slots = {n: p[first:] for n, p in parameters.items() if p.ndim and p.shape[0] == total}
@@ -138,15 +141,15 @@ class SlotSample:
         for sample, place in places:
             scaled = sample.suffix == "weight" and sample.values.element_size() == 1
             if place is None or (scaled and any(m.startswith(f"{sample.parameter}_") for m in moved)):
-                found.not_compared.add(sample.parameter)
+                comparison.not_compared.add(sample.parameter)
             else:
-                found.compared += self._look(layer, sample, place, parts, rank % parts)
-        return found
+                comparison.compared += self._look(layer, sample, place, parts, rank % parts)
+        return comparison
 
     def _place(
         self, layer: int, sample: _Sample, slots: Mapping[str, torch.Tensor], parts: int
     ) -> torch.Tensor | None:
-        """The parameter as [S, width of w1 and w3 or of w2, hidden size]; None where it is not that."""
+        """View the parameter as [S, width of w1 and w3 or of w2, hidden size]; None where it is not that."""
         parameter = slots.get(sample.parameter)
         if parameter is None or parameter.is_meta or not parts or not parameter.ndim:
             return None
@@ -187,21 +190,21 @@ class SlotSample:
             start = (slot * parts + rank) * mine if sample.extent[0] > 1 else 0
             here = (sample.inner >= start) & (sample.inner < start + mine)
             inner, outer = sample.inner[here] - start + first, sample.outer[here]
-            found = _at(place[slot], inner, outer)
-            differing = (_bits(found) != _bits(_picked(sample.values, here).to(found.dtype))).any(dim=1)
+            values = _at(place[slot], inner, outer)
+            differing = (_bits(values) != _bits(_picked(sample.values, here).to(values.dtype))).any(dim=1)
             if bool(differing.any()):
                 raise AuditError(
                     f"{self.role} model: layer {layer} slot {self.layout.num_routed + slot}: "
-                    f"{int(differing.sum())} of {len(found)} sampled values of {sample.projection}"
+                    f"{int(differing.sum())} of {len(values)} sampled values of {sample.projection}"
                     f"{'' if sample.suffix == 'weight' else '.' + sample.suffix} are not the checkpoint's; "
                     "the model is not served"
                 )
-            compared += len(found)
+            compared += len(values)
         return compared
 
 
 def _without_padding(slots: Mapping[str, torch.Tensor], held: int) -> dict[str, torch.Tensor]:
-    """Weights of the slots without what kernels want beside ``held`` rows or columns of each projection."""
+    """Cut from weights of the slots what kernels want beside ``held`` rows or columns of each projection."""
     w13, w2 = slots.get("w13_weight"), slots.get("w2_weight")
     if w13 is None or w2 is None or w2.ndim != 3 or w2.shape[2] <= held or w13.shape[1] != 2 * w2.shape[2]:
         return {}
@@ -212,7 +215,7 @@ def _without_padding(slots: Mapping[str, torch.Tensor], held: int) -> dict[str, 
 
 
 def _at(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Values of a matrix, in the host's memory; those in 8 bits are picked as bytes."""
+    """Pick values of a matrix into the host's memory; those in 8 bits are picked as bytes."""
     small = matrix.element_size() == 1
     held = matrix.view(torch.uint8) if small else matrix
     values = held[rows.to(matrix.device), columns.to(matrix.device)].to("cpu")
@@ -226,12 +229,12 @@ def _picked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """The bytes of each value, [N, size]: 8-bit formats do not compare."""
+    """Return the bytes of each value, [N, size]: 8-bit formats do not compare."""
     return values.contiguous().view(torch.uint8).reshape(len(values), -1)
 
 
 def _matrix(suffix: str, tensor: torch.Tensor, out: int) -> torch.Tensor | None:
-    """A weight as it is, its scales as a matrix; None for what is neither."""
+    """Return a weight as it is, its scales as a matrix; None for what is neither."""
     if not tensor.is_floating_point() or tensor.ndim > 2:
         return None
     if suffix == "weight":

@@ -9,7 +9,7 @@ import torch
 
 from fse_patch.errors import AuditError
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.fusion_core.weights.samples import VALUES, Found, SlotSample
+from fse_patch.fusion_core.weights.samples import VALUES, Comparison, SlotSample
 
 from .fp8 import BLOCK, E4M3, MLP, SCHEMES, Tensors, layer, stored
 from .moe import naming_of
@@ -63,7 +63,7 @@ def loaded(tensors: Tensors, scheme: str, layout: ExpertLayout, parts: int = 1, 
     return found
 
 
-def compared(tensors: Tensors, slots: Tensors, layout: ExpertLayout, rank: int = 0) -> Found:
+def compared(tensors: Tensors, slots: Tensors, layout: ExpertLayout, rank: int = 0) -> Comparison:
     sample = SlotSample(layout, "main", naming_of("qwen2_moe", 2), [1])
     assert len(list(sample.tap(tensors.items()))) == len(tensors)
     return sample.compare(1, slots, rank)
@@ -84,7 +84,7 @@ def scales(tensors: Tensors) -> int:
 def test_what_was_loaded_rightly_is_found(scheme: str) -> None:
     tensors = stored(layer(scheme, LAYOUT), SCHEMES[scheme], 0)
     found = compared(tensors, loaded(tensors, scheme, LAYOUT), LAYOUT)
-    assert found == Found(3 * S * VALUES + scales(tensors), set())
+    assert found == Comparison(3 * S * VALUES + scales(tensors), set())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -242,7 +242,7 @@ def test_packed_integers_are_not_judged() -> None:
     prefix = f"{MLP}shared_expert.gate_proj."
     tensors = {f"{prefix}qweight": torch.ones(12, 128).int(), f"{prefix}scales": torch.ones(3, 128)}
     found = compared(tensors, {"w2_weight": torch.ones(E + S, H, I)}, LAYOUT)
-    assert found == Found(0, {"w13_qweight", "w13_scales"})
+    assert found == Comparison(0, {"w13_qweight", "w13_scales"})
 
 
 def test_blocks_that_do_not_end_with_a_part_are_not_judged() -> None:

@@ -22,7 +22,7 @@ from fse_patch.settings import Settings
 
 from .moe import decision, start_of
 from .outcomes import stock
-from .test_dispatch import HERE, table
+from .test_mode_plans import HERE, table
 
 LAYOUT = ExpertLayout(num_routed=8, num_shared_slots=1, top_k=2, hidden_size=16, moe_intermediate_size=4)
 MADE = decision(LAYOUT, RoutingSpec("softmax", True), layers=(0, 1))

@@ -19,7 +19,7 @@ from fse_patch.fusion_core.proof.canary import CanaryError, Reference
 from fse_patch.fusion_core.reasons import Reason
 
 from .moe import Slots, decision, start_of
-from .test_dispatch import table
+from .test_mode_plans import table
 
 HIDDEN = torch.ones(2, 2)
 WANTED = Reference(HIDDEN, 2 * HIDDEN.double(), HIDDEN.double(), 0.01, None)

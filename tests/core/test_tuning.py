@@ -20,7 +20,7 @@ from fse_patch.fusion_core.forward.tuned import plan_for
 from fse_patch.lab import bench, tune
 from fse_patch.lab.timing import Ratio, floor_seconds, is_quiet, ratio
 
-from .test_dispatch import HERE
+from .test_mode_plans import HERE
 
 SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
 

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 
-from fse_patch.fusion_core.weights.samples import Found, SlotSample
+from fse_patch.fusion_core.weights.samples import Comparison, SlotSample
 from fse_patch.settings import VERIFY
 
 from .plant import PLANTS
@@ -53,7 +53,7 @@ def serve(name: str, engine: Any, job: dict[str, Any]) -> str:
 
 def without(defence: str | None) -> Any:
     """A defence that is off."""
-    return patch.object(SlotSample, "compare", lambda *_: Found()) if defence == "samples" else nothing()
+    return patch.object(SlotSample, "compare", lambda *_: Comparison()) if defence == "samples" else nothing()
 
 
 def weights(folder: str) -> Any:

@@ -1,4 +1,4 @@
-"""The engine's grouped GEMM over k+S slots."""
+"""Mode `fused`: the engine's grouped GEMM over k+S slots."""
 
 from __future__ import annotations
 

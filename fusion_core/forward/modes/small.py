@@ -1,4 +1,4 @@
-"""Few tokens: kernels of our own over k+S slots, four launches that overlap, without sorting."""
+"""Mode `small`, for few tokens: Triton kernels over k+S slots, four launches that overlap, no sorting."""
 
 from __future__ import annotations
 

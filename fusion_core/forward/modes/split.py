@@ -1,4 +1,4 @@
-"""Stock's way on views: the engine's grouped GEMM over k, and the shared slot as a dense MLP beside it."""
+"""Mode `split`, stock's way on views: the grouped GEMM over k, the shared slot as a dense MLP beside it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(execution: Execution, hidden_states: torch.Tensor, logits: torch.Tensor)
 
 
 def _shared(execution: Execution, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The shared expert's part of the output, [num_tokens, H]."""
+    """Compute the shared expert's part of the output, [num_tokens, H]."""
     inner = _inner(execution, hidden_states)
     if execution.quantised is not None:
         return execution.quantised.down(inner)
@@ -40,7 +40,7 @@ def _shared(execution: Execution, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _inner(execution: Execution, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Inner states of the shared expert, [num_tokens, I], its weight in them."""
+    """Compute the shared expert's inner states [num_tokens, I], its weight in them."""
     if execution.quantised is not None:
         gate_up = execution.quantised.gate_up(hidden_states)
     else:

@@ -44,8 +44,8 @@ def test_plans_that_are_none(steps: Any) -> None:
 
 
 def test_a_table_is_for_one_situation(tmp_path: Path) -> None:
-    own = table(tmp_path / "own.yaml")
-    plan = plan_for(HERE, "cuda", own)
+    user_table = table(tmp_path / "own.yaml")
+    plan = plan_for(HERE, "cuda", user_table)
     assert isinstance(plan, ModePlan)
     assert (plan.mode_of(4), plan.mode_of(5)) == ("small", "split")
     others: list[dict[str, Any]] = [
@@ -54,14 +54,14 @@ def test_a_table_is_for_one_situation(tmp_path: Path) -> None:
         {"gated": False}, {"quant": "fp8-block 128x128"},
     ]  # fmt: skip
     for other in others:
-        assert plan_for(replace(HERE, **other), "cuda", own) is None, other
+        assert plan_for(replace(HERE, **other), "cuda", user_table) is None, other
 
 
 def test_a_table_of_quantised_experts_is_for_no_others(tmp_path: Path) -> None:
-    own = table(tmp_path / "own.yaml", quant="fp8-block 128x128")
-    assert isinstance(plan_for(replace(HERE, quant="fp8-block 128x128"), "cuda", own), ModePlan)
-    assert plan_for(HERE, "cuda", own) is None
-    assert plan_for(replace(HERE, quant="fp8-block 64x128"), "cuda", own) is None
+    user_table = table(tmp_path / "own.yaml", quant="fp8-block 128x128")
+    assert isinstance(plan_for(replace(HERE, quant="fp8-block 128x128"), "cuda", user_table), ModePlan)
+    assert plan_for(HERE, "cuda", user_table) is None
+    assert plan_for(replace(HERE, quant="fp8-block 64x128"), "cuda", user_table) is None
 
 
 def test_slower_everywhere_or_somewhere_is_no_plan(tmp_path: Path) -> None:
