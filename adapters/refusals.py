@@ -7,13 +7,13 @@ from typing import Any
 
 from .. import settings
 from ..fusion_core.checkpoint.config import UNQUANTISED
-from ..fusion_core.checkpoint.families import family_of
 from ..fusion_core.decision.outcome import Merged
 from ..fusion_core.decision.proven import unproven
 from ..fusion_core.forward.plan import ModePlan, always
 from ..fusion_core.forward.tuned import SLOWER, Situation, plan_for
 from ..fusion_core.quant.methods import READABLE, READERS
 from ..fusion_core.reasons import Reason
+from .start import merged_family
 
 SHARED_GATE = "sigmoid_gate"
 
@@ -39,9 +39,7 @@ def measured(situation: Situation, effective: settings.Settings) -> ModePlan | R
 
 def config_differs(decision: Merged, config: Any) -> Iterator[Reason]:
     """Refuse where the configuration that runs is not the one that was decided on."""
-    family, layout, routing = family_of(decision.model_type), decision.moe.layout, decision.moe.routing
-    if family is None:
-        raise ValueError(f"{decision.model_type!r} fuses, and is of no family")
+    family, layout, routing = merged_family(decision), decision.moe.layout, decision.moe.routing
     expected = {
         family.num_experts_key: layout.num_routed,
         family.top_k_key: layout.top_k,

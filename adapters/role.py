@@ -78,6 +78,16 @@ class FusedRole:
         """Return the layer at an engine's own name or number of it, or None where it does not fuse."""
         return self.engine.layer_at(self.start, place)
 
+    def begin(self, number: int) -> None:
+        """Note that the experts of a layer were built with slots: its block is to become one of ``layers``.
+
+        Raises:
+            FsePatchError: it was built before.
+        """
+        if number in self.layers:
+            raise FsePatchError(f"layer {number} of the {self.name} model was built twice")
+        self.begun.add(number)
+
     def add_layer(self, layer: FusedLayer) -> None:
         """Take in a layer that was built: poison its shared slots and expect them to be written.
 

@@ -86,7 +86,7 @@ def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
         }
     )
     setattr(experts, BUILT, layer)
-    fused_role.begun.add(layer)
+    fused_role.begin(layer)
     return experts
 
 
@@ -139,19 +139,20 @@ def adopt(fused_role: FusedRole, block: Any) -> None:
 
     A block that is not stays SGLang's own, and the log says so.
     """
-    from .run import BlockModes, attach_modes, execution_of, runs_modes
+    from .run import ATTRIBUTE, BlockModes, attach_modes, execution_of, runs_modes
 
     layer = fused_role.layer_at(block.layer_id)
-    if layer is None or not runs_modes(block):
+    # A block that inherits its constructor comes here twice.
+    if layer is None or not runs_modes(block) or hasattr(block, ATTRIBUTE):
         return
     try:
         check_native(fused_role, layer, block)
         router = routed_by_us(fused_role, layer, block)
         execution = execution_of(fused_role.start, block, router)
+        fused_role.add_layer(FusedLayer(layer, router, block.experts, block, execution))
     except (AttributeError, FsePatchError) as error:
         log.warning("%s model: layer %d stays as SGLang has it: %s", fused_role.name, layer, error)
         return
-    fused_role.add_layer(FusedLayer(layer, router, block.experts, block, execution))
     attach_modes(block, BlockModes(execution, native=True))
 
 

@@ -130,8 +130,8 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         }
         runner = original(**kwargs)
         experts = getattr(runner, "routed_experts", runner)
-        setattr(runner, BUILT, BuiltLayer(layer, router, experts, getattr(runner, "execute", None)))
-        fused_role.begun.add(layer)
+        setattr(runner, BUILT, BuiltLayer(layer, router, experts, runner.execute if modes else None))
+        fused_role.begin(layer)
         return runner
 
     return factory

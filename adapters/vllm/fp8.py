@@ -112,12 +112,13 @@ def warm_up(fused_role: FusedRole, vllm_config: Any) -> None:
 
     DeepGEMM compiles kernels on first use, which would be while requests wait.
     """
-    from vllm import envs
-
     layer = next(iter(fused_role.layers.values()), None)
     quantised = None if layer is None or layer.execution is None else layer.execution.quantised
-    skipped = envs.VLLM_DEEP_GEMM_WARMUP == "skip"
-    if not isinstance(quantised, Fp8Experts) or "split" not in fused_role.start.plan.modes or skipped:
+    if not isinstance(quantised, Fp8Experts) or "split" not in fused_role.start.plan.modes:
+        return
+    from vllm import envs
+
+    if envs.VLLM_DEEP_GEMM_WARMUP == "skip":
         return
     from vllm.model_executor.warmup import deep_gemm_warmup
 

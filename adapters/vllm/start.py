@@ -13,7 +13,7 @@ from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.native import gets_wrong
 from ...fusion_core.decision.outcome import Merged, remarked
 from ...fusion_core.forward.plan import ModePlan
-from ..start import Start, Unfused, announce, checkpoint_folder, decision_of, refuse, role_of
+from ..start import Start, Unfused, announce, checkpoint_folder, decision_of, merged_family, refuse, role_of
 from . import native
 from .formats import format_here
 from .native import ENGINE
@@ -41,15 +41,17 @@ def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
     native_fusion = None if family is None else native.live(family.name)
     native_off = native_fusion is not None and bool(gets_wrong(native_fusion, decision))
     remark = "; vLLM's own fusion is switched off" if native_off else ""
-    if isinstance(decision, Merged) and family is not None:
-        form = format_here(decision, vllm_config)
+    if isinstance(decision, Merged):
         right = native_fusion is not None and not native_off
-        refusal = next(refusals(decision, vllm_config, source, load_config, right, effective), None)
-        plan = refusal or plan_of(decision, form, vllm_config, effective)
+        plan, form = next(refusals(decision, vllm_config, source, load_config, right, effective), None), None
+        if plan is None:
+            form = format_here(decision, vllm_config)
+            plan = plan_of(decision, form, vllm_config, effective)
         if isinstance(plan, ModePlan):
             announce(remarked(decision, remark))
             log.info("%s model: modes by number of tokens: %s", role, plan)
-            naming = TensorNaming(family, vllm_config.model_config.hf_text_config.num_hidden_layers)
+            layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+            naming = TensorNaming(merged_family(decision), layers)
             return Start(decision, decision.moe, naming, locate(), plan, effective, form, native_off)
         decision = refuse(decision, plan, effective)
     decision = remarked(decision, remark)

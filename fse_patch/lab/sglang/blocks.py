@@ -14,9 +14,8 @@ from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
 from ...adapters.sglang.plan import NATIVE, situation
 from ...adapters.sglang.refusals import UPSTREAM
 from ...adapters.sglang.role import Slots
-from ...adapters.start import Start
+from ...adapters.start import Start, merged_family
 from ...errors import FsePatchError
-from ...fusion_core.checkpoint.families import family_of
 from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
@@ -51,11 +50,9 @@ class Pair:
             raise FsePatchError(f"{quant}: SGLang's quantised blocks are not measured yet")
         self.config = start_sglang(folder, dtype)
         self.decision = decision
-        family = family_of(decision.model_type)
-        if family is None:
-            raise FsePatchError(f"{folder}: {decision.model_type!r} is of no family that fse_patch knows")
         moe = decision.moe
         self.layout = moe.layout
+        family = merged_family(decision)
         naming = TensorNaming(family, len(moe.layers))
         with self._engine():
             self.stock = [self._build(family.name, layer) for layer in moe.layers[:layers]]

@@ -12,12 +12,11 @@ import torch
 
 from ... import settings
 from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
-from ...adapters.start import Start
+from ...adapters.start import Start, merged_family
 from ...adapters.vllm.formats import ExpertFormat, format_of
 from ...adapters.vllm.plan import backend, situation
 from ...adapters.vllm.role import Slots
 from ...errors import FsePatchError
-from ...fusion_core.checkpoint.families import family_of
 from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.decision.outcome import Merged
@@ -62,15 +61,13 @@ class Pair:
             raise FsePatchError(f"{folder}: experts in {', '.join(decision.formats)} are not measured")
         self.form = form
         self.itemsize = (torch.float8_e4m3fn if form.scale else torch.bfloat16).itemsize
-        family = family_of(decision.model_type)
-        if family is None:
-            raise FsePatchError(f"{folder}: {decision.model_type!r} is of no family that fse_patch knows")
         moe = decision.moe
+        family = merged_family(decision)
+        naming = TensorNaming(family, len(moe.layers))
         self.layout = moe.layout
         with self._engine():
             picked = backend(form, self.config, self.layout, self.layout.num_routed, self.layout.top_k)
             self.situation = situation(form, decision, self.config, picked)
-            naming = TensorNaming(family, len(moe.layers))
             # Every mode is asked for by name.
             plan = always("fused", "measuring")
             start = Start(decision, moe, naming, folder, plan, settings.load(), form)
