@@ -61,7 +61,7 @@ class RoleLoader:
             self._loading = False
 
     def _watch(self, original: Callable[[Iterable[Named]], Any], weights: Iterable[Named]) -> Any:
-        """Where the engine fills its slots by itself, the gates alone are compared with what passes."""
+        """Compare the gates alone with what passes, where the engine fills its slots by itself."""
         result = original(self.role.gates.watch(weights))
         self.role.audit.loads += 1
         if self.role.loaded is not None:
@@ -131,7 +131,7 @@ class KnownRows:
         self._rows = {name: _bytes(row) for name, row in rows.items()}
 
     def are_as_loaded(self, rows: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the same rows are as they were loaded; no, where nothing was loaded."""
+        """Return whether the same rows are as they were loaded; no, where nothing was loaded."""
         before = self._rows or {}
         if before and before.keys() == rows.keys():
             same = all(torch.equal(row, _bytes(rows[name])) for name, row in before.items())

@@ -31,7 +31,7 @@ class Proof:
     detail: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The proof as plain data."""
+        """Return the proof as plain data."""
         told: dict[str, Any] = {
             "state": self.state,
             "layers": list(self.layers),

@@ -27,7 +27,7 @@ class LoadedGates:
         self._rows: dict[int, torch.Tensor] = {}
 
     def watch(self, stream: Iterable[Named]) -> Iterator[Named]:
-        """The stream, unchanged."""
+        """Yield the stream, unchanged."""
         if self.gate is None:
             yield from stream
             return

@@ -66,12 +66,12 @@ class FusedRole:
 
     @property
     def name(self) -> Role:
-        """ "main" or "draft"."""
+        """Return "main" or "draft"."""
         return self.start.decision.role
 
     @property
     def layout(self) -> ExpertLayout:
-        """The slots of each layer."""
+        """Return the slots of each layer."""
         return self.start.moe.layout
 
     def layer_at(self, place: Any) -> int | None:
@@ -123,12 +123,12 @@ class FusedRole:
 
     @property
     def unfinished(self) -> set[int]:
-        """Layers whose experts have slots, and whose block never came."""
+        """Return layers whose experts have slots, and whose block never came."""
         return self.begun - self.layers.keys()
 
     @property
     def poisoned(self) -> list[int]:
-        """Layers in whose slots unwritten values are left."""
+        """Return layers in whose slots unwritten values are left."""
         rows = slice(self.layout.num_routed, None)
         return [
             number
@@ -138,7 +138,7 @@ class FusedRole:
 
     @property
     def unrouted(self) -> list[int]:
-        """Layers in which a routed expert was not written."""
+        """Return layers in which a routed expert was not written."""
         return [
             number
             for number, layer in sorted(self.layers.items())
@@ -147,7 +147,7 @@ class FusedRole:
 
     @property
     def is_collected(self) -> bool:
-        """Whether the engine collects what is loaded, to process it later as it did at its start."""
+        """Return whether the engine collects what is loaded, to process it later as it did at its start."""
         return any(p.is_meta for layer in self.layers.values() for _, p in _weights(layer))
 
     def first_slot(self) -> dict[str, torch.Tensor]:
@@ -202,7 +202,7 @@ class FusedRole:
             self.record(self.loaded.proof)
 
     def report(self) -> dict[str, Any]:
-        """What this process really did, for `verify` and `status`."""
+        """Return what this process really did, for `verify` and `status`."""
         has_modes = any(layer.execution for layer in self.layers.values())
         told = {
             "engine": self.start.decision.engine,
@@ -222,7 +222,7 @@ class FusedRole:
 
 
 def _weights(layer: FusedLayer) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters of the experts by their suffix: "weight", "weight_scale_inv", ..."""
+    """Yield parameters of the experts by their suffix: "weight", "weight_scale_inv", ..."""
     for name, parameter in layer.experts.named_parameters(recurse=False):
         if match := WEIGHT.fullmatch(name):
             yield match[1], parameter

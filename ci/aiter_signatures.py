@@ -35,7 +35,7 @@ FUNCTIONS = {
 
 
 def source(checkout: Path, state: str, path: str) -> str | None:
-    """A file as a tag or commit has it; None where it has none."""
+    """Return a file as a tag or commit has it; None where it has none."""
     done = subprocess.run(
         ["git", "-C", str(checkout), "show", f"{state}:{path}"], capture_output=True, text=True, check=False
     )
@@ -43,7 +43,7 @@ def source(checkout: Path, state: str, path: str) -> str | None:
 
 
 def described(function: ast.FunctionDef) -> dict[str, Any]:
-    """Facts of one definition; a parameter without a default has only its name."""
+    """Return facts of one definition; a parameter without a default has only its name."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
@@ -63,7 +63,7 @@ def described(function: ast.FunctionDef) -> dict[str, Any]:
 
 
 def read(checkout: Path, state: str) -> dict[str, dict[str, Any]]:
-    """What a tag or commit has of FUNCTIONS, by name."""
+    """Return what a tag or commit has of FUNCTIONS, by name."""
     found = {}
     for path, names in FUNCTIONS.items():
         text = source(checkout, state, path)
@@ -74,7 +74,7 @@ def read(checkout: Path, state: str) -> dict[str, dict[str, Any]]:
 
 
 def rows(data: dict[str, Any]) -> str:
-    """As JSON, a function a line."""
+    """Return ``data`` as JSON, a function a line."""
     states = []
     for state, functions in data["states"].items():
         lines = (f"   {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(functions.items()))

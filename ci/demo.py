@@ -100,7 +100,7 @@ def run(command: list[str], log: Path, limit: float = LIMIT) -> str:
 
 
 def rows(engine: str, command: list[str], result: Path, log: Path, limit: float = LIMIT) -> list[Row]:
-    """The table's rows of one engine. Where it did not get to its end, none of them passed."""
+    """Return the table's rows of one engine. Where it did not get to its end, none of them passed."""
     failure = run([*command, engine, str(result.parent), str(result)], log, limit)
     head = [{"engine": engine, "family": m.family, "dtype": m.dtype} for m in MODELS[engine]]
     if not failure:

@@ -24,13 +24,13 @@ Fingerprints = dict[str, dict[str, str]]
 
 
 def references(book: ledger.Ledger, version: str | None = None) -> set[str]:
-    """Sources that the ledger names, for one release or for all."""
+    """Return the sources that the ledger names, for one release or for all."""
     patches = book.patches if version is None else book.patches_for(Version(version))
     return {s.reference for p in patches for s in (p.source, *p.relies_on)}
 
 
 def collect(book: ledger.Ledger, site_packages: str) -> tuple[str, dict[str, str]]:
-    """Version installed in a folder, and the hash of every source its patches name.
+    """Return the version installed in a folder, and the hash of every source its patches name.
 
     Raises:
         FsePatchError: the engine or a source is not there.
@@ -46,7 +46,7 @@ def collect(book: ledger.Ledger, site_packages: str) -> tuple[str, dict[str, str
 
 
 def merge(book: ledger.Ledger, old: Fingerprints, new: dict[str, dict[str, str]]) -> Fingerprints:
-    """Old fingerprints of sources that the ledger still names, with the new releases' over them."""
+    """Return old fingerprints of sources that the ledger still names, with the new releases' over them."""
     merged: Fingerprints = {}
     for reference in sorted(references(book)):
         values = {v: h for v, h in old.get(reference, {}).items() if v not in new}

@@ -78,7 +78,7 @@ def run(step: Step) -> Result:
 
 
 def wait(process: subprocess.Popen[bytes], step: Step, log: Path, begun: float) -> int:
-    """Status of the process; 124 if it had to be ended."""
+    """Return the status of the process; 124 if it had to be ended."""
     while True:
         left = begun + step.limit - time.monotonic()
         try:
@@ -130,7 +130,7 @@ def run_all(wanted: list[Step], run: Callable[[Step], Result] = run) -> list[Res
 
 
 def chosen(names: list[str], rows: list[steps.Row]) -> list[Step]:
-    """The steps of what was asked for; a KeyError for a name that is none."""
+    """Return the steps of what was asked for; a KeyError for a name that is none."""
     # The slow ones first, so that the last ones to run side by side end at about the same time.
     rows = sorted(rows, key=lambda row: not row.get("whole"))
     there = {"lint": steps.lint(), "core": [steps.core(rows)], "kernels": [steps.kernels(rows)]}

@@ -27,7 +27,7 @@ NAME = "fse_patch"
 
 
 def examine(checkpoint: Path | None = None) -> dict[str, Any]:
-    """Everything, ready for JSON.
+    """Return everything, ready for JSON.
 
     Args:
         checkpoint: whose tuned tables are looked up; those of well-known models if None.
@@ -121,7 +121,7 @@ def _policy(effective: settings.Settings, problems: list[str]) -> dict[str, Any]
 
 
 def _modes(effective: settings.Settings, devices: list[str], problems: list[str]) -> list[dict[str, Any]]:
-    """Every table of modes that is read, and whether it is for a device of this machine."""
+    """Return every table of modes that is read, and whether it is for a device of this machine."""
     tables = list(tuned.shipped())
     if effective.tuned_file is not None:
         try:
@@ -194,7 +194,7 @@ def _engine(
 
 
 def _unseen(engine: str, points: Iterable[EntryPoint], plugins: Plugins) -> list[str]:
-    """Why an engine would not load our plugin, in its own processes."""
+    """Return why an engine would not load our plugin, in its own processes."""
     ours = next((point for point in points if point.name == NAME), None)
     if ours is None:
         return [f"{engine} does not see fse_patch: no entry point in {plugins.group}; install it with pip"]
@@ -209,7 +209,7 @@ def _unseen(engine: str, points: Iterable[EntryPoint], plugins: Plugins) -> list
 
 
 def _lost(engine: dict[str, Any], devices: Iterable[str]) -> list[str]:
-    """Tuned tables of this machine's devices that a fused layer would do without."""
+    """Return tuned tables of this machine's devices that a fused layer would do without."""
     here = {device.replace(" ", "_") for device in devices}
     return [
         f"{engine['engine']} has a tuned table for {row['experts']} experts of width {row['width']} and none "
@@ -221,7 +221,7 @@ def _lost(engine: dict[str, Any], devices: Iterable[str]) -> list[str]:
 
 
 def _native(engine: str, here: str, version: str) -> list[dict[str, Any]]:
-    """What the release does about shared experts by itself on this platform."""
+    """Return what the release does about shared experts by itself on this platform."""
     return [
         {
             "family": family.name,

@@ -28,7 +28,7 @@ DISTRIBUTIONS = ("amd-aiter", "aiter")
 
 
 def aiter_report() -> dict[str, Any]:
-    """What of AITER this process may use, and why not the rest. Needs a GPU; compiles kernels at first."""
+    """Return what of AITER this process may use, and why not the rest. Compiles kernels, on a GPU."""
     from importlib import metadata
 
     import torch

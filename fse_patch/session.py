@@ -43,7 +43,7 @@ def _known(engine: str) -> None:
 
 
 def _guard(book: ledger.Ledger, patches: tuple[PatchSpec, ...]) -> dict[str, FsePatchError]:
-    """What is wrong, by patch."""
+    """Return what is wrong, by patch."""
     errors: dict[str, FsePatchError] = {}
     for patch in patches:
         try:
@@ -79,7 +79,7 @@ def _failed(engine: str, failure: FsePatchError) -> None:
 def apply(
     engine: str, *, strict: bool | None = None, allow_untested: bool | None = None, serving: bool = False
 ) -> Report:
-    """See `fse_patch.apply`.
+    """Patch an engine as `fse_patch.apply` says.
 
     ``serving``: called by the engine itself. In strict mode, a patch that fails later, while a module is
     imported, then ends the process: engines catch exceptions there.
@@ -127,7 +127,7 @@ def apply(
 
 
 def remove(engine: str) -> None:
-    """See `fse_patch.remove`."""
+    """Put everything of an engine back as it was, and switch its child processes off."""
     _known(engine)
     with lock:
         _refused.pop(engine, None)
@@ -137,7 +137,7 @@ def remove(engine: str) -> None:
 
 
 def status() -> dict[str, Any]:
-    """See `fse_patch.status`."""
+    """Return what is patched, decided, loaded and counted in this process, by engine."""
     with lock:
         reports = {**_refused, **{engine: active.report() for engine, active in _active.items()}}
     # Not imported: where no model was built, asking must not load torch.

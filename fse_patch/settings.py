@@ -70,12 +70,12 @@ class Settings:
 
     @property
     def policy_file(self) -> Path | None:
-        """``policy`` as a path."""
+        """Return ``policy`` as a path."""
         return Path(self.policy) if self.policy else None
 
     @property
     def tuned_file(self) -> Path | None:
-        """``tuned`` as a path."""
+        """Return ``tuned`` as a path."""
         return Path(self.tuned) if self.tuned else None
 
 
@@ -98,7 +98,7 @@ def _choice(env: Mapping[str, str], name: str, default: str, choices: tuple[str,
 
 
 def engines_in(value: str) -> frozenset[str]:
-    """Engines named by a value of FSE_PATCH.
+    """Return the engines that a value of FSE_PATCH names.
 
     Raises:
         FsePatchError: the value is neither a switch nor a list of known engines.
@@ -117,7 +117,7 @@ def engines_in(value: str) -> frozenset[str]:
 
 
 def origins(env: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
-    """Each variable's value, as text, and its origin: "default", "environment", or "unknown name"."""
+    """Return each variable's value, and its origin: "default", "environment", or "unknown name"."""
     env = os.environ if env is None else env
     found = {
         name: {"value": env.get(name, default), "origin": "environment" if name in env else "default"}

@@ -16,16 +16,16 @@ class Prover(prove.Prover):
     """Runs a block as SGLang does."""
 
     def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The block without a batch: it takes one for backends that are refused."""
+        """Run the block without a batch: it takes one for backends that are refused."""
         states: torch.Tensor = block(hidden_states)
         return states
 
     def parts(self, block: Any) -> int:
-        """The size of tensor parallelism."""
+        """Return the size of tensor parallelism."""
         return int(block.experts.moe_tp_size)
 
     def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
-        """Over tensor parallelism."""
+        """Sum over tensor parallelism."""
         from sglang.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 
         total: torch.Tensor = tensor_model_parallel_all_reduce(states)

@@ -19,13 +19,13 @@ class Experts:
 
     @property
     def w13(self) -> torch.Tensor:
-        """[E + S, 2 * I, H], as loaded."""
+        """Return w13 [E + S, 2 * I, H], as loaded."""
         weight: torch.Tensor = self.routed_experts.w13_weight
         return weight
 
     @property
     def w2(self) -> torch.Tensor:
-        """[E + S, H, I], as loaded."""
+        """Return w2 [E + S, H, I], as loaded."""
         weight: torch.Tensor = self.routed_experts.w2_weight
         return weight
 

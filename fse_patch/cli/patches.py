@@ -12,7 +12,7 @@ from ..patches import ENGINES
 
 
 def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
-    """The ledger of one engine, or of every engine that has one, ready for JSON.
+    """Return the ledger of one engine, or of every engine that has one, ready for JSON.
 
     Raises:
         FsePatchError: unknown engine, no ledger for it, or a malformed one.
@@ -71,7 +71,7 @@ def command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Every patch: its target, versions, why, upstream link, when it goes away, and its guard."""
+    """List every patch: its target, versions, why, upstream link, when it goes away, and its guard."""
     found = ledgers(engine)
     if json:
         typer.echo(jsonlib.dumps({"engines": found}, indent=2))

@@ -31,7 +31,7 @@ def explain(
     policy: Annotated[Path | None, typer.Option(help="Your own policy file; its rules come first.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The rule that fired and the evidence it saw. Exit status: 0 fuses, 3 refused, 2 bad input."""
+    """Show the rule that fired and the evidence it saw. Exit status: 0 fuses, 3 refused, 2 bad input."""
     own = policy or settings.load().policy_file
     rules = load_policy(own)
     evidence = read_evidence(checkpoint)
@@ -68,7 +68,7 @@ def check(
 
 
 def _table(report: dict[str, Any]) -> dict[str, Any]:
-    """``report`` with its lists of objects as rows of their own."""
+    """Return ``report`` with its lists of objects as rows of their own."""
     shown: dict[str, Any] = {}
     for key, value in report.items():
         if key == "draft":

@@ -58,7 +58,7 @@ class Job:
     lengths: Lengths = field(default_factory=Lengths)
 
     def request(self) -> dict[str, Any]:
-        """What an arm needs to start, as of `adapters.decoding.Engine`."""
+        """Return what an arm needs to start, as of `decode_arm.Engine`."""
         return {
             "checkpoint": str(self.checkpoint),
             "engine_args": dict(self.engine_args),
@@ -82,7 +82,7 @@ class Measured:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Device, fse_patch, engine and torch."""
+        """Return device, fse_patch, engine and torch."""
         told = self.arms["fused"]
         return {"device": told["device"], **told["versions"]}
 
@@ -129,13 +129,13 @@ def measure(
 
 
 def ready(name: str, told: Answer) -> str:
-    """What an arm says of itself at its start, in short."""
+    """Say what an arm is at its start, in short."""
     state = "fused" if told["roles"] else "stock"
     return f"{name}: {state}, ready after {told['start_seconds']:.0f} s"
 
 
 def rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
-    """A row for each number of streams.
+    """Return a row for each number of streams.
 
     Keys: streams, rounds; stock_ms, fused_ms and again_ms, median milliseconds a step; ratio, stock over
     fused (median over the rounds) and lower (of its 95 % interval); again, stock over the second stock, and
@@ -159,7 +159,7 @@ def _row(readings: Sequence[Reading], streams: int) -> dict[str, Any]:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row in words."""
+    """Return a row in words."""
     times = f"stock {row['stock_ms']:.3f} ms, fused {row['fused_ms']:.3f}"
     if row["ratio"] is None:
         return f"{row['streams']} streams: {times}: too short to be told apart"
@@ -172,7 +172,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def in_short(readings: Sequence[Reading], number: int) -> str:
-    """What a round gave: of each number of streams stock, fused and stock again, in ms a step."""
+    """Say what a round gave: of each number of streams stock, fused and stock again, in ms a step."""
     own = [reading for reading in readings if reading["round"] == number]
     parts = []
     for streams in dict.fromkeys(reading["streams"] for reading in own):
@@ -182,7 +182,7 @@ def in_short(readings: Sequence[Reading], number: int) -> str:
 
 
 def write_raw(path: Path | None, job: Job, found: Measured) -> None:
-    """Everything that was measured so far, as JSON.
+    """Write everything that was measured so far, as JSON.
 
     Raises:
         FsePatchError: the file cannot be written.
@@ -208,7 +208,7 @@ def write_raw(path: Path | None, job: Job, found: Measured) -> None:
 
 
 def csv_columns(engine: str) -> list[str]:
-    """Of what `write_csv` writes."""
+    """Return the columns of what `write_csv` writes."""
     return ["model", "engine", "sets", "commit", "device", "fse_patch", engine, "torch", *COLUMNS]
 
 

@@ -15,7 +15,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def figure_class() -> Callable[..., Any]:
-    """matplotlib's figure; asked for before anything is measured.
+    """Return matplotlib's figure; asked for before anything is measured.
 
     Raises:
         FsePatchError: matplotlib is not installed.
@@ -28,7 +28,7 @@ def figure_class() -> Callable[..., Any]:
 
 
 def plot(shapes: Mapping[str, Rows], path: Path) -> None:
-    """A panel for each shape; rows as of `bench.measure`, or as its CSV has them.
+    """Plot a panel for each shape; rows as of `bench.measure`, or as its CSV has them.
 
     Raises:
         FsePatchError: matplotlib is not installed, or the file cannot be written.
@@ -37,7 +37,7 @@ def plot(shapes: Mapping[str, Rows], path: Path) -> None:
 
 
 def plot_streams(models: Mapping[str, Rows], path: Path) -> None:
-    """A panel for each model; rows as of `end_to_end.rows`, or as its CSV has them; raises as `plot`."""
+    """Plot a panel for each model; rows as of `end_to_end.rows`, or as its CSV has them."""
     _save(draw(models, figure_class(), _streams_panel), path)
 
 
@@ -53,7 +53,7 @@ def draw(
     new: Callable[..., Any],
     panel_of: Callable[[Any, str, Rows], None] | None = None,
 ) -> Any:
-    """The figure; ``new`` makes an empty one, ``panel_of`` draws a panel (default: of blocks)."""
+    """Draw the figure; ``new`` makes an empty one, ``panel_of`` draws a panel (default: of blocks)."""
     drawn = panel_of or _panel
     lines = -(-len(shapes) // COLUMNS)
     columns = min(len(shapes), COLUMNS)

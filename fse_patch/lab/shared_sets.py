@@ -75,7 +75,7 @@ class SharedSets:
                     mine.data = first.data
 
     def check(self) -> dict[str, int]:
-        """What was built: ``layers``, and the ``sets`` of weights that they have.
+        """Return what was built: ``layers``, and the ``sets`` of weights that they have.
 
         Raises:
             FsePatchError: weights are not shared as asked.

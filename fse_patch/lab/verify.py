@@ -45,7 +45,7 @@ class VerifyJob:
     new_tokens: int = 12
 
     def request(self) -> dict[str, Any]:
-        """What an arm needs to run the job."""
+        """Return what an arm needs to run the job."""
         return {
             "checkpoint": str(self.checkpoint),
             "prompts": prompts(self.vocab_size),
@@ -56,12 +56,12 @@ class VerifyJob:
 
     @property
     def control_factor(self) -> float:
-        """What the control multiplies the weight of one shared slot by."""
+        """Return what the control multiplies the weight of one shared slot by."""
         return CONTROL_FACTORS.get(self.dtype, CONTROL_16_BIT)
 
 
 def prompts(vocab_size: int, seed: int = 3) -> list[list[int]]:
-    """Random prompts of token ids, the same in every run."""
+    """Return random prompts of token ids, the same in every run."""
     draw = random.Random(seed)
     return [[draw.randrange(3, vocab_size) for _ in range(n)] for n in PROMPT_LENGTHS]
 
@@ -142,7 +142,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def read_results(result: Path) -> list[dict[str, Any]]:
-    """What an arm has left so far: it writes after each job."""
+    """Return what an arm has left so far: it writes after each job."""
     done: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
     return done
 
@@ -255,7 +255,7 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
 
 
 def ran_as_decided(decision: Merged, workers: list[dict[str, Any]]) -> list[str]:
-    """What a role did otherwise than decided, in any worker. A patch that never fired must not pass."""
+    """Return what a role did otherwise than decided, in any worker: no patch may stay out unseen."""
     problems = []
     layers = list(decision.moe.layers)
     for worker in workers:

@@ -102,7 +102,7 @@ class Pair:
         )
 
     def _copy(self, stock: Any, fused: Any, shared: str) -> None:
-        """The weights of a stock block to where a fused one has them."""
+        """Copy the weights of a stock block to where a fused one has them."""
         for name, parameter in fused.named_parameters():
             if not name.startswith("experts."):
                 parameter.data.copy_(stock.get_parameter(name).data)
@@ -118,13 +118,13 @@ class Pair:
             target[routed:].copy_(as_slots(layer.weight.data, kind, slots))
 
     def exact(self, expert: int, part: str) -> torch.Tensor:
-        """ "w13" or "w2" of one expert or slot of the first pair, in float64."""
+        """Return "w13" or "w2" of one expert or slot of the first pair, in float64."""
         weight = getattr(self.fused[0].experts, f"{part}_weight")
         return torch.as_tensor(weight.data[expert]).double()
 
     @contextlib.contextmanager
     def forward_context(self, tokens: int) -> Iterator[None]:
-        """Within it, blocks run as while SGLang captures a graph of a decode step."""
+        """Run blocks within it as while SGLang captures a graph of a decode step."""
         from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 
         with torch.no_grad(), model_capture_mode():

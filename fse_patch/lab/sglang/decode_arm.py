@@ -53,7 +53,7 @@ CPU_DEFAULTS: dict[str, Any] = {
 
 
 def arguments(request: decode_arm.Request, cuda: bool) -> dict[str, Any]:
-    """What the engine of a request gets."""
+    """Return what the engine of a request gets."""
     streams = request["streams"]
     chosen = {**DEFAULTS, **(CUDA_DEFAULTS if cuda else CPU_DEFAULTS)}
     if cuda:
@@ -64,7 +64,7 @@ def arguments(request: decode_arm.Request, cuda: bool) -> dict[str, Any]:
 
 
 class Engine(decode_arm.Engine):
-    """See `decode_arm.Engine`."""
+    """The live SGLang of an arm."""
 
     def __init__(self, request: decode_arm.Request) -> None:
         import sglang
@@ -76,7 +76,7 @@ class Engine(decode_arm.Engine):
         self.engine = sglang.Engine(model_path=request["checkpoint"], **chosen)
 
     def ready(self) -> dict[str, Any]:
-        """See `decode_arm.Engine`.
+        """Return what the process with the model says of itself, and the versions here.
 
         Raises:
             FsePatchError: the experts are not shared as asked, or the streams do not fit.
@@ -98,7 +98,7 @@ class Engine(decode_arm.Engine):
         return {"versions": decode_arm.versions(sglang), **found}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
-        """See `decode_arm.Engine`."""
+        """Return the last tokens of greedy answers."""
         params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True, "stream_interval": EVERY}
         had, last = [0] * len(prompts), [0] * len(prompts)
         self.ended.clear()
@@ -110,16 +110,16 @@ class Engine(decode_arm.Engine):
         return last
 
     def reached(self) -> dict[int, float]:
-        """See `decode_arm.Engine`."""
+        """Return when the first stream of the last call had so many tokens, where all of them ran."""
         return {tokens: when for tokens, when in self.ended.items() if not math.isnan(when)}
 
     def report(self) -> dict[str, Any]:
-        """See `decode_arm.Engine`."""
+        """Return the report of the scheduler."""
         (found,) = verify_arm.reports(self.engine)
         return found
 
     def close(self) -> None:
-        """See `decode_arm.Engine`."""
+        """End the engine."""
         self.engine.shutdown()
 
 

@@ -111,12 +111,12 @@ class Pair:
         return build_block("vllm", family, self.config, prefix=f"model.layers.{layer}.mlp")
 
     def exact(self, expert: int, name: str) -> torch.Tensor:
-        """w13 or w2 of an expert of the first fused block, in float64."""
+        """Return w13 or w2 of an expert of the first fused block, in float64."""
         return exact(self.fused[0].experts.routed_experts, expert, name, self.form)
 
     @contextlib.contextmanager
     def forward_context(self, tokens: int) -> Iterator[None]:
-        """Within it, blocks run as in the engine."""
+        """Run blocks within it as in the engine."""
         from vllm.forward_context import get_forward_context, set_forward_context
 
         with self._engine(), set_forward_context(None, self.config, num_tokens=tokens):
@@ -125,7 +125,7 @@ class Pair:
 
 
 def process(block: Any) -> None:
-    """What the engine does with loaded weights."""
+    """Do with loaded weights what the engine does."""
     for module in block.modules():
         method: Any = getattr(module, "quant_method", None)
         if hasattr(method, "process_weights_after_loading"):
@@ -133,7 +133,7 @@ def process(block: Any) -> None:
 
 
 def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
-    """The weights of a stock block, as loaded, to where a fused one has them."""
+    """Copy the weights of a stock block, as loaded, to where a fused one has them."""
     routed, ours = stock.experts.routed_experts, fused.experts.routed_experts
     mlp, first = getattr(stock, shared), layout.num_routed
     for name, parameter in ours.named_parameters(recurse=False):
@@ -151,12 +151,12 @@ def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
-    """FP8 numbers as bytes: not every operation takes them."""
+    """Return FP8 numbers as bytes: not every operation takes them."""
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 
 
 def exact(experts: Any, expert: int, name: str, form: ExpertFormat) -> torch.Tensor:
-    """w13 or w2 of one expert in float64, its scales in it."""
+    """Return w13 or w2 of one expert in float64, its scales in it."""
     weight: torch.Tensor = getattr(experts, f"{name}_weight").data[expert]
     if not form.scale:
         return weight.double()

@@ -12,10 +12,10 @@ SETS = SharedSets(0)
 
 
 def opened(model: Any) -> dict[str, Any]:
-    """See `random_weights.opened`."""
+    """Draw the weights of ``model``, and say what is there."""
     return random_weights.opened(model, SETS)
 
 
 def report(_: Any) -> dict[str, Any]:
-    """See `model_process.report`."""
+    """Return what the roles of this process really ran."""
     return model_process.report()
