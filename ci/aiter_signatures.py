@@ -64,13 +64,13 @@ def described(function: ast.FunctionDef) -> dict[str, Any]:
 
 def read(checkout: Path, state: str) -> dict[str, dict[str, Any]]:
     """Return what a tag or commit has of FUNCTIONS, by name."""
-    found = {}
+    definitions = {}
     for path, names in FUNCTIONS.items():
         text = source(checkout, state, path)
         for node in ast.parse(text or "").body:
             if isinstance(node, ast.FunctionDef) and node.name in names:
-                found[node.name] = {"file": path, **described(node)}
-    return found
+                definitions[node.name] = {"file": path, **described(node)}
+    return definitions
 
 
 def rows(data: dict[str, Any]) -> str:
@@ -93,7 +93,7 @@ def main() -> int:
     old = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"commit": None}
     commit = args.commit or old["commit"]
     states = {state: read(args.checkout, state) for state in (*TAGS, *filter(None, [commit]))}
-    if empty := [state for state, found in states.items() if "fused_moe" not in found]:
+    if empty := [state for state, definitions in states.items() if "fused_moe" not in definitions]:
         print(f"{args.checkout} has no {', '.join(empty)}", file=sys.stderr)
         return 2
     new = {"source": "https://github.com/ROCm/aiter", "commit": commit, "states": states}

@@ -114,14 +114,14 @@ def folders(env: Env, names: list[str]) -> None:
 def build_core(spec: dict[str, Any]) -> None:
     env = Env("core")
     env.create()
-    wanted = [str(r) for r in spec["requirements"]]
-    names = {normal(re.split(r"[=<>!~\[]", r)[0]): r.partition("==")[2] for r in wanted}
+    requirements = [str(r) for r in spec["requirements"]]
+    names = {normal(re.split(r"[=<>!~\[]", r)[0]): r.partition("==")[2] for r in requirements}
 
     def holds() -> bool:
         held = env.installed()
         return all(n in held and v in ("", held[n]) for n, v in names.items())
 
-    env.step("torch", repr(wanted), holds, lambda: env.pip("install", *wanted))
+    env.step("torch", repr(requirements), holds, lambda: env.pip("install", *requirements))
     project(env)
 
 
@@ -138,8 +138,8 @@ def build_engine(spec: dict[str, Any]) -> None:
         rows = json.loads(env.run("-c", _REQUIRED, "" if listed else name, *listed))
         return [(line, bool(met)) for r, line, met in rows if normal(r) not in skip]
 
-    def holds(package: str, wanted: str) -> bool:
-        return env.installed().get(normal(package)) == wanted
+    def holds(package: str, release: str) -> bool:
+        return env.installed().get(normal(package)) == release
 
     env.step(
         f"{name} {version}",

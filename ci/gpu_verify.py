@@ -251,8 +251,8 @@ def main() -> int:
     from checkpoints.make import make
 
     gpu.enlarge()
-    wanted = {recipe for group in groups.values() for recipe, _ in group.jobs.values()} - {FP8}
-    folders = {recipe: make(recipe, args.out / recipe, "bfloat16") for recipe in sorted(wanted)}
+    recipes = {recipe for group in groups.values() for recipe, _ in group.jobs.values()} - {FP8}
+    folders = {recipe: make(recipe, args.out / recipe, "bfloat16") for recipe in sorted(recipes)}
     if args.fp8:
         folders[FP8] = args.fp8
     failed = False

@@ -108,11 +108,11 @@ def commit() -> str:
 
 def counts(closing: str) -> dict[str, int]:
     """Return tests by how they ended, from pytest's last line; empty for what is none of pytest's."""
-    found = {
+    counted = {
         name: sum(int(n) for n in re.findall(rf"(\d+) (?:{words})\b", closing))
         for name, words in COUNTED.items()
     }
-    return found if re.search(r" in [\d.]+s", closing) else {}
+    return counted if re.search(r" in [\d.]+s", closing) else {}
 
 
 def read(name: str) -> Stamp | None:

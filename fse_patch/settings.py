@@ -119,12 +119,12 @@ def engines_in(value: str) -> frozenset[str]:
 def origins(env: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
     """Return each variable's value, and its origin: "default", "environment", or "unknown name"."""
     env = os.environ if env is None else env
-    found = {
+    known = {
         name: {"value": env.get(name, default), "origin": "environment" if name in env else "default"}
         for name, default in DEFAULTS.items()
     }
     others = sorted(name for name in env if name.startswith(ENABLE) and name not in DEFAULTS)
-    return found | {name: {"value": env[name], "origin": "unknown name"} for name in others}
+    return known | {name: {"value": env[name], "origin": "unknown name"} for name in others}
 
 
 def load(env: Mapping[str, str] | None = None) -> Settings:

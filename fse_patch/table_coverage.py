@@ -78,9 +78,9 @@ def shipped(engine: str, site_packages: list[str] | None = None) -> dict[Key, se
     facts = facts_of(engine)
     package = source_file(facts.import_name, site_packages)
     folders = [package.parent / facts.tuned_tables.folder] if package is not None else []
-    if own := os.environ.get(facts.tuned_tables.variable):
-        folders.append(Path(own))
-    found: dict[Key, set[str]] = {}
+    if extra := os.environ.get(facts.tuned_tables.variable):
+        folders.append(Path(extra))
+    devices: dict[Key, set[str]] = {}
     for folder in folders:
         for path in folder.rglob("E=*.json"):
             match = _NAME.fullmatch(path.name)
@@ -88,8 +88,8 @@ def shipped(engine: str, site_packages: list[str] | None = None) -> dict[Key, se
                 experts, width, device, dtype, rows, columns, channel = match.groups()
                 block = (int(rows), int(columns)) if rows else None
                 key = int(experts), int(width), dtype or "", block, bool(channel)
-                found.setdefault(key, set()).add(device)
-    return found
+                devices.setdefault(key, set()).add(device)
+    return devices
 
 
 def coverage(

@@ -43,10 +43,9 @@ def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
     remark = "; vLLM's own fusion is switched off" if native_off else ""
     if isinstance(decision, Merged):
         right = native_fusion is not None and not native_off
-        plan, form = next(refusals(decision, vllm_config, source, load_config, right, effective), None), None
-        if plan is None:
-            form = format_here(decision, vllm_config)
-            plan = plan_of(decision, form, vllm_config, effective)
+        reason = next(refusals(decision, vllm_config, source, load_config, right, effective), None)
+        form = None if reason else format_here(decision, vllm_config)
+        plan = reason or plan_of(decision, form, vllm_config, effective)
         if isinstance(plan, ModePlan):
             announce(remarked(decision, remark))
             log.info("%s model: modes by number of tokens: %s", role, plan)

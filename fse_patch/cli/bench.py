@@ -118,16 +118,16 @@ def in_words(tables: dict[str, str]) -> str:
 def wrong(errors: dict[str, Any]) -> list[str]:
     """Return what is too far from float64: more than 1.1 times as far as stock, or a control that is not."""
     stock = max(errors["stock"])
-    found = [
+    failures = [
         f"{mode}: {max(errors[mode]):.3g} off float64, stock {stock:.3g}"
         for mode in MODES
         if mode in errors and not max(errors[mode]) <= 1.1 * stock
     ]
     if not min(errors["control"]) > 1.1 * stock:
-        found.append(
+        failures.append(
             f"the control (half the shared expert's weight) was not seen: {min(errors['control']):.3g}"
         )
-    return found
+    return failures
 
 
 def numbers(text: str, option: str = "tokens") -> list[int]:

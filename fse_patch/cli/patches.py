@@ -72,11 +72,11 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """List every patch: its target, versions, why, upstream link, when it goes away, and its guard."""
-    found = ledgers(engine)
+    books = ledgers(engine)
     if json:
-        typer.echo(jsonlib.dumps({"engines": found}, indent=2))
+        typer.echo(jsonlib.dumps({"engines": books}, indent=2))
         return
-    for book in found:
+    for book in books:
         installed = f"{book['installed']} installed" if book["installed"] else "not installed"
         typer.echo(f"{book['engine']}: {installed}; tested: {', '.join(book['tested'])}")
         for patch in book["patches"]:

@@ -32,13 +32,13 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the rule that fired and the evidence it saw. Exit status: 0 fuses, 3 refused, 2 bad input."""
-    own = policy or settings.load().policy_file
-    rules = load_policy(own)
+    policy_file = policy or settings.load().policy_file
+    rules = load_policy(policy_file)
     evidence = read_evidence(checkpoint)
     report: dict[str, Any] = {
         "engine": engine,
         "model_type": evidence.model_type,
-        "policy": str(own) if own else "default",
+        "policy": str(policy_file) if policy_file else "default",
         "policy_hash": rules.hash,
         "headers": evidence.headers,
         **explain_role(evidence, engine, "main", rules),

@@ -138,11 +138,11 @@ def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
         "floor_us": floor_seconds(layout, 1, tokens, gates * 2 // pair.itemsize, pair.itemsize) * 1e6,
     }
     for mode, values in seconds.items():
-        found = ratio(stock, values)
+        speed = ratio(stock, values)
         row |= {
             f"{mode}_us": statistics.median(values) / layers * 1e6,
-            f"{mode}_ratio": found.median,
-            f"{mode}_lower": found.lower,
+            f"{mode}_ratio": speed.median,
+            f"{mode}_lower": speed.lower,
         }
     return row
 

@@ -87,11 +87,11 @@ class LiveArms:
     def answers(self, tell: Callable[[str, Answer], None] = lambda *_: None) -> dict[str, Answer]:
         """Return what each arm says next, and call ``tell`` with it; raises as `ask`."""
         end = time.monotonic() + self.limit
-        found = {}
+        answers = {}
         for name in ARMS:
-            found[name] = self.answer(name, end)
-            tell(name, found[name])
-        return found
+            answers[name] = self.answer(name, end)
+            tell(name, answers[name])
+        return answers
 
     def answer(self, name: str, end: float | None = None) -> Answer:
         """Return what an arm says next, until ``end`` of the monotonic clock; raises as `ask`."""
@@ -217,14 +217,14 @@ def accept(listener: Listener, arrived: dict[str, Connection]) -> None:
 
 def wrong_states(ready: Mapping[str, Mapping[str, Any]], layers: Sequence[int]) -> list[str]:
     """Return what arms are otherwise than they should be: fused in all ``layers``, or stock."""
-    found = []
+    problems = []
     for name, answer in ready.items():
         roles = [role for role in answer["roles"] if role["role"] == "main"]
         if name != "fused":
-            found += [f"{name} arm: is not stock"] if roles else []
+            problems += [f"{name} arm: is not stock"] if roles else []
         elif not roles:
             why = "; ".join(f"{d['reason']}: {d['detail']}" for d in answer["refused"]) or "no reason given"
-            found.append(f"fused arm: is stock: {why}")
+            problems.append(f"fused arm: is stock: {why}")
         elif (built := roles[0]["built_layers"]) != list(layers):
-            found.append(f"fused arm: layers {built} are fused, {list(layers)} were decided")
-    return found
+            problems.append(f"fused arm: layers {built} are fused, {list(layers)} were decided")
+    return problems

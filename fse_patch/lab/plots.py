@@ -70,10 +70,10 @@ def _panel(panel: Any, name: str, rows: Rows) -> None:
     tokens = [int(row["tokens"]) for row in rows]
     best = 1.0
     for mode in MODES:
-        found = [(t, float(r[f"{mode}_ratio"])) for t, r in zip(tokens, rows, strict=True) if _has(r, mode)]
-        if found:
-            panel.plot(*zip(*found, strict=True), marker="o", markersize=3, label=mode)
-            best = max(best, *(ratio for _, ratio in found))
+        points = [(t, float(r[f"{mode}_ratio"])) for t, r in zip(tokens, rows, strict=True) if _has(r, mode)]
+        if points:
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=mode)
+            best = max(best, *(ratio for _, ratio in points))
     floor = [float(row["stock_us"]) / float(row["floor_us"]) for row in rows]
     panel.plot(tokens, floor, linestyle=":", color="grey", label="memory floor")
     panel.axhline(1.0, color="black", linewidth=0.8)

@@ -51,11 +51,11 @@ def in_turn(arms: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, 
     replays = max(5, min(400, int(READING / reading(first, 3))))
     for graph in arms.values():
         reading(graph, replays)
-    found: dict[str, list[float]] = {name: [] for name in arms}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds):
         for name in list(arms) if number % 2 == 0 else list(arms)[::-1]:
-            found[name].append(reading(arms[name], replays))
-    return found
+            seconds[name].append(reading(arms[name], replays))
+    return seconds
 
 
 @dataclass(frozen=True)

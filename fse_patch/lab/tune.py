@@ -53,14 +53,14 @@ def steps(rows: Sequence[dict[str, Any]], split_is_stock: bool = False) -> tuple
         raise FsePatchError(
             f"stock was not as fast as stock at {noisy} tokens; measure again on a quiet device"
         )
-    found: list[dict[str, Any]] = []
+    ranges: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda r: int(r["tokens"])):
         mode = best_mode(row, split_is_stock)
-        if found and found[-1]["mode"] == mode:
-            found[-1]["up_to"] = row["tokens"]
+        if ranges and ranges[-1]["mode"] == mode:
+            ranges[-1]["up_to"] = row["tokens"]
         else:
-            found.append({"up_to": row["tokens"], "mode": mode})
-    return found[:-1], found[-1]["mode"]
+            ranges.append({"up_to": row["tokens"], "mode": mode})
+    return ranges[:-1], ranges[-1]["mode"]
 
 
 def store(

@@ -196,13 +196,15 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     for name, arm in (("stock", stock), ("fused", fused)):
         if "error" in arm:
             return {**report, "failures": [f"{name} engine: {arm['error']}"], "log": arm.get("log", "")}
-    found = difference(stock["logprobs"], fused["logprobs"])
+    logprobs = difference(stock["logprobs"], fused["logprobs"])
     noise, noises = noise_of(stock)
     control = difference(stock["logprobs"], fused["control"])
     tolerance = Tolerance.for_dtype(stock["dtype"], noise)
     per_answer = answer_steps(stock, fused)
     answers = summary([step for steps in per_answer for step in steps])
-    failures = [] if tolerance.holds(found) else [f"log-probabilities differ by {found.mean:.3g} (mean)"]
+    failures = (
+        [] if tolerance.holds(logprobs) else [f"log-probabilities differ by {logprobs.mean:.3g} (mean)"]
+    )
     if not tolerance.holds(answers):
         failures.append(
             f"log-probabilities of answers differ by {answers.mean:.3g} (mean of {answers.tokens})"
@@ -230,9 +232,9 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "calls_by_mode": main[0]["calls_by_mode"] if main else {},
         "captured_by_mode": main[0]["captured_by_mode"] if main else {},
         "slots_loaded": main[0]["slots_loaded"] if main else 0,
-        "tokens": found.tokens,
-        "mean_abs_logprob_diff": found.mean,
-        "max_abs_logprob_diff": found.max,
+        "tokens": logprobs.tokens,
+        "mean_abs_logprob_diff": logprobs.mean,
+        "max_abs_logprob_diff": logprobs.max,
         "stock_noise": noise.mean,
         "stock_noises": noises,
         "answer_tokens": answers.tokens,

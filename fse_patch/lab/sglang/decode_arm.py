@@ -86,16 +86,16 @@ class Engine(decode_arm.Engine):
         with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
             file = Path(folder) / "ready.json"
             self.engine.collective_rpc("bench_open", file=str(file))
-            found: dict[str, Any] = json.loads(file.read_text())
-        if "error" in found:
-            raise FsePatchError(found["error"])
+            report: dict[str, Any] = json.loads(file.read_text())
+        if "error" in report:
+            raise FsePatchError(report["error"])
         most = max(self.request["streams"])
-        if found["requests"] < most or found["tokens"] < self.request["total_tokens"]:
+        if report["requests"] < most or report["tokens"] < self.request["total_tokens"]:
             raise FsePatchError(
-                f"SGLang has room for {found['requests']} requests and {found['tokens']} tokens, and {most} "
-                f"streams of {self.request['total_tokens']} tokens are asked for; free memory on the device"
+                f"SGLang has room for {report['requests']} requests and {report['tokens']} tokens, and "
+                f"{most} streams of {self.request['total_tokens']} tokens are asked for; free memory on the device"
             )
-        return {"versions": decode_arm.versions(sglang), **found}
+        return {"versions": decode_arm.versions(sglang), **report}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
         """Return the last tokens of greedy answers."""
@@ -115,8 +115,8 @@ class Engine(decode_arm.Engine):
 
     def report(self) -> dict[str, Any]:
         """Return the report of the scheduler."""
-        (found,) = verify_arm.reports(self.engine)
-        return found
+        (report,) = verify_arm.reports(self.engine)
+        return report
 
     def close(self) -> None:
         """End the engine."""

@@ -106,9 +106,9 @@ class Engine(decode_arm.Engine):
 
     def report(self) -> dict[str, Any]:
         """Return the report of the process with the model."""
-        found: dict[str, Any]
-        (found,) = self.llm.apply_model(decode_worker.report)
-        return found
+        report: dict[str, Any]
+        (report,) = self.llm.apply_model(decode_worker.report)
+        return report
 
     def close(self) -> None:
         """End the engine."""

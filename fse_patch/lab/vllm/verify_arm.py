@@ -70,7 +70,7 @@ def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) ->
         ],
         "greedy": [list(out.outputs[0].token_ids) for out in outputs],
         "greedy_best": [
-            [[(token, found.logprob) for token, found in step.items()] for step in out.outputs[0].logprobs]
+            [[(token, entry.logprob) for token, entry in step.items()] for step in out.outputs[0].logprobs]
             for out in outputs
         ],
     }
