@@ -13,7 +13,6 @@ from ..fusion_core.forward.plan import ModePlan, always
 from ..fusion_core.forward.tuned import SLOWER, Situation, plan_for
 from ..fusion_core.quant.methods import READABLE, READERS
 from ..fusion_core.reasons import Reason
-from .start import merged_family
 
 SHARED_GATE = "sigmoid_gate"
 
@@ -39,7 +38,7 @@ def measured(situation: Situation, effective: settings.Settings) -> ModePlan | R
 
 def config_differs(decision: Merged, config: Any) -> Iterator[Reason]:
     """Refuse where the configuration that runs is not the one that was decided on."""
-    family, layout, routing = merged_family(decision), decision.moe.layout, decision.moe.routing
+    family, layout, routing = decision.family, decision.moe.layout, decision.moe.routing
     expected = {
         family.num_experts_key: layout.num_routed,
         family.top_k_key: layout.top_k,

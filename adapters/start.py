@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import runtime
 from ..errors import FsePatchError, RefusedError
-from ..fusion_core.checkpoint.families import FamilySpec, Role, family_of
+from ..fusion_core.checkpoint.families import Role
 from ..fusion_core.checkpoint.naming import TensorNaming
 from ..fusion_core.decision.decide import decide
 from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock
@@ -59,18 +59,6 @@ class Unfused:
     """A role that runs nothing of ours; ``native_off`` as of `Start`."""
 
     native_off: bool = False
-
-
-def merged_family(decision: Merged) -> FamilySpec:
-    """Return the family of a model that fuses.
-
-    Raises:
-        FsePatchError: it is of none.
-    """
-    family = family_of(decision.model_type)
-    if family is None:
-        raise FsePatchError(f"{decision.model_type!r} fuses, and is of no family that fse_patch knows")
-    return family
 
 
 def decision_of(engine: str, role: Role, locate: Callable[[], Path], settings: Settings) -> Decision:

@@ -42,7 +42,7 @@ def source(checkout: Path, state: str, path: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def described(function: ast.FunctionDef) -> dict[str, Any]:
+def facts_of(function: ast.FunctionDef) -> dict[str, Any]:
     """Return facts of one definition; a parameter without a default has only its name."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
@@ -69,7 +69,7 @@ def read(checkout: Path, state: str) -> dict[str, dict[str, Any]]:
         text = source(checkout, state, path)
         for node in ast.parse(text or "").body:
             if isinstance(node, ast.FunctionDef) and node.name in names:
-                definitions[node.name] = {"file": path, **described(node)}
+                definitions[node.name] = {"file": path, **facts_of(node)}
     return definitions
 
 

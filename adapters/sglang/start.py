@@ -20,7 +20,6 @@ from ..start import (
     announce_other,
     checkpoint_folder,
     decision_of,
-    merged_family,
     refuse,
     role_of,
 )
@@ -55,7 +54,7 @@ def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) 
     remark = "; SGLang's own fusion is switched off" if native_off else ""
     if isinstance(decision, Merged):
         moe, right = decision.moe, native_fusion is not None and not native_off
-        naming = TensorNaming(merged_family(decision), model_config.hf_text_config.num_hidden_layers)
+        naming = TensorNaming(decision.family, model_config.hf_text_config.num_hidden_layers)
         reasons = refusals(decision, model_config, load_config, quantised, right, effective)
         plan = next(reasons, None) or plan_of(decision, model_config, effective)
         if isinstance(plan, ModePlan):

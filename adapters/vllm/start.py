@@ -13,7 +13,7 @@ from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.native import gets_wrong
 from ...fusion_core.decision.outcome import Merged, remarked
 from ...fusion_core.forward.plan import ModePlan
-from ..start import Start, Unfused, announce, checkpoint_folder, decision_of, merged_family, refuse, role_of
+from ..start import Start, Unfused, announce, checkpoint_folder, decision_of, refuse, role_of
 from . import native
 from .formats import format_here
 from .native import ENGINE
@@ -50,7 +50,7 @@ def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
             announce(remarked(decision, remark))
             log.info("%s model: modes by number of tokens: %s", role, plan)
             layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-            naming = TensorNaming(merged_family(decision), layers)
+            naming = TensorNaming(decision.family, layers)
             return Start(decision, decision.moe, naming, locate(), plan, effective, form, native_off)
         decision = refuse(decision, plan, effective)
     decision = remarked(decision, remark)

@@ -14,7 +14,7 @@ from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
 from ...adapters.sglang.plan import NATIVE, situation
 from ...adapters.sglang.refusals import UPSTREAM
 from ...adapters.sglang.role import Slots
-from ...adapters.start import Start, merged_family
+from ...adapters.start import Start
 from ...errors import FsePatchError
 from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.outcome import Merged
@@ -52,7 +52,7 @@ class Pair:
         self.decision = decision
         moe = decision.moe
         self.layout = moe.layout
-        family = merged_family(decision)
+        family = decision.family
         naming = TensorNaming(family, len(moe.layers))
         with self._engine():
             self.stock = [self._build(family.name, layer) for layer in moe.layers[:layers]]

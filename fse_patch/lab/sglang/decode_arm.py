@@ -93,7 +93,8 @@ class Engine(decode_arm.Engine):
         if report["requests"] < most or report["tokens"] < self.request["total_tokens"]:
             raise FsePatchError(
                 f"SGLang has room for {report['requests']} requests and {report['tokens']} tokens, and "
-                f"{most} streams of {self.request['total_tokens']} tokens are asked for; free memory on the device"
+                f"{most} streams of {self.request['total_tokens']} tokens are asked for; free memory on the "
+                "device"
             )
         return {"versions": decode_arm.versions(sglang), **report}
 

@@ -12,7 +12,7 @@ import torch
 
 from ... import settings
 from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
-from ...adapters.start import Start, merged_family
+from ...adapters.start import Start
 from ...adapters.vllm.formats import ExpertFormat, format_of
 from ...adapters.vllm.plan import backend, situation
 from ...adapters.vllm.role import Slots
@@ -23,7 +23,7 @@ from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
 from ..model_block import build_block
 from ..random_weights import as_slots, fill
-from .quant_folder import described
+from .quant_folder import quantised_folder
 
 
 class Pair:
@@ -47,7 +47,7 @@ class Pair:
         if quant:
             # What is measured is not served: no checkpoint has to be proved for it.
             decision = dataclasses.replace(decision, quant_method="fp8", formats=(quant,))
-        with described(folder, quant) as model:
+        with quantised_folder(folder, quant) as model:
             self.config = EngineArgs(
                 model=str(model),
                 load_format="dummy",
@@ -62,7 +62,7 @@ class Pair:
         self.form = form
         self.itemsize = (torch.float8_e4m3fn if form.scale else torch.bfloat16).itemsize
         moe = decision.moe
-        family = merged_family(decision)
+        family = decision.family
         naming = TensorNaming(family, len(moe.layers))
         self.layout = moe.layout
         with self._engine():

@@ -24,7 +24,7 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def described(folder: Path, quant: str) -> Iterator[Path]:
+def quantised_folder(folder: Path, quant: str) -> Iterator[Path]:
     """Yield a folder whose config.json has this quantisation in it; ``folder`` itself for "".
 
     Raises:
