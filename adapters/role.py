@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
@@ -233,6 +234,16 @@ def _weights(layer: FusedLayer) -> Iterator[tuple[str, torch.nn.Parameter]]:
 ACTIVE: ContextVar[FusedRole | None] = ContextVar("fse_patch_active", default=None)
 # Weak: a model that is gone must not keep its experts in memory.
 CONSTRUCTED: WeakSet[FusedRole] = WeakSet()
+
+
+@contextmanager
+def building(fused_role: FusedRole | None) -> Iterator[None]:
+    """Build blocks of ``fused_role``, or of none, in this context."""
+    token = ACTIVE.set(fused_role)
+    try:
+        yield
+    finally:
+        ACTIVE.reset(token)
 
 
 def constructed() -> list[FusedRole]:

@@ -17,7 +17,7 @@ from ...fusion_core.forward.router import FusedRouter, SlotAppender
 from ...fusion_core.kernels.aiter import without_padding
 from ..check import check_complete
 from ..load import attach
-from ..role import ACTIVE, FusedRole
+from ..role import ACTIVE, FusedRole, building
 from ..start import Start
 from . import native
 from .check import check_experts, check_native, check_topk, output_scale, shared_gate
@@ -43,12 +43,8 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         start = start_of(cls, model_config, load_config, args[0] if args else kwargs.get("quant_config"))
         fused_role = FusedRole(start, Slots()) if isinstance(start, Start) else None
         native_off = start is not None and start.native_off
-        token = ACTIVE.set(fused_role)
-        try:
-            with switched_off(cls) if native_off else nullcontext():
-                model = original(model_config, load_config, *args, **kwargs)
-        finally:
-            ACTIVE.reset(token)
+        with building(fused_role), switched_off(cls) if native_off else nullcontext():
+            model = original(model_config, load_config, *args, **kwargs)
         if fused_role is not None and fused_role.start.merged:
             check_complete(fused_role, all_here=True)  # pipeline parallelism is refused
         if fused_role is not None and fused_role.layers:

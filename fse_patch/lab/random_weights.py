@@ -36,7 +36,7 @@ def spread(model: Any) -> None:
         fused_role.refresh_gates()
 
 
-def opened(model: Any, sets: SharedSets) -> dict[str, Any]:
+def draw_model(model: Any, sets: SharedSets) -> dict[str, Any]:
     """Draw the weights of ``model``, in its process, and say what is there, or ``error``."""
     spread(model)
     try:

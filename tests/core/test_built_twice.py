@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
-from fse_patch.adapters.role import ACTIVE, FusedRole
+from fse_patch.adapters.role import FusedRole, building
 from fse_patch.adapters.sglang import build as sglang
 from fse_patch.adapters.vllm import build as vllm
 from fse_patch.adapters.vllm.role import Slots as VllmSlots
@@ -69,9 +68,7 @@ def in_sglang() -> tuple[FusedRole, Callable[[], Any]]:
 @pytest.mark.parametrize("engine", [in_vllm, in_sglang])
 def test_experts_are_built_once(engine: Callable[[], tuple[FusedRole, Callable[[], Any]]]) -> None:
     role, build = engine()
-    with ExitStack() as stack:
-        token = ACTIVE.set(role)
-        stack.callback(ACTIVE.reset, token)
+    with building(role):
         build()
         # The control: once is right.
         assert (role.unfinished, sorted(role.layers)) == (set(), [0])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ... import settings
-from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
+from ...adapters.role import CONSTRUCTED, FusedRole, building
 from ...adapters.sglang.plan import NATIVE, situation
 from ...adapters.sglang.refusals import UPSTREAM
 from ...adapters.sglang.role import Slots
@@ -64,11 +64,8 @@ class Pair:
             plan = always("fused", "measuring")
             self.fused_role = FusedRole(Start(built, moe, naming, folder, plan, settings.load()), Slots())
             CONSTRUCTED.add(self.fused_role)  # as in the engine, tables for E stand in for those for E+S
-            token = ACTIVE.set(self.fused_role)
-            try:
+            with building(self.fused_role):
                 self.fused = [self._build(family.name, layer) for layer in moe.layers[:layers]]
-            finally:
-                ACTIVE.reset(token)
             for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
                 fill(stock, number, DEVICE)
                 self._copy(stock, fused, family.shared_module)

@@ -19,7 +19,7 @@ SETS = SharedSets(0)
 def bench_open(self: Any, file: str) -> None:
     """Draw weights, in place so that captured graphs see it, and say in ``file`` what is there."""
     model = self.tp_worker.model_runner.model
-    report = random_weights.opened(model, SETS)
+    report = random_weights.draw_model(model, SETS)
     for module in model.modules():
         if getattr(module, "_weight_fp32", None) is not None:
             module._weight_fp32.copy_(module.weight.data)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ... import settings
-from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
+from ...adapters.role import CONSTRUCTED, FusedRole, building
 from ...adapters.start import Start
 from ...adapters.vllm.formats import ExpertFormat, format_of
 from ...adapters.vllm.plan import backend, situation
@@ -74,11 +74,8 @@ class Pair:
             self.fused_role = FusedRole(start, Slots())
             CONSTRUCTED.add(self.fused_role)  # as in the engine, tables for E stand in for those for E+S
             self.stock = [self._build(family.name, layer + 1000) for layer in range(layers)]
-            token = ACTIVE.set(self.fused_role)
-            try:
+            with building(self.fused_role):
                 self.fused = [self._build(family.name, layer) for layer in moe.layers[:layers]]
-            finally:
-                ACTIVE.reset(token)
             for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
                 fill(stock, number)
                 copy(stock, fused, family.shared_module, self.layout)

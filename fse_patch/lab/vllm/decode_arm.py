@@ -48,7 +48,7 @@ class Engine(decode_arm.Engine):
         if current_platform.is_cuda_alike():  # torch would open the device, and vLLM could not fork
             chosen["compilation_config"] = {"cudagraph_capture_sizes": list(streams)}
         self.llm = LLM(model=request["checkpoint"], **{**chosen, **request["engine_args"]})
-        opened = self.llm.apply_model(decode_worker.opened)
+        opened = self.llm.apply_model(decode_worker.bench_open)
         if len(opened) != 1:
             raise FsePatchError("--end-to-end measures one process with a model: no tensor_parallel_size")
         self.opened = opened[0]
