@@ -37,7 +37,7 @@ def load_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class RoleLoader:
-    """Runs the loads of one role; the first is audited, the others are updates."""
+    """The loads of one role; the first is audited, the others are updates."""
 
     def __init__(self, fused_role: FusedRole) -> None:
         self.role = fused_role
@@ -127,11 +127,11 @@ class KnownRows:
         self._rows: dict[str, torch.Tensor] | None = {}
 
     def note(self, rows: Mapping[str, torch.Tensor]) -> None:
-        """Remember rows that have just been loaded."""
+        """Remember rows [1, ...] of any dtype, by parameter, that have just been loaded."""
         self._rows = {name: _bytes(row) for name, row in rows.items()}
 
     def are_as_loaded(self, rows: Mapping[str, torch.Tensor]) -> bool:
-        """Return whether the same rows are as they were loaded; no, where nothing was loaded."""
+        """Return whether the same rows, as of `note`, are as they were loaded; no, where nothing was."""
         before = self._rows or {}
         if before and before.keys() == rows.keys():
             same = all(torch.equal(row, _bytes(rows[name])) for name, row in before.items())

@@ -55,7 +55,7 @@ class HeldTensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> HeldTensor:
-        """Describe ``tensor``; a meta tensor has the address 0."""
+        """Describe ``tensor``, of any shape and dtype; a meta tensor has the address 0."""
         address = 0 if tensor.is_meta else tensor.data_ptr()
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), address)
 

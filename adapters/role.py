@@ -152,7 +152,7 @@ class FusedRole:
         return any(p.is_meta for layer in self.layers.values() for _, p in _weights(layer))
 
     def first_slot(self) -> dict[str, torch.Tensor]:
-        """Return the first shared slot of the first layer, of each parameter."""
+        """Return the first shared slot [1, ...] of the first layer, of each parameter in its dtype."""
         slot = self.layout.num_routed
         first = [layer for _, layer in sorted(self.layers.items())[:1]]
         return {

@@ -161,12 +161,7 @@ def _engine(
         version = guards.engine_version(book)
     except FsePatchError as error:
         # A list of engines asks for each of them; 1 asks for what is there.
-        if on and settings.origins()[settings.ENABLE]["value"].strip().lower() not in (
-            "1",
-            "true",
-            "on",
-            "yes",
-        ):
+        if on and settings.origins()[settings.ENABLE]["value"].strip().lower() not in settings.TRUE:
             problems.append(f"{settings.ENABLE} switches {engine} on: {error}")
         return report
     release = Version(version)

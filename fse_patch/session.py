@@ -92,6 +92,7 @@ def apply(
                 return _active[engine].report()
             _active.pop(engine).patches.revert()
         effective = settings.load()
+        stop = effective.strict if strict is None else strict
         load_policy(effective.policy_file)  # a malformed one must stop here, not in a worker
         book = ledger.load(engine)
         version = guards.engine_version(book)
@@ -107,14 +108,14 @@ def apply(
             patches = PatchSet(
                 book.facts.import_name,
                 chosen,
-                effective.strict if strict is None else strict,
+                stop,
                 on_failure=lambda failure: _failed(engine, failure),
             )
             patches.exits = serving
             patches.apply()
         except FsePatchError as error:
             _refused[engine] = _declined(engine, version, chosen, error, errors)
-            if effective.strict if strict is None else strict:
+            if stop:
                 raise
             return _refused[engine]
         _refused.pop(engine, None)

@@ -34,7 +34,7 @@ DEFAULTS = {
     TUNED: "",
     GATE_KERNEL: "0",
 }
-_TRUE = {"1", "true", "on", "yes"}
+TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
 
 
@@ -83,7 +83,7 @@ def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
     value = env.get(name)
     if value is None:
         return default
-    if value.strip().lower() in _TRUE:
+    if value.strip().lower() in TRUE:
         return True
     if value.strip().lower() in _FALSE:
         return False
@@ -106,7 +106,7 @@ def engines_in(value: str) -> frozenset[str]:
     word = value.strip().lower()
     if word in _FALSE:
         return frozenset()
-    if word in _TRUE:
+    if word in TRUE:
         return frozenset(ENGINES)
     names = frozenset(n.strip() for n in word.split(",") if n.strip())
     if unknown := sorted(names - set(ENGINES)):

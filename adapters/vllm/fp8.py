@@ -53,7 +53,7 @@ class TensorSlot(Slot):
 
     @property
     def input_scale(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Return the scale of activations, where the checkpoint has one: the largest of all experts."""
+        """Return the scale of activations, float32: the largest of all experts; None without one."""
         scale: torch.Tensor | None = getattr(self.experts, f"{self.name}_input_scale")
         return scale
 

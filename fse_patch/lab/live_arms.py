@@ -39,7 +39,7 @@ class ArmError(FsePatchError):
 
 
 class LiveArms:
-    """Starts an engine for each arm on entry, all at once, and ends their processes on exit.
+    """An engine for each arm: they start on entry, all at once, and their processes end on exit.
 
     Args:
         engine: its name.

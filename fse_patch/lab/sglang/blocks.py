@@ -115,7 +115,7 @@ class Pair:
             target[routed:].copy_(as_slots(layer.weight.data, kind, slots))
 
     def exact(self, expert: int, part: str) -> torch.Tensor:
-        """Return "w13" or "w2" of one expert or slot of the first pair, in float64."""
+        """Return "w13" [2 * I, H] or "w2" [H, I] of one expert of the first pair, in float64."""
         weight = getattr(self.fused[0].experts, f"{part}_weight")
         return torch.as_tensor(weight.data[expert]).double()
 

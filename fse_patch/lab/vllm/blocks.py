@@ -108,7 +108,7 @@ class Pair:
         return build_block("vllm", family, self.config, prefix=f"model.layers.{layer}.mlp")
 
     def exact(self, expert: int, name: str) -> torch.Tensor:
-        """Return w13 or w2 of an expert of the first fused block, in float64."""
+        """Return w13 [2 * I, H] or w2 [H, I] of an expert of the first fused block, in float64."""
         return exact(self.fused[0].experts.routed_experts, expert, name, self.form)
 
     @contextlib.contextmanager
@@ -148,12 +148,12 @@ def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
-    """Return FP8 numbers as bytes: not every operation takes them."""
+    """Return FP8 numbers of any shape as uint8: not every operation takes them."""
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 
 
 def exact(experts: Any, expert: int, name: str, form: ExpertFormat) -> torch.Tensor:
-    """Return w13 or w2 of one expert in float64, its scales in it."""
+    """Return w13 [2 * I, H] or w2 [H, I] of one expert in float64, its scales in it."""
     weight: torch.Tensor = getattr(experts, f"{name}_weight").data[expert]
     if not form.scale:
         return weight.double()
