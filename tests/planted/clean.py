@@ -1,4 +1,4 @@
-"""Models with nothing wrong: every recipe of ci/checkpoints that fuses and can be made here, and drawn ones."""
+"""Models with nothing wrong: every recipe that fuses and can be made here, and drawn ones."""
 
 from __future__ import annotations
 
