@@ -37,7 +37,7 @@ def load_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class RoleLoader:
-    """Runs the loads of one role; the first is audited, the others are updates."""
+    """The loads of one role; the first is audited, the others are updates."""
 
     def __init__(self, fused_role: FusedRole) -> None:
         self.role = fused_role
@@ -61,7 +61,7 @@ class RoleLoader:
             self._loading = False
 
     def _watch(self, original: Callable[[Iterable[Named]], Any], weights: Iterable[Named]) -> Any:
-        """Where the engine fills its slots by itself, the gates alone are compared with what passes."""
+        """Compare the gates alone with what passes, where the engine fills its slots by itself."""
         result = original(self.role.gates.watch(weights))
         self.role.audit.loads += 1
         if self.role.loaded is not None:
@@ -127,11 +127,11 @@ class KnownRows:
         self._rows: dict[str, torch.Tensor] | None = {}
 
     def note(self, rows: Mapping[str, torch.Tensor]) -> None:
-        """Remember rows that have just been loaded."""
+        """Remember rows [1, ...] of any dtype, by parameter, that have just been loaded."""
         self._rows = {name: _bytes(row) for name, row in rows.items()}
 
     def are_as_loaded(self, rows: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the same rows are as they were loaded; no, where nothing was loaded."""
+        """Return whether the same rows, as of `note`, are as they were loaded; no, where nothing was."""
         before = self._rows or {}
         if before and before.keys() == rows.keys():
             same = all(torch.equal(row, _bytes(rows[name])) for name, row in before.items())

@@ -31,7 +31,7 @@ class Proof:
     detail: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The proof as plain data."""
+        """Return the proof as plain data."""
         told: dict[str, Any] = {
             "state": self.state,
             "layers": list(self.layers),
@@ -55,7 +55,7 @@ class HeldTensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> HeldTensor:
-        """Describe ``tensor``; a meta tensor has the address 0."""
+        """Describe ``tensor``, of any shape and dtype; a meta tensor has the address 0."""
         address = 0 if tensor.is_meta else tensor.data_ptr()
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), address)
 

@@ -18,7 +18,7 @@ LEAST_TOLERANCE, ROUNDINGS = 1e-4, 4
 
 
 class LoadedGates:
-    """Remembers the gates of one load as they pass, and compares what the routers call with them."""
+    """The gates of one load, kept as they pass, and compared with what the routers call."""
 
     def __init__(self, naming: TensorNaming, role: str) -> None:
         self.naming, self.role = naming, role
@@ -27,7 +27,7 @@ class LoadedGates:
         self._rows: dict[int, torch.Tensor] = {}
 
     def watch(self, stream: Iterable[Named]) -> Iterator[Named]:
-        """The stream, unchanged."""
+        """Yield the stream, unchanged."""
         if self.gate is None:
             yield from stream
             return

@@ -30,18 +30,18 @@ class Prover(ABC):
 
     @abstractmethod
     def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The block's output for ``hidden_states``, as this process has it."""
+        """Return the block's output for ``hidden_states``, both [num_tokens, H] and of the model's dtype."""
 
     @abstractmethod
     def parts(self, block: Any) -> int:
-        """How many processes share each expert."""
+        """Return how many processes share each expert."""
 
     @abstractmethod
     def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
-        """The sum over those processes."""
+        """Return the sum of ``states`` [num_tokens, H] over those processes, in their dtype."""
 
     def output(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The whole output. Some blocks leave the sum over processes to the layer around them."""
+        """Return the whole output [num_tokens, H]. Some blocks leave the sum to the layer around them."""
         with torch.no_grad():
             states = self.forward(block, hidden_states.clone())
             if (parts := self.parts(block)) == 1:
@@ -123,7 +123,7 @@ def _prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> Proof:
 def _prove_layer(
     fused_role: FusedRole, layer: FusedLayer, dtype: torch.dtype, prover: Prover, tensors: CheckpointTensors
 ) -> tuple[float, float]:
-    """Its deviation, and what was allowed."""
+    """Return how far a layer is off, and what was allowed."""
     start, block = fused_role.start, layer.block
     gate, name = cast(Any, block).gate, start.naming.family.shared_gate
     shared_gate = None if name is None else getattr(block, name, None)

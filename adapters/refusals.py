@@ -7,7 +7,6 @@ from typing import Any
 
 from .. import settings
 from ..fusion_core.checkpoint.config import UNQUANTISED
-from ..fusion_core.checkpoint.families import family_of
 from ..fusion_core.decision.outcome import Merged
 from ..fusion_core.decision.proven import unproven
 from ..fusion_core.forward.plan import ModePlan, always
@@ -39,9 +38,7 @@ def measured(situation: Situation, effective: settings.Settings) -> ModePlan | R
 
 def config_differs(decision: Merged, config: Any) -> Iterator[Reason]:
     """Refuse where the configuration that runs is not the one that was decided on."""
-    family, layout, routing = family_of(decision.model_type), decision.moe.layout, decision.moe.routing
-    if family is None:
-        raise ValueError(f"{decision.model_type!r} fuses, and is of no family")
+    family, layout, routing = decision.family, decision.moe.layout, decision.moe.routing
     expected = {
         family.num_experts_key: layout.num_routed,
         family.top_k_key: layout.top_k,

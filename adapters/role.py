@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
@@ -66,17 +67,27 @@ class FusedRole:
 
     @property
     def name(self) -> Role:
-        """ "main" or "draft"."""
+        """Return "main" or "draft"."""
         return self.start.decision.role
 
     @property
     def layout(self) -> ExpertLayout:
-        """The slots of each layer."""
+        """Return the slots of each layer."""
         return self.start.moe.layout
 
     def layer_at(self, place: Any) -> int | None:
         """Return the layer at an engine's own name or number of it, or None where it does not fuse."""
         return self.engine.layer_at(self.start, place)
+
+    def begin(self, number: int) -> None:
+        """Note that the experts of a layer were built with slots: its block is to become one of ``layers``.
+
+        Raises:
+            FsePatchError: it was built before.
+        """
+        if number in self.layers:
+            raise FsePatchError(f"layer {number} of the {self.name} model was built twice")
+        self.begun.add(number)
 
     def add_layer(self, layer: FusedLayer) -> None:
         """Take in a layer that was built: poison its shared slots and expect them to be written.
@@ -113,12 +124,12 @@ class FusedRole:
 
     @property
     def unfinished(self) -> set[int]:
-        """Layers whose experts have slots, and whose block never came."""
+        """Return layers whose experts have slots, and whose block never came."""
         return self.begun - self.layers.keys()
 
     @property
     def poisoned(self) -> list[int]:
-        """Layers in whose slots unwritten values are left."""
+        """Return layers in whose slots unwritten values are left."""
         rows = slice(self.layout.num_routed, None)
         return [
             number
@@ -128,7 +139,7 @@ class FusedRole:
 
     @property
     def unrouted(self) -> list[int]:
-        """Layers in which a routed expert was not written."""
+        """Return layers in which a routed expert was not written."""
         return [
             number
             for number, layer in sorted(self.layers.items())
@@ -137,11 +148,11 @@ class FusedRole:
 
     @property
     def is_collected(self) -> bool:
-        """Whether the engine collects what is loaded, to process it later as it did at its start."""
+        """Return whether the engine collects what is loaded, to process it later as it did at its start."""
         return any(p.is_meta for layer in self.layers.values() for _, p in _weights(layer))
 
     def first_slot(self) -> dict[str, torch.Tensor]:
-        """Return the first shared slot of the first layer, of each parameter."""
+        """Return the first shared slot [1, ...] of the first layer, of each parameter in its dtype."""
         slot = self.layout.num_routed
         first = [layer for _, layer in sorted(self.layers.items())[:1]]
         return {
@@ -192,7 +203,7 @@ class FusedRole:
             self.record(self.loaded.proof)
 
     def report(self) -> dict[str, Any]:
-        """What this process really did, for `verify` and `status`."""
+        """Return what this process really did, for `verify` and `status`."""
         has_modes = any(layer.execution for layer in self.layers.values())
         told = {
             "engine": self.start.decision.engine,
@@ -212,7 +223,7 @@ class FusedRole:
 
 
 def _weights(layer: FusedLayer) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters of the experts by their suffix: "weight", "weight_scale_inv", ..."""
+    """Yield parameters of the experts by their suffix: "weight", "weight_scale_inv", ..."""
     for name, parameter in layer.experts.named_parameters(recurse=False):
         if match := WEIGHT.fullmatch(name):
             yield match[1], parameter
@@ -223,6 +234,16 @@ def _weights(layer: FusedLayer) -> Iterator[tuple[str, torch.nn.Parameter]]:
 ACTIVE: ContextVar[FusedRole | None] = ContextVar("fse_patch_active", default=None)
 # Weak: a model that is gone must not keep its experts in memory.
 CONSTRUCTED: WeakSet[FusedRole] = WeakSet()
+
+
+@contextmanager
+def building(fused_role: FusedRole | None) -> Iterator[None]:
+    """Build blocks of ``fused_role``, or of none, in this context."""
+    token = ACTIVE.set(fused_role)
+    try:
+        yield
+    finally:
+        ACTIVE.reset(token)
 
 
 def constructed() -> list[FusedRole]:

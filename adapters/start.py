@@ -50,7 +50,7 @@ class Start:
 
     @property
     def merged(self) -> bool:
-        """Whether the slots are built and loaded by us; otherwise the engine fuses by itself."""
+        """Return whether the slots are built and loaded by us; otherwise the engine fuses by itself."""
         return isinstance(self.decision, Merged)
 
 
@@ -117,7 +117,7 @@ def announce(decision: Decision) -> None:
 
 @cache
 def _entry_roles(engine: str) -> dict[str, Role]:
-    """Role of each entry class of an engine, by ``module:class``."""
+    """Return the role of each entry class of an engine, by ``module:class``."""
     return dict(ledger.load(engine).roles)
 
 

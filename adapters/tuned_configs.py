@@ -17,7 +17,7 @@ LOOKED_UP: dict[int, str] = {}
 
 
 def get_moe_configs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``get_moe_configs``: without a table for the E+S experts of a fused layer, the one for E is taken."""
+    """Replace ``get_moe_configs``: fused layers without a table for their E+S experts take that for E."""
 
     @functools.wraps(original)
     def tuned(E: int, N: int, dtype: str | None, *args: Any, **kwargs: Any) -> Any:

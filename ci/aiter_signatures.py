@@ -35,15 +35,15 @@ FUNCTIONS = {
 
 
 def source(checkout: Path, state: str, path: str) -> str | None:
-    """A file as a tag or commit has it; None where it has none."""
+    """Return a file as a tag or commit has it; None where it has none."""
     done = subprocess.run(
         ["git", "-C", str(checkout), "show", f"{state}:{path}"], capture_output=True, text=True, check=False
     )
     return done.stdout if done.returncode == 0 else None
 
 
-def described(function: ast.FunctionDef) -> dict[str, Any]:
-    """Facts of one definition; a parameter without a default has only its name."""
+def facts_of(function: ast.FunctionDef) -> dict[str, Any]:
+    """Return facts of one definition; a parameter without a default has only its name."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
@@ -63,18 +63,18 @@ def described(function: ast.FunctionDef) -> dict[str, Any]:
 
 
 def read(checkout: Path, state: str) -> dict[str, dict[str, Any]]:
-    """What a tag or commit has of FUNCTIONS, by name."""
-    found = {}
+    """Return what a tag or commit has of FUNCTIONS, by name."""
+    definitions = {}
     for path, names in FUNCTIONS.items():
         text = source(checkout, state, path)
         for node in ast.parse(text or "").body:
             if isinstance(node, ast.FunctionDef) and node.name in names:
-                found[node.name] = {"file": path, **described(node)}
-    return found
+                definitions[node.name] = {"file": path, **facts_of(node)}
+    return definitions
 
 
 def rows(data: dict[str, Any]) -> str:
-    """As JSON, a function a line."""
+    """Return ``data`` as JSON, a function a line."""
     states = []
     for state, functions in data["states"].items():
         lines = (f"   {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(functions.items()))
@@ -93,7 +93,7 @@ def main() -> int:
     old = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"commit": None}
     commit = args.commit or old["commit"]
     states = {state: read(args.checkout, state) for state in (*TAGS, *filter(None, [commit]))}
-    if empty := [state for state, found in states.items() if "fused_moe" not in found]:
+    if empty := [state for state, definitions in states.items() if "fused_moe" not in definitions]:
         print(f"{args.checkout} has no {', '.join(empty)}", file=sys.stderr)
         return 2
     new = {"source": "https://github.com/ROCm/aiter", "commit": commit, "states": states}

@@ -100,14 +100,14 @@ def run(command: list[str], log: Path, limit: float = LIMIT) -> str:
 
 
 def rows(engine: str, command: list[str], result: Path, log: Path, limit: float = LIMIT) -> list[Row]:
-    """The table's rows of one engine. Where it did not get to its end, none of them passed."""
+    """Return the table's rows of one engine. Where it did not get to its end, none of them passed."""
     failure = run([*command, engine, str(result.parent), str(result)], log, limit)
     head = [{"engine": engine, "family": m.family, "dtype": m.dtype} for m in MODELS[engine]]
     if not failure:
         return [{**h, **report} for h, report in zip(head, json.loads(result.read_text()), strict=True)]
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-    found = [{**h, "passed": False, "failures": []} for h in head]
-    return [{**found[0], "failures": [failure], "log": tail}, *found[1:]]
+    missing = [{**h, "passed": False, "failures": []} for h in head]
+    return [{**missing[0], "failures": [failure], "log": tail}, *missing[1:]]
 
 
 def main(engines: list[str]) -> int:
@@ -127,8 +127,8 @@ def main(engines: list[str]) -> int:
             name = row["name"]
             say(f"{name}: starting\n")
             command = [str(VENVS / name / "bin" / "python"), str(HERE / "demo_engine.py")]
-            found = rows(engine, command, Path(folder) / f"{engine}.json", LOGS / f"demo-{name}.log")
-            table += [{"version": row["version"], **r} for r in found]
+            ended = rows(engine, command, Path(folder) / f"{engine}.json", LOGS / f"demo-{name}.log")
+            table += [{"version": row["version"], **r} for r in ended]
     # An engine's environment has what the table is drawn with; this Python may not.
     python = VENVS / names[0] / "bin" / "python"
     drawn = subprocess.run([python, HERE / "demo_table.py"], input=json.dumps(table), text=True)

@@ -32,7 +32,7 @@ class BuildError(Exception):
 
 
 def normal(name: str) -> str:
-    """A distribution's name as registries compare it."""
+    """Return a distribution's name as registries compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -74,14 +74,14 @@ class Env:
             raise BuildError(f"pip failed (status {code}); the end of {self.log.relative_to(ROOT)}:\n{tail}")
 
     def installed(self) -> dict[str, str]:
-        """Version of every distribution, by normalised name."""
+        """Return the version of every distribution, by normalised name."""
         return {normal(n): v for n, v in json.loads(self.run("-c", _INSTALLED)).items() if n}
 
     def site_packages(self) -> Path:
         return Path(self.run("-c", "import sysconfig;print(sysconfig.get_path('purelib'))").strip())
 
     def create(self) -> None:
-        """The bare environment, remade if its interpreter or its link to the base is gone or broken."""
+        """Make the bare environment anew if its interpreter or its link to the base is gone or broken."""
         link = ""
         if self.base:
             # With the .pth files that lie there: the project and the shims work here as they do in the base.

@@ -40,7 +40,7 @@ print(json.dumps(out))
 
 
 def matrix() -> dict[str, Any]:
-    """ci/matrix.yaml, read by a small environment of its own where this Python lacks PyYAML."""
+    """Return ci/matrix.yaml, read by a small environment of its own where this Python lacks PyYAML."""
     file = ROOT / "ci" / "matrix.yaml"
     try:
         import yaml
@@ -62,7 +62,7 @@ def matrix() -> dict[str, Any]:
 
 
 def project(env: Env) -> None:
-    """The project with its tools; editable, so that the environment follows the source."""
+    """Install the project with its tools; editable, so that the environment follows the source."""
     pyproject = (ROOT / "pyproject.toml").read_text()
     here = f"import fse_patch,sys;sys.exit(not fse_patch.__file__.startswith({str(ROOT) + '/'!r}))"
 
@@ -79,7 +79,7 @@ def project(env: Env) -> None:
 
 
 def shims(env: Env) -> None:
-    """The torchvision shim, as a .pth line: it must reach every child process, with no variable set."""
+    """Put the torchvision shim in, as a .pth line: it must reach every child process without a variable."""
     source = (ROOT / "ci" / "shims" / f"{SHIM}.py").read_text()
     site = env.site_packages()
     module, line = site / f"{SHIM}.py", site / f"{SHIM}.pth"
@@ -92,7 +92,7 @@ def shims(env: Env) -> None:
 
 
 def folders(env: Env, names: list[str]) -> None:
-    """Folders of tests/shims on the environment's path, where the engine cannot start without them.
+    """Return the folders of tests/shims on the environment's path, where the engine needs them to start.
 
     A shim's ``_start`` module runs in every process: the engine's children must have it too.
     """
@@ -114,14 +114,14 @@ def folders(env: Env, names: list[str]) -> None:
 def build_core(spec: dict[str, Any]) -> None:
     env = Env("core")
     env.create()
-    wanted = [str(r) for r in spec["requirements"]]
-    names = {normal(re.split(r"[=<>!~\[]", r)[0]): r.partition("==")[2] for r in wanted}
+    requirements = [str(r) for r in spec["requirements"]]
+    names = {normal(re.split(r"[=<>!~\[]", r)[0]): r.partition("==")[2] for r in requirements}
 
     def holds() -> bool:
         held = env.installed()
         return all(n in held and v in ("", held[n]) for n, v in names.items())
 
-    env.step("torch", repr(wanted), holds, lambda: env.pip("install", *wanted))
+    env.step("torch", repr(requirements), holds, lambda: env.pip("install", *requirements))
     project(env)
 
 
@@ -138,8 +138,8 @@ def build_engine(spec: dict[str, Any]) -> None:
         rows = json.loads(env.run("-c", _REQUIRED, "" if listed else name, *listed))
         return [(line, bool(met)) for r, line, met in rows if normal(r) not in skip]
 
-    def holds(package: str, wanted: str) -> bool:
-        return env.installed().get(normal(package)) == wanted
+    def holds(package: str, release: str) -> bool:
+        return env.installed().get(normal(package)) == release
 
     env.step(
         f"{name} {version}",
@@ -167,7 +167,7 @@ def build_engine(spec: dict[str, Any]) -> None:
 
 
 def build_release(spec: dict[str, Any], base: Env) -> None:
-    """One more release of an engine on the packages of another environment, which are much larger than it."""
+    """Build one more release of an engine on the packages of another environment, which are much larger."""
     env = Env(spec["name"], base)
     env.create()
     name, version = spec["distribution"], str(spec["version"])

@@ -24,33 +24,33 @@ Fingerprints = dict[str, dict[str, str]]
 
 
 def references(book: ledger.Ledger, version: str | None = None) -> set[str]:
-    """Sources that the ledger names, for one release or for all."""
+    """Return the sources that the ledger names, for one release or for all."""
     patches = book.patches if version is None else book.patches_for(Version(version))
     return {s.reference for p in patches for s in (p.source, *p.relies_on)}
 
 
 def collect(book: ledger.Ledger, site_packages: str) -> tuple[str, dict[str, str]]:
-    """Version installed in a folder, and the hash of every source its patches name.
+    """Return the version installed in a folder, and the hash of every source its patches name.
 
     Raises:
         FsePatchError: the engine or a source is not there.
     """
     version = Version(guards.engine_version(book, [site_packages])).public
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for reference in sorted(references(book, version)):
         value = fingerprint(reference, [site_packages])
         if value is None:
             raise FsePatchError(f"{reference}: not defined in {book.engine} {version} ({site_packages})")
-        found[reference] = value
-    return version, found
+        hashes[reference] = value
+    return version, hashes
 
 
 def merge(book: ledger.Ledger, old: Fingerprints, new: dict[str, dict[str, str]]) -> Fingerprints:
-    """Old fingerprints of sources that the ledger still names, with the new releases' over them."""
+    """Return old fingerprints of sources that the ledger still names, with the new releases' over them."""
     merged: Fingerprints = {}
     for reference in sorted(references(book)):
         values = {v: h for v, h in old.get(reference, {}).items() if v not in new}
-        values.update({v: found[reference] for v, found in new.items() if reference in found})
+        values.update({v: hashes[reference] for v, hashes in new.items() if reference in hashes})
         merged[reference] = dict(sorted(values.items(), key=lambda item: Version(item[0])))
     return merged
 
@@ -69,10 +69,10 @@ def main() -> int:
         old = ledger.read_fingerprints(path)
         new: dict[str, dict[str, str]] = {}
         for folder in args.site_packages:
-            version, found = collect(book, folder)
-            if new.setdefault(version, found) != found:
+            version, hashes = collect(book, folder)
+            if new.setdefault(version, hashes) != hashes:
                 raise FsePatchError(f"{folder}: another source of {book.engine} {version} than before")
-            print(f"{book.engine} {version}: {len(found)} sources read")
+            print(f"{book.engine} {version}: {len(hashes)} sources read")
     except FsePatchError as error:
         print(error, file=sys.stderr)
         return error.exit_status

@@ -91,7 +91,7 @@ class Group:
 
 
 def fp8(choice: Mapping[str, Any]) -> Group:
-    """The FP8 checkpoint in vLLM."""
+    """Verify the FP8 checkpoint in vLLM."""
     arguments = {**VLLM, **GDN, "kv_cache_memory_bytes": 2 << 30}
     jobs = {"qwen3_next": (FP8, arguments)}
     return Group(jobs, "triton+deepgemm", choice, "fp8-block 128x128", env=FP8_ENV)
@@ -166,7 +166,7 @@ GROUPS: dict[str, dict[str, Group]] = {
 def table(
     engine: str, release: str, device: str, group: Group, decisions: Sequence[Merged]
 ) -> dict[str, Any]:
-    """A tuned table that has the group's modes for the layers of ``decisions``."""
+    """Write a tuned table that has the group's modes for the layers of ``decisions``."""
     rows = {}
     for decision in decisions:
         moe = decision.moe
@@ -189,7 +189,7 @@ def table(
 
 
 def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: Path) -> list[dict[str, Any]]:
-    """The reports of a group's jobs, in their order."""
+    """Return the reports of a group's jobs, in their order."""
     jobs = []
     for recipe, arguments in group.jobs.values():
         folder = folders[recipe]
@@ -218,7 +218,7 @@ def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: 
 
 
 def line(report: Mapping[str, Any]) -> str:
-    """A report in words."""
+    """Return a report in words."""
     if "mean_abs_logprob_diff" not in report:
         return f"FAILED {'; '.join(report['failures'])}\n{report.get('log', '')[-2000:]}"
     noises = ", ".join(f"{name} {mean:.4f}" for name, mean in report["stock_noises"].items())
@@ -251,8 +251,8 @@ def main() -> int:
     from checkpoints.make import make
 
     gpu.enlarge()
-    wanted = {recipe for group in groups.values() for recipe, _ in group.jobs.values()} - {FP8}
-    folders = {recipe: make(recipe, args.out / recipe, "bfloat16") for recipe in sorted(wanted)}
+    recipes = {recipe for group in groups.values() for recipe, _ in group.jobs.values()} - {FP8}
+    folders = {recipe: make(recipe, args.out / recipe, "bfloat16") for recipe in sorted(recipes)}
     if args.fp8:
         folders[FP8] = args.fp8
     failed = False

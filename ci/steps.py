@@ -33,12 +33,12 @@ class Step:
 
 
 def engines(rows: list[Row]) -> list[str]:
-    """The engines of the matrix, each once."""
+    """Return the engines of the matrix, each once."""
     return list(dict.fromkeys(str(row["engine"]) for row in rows))
 
 
 def lint() -> list[Step]:
-    """Style, types and the import contracts."""
+    """Check style, types and the import contracts."""
     python, ruff = str(CORE / "python"), str(CORE / "ruff")
     staged = [python, "ci/staged.py"]
     cache = str(ROOT / ".cache" / "mypy")
@@ -52,7 +52,7 @@ def lint() -> list[Step]:
 
 
 def core(rows: list[Row]) -> Step:
-    """Every test folder that is not an engine's; the ledgers are compared with every engine that is built."""
+    """Test every folder that is not an engine's; the ledgers are compared with every engine that is built."""
     leave = [f"--ignore=tests/{name}" for name in (*engines(rows), "kernels")]
     sites = sorted(map(str, VENVS.glob("*/lib/python3*/site-packages")))
     command = [str(CORE / "python"), "-m", "pytest", "tests", *leave]
@@ -60,14 +60,14 @@ def core(rows: list[Row]) -> Step:
 
 
 def kernels(rows: list[Row]) -> Step:
-    """Triton kernels in its interpreter, in the environment that has one for them."""
+    """Test Triton kernels in its interpreter, in the environment that has one for them."""
     row = next(row for row in rows if row.get("kernels"))
     python = str(VENVS / str(row["name"]) / "bin" / "python")
     return Step("kernel tests", [python, "-m", "pytest", "tests/kernels"], 900, {"TRITON_INTERPRET": "1"})
 
 
 def of_engine(row: Row, name: str, tests: Sequence[str], marks: str, limit: int = 2700) -> Step:
-    """Tests of one engine release, in its own environment; ``marks`` as pytest's ``-m``, empty for all."""
+    """Test one engine release, in its own environment; ``marks`` as pytest's ``-m``, empty for all."""
     environment = {
         # Linear attention in float32; bfloat16 runs do not notice it. See docs/development.md.
         "PYTHONPATH": str(ROOT / "tests" / "shims" / "gdn_float32") if row["engine"] == "vllm" else "",
@@ -82,11 +82,11 @@ def of_engine(row: Row, name: str, tests: Sequence[str], marks: str, limit: int 
 
 
 def engine(row: Row) -> Step:
-    """What `make test` runs on a release."""
+    """Run what `make test` runs on a release."""
     marks = "not long" if row.get("whole") else "every_release and not long"
     return of_engine(row, "tests", [f"tests/{row['engine']}"], marks)
 
 
 def faults(row: Row) -> Step:
-    """All planted faults, and all clean models, in one release."""
+    """Run all planted faults, and all clean models, in one release."""
     return of_engine(row, "faults", [f"tests/{row['engine']}/test_faults.py"], "", 1200)

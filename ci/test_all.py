@@ -57,12 +57,12 @@ class Stamp:
 
 
 def name_of(step: Step) -> str:
-    """The name of a part, as `make test-all PART=` takes it."""
+    """Return the name of a part, as `make test-all PART=` takes it."""
     return step.name.replace(" ", "-")
 
 
 def parts(rows: list[Row]) -> dict[str, Step]:
-    """All parts by name."""
+    """Return all parts by name."""
     made = [*steps.lint(), steps.core(rows), steps.kernels(rows)]
     for row in rows:
         # A release that stands on the packages of another shows what is its own.
@@ -73,7 +73,7 @@ def parts(rows: list[Row]) -> dict[str, Step]:
 
 
 def groups(engine: str) -> dict[str, list[str]]:
-    """The test files of an engine by group: each file in one, and none left out."""
+    """Return the test files of an engine by group: each file in one, and none left out."""
     folder = ROOT / "tests" / engine
     named = {group: [f"tests/{engine}/{file}" for file in files] for group, files in GROUPS[engine].items()}
     grouped = {file for files in named.values() for file in files}
@@ -82,7 +82,7 @@ def groups(engine: str) -> dict[str, list[str]]:
 
 
 def git(*arguments: str) -> str:
-    """What git says, empty where it has nothing to say."""
+    """Return what git says, empty where it has nothing to say."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
@@ -91,7 +91,7 @@ def git(*arguments: str) -> str:
 
 
 def tree() -> str:
-    """A hash of every file that git does not ignore, as it lies there; empty without git."""
+    """Return a hash of every file that git does not ignore, as it lies there; empty without git."""
     listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     total = hashlib.sha256()
     for name in sorted(filter(None, listed.split("\0"))):
@@ -102,21 +102,21 @@ def tree() -> str:
 
 
 def commit() -> str:
-    """The commit, with a plus where files differ from it."""
+    """Return the commit, with a plus where files differ from it."""
     return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain") else "")
 
 
 def counts(closing: str) -> dict[str, int]:
-    """Tests by how they ended, from pytest's last line; empty for what is none of pytest's."""
-    found = {
+    """Return tests by how they ended, from pytest's last line; empty for what is none of pytest's."""
+    counted = {
         name: sum(int(n) for n in re.findall(rf"(\d+) (?:{words})\b", closing))
         for name, words in COUNTED.items()
     }
-    return found if re.search(r" in [\d.]+s", closing) else {}
+    return counted if re.search(r" in [\d.]+s", closing) else {}
 
 
 def read(name: str) -> Stamp | None:
-    """The stamp of a part; None where it has none that can be read."""
+    """Return the stamp of a part; None where it has none that can be read."""
     try:
         return Stamp(**json.loads((STAMPS / f"{name}.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -124,7 +124,7 @@ def read(name: str) -> Stamp | None:
 
 
 def passed(name: str, on: str) -> bool:
-    """Whether a part has passed on a tree."""
+    """Return whether a part has passed on a tree."""
     stamp = read(name)
     return stamp is not None and stamp.status == 0 and stamp.tree == on != ""
 
@@ -144,14 +144,14 @@ def run(step: Step) -> testing.Result:
 
 
 def state(stamp: Stamp | None, on: str) -> str:
-    """How a part stands on a tree."""
+    """Return how a part stands on a tree."""
     if stamp is None or stamp.tree != on:
         return "not run"
     return "passed" if stamp.status == 0 else "FAILED"
 
 
 def table(names: list[str], on: str) -> list[str]:
-    """A row for each part."""
+    """Return a row for each part."""
     lines = [f"{'part':24} {'state':8} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}  commit"]
     for name in names:
         stamp = read(name)

@@ -78,7 +78,7 @@ def run(step: Step) -> Result:
 
 
 def wait(process: subprocess.Popen[bytes], step: Step, log: Path, begun: float) -> int:
-    """Status of the process; 124 if it had to be ended."""
+    """Return the status of the process; 124 if it had to be ended."""
     while True:
         left = begun + step.limit - time.monotonic()
         try:
@@ -113,13 +113,13 @@ def last_line(log: Path) -> str:
     return lines[-1].strip("= ") if lines else ""
 
 
-def run_all(wanted: list[Step], run: Callable[[Step], Result] = run) -> list[Result]:
+def run_all(asked: list[Step], run: Callable[[Step], Result] = run) -> list[Result]:
     """Run steps side by side, those that run alone before all others; results in their order."""
-    alone = {step.name: run(step) for step in wanted if step.alone}
+    alone = {step.name: run(step) for step in asked if step.alone}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        beside = pool.map(run, [step for step in wanted if not step.alone])
+        beside = pool.map(run, [step for step in asked if not step.alone])
         try:
-            return [alone[step.name] if step.alone else next(beside) for step in wanted]
+            return [alone[step.name] if step.alone else next(beside) for step in asked]
         except KeyboardInterrupt:
             # Threads do not get it: they would go on with what waits.
             INTERRUPTED.set()
@@ -130,7 +130,7 @@ def run_all(wanted: list[Step], run: Callable[[Step], Result] = run) -> list[Res
 
 
 def chosen(names: list[str], rows: list[steps.Row]) -> list[Step]:
-    """The steps of what was asked for; a KeyError for a name that is none."""
+    """Return the steps of what was asked for; a KeyError for a name that is none."""
     # The slow ones first, so that the last ones to run side by side end at about the same time.
     rows = sorted(rows, key=lambda row: not row.get("whole"))
     there = {"lint": steps.lint(), "core": [steps.core(rows)], "kernels": [steps.kernels(rows)]}
@@ -146,11 +146,11 @@ def main(arguments: list[str]) -> int:
     rows = matrix()["engines"]
     default = ["lint", "core", *steps.engines(rows), "kernels"]
     try:
-        wanted = chosen(arguments or default, rows)
+        asked = chosen(arguments or default, rows)
     except KeyError as unknown:
         print(f"no tests {unknown}; there are {', '.join([*default, 'faults'])}", file=sys.stderr)
         return 2
-    results = run_all(wanted)
+    results = run_all(asked)
     print("\nsummary")
     for r in results:
         print(f"  {'ok    ' if r.status == 0 else 'FAILED'} {r.seconds:5.0f} s  {r.step.name:20} {r.closing}")

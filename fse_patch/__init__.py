@@ -50,7 +50,7 @@ def remove(engine: str) -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is patched, decided, loaded and counted in this process, by engine, ready for JSON.
+    """Return what is patched, decided, loaded and counted in this process, by engine, ready for JSON.
 
     ``roles`` has what was built here, main model and draft: its fused layers, ``slots_loaded``, ``compared``
     (values that were found in the slots as the checkpoint has them) and ``canary``, whose ``state`` is

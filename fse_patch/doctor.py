@@ -27,7 +27,7 @@ NAME = "fse_patch"
 
 
 def examine(checkpoint: Path | None = None) -> dict[str, Any]:
-    """Everything, ready for JSON.
+    """Return everything, ready for JSON.
 
     Args:
         checkpoint: whose tuned tables are looked up; those of well-known models if None.
@@ -70,7 +70,7 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "fse_patch": __version__,
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -81,12 +81,12 @@ def _environment() -> dict[str, Any]:
     try:
         import torch
     except ImportError:
-        return found
-    found["torch"] = str(torch.__version__)
+        return report
+    report["torch"] = str(torch.__version__)
     if torch.cuda.is_available():
-        found["platform"] = "rocm" if torch.version.hip else "cuda"
-        found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
+        report["platform"] = "rocm" if torch.version.hip else "cuda"
+        report["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return report
 
 
 def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
@@ -121,7 +121,7 @@ def _policy(effective: settings.Settings, problems: list[str]) -> dict[str, Any]
 
 
 def _modes(effective: settings.Settings, devices: list[str], problems: list[str]) -> list[dict[str, Any]]:
-    """Every table of modes that is read, and whether it is for a device of this machine."""
+    """Return every table of modes that is read, and whether it is for a device of this machine."""
     tables = list(tuned.shipped())
     if effective.tuned_file is not None:
         try:
@@ -147,7 +147,7 @@ def _engine(
 ) -> dict[str, Any]:
     book = ledger.load(engine)
     on = engine in effective.engines
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "engine": engine,
         "installed": None,
         "switched_on": on,
@@ -161,40 +161,35 @@ def _engine(
         version = guards.engine_version(book)
     except FsePatchError as error:
         # A list of engines asks for each of them; 1 asks for what is there.
-        if on and settings.origins()[settings.ENABLE]["value"].strip().lower() not in (
-            "1",
-            "true",
-            "on",
-            "yes",
-        ):
+        if on and settings.origins()[settings.ENABLE]["value"].strip().lower() not in settings.TRUE:
             problems.append(f"{settings.ENABLE} switches {engine} on: {error}")
-        return found
+        return report
     release = Version(version)
-    found |= {"installed": version, "is_tested": book.facts.is_tested(release)}
-    if not found["is_tested"] and not effective.allow_untested:
+    report |= {"installed": version, "is_tested": book.facts.is_tested(release)}
+    if not report["is_tested"] and not effective.allow_untested:
         problems.append(f"{engine} {version} is not a tested release ({', '.join(book.tested)})")
     chosen = book.patches_for(release)
-    found["guards"] = {patch.id: guards.guard(patch) or "ok" for patch in chosen}
+    report["guards"] = {patch.id: guards.guard(patch) or "ok" for patch in chosen}
     problems += [
-        f"{engine}: patch {name}: {state}" for name, state in found["guards"].items() if state != "ok"
+        f"{engine}: patch {name}: {state}" for name, state in report["guards"].items() if state != "ok"
     ]
     if not chosen:
         problems.append(f"{engine} {version}: no patch is for this release")
     plugins = book.facts.plugins
     points = list(entry_points(group=plugins.group))
-    found["entry_points"] = [f"{point.name} = {point.value}" for point in points]
+    report["entry_points"] = [f"{point.name} = {point.value}" for point in points]
     problems += _unseen(engine, points, plugins)
-    found["native_fusion"] = _native(engine, here, version)
+    report["native_fusion"] = _native(engine, here, version)
     hazards += [
         f"{engine} {version} fuses {entry['family']} by itself here, and gets it wrong: {entry['wrong']}"
-        for entry in found["native_fusion"]
+        for entry in report["native_fusion"]
         if entry["wrong"]
     ]
-    return found
+    return report
 
 
 def _unseen(engine: str, points: Iterable[EntryPoint], plugins: Plugins) -> list[str]:
-    """Why an engine would not load our plugin, in its own processes."""
+    """Return why an engine would not load our plugin, in its own processes."""
     ours = next((point for point in points if point.name == NAME), None)
     if ours is None:
         return [f"{engine} does not see fse_patch: no entry point in {plugins.group}; install it with pip"]
@@ -209,7 +204,7 @@ def _unseen(engine: str, points: Iterable[EntryPoint], plugins: Plugins) -> list
 
 
 def _lost(engine: dict[str, Any], devices: Iterable[str]) -> list[str]:
-    """Tuned tables of this machine's devices that a fused layer would do without."""
+    """Return tuned tables of this machine's devices that a fused layer would do without."""
     here = {device.replace(" ", "_") for device in devices}
     return [
         f"{engine['engine']} has a tuned table for {row['experts']} experts of width {row['width']} and none "
@@ -221,7 +216,7 @@ def _lost(engine: dict[str, Any], devices: Iterable[str]) -> list[str]:
 
 
 def _native(engine: str, here: str, version: str) -> list[dict[str, Any]]:
-    """What the release does about shared experts by itself on this platform."""
+    """Return what the release does about shared experts by itself on this platform."""
     return [
         {
             "family": family.name,

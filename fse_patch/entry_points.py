@@ -59,7 +59,7 @@ def _announce(engine: str, level: int, line: str) -> None:
 
 
 def _logger() -> logging.Logger:
-    """Our logger, with a handler of its own where nobody configured one: vLLM configures "vllm" alone."""
+    """Return our logger, with a handler of its own where nobody set one: vLLM configures "vllm" alone."""
     logger = logging.getLogger("fse_patch")
     if logger.level == logging.NOTSET:
         logger.setLevel(min(logging.INFO, logging.getLogger().level or logging.INFO))

@@ -33,11 +33,11 @@ class Report:
 
     @property
     def on(self) -> bool:
-        """Whether the engine is patched, now or as its modules are imported."""
+        """Return whether the engine is patched, now or as its modules are imported."""
         return not self.reason
 
     def to_dict(self) -> dict[str, Any]:
-        """The report for JSON."""
+        """Return the report for JSON."""
         return {
             "engine": self.engine,
             "engine_version": self.engine_version,
@@ -47,7 +47,7 @@ class Report:
         }
 
     def summary(self) -> str:
-        """One line."""
+        """Return the report in one line."""
         name = f"{self.engine} {self.engine_version}".strip()
         if not self.on:
             return f"{name}: off: {self.reason}"

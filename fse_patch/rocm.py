@@ -28,7 +28,7 @@ DISTRIBUTIONS = ("amd-aiter", "aiter")
 
 
 def aiter_report() -> dict[str, Any]:
-    """What of AITER this process may use, and why not the rest. Needs a GPU; compiles kernels at first."""
+    """Return what of AITER this process may use, and why not the rest. Compiles kernels, on a GPU."""
     from importlib import metadata
 
     import torch
@@ -36,22 +36,22 @@ def aiter_report() -> dict[str, Any]:
     from .fusion_core.kernels.aiter import probe
     from .fusion_core.kernels.aiter_check import CHECKS, failures, without
 
-    found: dict[str, Any] = {"hip": torch.version.hip, "version": None, "usable": [], "faults": {}}
+    report: dict[str, Any] = {"hip": torch.version.hip, "version": None, "usable": [], "faults": {}}
     for name in DISTRIBUTIONS:
         try:
-            found["version"] = f"{name} {metadata.version(name)}"
+            report["version"] = f"{name} {metadata.version(name)}"
             break
         except metadata.PackageNotFoundError:
             continue
     caps = probe()
-    found["why"] = caps.why
+    report["why"] = caps.why
     if not caps.why:
         device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
-        found["faults"] = failures(caps, device)
-        caps = without(caps, found["faults"])
-        found["usable"] = [name for name, _ in CHECKS if getattr(caps, name)]
-        found["fused_moe"] = sorted(caps.moe_arguments)
-    return found
+        report["faults"] = failures(caps, device)
+        caps = without(caps, report["faults"])
+        report["usable"] = [name for name, _ in CHECKS if getattr(caps, name)]
+        report["fused_moe"] = sorted(caps.moe_arguments)
+    return report
 
 
 def _child(arguments: list[str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def record_decision(decision: Mapping[str, Any]) -> None:
 
 
 def decisions() -> list[dict[str, Any]]:
-    """The recorded decisions, in order."""
+    """Return the recorded decisions, in order."""
     with _lock:
         return copy.deepcopy(_decisions)
 
@@ -45,7 +45,7 @@ def count(name: str, by: int = 1) -> None:
 
 
 def counters() -> dict[str, int]:
-    """The counters of this process."""
+    """Return the counters of this process."""
     with _lock:
         return dict(_counters)
 

@@ -43,7 +43,7 @@ def _known(engine: str) -> None:
 
 
 def _guard(book: ledger.Ledger, patches: tuple[PatchSpec, ...]) -> dict[str, FsePatchError]:
-    """What is wrong, by patch."""
+    """Return what is wrong, by patch."""
     errors: dict[str, FsePatchError] = {}
     for patch in patches:
         try:
@@ -79,7 +79,7 @@ def _failed(engine: str, failure: FsePatchError) -> None:
 def apply(
     engine: str, *, strict: bool | None = None, allow_untested: bool | None = None, serving: bool = False
 ) -> Report:
-    """See `fse_patch.apply`.
+    """Patch an engine as `fse_patch.apply` says.
 
     ``serving``: called by the engine itself. In strict mode, a patch that fails later, while a module is
     imported, then ends the process: engines catch exceptions there.
@@ -92,6 +92,7 @@ def apply(
                 return _active[engine].report()
             _active.pop(engine).patches.revert()
         effective = settings.load()
+        stop = effective.strict if strict is None else strict
         load_policy(effective.policy_file)  # a malformed one must stop here, not in a worker
         book = ledger.load(engine)
         version = guards.engine_version(book)
@@ -107,14 +108,14 @@ def apply(
             patches = PatchSet(
                 book.facts.import_name,
                 chosen,
-                effective.strict if strict is None else strict,
+                stop,
                 on_failure=lambda failure: _failed(engine, failure),
             )
             patches.exits = serving
             patches.apply()
         except FsePatchError as error:
             _refused[engine] = _declined(engine, version, chosen, error, errors)
-            if effective.strict if strict is None else strict:
+            if stop:
                 raise
             return _refused[engine]
         _refused.pop(engine, None)
@@ -127,7 +128,7 @@ def apply(
 
 
 def remove(engine: str) -> None:
-    """See `fse_patch.remove`."""
+    """Put everything of an engine back as it was, and switch its child processes off."""
     _known(engine)
     with lock:
         _refused.pop(engine, None)
@@ -137,7 +138,7 @@ def remove(engine: str) -> None:
 
 
 def status() -> dict[str, Any]:
-    """See `fse_patch.status`."""
+    """Return what is patched, decided, loaded and counted in this process, by engine."""
     with lock:
         reports = {**_refused, **{engine: active.report() for engine, active in _active.items()}}
     # Not imported: where no model was built, asking must not load torch.

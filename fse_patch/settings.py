@@ -34,7 +34,7 @@ DEFAULTS = {
     TUNED: "",
     GATE_KERNEL: "0",
 }
-_TRUE = {"1", "true", "on", "yes"}
+TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
 
 
@@ -70,12 +70,12 @@ class Settings:
 
     @property
     def policy_file(self) -> Path | None:
-        """``policy`` as a path."""
+        """Return ``policy`` as a path."""
         return Path(self.policy) if self.policy else None
 
     @property
     def tuned_file(self) -> Path | None:
-        """``tuned`` as a path."""
+        """Return ``tuned`` as a path."""
         return Path(self.tuned) if self.tuned else None
 
 
@@ -83,7 +83,7 @@ def _flag(env: Mapping[str, str], name: str, default: bool) -> bool:
     value = env.get(name)
     if value is None:
         return default
-    if value.strip().lower() in _TRUE:
+    if value.strip().lower() in TRUE:
         return True
     if value.strip().lower() in _FALSE:
         return False
@@ -98,7 +98,7 @@ def _choice(env: Mapping[str, str], name: str, default: str, choices: tuple[str,
 
 
 def engines_in(value: str) -> frozenset[str]:
-    """Engines named by a value of FSE_PATCH.
+    """Return the engines that a value of FSE_PATCH names.
 
     Raises:
         FsePatchError: the value is neither a switch nor a list of known engines.
@@ -106,7 +106,7 @@ def engines_in(value: str) -> frozenset[str]:
     word = value.strip().lower()
     if word in _FALSE:
         return frozenset()
-    if word in _TRUE:
+    if word in TRUE:
         return frozenset(ENGINES)
     names = frozenset(n.strip() for n in word.split(",") if n.strip())
     if unknown := sorted(names - set(ENGINES)):
@@ -117,14 +117,14 @@ def engines_in(value: str) -> frozenset[str]:
 
 
 def origins(env: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
-    """Each variable's value, as text, and its origin: "default", "environment", or "unknown name"."""
+    """Return each variable's value, and its origin: "default", "environment", or "unknown name"."""
     env = os.environ if env is None else env
-    found = {
+    known = {
         name: {"value": env.get(name, default), "origin": "environment" if name in env else "default"}
         for name, default in DEFAULTS.items()
     }
     others = sorted(name for name in env if name.startswith(ENABLE) and name not in DEFAULTS)
-    return found | {name: {"value": env[name], "origin": "unknown name"} for name in others}
+    return known | {name: {"value": env[name], "origin": "unknown name"} for name in others}
 
 
 def load(env: Mapping[str, str] | None = None) -> Settings:

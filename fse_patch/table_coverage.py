@@ -55,7 +55,7 @@ Key = tuple[int, int, str, tuple[int, int] | None, bool]
 
 
 def shape_of(checkpoint: Path) -> Shape:
-    """The shape of a checkpoint's main model.
+    """Return the shape of a checkpoint's main model.
 
     Raises:
         FsePatchError: it cannot be read, or has no shared expert that fills whole slots.
@@ -74,13 +74,13 @@ def shape_of(checkpoint: Path) -> Shape:
 
 
 def shipped(engine: str, site_packages: list[str] | None = None) -> dict[Key, set[str]]:
-    """Devices by number of experts, width, dtype and block; empty where the engine is not installed."""
+    """Return devices by number of experts, width, dtype and block; empty without the engine."""
     facts = facts_of(engine)
     package = source_file(facts.import_name, site_packages)
     folders = [package.parent / facts.tuned_tables.folder] if package is not None else []
-    if own := os.environ.get(facts.tuned_tables.variable):
-        folders.append(Path(own))
-    found: dict[Key, set[str]] = {}
+    if extra := os.environ.get(facts.tuned_tables.variable):
+        folders.append(Path(extra))
+    devices: dict[Key, set[str]] = {}
     for folder in folders:
         for path in folder.rglob("E=*.json"):
             match = _NAME.fullmatch(path.name)
@@ -88,14 +88,14 @@ def shipped(engine: str, site_packages: list[str] | None = None) -> dict[Key, se
                 experts, width, device, dtype, rows, columns, channel = match.groups()
                 block = (int(rows), int(columns)) if rows else None
                 key = int(experts), int(width), dtype or "", block, bool(channel)
-                found.setdefault(key, set()).add(device)
-    return found
+                devices.setdefault(key, set()).add(device)
+    return devices
 
 
 def coverage(
     engine: str, tables: Mapping[Key, set[str]], shapes: Iterable[Shape], patches: Iterable[PatchSpec]
 ) -> list[dict[str, Any]]:
-    """Of each shape, and each part of it in a process, the devices with a table for E and for E+S.
+    """Return of each shape, and each part of it in a process, the devices with a table for E and E+S.
 
     Rows have ``shape``, ``experts``, ``fused_experts``, ``width``, ``format``, ``devices`` (a table for E+S),
     ``only_unfused`` (one for E alone), and of the latter in ``table``: "kept" where a patch looks for it,

@@ -17,7 +17,7 @@ from ...fusion_core.forward.router import FusedRouter, SlotAppender
 from ...fusion_core.kernels.aiter import without_padding
 from ..check import check_complete
 from ..load import attach
-from ..role import ACTIVE, FusedRole
+from ..role import ACTIVE, FusedRole, building
 from ..start import Start
 from . import native
 from .check import check_experts, check_native, check_topk, output_scale, shared_gate
@@ -43,12 +43,8 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         start = start_of(cls, model_config, load_config, args[0] if args else kwargs.get("quant_config"))
         fused_role = FusedRole(start, Slots()) if isinstance(start, Start) else None
         native_off = start is not None and start.native_off
-        token = ACTIVE.set(fused_role)
-        try:
-            with switched_off(cls) if native_off else nullcontext():
-                model = original(model_config, load_config, *args, **kwargs)
-        finally:
-            ACTIVE.reset(token)
+        with building(fused_role), switched_off(cls) if native_off else nullcontext():
+            model = original(model_config, load_config, *args, **kwargs)
         if fused_role is not None and fused_role.start.merged:
             check_complete(fused_role, all_here=True)  # pipeline parallelism is refused
         if fused_role is not None and fused_role.layers:
@@ -86,7 +82,7 @@ def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
         }
     )
     setattr(experts, BUILT, layer)
-    fused_role.begun.add(layer)
+    fused_role.begin(layer)
     return experts
 
 
@@ -139,19 +135,20 @@ def adopt(fused_role: FusedRole, block: Any) -> None:
 
     A block that is not stays SGLang's own, and the log says so.
     """
-    from .run import BlockModes, attach_modes, execution_of, runs_modes
+    from .run import ATTRIBUTE, BlockModes, attach_modes, execution_of, runs_modes
 
     layer = fused_role.layer_at(block.layer_id)
-    if layer is None or not runs_modes(block):
+    # A block that inherits its constructor comes here twice.
+    if layer is None or not runs_modes(block) or hasattr(block, ATTRIBUTE):
         return
     try:
         check_native(fused_role, layer, block)
         router = routed_by_us(fused_role, layer, block)
         execution = execution_of(fused_role.start, block, router)
+        fused_role.add_layer(FusedLayer(layer, router, block.experts, block, execution))
     except (AttributeError, FsePatchError) as error:
         log.warning("%s model: layer %d stays as SGLang has it: %s", fused_role.name, layer, error)
         return
-    fused_role.add_layer(FusedLayer(layer, router, block.experts, block, execution))
     attach_modes(block, BlockModes(execution, native=True))
 
 

@@ -85,7 +85,10 @@ def check_native(fused_role: FusedRole, layer: int, block: Any) -> None:
 
 
 def shared_gate(start: Start, block: Any) -> Callable[[torch.Tensor], Any] | None:
-    """Return the block's gate, as logits; a linear layer of the engine returns a bias beside them."""
+    """Return the block's gate: states [num_tokens, H] -> logits [num_tokens, 1], both of the model's dtype.
+
+    A linear layer of the engine returns a bias beside them.
+    """
     name = start.naming.family.shared_gate
     gate = None if name is None else getattr(block, name, None)
     if gate is None:

@@ -33,26 +33,32 @@ class Experts:
 
     @property
     def w13(self) -> torch.Tensor:
-        """[E + S, 2 * I, H], as loaded."""
+        """Return w13 [E + S, 2 * I, H], as loaded."""
         weight: torch.Tensor = self.experts.w13_weight
         return weight
 
     @property
     def w2(self) -> torch.Tensor:
-        """[E + S, H, I], as loaded."""
+        """Return w2 [E + S, H, I], as loaded."""
         weight: torch.Tensor = self.experts.w2_weight
         return weight
 
     def gemm(
         self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
     ) -> torch.Tensor:
-        """Run SGLang's own kernels, as its runner calls them where no expert is elsewhere; never in place."""
+        """Run SGLang's own kernels, as its runner calls them where no expert is elsewhere; never in place.
+
+        Args:
+            hidden_states: [num_tokens, H], in 16 bits, as the output is.
+            w13, w2: [E + S, 2 * I, H] and [E + S, H, I], of that dtype.
+            top_k: weights, float32, and ids, integers, both [num_tokens, columns].
+        """
         weights, ids = top_k
         output: torch.Tensor = self._run(hidden_states, w13, w2, weights, ids, filter_expert=False)
         return output
 
     def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
-        """Choose by SGLang's own top-k over E experts, its scale in the weights: k columns."""
+        """Choose by SGLang's own top-k over logits [num_tokens, E], its scale in the weights: k columns."""
         top_k = self.topk(hidden_states, logits)
         return top_k.topk_weights, top_k.topk_ids
 

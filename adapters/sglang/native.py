@@ -22,14 +22,14 @@ SWITCHED_OFF: ContextVar[bool] = ContextVar("fse_patch_native_off", default=Fals
 
 
 def platform() -> str:
-    """Name of the platform, as `fse-patch plan` takes it; "" for one that nobody has looked at."""
+    """Return the platform's name, as `fse-patch plan` takes it; "" for one that nobody has looked at."""
     from sglang.srt.utils import is_cpu, is_cuda, is_hip
 
     return next((name for name, on in (("cpu", is_cpu), ("cuda", is_cuda), ("rocm", is_hip)) if on()), "")
 
 
 def live(cls: type, family: str, model_config: Any, quantised: object) -> dict[str, Any] | None:
-    """What is known of SGLang's own fusion, if it would build ``cls`` with it in this process."""
+    """Return what is known of SGLang's own fusion, if it would build ``cls`` with it in this process."""
     from sglang.srt.models import qwen2_moe
     from sglang.srt.runtime_context import get_server_args
 

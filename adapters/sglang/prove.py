@@ -13,19 +13,19 @@ from ..load import ROLE
 
 
 class Prover(prove.Prover):
-    """Runs a block as SGLang does."""
+    """A block as SGLang runs it."""
 
     def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The block without a batch: it takes one for backends that are refused."""
+        """Run the block on [num_tokens, H] without a batch: it takes one for backends that are refused."""
         states: torch.Tensor = block(hidden_states)
         return states
 
     def parts(self, block: Any) -> int:
-        """The size of tensor parallelism."""
+        """Return the size of tensor parallelism."""
         return int(block.experts.moe_tp_size)
 
     def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
-        """Over tensor parallelism."""
+        """Sum [num_tokens, H] over tensor parallelism."""
         from sglang.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 
         total: torch.Tensor = tensor_model_parallel_all_reduce(states)

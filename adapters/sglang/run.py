@@ -29,7 +29,7 @@ _blocks: WeakValueDictionary[int, BlockModes] = WeakValueDictionary()
 
 @torch.library.custom_op("fse_patch::run_layer", mutates_args=())
 def run_layer(hidden_states: torch.Tensor, number: int) -> torch.Tensor:
-    """Run a block, opaque to torch.compile: the mode is chosen by the real number of tokens."""
+    """Run a block on [num_tokens, H], opaque to torch.compile: the real number of tokens chooses the mode."""
     return _blocks[number](hidden_states)
 
 
@@ -111,7 +111,7 @@ def glm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class BlockModes:
-    """Runs one block by its execution.
+    """One block with its execution.
 
     Args:
         native: SGLang fuses the block by itself: the mode "fused" is its own forward.

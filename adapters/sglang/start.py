@@ -13,7 +13,16 @@ from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.native import gets_wrong
 from ...fusion_core.decision.outcome import Merged, remarked
 from ...fusion_core.forward.plan import ModePlan
-from ..start import Start, Unfused, announce, announce_other, checkpoint_folder, decision_of, refuse, role_of
+from ..start import (
+    Start,
+    Unfused,
+    announce,
+    announce_other,
+    checkpoint_folder,
+    decision_of,
+    refuse,
+    role_of,
+)
 from . import native
 from .native import ENGINE
 from .plan import native_plan, plan_of
@@ -43,12 +52,11 @@ def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) 
     native_fusion = None if family is None else native.live(cls, family.name, model_config, quantised)
     native_off = native_fusion is not None and bool(gets_wrong(native_fusion, decision))
     remark = "; SGLang's own fusion is switched off" if native_off else ""
-    if isinstance(decision, Merged) and family is not None:
-        naming = TensorNaming(family, model_config.hf_text_config.num_hidden_layers)
-        right = native_fusion is not None and not native_off
-        reasons = list(refusals(decision, model_config, load_config, quantised, right, effective))
-        plan = reasons[0] if reasons else plan_of(decision, model_config, effective)
-        moe = decision.moe
+    if isinstance(decision, Merged):
+        moe, right = decision.moe, native_fusion is not None and not native_off
+        naming = TensorNaming(decision.family, model_config.hf_text_config.num_hidden_layers)
+        reasons = refusals(decision, model_config, load_config, quantised, right, effective)
+        plan = next(reasons, None) or plan_of(decision, model_config, effective)
         if isinstance(plan, ModePlan):
             announce(remarked(decision, remark))
             if native.platform() == "cuda":
@@ -56,7 +64,7 @@ def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) 
             return Start(decision, moe, naming, locate(), plan, effective, native_off=native_off)
         stock = refuse(decision, plan, effective)
         # Modes for what SGLang fuses by itself, where nothing else forbids them.
-        if {reason.code for reason in reasons} == {UPSTREAM} and not native_off:
+        if plan.code == UPSTREAM and next(reasons, None) is None:
             beside = native_plan(stock, moe, model_config, effective)
             if beside is not None:
                 remark = f"; modes by number of tokens, fused is SGLang's own: {beside} ({beside.source})"

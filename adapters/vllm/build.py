@@ -14,10 +14,10 @@ from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.forward.router import FusedRouter
 from ..check import check_complete
 from ..load import attach
-from ..role import ACTIVE, FusedRole
+from ..role import ACTIVE, FusedRole, building
 from ..start import Start, announce_other
 from . import native
-from .check import check_arguments, key_compile_cache
+from .check import check_experts, key_compile_cache
 from .role import Slots
 from .run import runner_arguments, take_gate
 from .start import start_of
@@ -44,18 +44,18 @@ SHARED = (
 )
 
 
-def initialize(original: Callable[..., Any]) -> Callable[..., Any]:
+def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace ``initialize_model``: a model that nothing decided for is named too: silence never means on."""
 
     @functools.wraps(original)
-    def initialize_model(*args: Any, **kwargs: Any) -> Any:
+    def build(*args: Any, **kwargs: Any) -> Any:
         model = original(*args, **kwargs)
         # Parts of a model are initialised through here as well, with a prefix.
         if not kwargs.get("prefix"):
             announce_other(native.ENGINE, type(model))
         return model
 
-    return initialize_model
+    return build
 
 
 def entry_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -70,12 +70,8 @@ def entry_init(original: Callable[..., None]) -> Callable[..., None]:
         if fused_role is not None:
             key_compile_cache(kwargs["vllm_config"], fused_role.start)
         native_off = start is not None and start.native_off
-        token = ACTIVE.set(fused_role or ACTIVE.get())
-        try:
-            with native.switched_off(native_off):
-                original(self, *args, **kwargs)
-        finally:
-            ACTIVE.reset(token)
+        with building(fused_role or ACTIVE.get()), native.switched_off(native_off):
+            original(self, *args, **kwargs)
         if native_off:
             setattr(self, native.MARK, True)
         if fused_role is not None:
@@ -104,7 +100,7 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         layer = fused_role.layer_at(kwargs.get("prefix", "")) if fused_role else None
         if fused_role is None or layer is None:
             return original(*args, **kwargs)
-        check_arguments(fused_role, layer, args, kwargs)
+        check_experts(fused_role, layer, args, kwargs)
         start, layout = fused_role.start, fused_role.layout
         gate = getattr(kwargs["shared_experts"], "expert_gate", None)
         router = router_class()(
@@ -130,8 +126,8 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         }
         runner = original(**kwargs)
         experts = getattr(runner, "routed_experts", runner)
-        setattr(runner, BUILT, BuiltLayer(layer, router, experts, getattr(runner, "execute", None)))
-        fused_role.begun.add(layer)
+        setattr(runner, BUILT, BuiltLayer(layer, router, experts, runner.execute if modes else None))
+        fused_role.begin(layer)
         return runner
 
     return factory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...version import __version__
-from .. import check
+from ..check import check_arguments
 from ..role import FusedRole
 from ..start import Start
 
@@ -26,8 +26,8 @@ NEUTRAL = {
 }
 
 
-def check_arguments(fused_role: FusedRole, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Stop where the engine builds another layer than the one that was decided on.
+def check_experts(fused_role: FusedRole, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Stop where the engine builds other experts than those that were decided on.
 
     Raises:
         FsePatchError: an argument contradicts the decision.
@@ -40,7 +40,7 @@ def check_arguments(fused_role: FusedRole, layer: int, args: tuple[Any, ...], kw
         "topk_group": routing.topk_group,
     }
     known = not args and kwargs.get("shared_experts") is not None
-    check.check_arguments(fused_role, layer, kwargs, expected, known)
+    check_arguments(fused_role, layer, kwargs, expected, known)
 
 
 def key_compile_cache(vllm_config: Any, start: Start) -> None:

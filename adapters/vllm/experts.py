@@ -19,20 +19,26 @@ class Experts:
 
     @property
     def w13(self) -> torch.Tensor:
-        """[E + S, 2 * I, H], as loaded."""
+        """Return w13 [E + S, 2 * I, H], as loaded."""
         weight: torch.Tensor = self.routed_experts.w13_weight
         return weight
 
     @property
     def w2(self) -> torch.Tensor:
-        """[E + S, H, I], as loaded."""
+        """Return w2 [E + S, H, I], as loaded."""
         weight: torch.Tensor = self.routed_experts.w2_weight
         return weight
 
     def gemm(
         self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
     ) -> torch.Tensor:
-        """Run vLLM's own kernels, without its modular kernel's copy of the result out of a workspace."""
+        """Run vLLM's own kernels, without its modular kernel's copy of the result out of a workspace.
+
+        Args:
+            hidden_states: [num_tokens, H], in 16 bits, as the output is.
+            w13, w2: [E + S, 2 * I, H] and [E + S, H, I], of that dtype or FP8.
+            top_k: weights, float32, and ids, integers, both [num_tokens, columns].
+        """
         layer, (weights, ids) = self.routed_experts, top_k
         kernel = layer.quant_method.moe_kernel.impl
         # Rounds the states to FP8 where the kernel multiplies in it, and leaves plain ones alone. The kernel
@@ -82,7 +88,7 @@ class Experts:
         return output
 
     def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
-        """Choose by stock's own router over E experts, its scale in the weights: k columns."""
+        """Choose by stock's own router over logits [num_tokens, E], its scale in the weights: k columns."""
         chosen: TopK = self.stock_router.select_experts(
             hidden_states=hidden_states,
             router_logits=logits,

@@ -89,7 +89,9 @@ def _unquantised(config: Any) -> str:
 
 
 def dense_kernels(form: ExpertFormat, hidden: int, width: int) -> list[Any]:
-    """vLLM's kernels for a dense MLP of this format, as stock's shared expert gets them: gate_up, then down.
+    """Return vLLM's kernels for a dense MLP of this format, as stock's shared expert gets them.
+
+    Those of gate_up, then of down.
 
     Needs vLLM's current config and torch's default dtype, as while a model is built.
     """
@@ -111,7 +113,7 @@ def dense_kernels(form: ExpertFormat, hidden: int, width: int) -> list[Any]:
 
 
 def dense_word(form: ExpertFormat, hidden: int, width: int) -> str:
-    """The word for those kernels, `UNKNOWN` where one is not of `DENSE`; "" where the layers are plain."""
+    """Return the word for those kernels, `UNKNOWN` for one not of `DENSE`; "" where layers are plain."""
     if form.dense is None:
         return ""
     words = {DENSE.get(type(kernel).__name__, UNKNOWN) for kernel in dense_kernels(form, hidden, width)}

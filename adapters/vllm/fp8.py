@@ -26,13 +26,13 @@ class Slot:
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out, in] float8_e4m3fn."""
+        """Return the weight [out, in], float8_e4m3fn."""
         weight: torch.Tensor = getattr(self.experts, f"{self.name}_weight")
         return weight[self.number]
 
     @property
     def weight_scale_inv(self) -> torch.Tensor:
-        """[out / rows, in / columns] float32."""
+        """Return its scales [out / rows, in / columns], float32."""
         scale: torch.Tensor = getattr(self.experts, f"{self.name}_weight_scale_inv")
         return scale[self.number]
 
@@ -42,18 +42,18 @@ class TensorSlot(Slot):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[in, out] float8_e4m3fn, columns contiguous."""
+        """Return the weight [in, out], float8_e4m3fn, columns contiguous."""
         return super().weight.t()
 
     @property
     def weight_scale(self) -> torch.Tensor:
-        """0-d, float32."""
+        """Return its one scale, 0-d, float32."""
         scale: torch.Tensor = getattr(self.experts, f"{self.name}_weight_scale")
         return scale[self.number]
 
     @property
     def input_scale(self) -> torch.Tensor | None:  # type: ignore[override]
-        """That of activations, where the checkpoint has one: the largest of all experts."""
+        """Return the scale of activations, float32: the largest of all experts; None without one."""
         scale: torch.Tensor | None = getattr(self.experts, f"{self.name}_input_scale")
         return scale
 
@@ -79,7 +79,7 @@ class Fp8Experts:
                 kernel.process_weights_after_loading(layer)  # notes the size, and changes nothing of it
 
     def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """See `QuantisedExperts`."""
+        """Run few tokens [num_tokens, H] over k + S slots: [num_tokens, H], both in the states' dtype."""
         from ...fusion_core.kernels import experts_fp8  # needs Triton
 
         experts = self.experts
@@ -94,17 +94,17 @@ class Fp8Experts:
         )
 
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """See `QuantisedExperts`."""
+        """Multiply [num_tokens, H] with w13 of the shared slot: [num_tokens, 2 * I], in that dtype."""
         return self._apply(0, hidden_states)
 
     def down(self, inner: torch.Tensor) -> torch.Tensor:
-        """See `QuantisedExperts`."""
+        """Multiply [num_tokens, I] with w2 of the shared slot: [num_tokens, H], in that dtype."""
         return self._apply(1, inner)
 
     def _apply(self, number: int, states: torch.Tensor) -> torch.Tensor:
         kernel, slot = self.dense[number]
-        found: torch.Tensor = kernel.apply_weights(slot, states)
-        return found
+        output: torch.Tensor = kernel.apply_weights(slot, states)
+        return output
 
 
 def warm_up(fused_role: FusedRole, vllm_config: Any) -> None:
@@ -112,12 +112,13 @@ def warm_up(fused_role: FusedRole, vllm_config: Any) -> None:
 
     DeepGEMM compiles kernels on first use, which would be while requests wait.
     """
-    from vllm import envs
-
     layer = next(iter(fused_role.layers.values()), None)
     quantised = None if layer is None or layer.execution is None else layer.execution.quantised
-    skipped = envs.VLLM_DEEP_GEMM_WARMUP == "skip"
-    if not isinstance(quantised, Fp8Experts) or "split" not in fused_role.start.plan.modes or skipped:
+    if not isinstance(quantised, Fp8Experts) or "split" not in fused_role.start.plan.modes:
+        return
+    from vllm import envs
+
+    if envs.VLLM_DEEP_GEMM_WARMUP == "skip":
         return
     from vllm.model_executor.warmup import deep_gemm_warmup
 

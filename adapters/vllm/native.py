@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...fusion_core.decision.native import fusing
-from .. import load
+from .. import load as loading
 from ..patching import guards, ledger
 
 ENGINE = "vllm"
@@ -48,11 +48,11 @@ def switched_off(off: bool) -> Iterator[None]:
 
 def load_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace ``load_weights`` of entry classes: what was built without native fusion is loaded so."""
-    fill = load.load_weights(original)
+    fill = loading.load_weights(original)
 
     @functools.wraps(original)
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         with switched_off(getattr(self, MARK, False)):
             return fill(self, *args, **kwargs)
 
-    return load_model
+    return load

@@ -56,7 +56,7 @@ def plan_of(
 
 
 def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_name: str) -> Situation:
-    """What a table is asked for. Stock's kernel for the shared expert is a part of the backend."""
+    """Return what a table is asked for. Stock's kernel for the shared expert is a part of the backend."""
     from vllm import __version__
     from vllm.platforms import current_platform
 
@@ -77,7 +77,7 @@ def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_na
 
 
 def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_experts: int, top_k: int) -> str:
-    """The backend that vLLM picks for the grouped GEMM of so many experts, in lower case."""
+    """Return the backend that vLLM picks for the grouped GEMM of so many experts, in lower case."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
     from vllm.model_executor.layers.fused_moe.layer import make_parallel_config
@@ -101,7 +101,7 @@ def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_expe
 
 
 def built_backend(runner: Any) -> str:
-    """The backend that a layer was really built with."""
+    """Return the backend that a layer was really built with."""
     method = runner.routed_experts.quant_method
     picked = getattr(method, "unquantized_backend", None) or getattr(method, "fp8_backend", None)
     return "" if picked is None else str(picked.name).lower()

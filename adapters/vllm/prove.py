@@ -14,13 +14,13 @@ from .fp8 import warm_up
 
 
 class Prover(prove.Prover):
-    """Runs a block as vLLM does, without attention."""
+    """A block as vLLM runs it, without attention."""
 
     def __init__(self, vllm_config: Any) -> None:
         self.vllm_config = vllm_config
 
     def forward(self, block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The block in a forward context of its own."""
+        """Run the block on [num_tokens, H] in a forward context of its own."""
         from vllm.config import set_current_vllm_config
         from vllm.forward_context import get_forward_context, set_forward_context
 
@@ -34,13 +34,13 @@ class Prover(prove.Prover):
         return states
 
     def parts(self, block: Any) -> int:
-        """The size of tensor parallelism."""
+        """Return the size of tensor parallelism."""
         from vllm.distributed import get_tensor_model_parallel_world_size
 
         return int(get_tensor_model_parallel_world_size())
 
     def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
-        """Over tensor parallelism."""
+        """Sum [num_tokens, H] over tensor parallelism."""
         from vllm.distributed import tensor_model_parallel_all_reduce
 
         total: torch.Tensor = tensor_model_parallel_all_reduce(states)

@@ -67,7 +67,7 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _place_of(experts: torch.nn.Module) -> tuple[FusedRole, int] | None:
-    """The role and layer that a module holds the experts of."""
+    """Return the role and layer that a module holds the experts of."""
     places = ((r, n) for r in CONSTRUCTED for n, layer in r.layers.items() if layer.experts is experts)
     return next(places, None)
 
@@ -77,7 +77,7 @@ def _stem(name: str) -> str:
 
 
 def _unsent(layer: torch.nn.Module, info: Any, total: int) -> tuple[dict[str, list[int]], str]:
-    """Experts whose w13, and whose w2, was not sent; and why they cannot be kept, or nothing."""
+    """Return experts whose w13, and whose w2, was not sent; and why they cannot be kept, or nothing."""
     sent = defaultdict(set)
     for name, call in info.loaded_weights:
         sent[_stem(name), call.arguments["expert_id"]].add((name, call.arguments["shard_id"]))
@@ -102,7 +102,7 @@ def _leave(layer: torch.nn.Module, info: Any) -> None:
 
 
 def _pack_again(layer: Any) -> None:
-    """On a CPU vLLM packs the experts with a new kernel only, and would copy plain rows over packed ones."""
+    """Drop the kernel on a CPU: vLLM packs experts for a new one only, and would copy plain rows over."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

@@ -14,7 +14,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def takes(hidden_states: torch.Tensor, gate: torch.Tensor) -> bool:
-    """Whether the kernel is for these: [num_tokens, H] and [1, H] of one 16-bit dtype, on CUDA."""
+    """Return whether the kernel is for these: [num_tokens, H] and [1, H] of one 16-bit dtype, on CUDA."""
     return (
         hidden_states.is_cuda
         and hidden_states.dtype in DTYPES
@@ -28,7 +28,7 @@ def takes(hidden_states: torch.Tensor, gate: torch.Tensor) -> bool:
 
 
 def mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` of a shared expert's MLP; stock's own without a gate, or where the kernel is not for it."""
+    """Replace ``forward`` of a shared expert's MLP, where it has a gate and the kernel is for it."""
 
     @functools.wraps(original)
     def forward(self: Any, x: torch.Tensor) -> Any:

@@ -41,15 +41,16 @@ def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
     native_fusion = None if family is None else native.live(family.name)
     native_off = native_fusion is not None and bool(gets_wrong(native_fusion, decision))
     remark = "; vLLM's own fusion is switched off" if native_off else ""
-    if isinstance(decision, Merged) and family is not None:
-        form = format_here(decision, vllm_config)
+    if isinstance(decision, Merged):
         right = native_fusion is not None and not native_off
-        refusal = next(refusals(decision, vllm_config, source, load_config, right, effective), None)
-        plan = refusal or plan_of(decision, form, vllm_config, effective)
+        reason = next(refusals(decision, vllm_config, source, load_config, right, effective), None)
+        form = None if reason else format_here(decision, vllm_config)
+        plan = reason or plan_of(decision, form, vllm_config, effective)
         if isinstance(plan, ModePlan):
             announce(remarked(decision, remark))
             log.info("%s model: modes by number of tokens: %s", role, plan)
-            naming = TensorNaming(family, vllm_config.model_config.hf_text_config.num_hidden_layers)
+            layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+            naming = TensorNaming(decision.family, layers)
             return Start(decision, decision.moe, naming, locate(), plan, effective, form, native_off)
         decision = refuse(decision, plan, effective)
     decision = remarked(decision, remark)

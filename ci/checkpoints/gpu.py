@@ -6,7 +6,7 @@ from . import recipes, weights
 
 
 def enlarge() -> None:
-    """From here on recipes make checkpoints of about 20 MB: hidden size 256, 32 experts of width 128."""
+    """Make checkpoints of about 20 MB from here on: hidden size 256, 32 experts of width 128."""
     recipes.VOCAB, recipes.HIDDEN, recipes.MOE_WIDTH, recipes.EXPERTS = 1024, 256, 128, 32
     recipes.HEAD_DIM = 128
     recipes._COMMON.update(vocab_size=recipes.VOCAB, hidden_size=recipes.HIDDEN)

@@ -68,7 +68,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _tokenizer(folder: Path) -> None:
-    """A tokenizer of whole words w0, w1, ...: enough for an engine that insists on one."""
+    """Return a tokenizer of whole words w0, w1, ...: enough for an engine that insists on one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -57,7 +57,7 @@ def permute(
 
 
 def _dealer(order: Order, shards: int, names: list[str], rng: random.Random) -> Callable[[str], int]:
-    """Which file, counted from 0, a tensor goes to."""
+    """Return which file, counted from 0, a tensor goes to."""
     if order == "shuffled":
         return lambda name: rng.randrange(shards)
     alone = {"shared_first": 0, "shared_last": shards - 1, "shared_between": shards // 2}[order]

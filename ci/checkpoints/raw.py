@@ -12,7 +12,7 @@ _BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 
 
 def header_bytes(entries: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[bytes, int]:
-    """The length-prefixed header for (name, dtype, shape) in this order, and the data's length."""
+    """Return the length-prefixed header for (name, dtype, shape) in this order, and the data's length."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in entries:
@@ -25,7 +25,7 @@ def header_bytes(entries: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[byt
 
 
 def write_sparse(path: Path, entries: Sequence[tuple[str, str, Sequence[int]]]) -> int:
-    """A file with a real header and a hole of the full declared length for data; returns that length."""
+    """Write a real header and a hole of the full declared length for data; return that length."""
     head, length = header_bytes(entries)
     with path.open("wb") as file:
         file.write(head)
@@ -34,7 +34,7 @@ def write_sparse(path: Path, entries: Sequence[tuple[str, str, Sequence[int]]]) 
 
 
 def read_raw(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Every tensor of a file as (dtype, shape, bytes)."""
+    """Return every tensor of a file as (dtype, shape, bytes)."""
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
@@ -44,7 +44,7 @@ def read_raw(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def write_raw(path: Path, tensors: Mapping[str, tuple[str, list[int], bytes]]) -> None:
-    """The tensors in the mapping's order, in the header and by offset (the library's own writer sorts)."""
+    """Write tensors in the mapping's order, in the header and by offset (the library's own writer sorts)."""
     head, _ = header_bytes([(n, d, s) for n, (d, s, _) in tensors.items()])
     with path.open("wb") as file:
         file.write(head)
@@ -53,6 +53,6 @@ def write_raw(path: Path, tensors: Mapping[str, tuple[str, list[int], bytes]]) -
 
 
 def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
-    """model.safetensors.index.json for {tensor: file}."""
+    """Write model.safetensors.index.json for {tensor: file}."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

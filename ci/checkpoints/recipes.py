@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 VOCAB, HIDDEN, MOE_WIDTH, EXPERTS, HEAD_DIM = 256, 64, 32, 8, 32
@@ -54,6 +55,7 @@ class Recipe:
         dtype: the dtype a plain CPU engine can run it in; float32 needs a shim where this says bfloat16.
         config: keys added to config.json after saving (to its text_config where there is one).
         family: the fusible family's name, or None for a model that must stay stock.
+        needs: the module of ``build`` that not every release of transformers has.
     """
 
     build: Callable[[], Any]
@@ -62,6 +64,14 @@ class Recipe:
     dtype: str = "float32"
     config: dict[str, Any] = field(default_factory=dict)
     family: str | None = None
+    needs: str = "transformers"
+
+    def can_be_made(self) -> bool:
+        """Return whether this environment has what ``build`` needs."""
+        try:
+            return find_spec(self.needs) is not None
+        except ModuleNotFoundError:  # a package above it
+            return False
 
 
 def _qwen2_moe(shared_times: int = 1, renormalize: bool = False, two_ranks: bool = False) -> Any:
@@ -303,6 +313,8 @@ RECIPES: dict[str, Recipe] = {
     "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}, family="glm4_moe_lite"),
     # Inherits Qwen3-Next's block. To build and load only: on a CPU vLLM 0.32 stops in the first forward pass,
     # whose hyper-connections have no kernel but Triton's; earlier releases do not know the model.
-    "qwen4_exp": Recipe(_qwen4_exp, dtype="bfloat16", family="qwen4_exp"),
+    "qwen4_exp": Recipe(
+        _qwen4_exp, dtype="bfloat16", family="qwen4_exp", needs="transformers.models.qwen4_exp"
+    ),
     "qwen3_moe": Recipe(_qwen3_moe),
 }

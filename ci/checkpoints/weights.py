@@ -17,7 +17,7 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate_proj|up_proj|down_proj)\
 
 
 def random_tensor(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Float32 values for the tensor ``name``: they depend on its name and the seed alone.
+    """Return float32 values for the tensor ``name``: they depend on its name and the seed alone.
 
     So the same name has the same value in every layout, recipe and transformers release.
     """
@@ -37,7 +37,7 @@ def random_tensor(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def unstack(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Per-expert tensors in place of three-dimensional ones."""
+    """Return per-expert tensors in place of three-dimensional ones."""
     out: Tensors = {}
     for name, tensor in tensors.items():
         head, _, last = name.rpartition(".")
@@ -55,7 +55,7 @@ def unstack(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def stack(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I] in place of per-expert tensors."""
+    """Return ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I] in place of per-expert tensors."""
     out: Tensors = {}
     experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -72,13 +72,13 @@ def stack(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def _layer(tensors: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-    """Tensors of main layer ``index``, by their name below the layer."""
+    """Return tensors of main layer ``index``, by their name below the layer."""
     pattern = re.compile(rf"model\.(?:language_model\.)?layers\.{index}\.(.+)")
     return {m[1]: t for n, t in tensors.items() if (m := pattern.fullmatch(n))}
 
 
 def mtp_shapes(tensors: Mapping[str, torch.Tensor], last: int) -> Tensors:
-    """Templates of a Qwen MTP draft of one layer, like the last (full-attention) main layer."""
+    """Return templates of a Qwen MTP draft of one layer, like the last (full-attention) main layer."""
     layer = _layer(tensors, last)
     norm = layer["input_layernorm.weight"]
     hidden = norm.numel()
@@ -90,7 +90,7 @@ def mtp_shapes(tensors: Mapping[str, torch.Tensor], last: int) -> Tensors:
 
 
 def nextn_shapes(tensors: Mapping[str, torch.Tensor], last: int) -> Tensors:
-    """Templates of a GLM draft layer: it is numbered after the main ones and has names of its own."""
+    """Return templates of a GLM draft layer: it is numbered after the main ones and has names of its own."""
     layer = _layer(tensors, last)
     norm = layer["input_layernorm.weight"]
     prefix = f"model.layers.{last + 1}."
@@ -102,7 +102,7 @@ def nextn_shapes(tensors: Mapping[str, torch.Tensor], last: int) -> Tensors:
 
 
 def tie_nextn(tensors: Tensors, last: int) -> None:
-    """Published GLM drafts repeat the main embedding and head; loaders take whichever comes last."""
+    """Repeat the main embedding and head, as published GLM drafts do; loaders take whichever comes last."""
     prefix = f"model.layers.{last + 1}."
     tensors[prefix + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors[prefix + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()

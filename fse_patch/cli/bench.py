@@ -54,7 +54,7 @@ def command(
     raw: whole.Raw = None,
     json: Json = False,
 ) -> None:
-    """Exit status: 0 measured, 1 an error against float64 is too large, 3 refused, 2 bad input."""
+    """Run the command. Exit status: 0 measured, 1 too far from float64, 3 refused, 2 bad input."""
     others = {"tokens": tokens != DEFAULT_TOKENS, "layers": layers != LAYERS, "quant": bool(quant)}
     theirs = {"streams": streams != whole.STREAMS, "sets": bool(sets), "seconds": bool(seconds)}
     theirs |= {
@@ -110,28 +110,28 @@ def command(
 
 
 def in_words(tables: dict[str, str]) -> str:
-    """Which tuned tables were in use."""
+    """Say which tuned tables were in use."""
     stock, fused = (name or "not looked up" for name in tables.values())
     return f"tuned tables of the grouped GEMM: stock {stock}, fused {fused}"
 
 
 def wrong(errors: dict[str, Any]) -> list[str]:
-    """What is too far from float64: a mode more than 1.1 times as far as stock, or a control that is not."""
+    """Return what is too far from float64: more than 1.1 times as far as stock, or a control that is not."""
     stock = max(errors["stock"])
-    found = [
+    failures = [
         f"{mode}: {max(errors[mode]):.3g} off float64, stock {stock:.3g}"
         for mode in MODES
         if mode in errors and not max(errors[mode]) <= 1.1 * stock
     ]
     if not min(errors["control"]) > 1.1 * stock:
-        found.append(
+        failures.append(
             f"the control (half the shared expert's weight) was not seen: {min(errors['control']):.3g}"
         )
-    return found
+    return failures
 
 
 def numbers(text: str, option: str = "tokens") -> list[int]:
-    """Numbers of tokens or streams, in order.
+    """Return numbers of tokens or streams, in order.
 
     Raises:
         FsePatchError: the text has something else in it.

@@ -99,27 +99,27 @@ def run(
     )
     try:
         with engines_end_on_sigterm():
-            found = end_to_end.measure(job, progress=say, raw=out.raw)
+            measured = end_to_end.measure(job, progress=say, raw=out.raw)
     except ArmError as error:
         if error.log:
             print(error.log, file=sys.stderr)
         raise
-    rows = end_to_end.rows(found.readings)
+    rows = end_to_end.rows(measured.readings)
     if out.csv is not None:
-        end_to_end.write_csv(out.csv, job, found, rows, out.commit)
+        end_to_end.write_csv(out.csv, job, measured, rows, out.commit)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "engine": engine,
-        "versions": found.versions,
+        "versions": measured.versions,
         "sets": sets,
-        "start_seconds": {name: told["start_seconds"] for name, told in found.arms.items()},
-        "roles": found.reports["fused"]["roles"],
+        "start_seconds": {name: told["start_seconds"] for name, told in measured.arms.items()},
+        "roles": measured.reports["fused"]["roles"],
         "rows": rows,
     }
     if out.json:
         print_json(report)
     else:
-        print(", ".join(f"{name} {version}" for name, version in found.versions.items()))
+        print(", ".join(f"{name} {version}" for name, version in measured.versions.items()))
         for role in report["roles"]:
             print(f"{role['role']}: {len(role['fused_layers'])} layers fused; {role['modes'] or 'one mode'}")
         print("\n".join(map(end_to_end.line, rows)))

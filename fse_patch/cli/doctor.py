@@ -15,7 +15,7 @@ def command(
     checkpoint: Annotated[Path | None, typer.Argument(help="Whose tuned tables to look up.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Exit status: 0 fine, 1 something is wrong, 2 bad input."""
+    """Run the command. Exit status: 0 fine, 1 something is wrong, 2 bad input."""
     from ..doctor import examine
 
     report = examine(checkpoint)
@@ -28,7 +28,7 @@ def command(
 
 
 def table(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report in rows for people: what is wrong last, where it is seen."""
+    """Return the report in rows for people: what is wrong last, where it is seen."""
     rows: dict[str, Any] = dict(report["environment"])
     for engine in report["engines"]:
         rows[engine["engine"]] = _engine(engine)
@@ -75,7 +75,7 @@ _TABLE = {
 
 
 def _tables(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
-    """A line for each shape and state, with the widths of all parts."""
+    """Return a line for each shape and state, with the widths of all parts."""
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         shared = row["fused_experts"] - row["experts"]

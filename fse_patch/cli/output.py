@@ -30,7 +30,7 @@ def print_table(title: str, report: Mapping[str, Any]) -> None:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in words: [0, 1, 2, 5] is "0-2, 5"."""
+    """Return numbers in words: [0, 1, 2, 5] is "0-2, 5"."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][1] + 1:

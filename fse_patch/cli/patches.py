@@ -12,7 +12,7 @@ from ..patches import ENGINES
 
 
 def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
-    """The ledger of one engine, or of every engine that has one, ready for JSON.
+    """Return the ledger of one engine, or of every engine that has one, ready for JSON.
 
     Raises:
         FsePatchError: unknown engine, no ledger for it, or a malformed one.
@@ -71,12 +71,12 @@ def command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Every patch: its target, versions, why, upstream link, when it goes away, and its guard."""
-    found = ledgers(engine)
+    """List every patch: its target, versions, why, upstream link, when it goes away, and its guard."""
+    books = ledgers(engine)
     if json:
-        typer.echo(jsonlib.dumps({"engines": found}, indent=2))
+        typer.echo(jsonlib.dumps({"engines": books}, indent=2))
         return
-    for book in found:
+    for book in books:
         installed = f"{book['installed']} installed" if book["installed"] else "not installed"
         typer.echo(f"{book['engine']}: {installed}; tested: {', '.join(book['tested'])}")
         for patch in book["patches"]:

@@ -25,7 +25,7 @@ def command(
     platform: Annotated[str | None, typer.Option(help="Add facts on a platform: cpu, cuda, rocm.")] = None,
     engine_version: Annotated[str | None, typer.Option(help="Add facts on a release.")] = None,
 ) -> None:
-    """Exit status: 0 fuses, 3 refused, 2 bad input."""
+    """Run the command. Exit status: 0 fuses, 3 refused, 2 bad input."""
     # Without --policy, the file that serving would use.
     decisions = decide_roles(checkpoint, engine, load_policy(policy or settings.load().policy_file))
     report = plan_report(decisions["main"])

@@ -31,14 +31,14 @@ def explain(
     policy: Annotated[Path | None, typer.Option(help="Your own policy file; its rules come first.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The rule that fired and the evidence it saw. Exit status: 0 fuses, 3 refused, 2 bad input."""
-    own = policy or settings.load().policy_file
-    rules = load_policy(own)
+    """Show the rule that fired and the evidence it saw. Exit status: 0 fuses, 3 refused, 2 bad input."""
+    policy_file = policy or settings.load().policy_file
+    rules = load_policy(policy_file)
     evidence = read_evidence(checkpoint)
     report: dict[str, Any] = {
         "engine": engine,
         "model_type": evidence.model_type,
-        "policy": str(own) if own else "default",
+        "policy": str(policy_file) if policy_file else "default",
         "policy_hash": rules.hash,
         "headers": evidence.headers,
         **explain_role(evidence, engine, "main", rules),
@@ -68,7 +68,7 @@ def check(
 
 
 def _table(report: dict[str, Any]) -> dict[str, Any]:
-    """``report`` with its lists of objects as rows of their own."""
+    """Return ``report`` with its lists of objects as rows of their own."""
     shown: dict[str, Any] = {}
     for key, value in report.items():
         if key == "draft":

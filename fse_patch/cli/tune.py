@@ -42,7 +42,7 @@ def command(
     quant: Quant = "",
     json: Json = False,
 ) -> None:
-    """Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a device that is not quiet."""
+    """Run the command. Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a busy device."""
     import torch
 
     from ..lab import bench, csv_file, tune

@@ -41,7 +41,7 @@ def command(
     timeout: Annotated[float, typer.Option(help="Seconds for each of the two runs.")] = 1800,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
+    """Run the command. Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
     arguments = parse_engine_args(engine_args)
     decisions, _, version = decided(checkpoint, engine)
     # A draft is built only where the engine is told to speculate.
@@ -90,7 +90,7 @@ def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, Decision], Merged
 
 @contextmanager
 def engines_end_on_sigterm() -> Iterator[None]:
-    """Ended by a signal, Python runs no clean-up, and engines would be left behind on their device."""
+    """Let Python clean up when a signal ends it: engines would be left behind on their device."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
@@ -99,12 +99,12 @@ def engines_end_on_sigterm() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Progress goes to stderr: stdout is the report's."""
+    """Tell of progress on stderr: stdout is the report's."""
     print(f"fse-patch: {line} ...", file=sys.stderr, flush=True)
 
 
 def parse_engine_args(text: str) -> dict[str, Any]:
-    """The JSON object given with --engine-args.
+    """Return the JSON object given with --engine-args.
 
     Raises:
         FsePatchError: it is not one.
@@ -124,7 +124,7 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def vocab_size(config: dict[str, Any], checkpoint: Path) -> int:
-    """Number of token ids that prompts are drawn from.
+    """Return the number of token ids that prompts are drawn from.
 
     Raises:
         FsePatchError: config.json names none, or too few.
@@ -138,7 +138,7 @@ def vocab_size(config: dict[str, Any], checkpoint: Path) -> int:
 
 
 def checkpoint_dtype(config: dict[str, Any]) -> str:
-    """What the engines run by default: the checkpoint's dtype, and 16 bit for float32."""
+    """Return what the engines run by default: the checkpoint's dtype, and 16 bit for float32."""
     text = _text(config)
     named = next((c[k] for c in (text, config) for k in ("dtype", "torch_dtype") if c.get(k)), "bfloat16")
     return str(named).removeprefix("torch.")

@@ -47,7 +47,7 @@ COLUMNS = [
 
 
 def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
-    """Blocks for the model that a config.json describes.
+    """Build blocks for the model that a config.json describes.
 
     Args:
         quant: measure as if the experts were in "fp8-block" or "fp8-tensor"; "": as the folder says.
@@ -74,7 +74,7 @@ def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
 def measure(
     pair: Pair, tokens: Sequence[int], rounds: int, progress: Progress = lambda _: None
 ) -> list[dict[str, Any]]:
-    """A row for each number of tokens; times in microseconds a block.
+    """Return a row for each number of tokens; times in microseconds a block.
 
     Keys: tokens, stock_us, again (stock over stock: a ratio), valid, floor_us; of each mode <mode>_us,
     <mode>_ratio (stock over it, median) and <mode>_lower (of its 95 % bootstrap interval).
@@ -138,17 +138,17 @@ def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
         "floor_us": floor_seconds(layout, 1, tokens, gates * 2 // pair.itemsize, pair.itemsize) * 1e6,
     }
     for mode, values in seconds.items():
-        found = ratio(stock, values)
+        speed = ratio(stock, values)
         row |= {
             f"{mode}_us": statistics.median(values) / layers * 1e6,
-            f"{mode}_ratio": found.median,
-            f"{mode}_lower": found.lower,
+            f"{mode}_ratio": speed.median,
+            f"{mode}_lower": speed.lower,
         }
     return row
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in words."""
+    """Return a row in words."""
     modes = [m for m in MODES if f"{m}_us" in row]
     parts = [f"{m} {row[f'{m}_us']:.1f} ({row[f'{m}_ratio']:.3f}x, >{row[f'{m}_lower']:.3f})" for m in modes]
     quiet = "" if row["valid"] else " NOT QUIET"
@@ -159,7 +159,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def errors(pair: Pair, seeds: int = SEEDS) -> dict[str, Any]:
-    """RMS error against float64 of stock and of every mode, over tokens whose choice of experts is clear.
+    """Return RMS errors against float64 of stock and of every mode, over tokens whose choice is clear.
 
     Keys: tokens; stock, each mode and "control" (a mode with half the shared weight); an entry for each seed.
     """
@@ -181,7 +181,7 @@ def errors(pair: Pair, seeds: int = SEEDS) -> dict[str, Any]:
 
 
 def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [tokens, H] and what the first stock block gives for them, in float64."""
+    """Return states [tokens, H] and the first stock block's output for them, in bfloat16 and in float64."""
     routing, layout, block = pair.decision.moe.routing, pair.layout, pair.stock[0]
     draw = torch.Generator("cuda").manual_seed(1000 + seed)
     drawn = torch.randn(DRAWN, layout.hidden_size, device="cuda", dtype=torch.bfloat16, generator=draw)
@@ -215,7 +215,7 @@ def _off(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def versions(engine: str) -> dict[str, str]:
-    """Of everything that a measurement depends on."""
+    """Return the versions of everything that a measurement depends on."""
     import triton
 
     return {
@@ -227,7 +227,7 @@ def versions(engine: str) -> dict[str, str]:
 
 
 def tuned_tables(pair: Pair) -> dict[str, str]:
-    """By which tuned tables of the engine the GEMM ran, as of `tuned_configs.LOOKED_UP`; "": by none.
+    """Return by which tuned tables the GEMM ran, as of `tuned_configs.LOOKED_UP`; "": by none.
 
     Keys: `TABLES`.
 
@@ -245,7 +245,7 @@ def tuned_tables(pair: Pair) -> dict[str, str]:
 
 
 def csv_columns(engine: str) -> list[str]:
-    """Of what `write_csv` writes."""
+    """Return the columns of what `write_csv` writes."""
     return ["shape", "device", "backend", *TABLES, "commit", *versions(engine), *COLUMNS]
 
 

@@ -11,7 +11,7 @@ from ..errors import FsePatchError
 
 
 def check(path: Path, columns: Sequence[str]) -> None:
-    """Whether rows can be appended, before they are measured.
+    """Check that rows can be appended, before they are measured.
 
     Raises:
         FsePatchError: there is no such folder, or the file cannot be read or has other columns.

@@ -32,15 +32,15 @@ class Engine(ABC):
 
     @abstractmethod
     def ready(self) -> dict[str, Any]:
-        """`verifying.report` of the process with the model, and its versions, device and shared sets."""
+        """Return `model_process.report` of the process with the model, its device, versions and sets."""
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
-        """Greedy answers of ``tokens`` tokens to all prompts at once; the last token of each."""
+        """Return the last tokens of greedy answers of ``tokens`` tokens to all prompts at once."""
 
     @abstractmethod
     def reached(self) -> Mapping[int, float]:
-        """When the first stream of the last call had so many tokens, where known, in seconds of a clock.
+        """Return when the first stream of the last call had so many tokens, where known, in seconds.
 
         Numbers of tokens ascend, at even distances. Up to the end of the first stream all of them run; those
         that began after it go on when it has ended, and their steps are shorter then.
@@ -48,7 +48,7 @@ class Engine(ABC):
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
-        """`verifying.report` by now."""
+        """Return `model_process.report` by now."""
 
     @abstractmethod
     def close(self) -> None:
@@ -56,24 +56,24 @@ class Engine(ABC):
 
 
 def prompts(streams: int, vocab: int) -> list[list[int]]:
-    """Prompts of token ids, [streams][PROMPT], different from each other and the same in every arm."""
+    """Return prompts of token ids, [streams][PROMPT]: all different, and the same in every arm."""
     return [[(i * 131 + j * 17) % (vocab - 10) + 10 for j in range(PROMPT)] for i in range(streams)]
 
 
 def versions(engine: Any) -> dict[str, str]:
-    """Of what a figure depends on; ``engine`` is its package."""
+    """Return the versions that a figure depends on; ``engine`` is its package."""
     from ..version import __version__
 
     return {"fse_patch": __version__, engine.__name__: engine.__version__, "torch": str(torch.__version__)}
 
 
 def device() -> str:
-    """Its name."""
+    """Return the device's name."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def decode(engine: Engine, vocab: int, streams: int, tokens: int, tail: int) -> dict[str, Any]:
-    """Seconds of one call and of its last ``tail`` steps, `held_up`, and how many streams ended differently.
+    """Return seconds of a call and of its last ``tail`` steps, `held_up`, and how many streams differ.
 
     Streams that have come to the same tokens choose the same experts. ``tail`` is None where the engine did
     not tell when they began.
@@ -93,7 +93,7 @@ def decode(engine: Engine, vocab: int, streams: int, tokens: int, tail: int) -> 
 
 
 def held_up(ended: Sequence[float]) -> float | None:
-    """Seconds by which steps of twice the median and more were longer than it; None where none is known.
+    """Return by how many seconds steps of twice the median and more were longer; None for no steps.
 
     Args:
         ended: when each step ended, or each so many of them.

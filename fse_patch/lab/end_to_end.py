@@ -58,7 +58,7 @@ class Job:
     lengths: Lengths = field(default_factory=Lengths)
 
     def request(self) -> dict[str, Any]:
-        """What an arm needs to start, as of `adapters.decoding.Engine`."""
+        """Return what an arm needs to start, as of `decode_arm.Engine`."""
         return {
             "checkpoint": str(self.checkpoint),
             "engine_args": dict(self.engine_args),
@@ -82,7 +82,7 @@ class Measured:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Device, fse_patch, engine and torch."""
+        """Return device, fse_patch, engine and torch."""
         told = self.arms["fused"]
         return {"device": told["device"], **told["versions"]}
 
@@ -107,8 +107,8 @@ def measure(
     begun = time.monotonic()
     progress(f"starting {len(ARMS)} {job.engine} engines: {', '.join(ARMS)}")
     with LiveArms(job.engine, job.request(), os.environ if env is None else env, job.limit) as arms:
-        found = Measured(arms.answers(lambda name, told: progress(ready(name, told))))
-        if wrong := wrong_states(found.arms, job.layers):
+        measured = Measured(arms.answers(lambda name, told: progress(ready(name, told))))
+        if wrong := wrong_states(measured.arms, job.layers):
             raise ArmError("; ".join(wrong), "")
         timed = warm_up(arms, job.lengths, job.streams, progress)
         ran = [r for r in arms.ask("fused", {"do": "report"})["roles"] if r["role"] == "main"]
@@ -118,24 +118,24 @@ def measure(
             if time.monotonic() - begun > job.seconds:
                 progress(f"{job.seconds:.0f} s are over: {number} of {job.rounds} rounds")
                 break
-            found.readings += take_round(arms, job.lengths, job.streams, timed, number)
-            write_raw(raw, job, found)
-            progress(f"round {number + 1} of {job.rounds}: {in_short(found.readings, number)}")
-        found.reports = arms.ask_all({"do": "report"})
-        write_raw(raw, job, found)
-    if not found.readings:
+            measured.readings += take_round(arms, job.lengths, job.streams, timed, number)
+            write_raw(raw, job, measured)
+            progress(f"round {number + 1} of {job.rounds}: {in_short(measured.readings, number)}")
+        measured.reports = arms.ask_all({"do": "report"})
+        write_raw(raw, job, measured)
+    if not measured.readings:
         raise FsePatchError(f"no round began within --seconds {job.seconds:.0f}; give more")
-    return found
+    return measured
 
 
 def ready(name: str, told: Answer) -> str:
-    """What an arm says of itself at its start, in short."""
+    """Say what an arm is at its start, in short."""
     state = "fused" if told["roles"] else "stock"
     return f"{name}: {state}, ready after {told['start_seconds']:.0f} s"
 
 
 def rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
-    """A row for each number of streams.
+    """Return a row for each number of streams.
 
     Keys: streams, rounds; stock_ms, fused_ms and again_ms, median milliseconds a step; ratio, stock over
     fused (median over the rounds) and lower (of its 95 % interval); again, stock over the second stock, and
@@ -146,8 +146,8 @@ def rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
 
 
 def _row(readings: Sequence[Reading], streams: int) -> dict[str, Any]:
-    own = [reading for reading in readings if reading["streams"] == streams]
-    ms = {name: [r["ms"] for r in own if r["arm"] == name] for name in ARMS}
+    chosen = [reading for reading in readings if reading["streams"] == streams]
+    ms = {name: [r["ms"] for r in chosen if r["arm"] == name] for name in ARMS}
     row: dict[str, Any] = {"streams": streams, "rounds": len(ms["stock"])}
     row |= {f"{name}_ms": statistics.median(values) for name, values in ms.items()}
     if min(map(min, ms.values())) > 0:
@@ -155,11 +155,11 @@ def _row(readings: Sequence[Reading], streams: int) -> dict[str, Any]:
         row |= {"ratio": fused.median, "lower": fused.lower, "again": again.median, "valid": is_quiet(again)}
     else:
         row |= {"ratio": None, "lower": None, "again": None, "valid": False}
-    return {**row, "different_tokens": min(r["different_tokens"] for r in own)}
+    return {**row, "different_tokens": min(r["different_tokens"] for r in chosen)}
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row in words."""
+    """Return a row in words."""
     times = f"stock {row['stock_ms']:.3f} ms, fused {row['fused_ms']:.3f}"
     if row["ratio"] is None:
         return f"{row['streams']} streams: {times}: too short to be told apart"
@@ -172,17 +172,17 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def in_short(readings: Sequence[Reading], number: int) -> str:
-    """What a round gave: of each number of streams stock, fused and stock again, in ms a step."""
-    own = [reading for reading in readings if reading["round"] == number]
+    """Say what a round gave: of each number of streams stock, fused and stock again, in ms a step."""
+    chosen = [reading for reading in readings if reading["round"] == number]
     parts = []
-    for streams in dict.fromkeys(reading["streams"] for reading in own):
-        ms = {r["arm"]: r["ms"] for r in own if r["streams"] == streams}
+    for streams in dict.fromkeys(reading["streams"] for reading in chosen):
+        ms = {r["arm"]: r["ms"] for r in chosen if r["streams"] == streams}
         parts.append(f"{streams}: " + " / ".join(f"{ms[name]:.3f}" for name in ARMS))
     return ", ".join(parts)
 
 
-def write_raw(path: Path | None, job: Job, found: Measured) -> None:
-    """Everything that was measured so far, as JSON.
+def write_raw(path: Path | None, job: Job, measured: Measured) -> None:
+    """Write everything that was measured so far, as JSON.
 
     Raises:
         FsePatchError: the file cannot be written.
@@ -195,9 +195,9 @@ def write_raw(path: Path | None, job: Job, found: Measured) -> None:
         "engine": job.engine,
         "request": asked,
         "lengths": vars(job.lengths),
-        "arms": found.arms,
-        "reports": found.reports,
-        "readings": found.readings,
+        "arms": measured.arms,
+        "reports": measured.reports,
+        "readings": measured.readings,
     }
     part = path.with_name(path.name + ".part")
     try:
@@ -208,16 +208,15 @@ def write_raw(path: Path | None, job: Job, found: Measured) -> None:
 
 
 def csv_columns(engine: str) -> list[str]:
-    """Of what `write_csv` writes."""
+    """Return the columns of what `write_csv` writes."""
     return ["model", "engine", "sets", "commit", "device", "fse_patch", engine, "torch", *COLUMNS]
 
 
-def write_csv(path: Path, job: Job, found: Measured, measured: Sequence[dict[str, Any]], commit: str) -> None:
+def write_csv(path: Path, job: Job, measured: Measured, rows: Sequence[dict[str, Any]], commit: str) -> None:
     """Append the rows of one model.
 
     Raises:
         FsePatchError: the file cannot be written, or has other columns, as those of another engine.
     """
     head = {"model": job.checkpoint.resolve().name, "engine": job.engine, "sets": job.sets, "commit": commit}
-    rows = [{**head, **found.versions, **row} for row in measured]
-    csv_file.append(path, csv_columns(job.engine), rows)
+    csv_file.append(path, csv_columns(job.engine), [{**head, **measured.versions, **row} for row in rows])

@@ -39,11 +39,11 @@ class ArmError(FsePatchError):
 
 
 class LiveArms:
-    """Starts an engine for each arm on entry, all at once, and ends their processes on exit.
+    """An engine for each arm: they start on entry, all at once, and their processes end on exit.
 
     Args:
         engine: its name.
-        request: what each arm gets, as of `adapters.decoding.Engine`.
+        request: what each arm gets, as of `decode_arm.Engine`.
         env: environment of the arms; FSE_PATCH is set here.
         limit: seconds that an answer may take.
     """
@@ -70,7 +70,7 @@ class LiveArms:
         self._end()
 
     def ask(self, name: str, question: Mapping[str, Any]) -> Answer:
-        """The answer of one arm, while the others wait.
+        """Return the answer of one arm, while the others wait.
 
         Raises:
             ArmError: any arm died, or this one failed or was silent for ``limit`` seconds.
@@ -79,22 +79,22 @@ class LiveArms:
         return self.answer(name)
 
     def ask_all(self, question: Mapping[str, Any]) -> dict[str, Answer]:
-        """The answers of all arms, which work at the same time; raises as `ask`."""
+        """Return the answers of all arms, which work at the same time; raises as `ask`."""
         for name in ARMS:
             self._send(name, question)
         return self.answers()
 
     def answers(self, tell: Callable[[str, Answer], None] = lambda *_: None) -> dict[str, Answer]:
-        """What each arm says next, and ``tell`` is called with; raises as `ask`."""
+        """Return what each arm says next, and call ``tell`` with it; raises as `ask`."""
         end = time.monotonic() + self.limit
-        found = {}
+        answers = {}
         for name in ARMS:
-            found[name] = self.answer(name, end)
-            tell(name, found[name])
-        return found
+            answers[name] = self.answer(name, end)
+            tell(name, answers[name])
+        return answers
 
     def answer(self, name: str, end: float | None = None) -> Answer:
-        """What an arm says next, until ``end`` of the monotonic clock; raises as `ask`."""
+        """Return what an arm says next, until ``end`` of the monotonic clock; raises as `ask`."""
         end = time.monotonic() + self.limit if end is None else end
         connection = self._connections[name]
         while True:
@@ -159,7 +159,7 @@ class LiveArms:
             )
 
     def _died(self, name: str) -> ArmError:
-        """What to say of an arm that is gone: its own last words, where it left some."""
+        """Return what to say of an arm that is gone: its own last words, where it left some."""
         connection, process = self._connections.get(name), self._processes[name]
         try:
             while connection is not None and connection.poll(0):
@@ -216,15 +216,15 @@ def accept(listener: Listener, arrived: dict[str, Connection]) -> None:
 
 
 def wrong_states(ready: Mapping[str, Mapping[str, Any]], layers: Sequence[int]) -> list[str]:
-    """What arms are otherwise than they should be: fused in all ``layers``, or stock."""
-    found = []
+    """Return what arms are otherwise than they should be: fused in all ``layers``, or stock."""
+    problems = []
     for name, answer in ready.items():
         roles = [role for role in answer["roles"] if role["role"] == "main"]
         if name != "fused":
-            found += [f"{name} arm: is not stock"] if roles else []
+            problems += [f"{name} arm: is not stock"] if roles else []
         elif not roles:
             why = "; ".join(f"{d['reason']}: {d['detail']}" for d in answer["refused"]) or "no reason given"
-            found.append(f"fused arm: is stock: {why}")
+            problems.append(f"fused arm: is stock: {why}")
         elif (built := roles[0]["built_layers"]) != list(layers):
-            found.append(f"fused arm: layers {built} are fused, {list(layers)} were decided")
-    return found
+            problems.append(f"fused arm: layers {built} are fused, {list(layers)} were decided")
+    return problems

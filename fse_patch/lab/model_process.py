@@ -16,7 +16,7 @@ from . import slot_control
 
 
 def report() -> dict[str, Any]:
-    """The process, what each role really ran in it, and which kernels were replaced by stand-ins.
+    """Return the process, what each role really ran in it, and which kernels were replaced by stand-ins.
 
     A stand-in for a kernel package says of itself, in REPLACED, which of its operations ran.
     """

@@ -15,7 +15,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def figure_class() -> Callable[..., Any]:
-    """matplotlib's figure; asked for before anything is measured.
+    """Return matplotlib's figure; asked for before anything is measured.
 
     Raises:
         FsePatchError: matplotlib is not installed.
@@ -28,7 +28,7 @@ def figure_class() -> Callable[..., Any]:
 
 
 def plot(shapes: Mapping[str, Rows], path: Path) -> None:
-    """A panel for each shape; rows as of `bench.measure`, or as its CSV has them.
+    """Plot a panel for each shape; rows as of `bench.measure`, or as its CSV has them.
 
     Raises:
         FsePatchError: matplotlib is not installed, or the file cannot be written.
@@ -37,7 +37,7 @@ def plot(shapes: Mapping[str, Rows], path: Path) -> None:
 
 
 def plot_streams(models: Mapping[str, Rows], path: Path) -> None:
-    """A panel for each model; rows as of `end_to_end.rows`, or as its CSV has them; raises as `plot`."""
+    """Plot a panel for each model; rows as of `end_to_end.rows`, or as its CSV has them."""
     _save(draw(models, figure_class(), _streams_panel), path)
 
 
@@ -53,7 +53,7 @@ def draw(
     new: Callable[..., Any],
     panel_of: Callable[[Any, str, Rows], None] | None = None,
 ) -> Any:
-    """The figure; ``new`` makes an empty one, ``panel_of`` draws a panel (default: of blocks)."""
+    """Draw the figure; ``new`` makes an empty one, ``panel_of`` draws a panel (default: of blocks)."""
     drawn = panel_of or _panel
     lines = -(-len(shapes) // COLUMNS)
     columns = min(len(shapes), COLUMNS)
@@ -70,10 +70,10 @@ def _panel(panel: Any, name: str, rows: Rows) -> None:
     tokens = [int(row["tokens"]) for row in rows]
     best = 1.0
     for mode in MODES:
-        found = [(t, float(r[f"{mode}_ratio"])) for t, r in zip(tokens, rows, strict=True) if _has(r, mode)]
-        if found:
-            panel.plot(*zip(*found, strict=True), marker="o", markersize=3, label=mode)
-            best = max(best, *(ratio for _, ratio in found))
+        points = [(t, float(r[f"{mode}_ratio"])) for t, r in zip(tokens, rows, strict=True) if _has(r, mode)]
+        if points:
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=mode)
+            best = max(best, *(ratio for _, ratio in points))
     floor = [float(row["stock_us"]) / float(row["floor_us"]) for row in rows]
     panel.plot(tokens, floor, linestyle=":", color="grey", label="memory floor")
     panel.axhline(1.0, color="black", linewidth=0.8)

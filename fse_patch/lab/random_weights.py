@@ -36,7 +36,7 @@ def spread(model: Any) -> None:
         fused_role.refresh_gates()
 
 
-def opened(model: Any, sets: SharedSets) -> dict[str, Any]:
+def draw_model(model: Any, sets: SharedSets) -> dict[str, Any]:
     """Draw the weights of ``model``, in its process, and say what is there, or ``error``."""
     spread(model)
     try:
@@ -53,7 +53,10 @@ ROWS = 1 << 17
 
 
 def fill(block: Any, seed: int, device: str = "cuda") -> None:
-    """Random weights, and a router that spreads the tokens. FP8 weights get scales that differ by block."""
+    """Fill a block with random weights, its router such that it spreads the tokens.
+
+    FP8 weights get scales that differ by block.
+    """
     draw = torch.Generator(device).manual_seed(seed)
     for name, parameter in block.named_parameters():
         values = parameter.data
@@ -71,7 +74,7 @@ def fill(block: Any, seed: int, device: str = "cuda") -> None:
 
 
 def as_slots(values: torch.Tensor, kind: str, slots: int) -> torch.Tensor:
-    """A dense MLP's matrix, or the scales of its blocks, as experts have it: [slots, rows, columns]."""
+    """Return a dense MLP's matrix, or its blocks' scales, as experts have it: [slots, rows, columns]."""
     if values.ndim == 1:
         # One scale for each matrix, whichever slot its rows are in.
         return values.expand(slots, -1) if kind == "w13" else values.expand(slots)

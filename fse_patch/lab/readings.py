@@ -34,16 +34,16 @@ class Lengths:
     short_steps: int = 4
 
     def long_for(self, streams: int) -> int:
-        """The long answer of so many streams."""
+        """Return the length of the long answer of so many streams."""
         return self.long if streams <= self.few else self.long_many
 
     def repeats_for(self, streams: int) -> int:
-        """Answers of each length in a reading of so many streams."""
+        """Return how many answers of each length are in a reading of so many streams."""
         return self.repeats if streams <= self.short_steps else 1
 
 
 def warm_up(arms: LiveArms, lengths: Lengths, streams: Sequence[int], progress: Progress) -> frozenset[int]:
-    """Each arm decodes every number of streams, all arms at a time.
+    """Decode every number of streams in each arm, all arms at a time.
 
     Returns:
         The numbers of streams for which every arm tells when the last steps of its long answer began. One
@@ -63,7 +63,7 @@ def warm_up(arms: LiveArms, lengths: Lengths, streams: Sequence[int], progress: 
 def take_round(
     arms: LiveArms, lengths: Lengths, streams: Sequence[int], timed: Collection[int], number: int
 ) -> list[Reading]:
-    """A reading of each arm for each number of streams, one arm at a time.
+    """Take a reading of each arm for each number of streams, one arm at a time.
 
     A reading has round, streams, arm, long and short (seconds of each answer), tail and held_up (of each long
     one: its last steps, and by how much single ones were held up), ms (a step) and different_tokens. Of
@@ -77,7 +77,7 @@ def take_round(
 
 
 def take_reading(arms: LiveArms, lengths: Lengths, streams: int, timed: bool, name: str) -> Reading:
-    """What one arm takes for a step of so many streams.
+    """Measure what one arm takes for a step of so many streams.
 
     Args:
         timed: take the last steps of long answers; otherwise the slope between short and long ones, whose

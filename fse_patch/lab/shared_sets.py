@@ -28,7 +28,7 @@ class SharedSets:
     def install(self, module: str) -> None:
         """Change the engine's class `METHOD` when ``module``, which has it, is imported."""
         if self.number:
-            wrapt.register_post_import_hook(lambda found: self.wrap(getattr(found, METHOD)), module)
+            wrapt.register_post_import_hook(lambda imported: self.wrap(getattr(imported, METHOD)), module)
 
     def wrap(self, method: Any) -> None:
         """Change ``method``, a class that creates weights and processes what was loaded."""
@@ -75,7 +75,7 @@ class SharedSets:
                     mine.data = first.data
 
     def check(self) -> dict[str, int]:
-        """What was built: ``layers``, and the ``sets`` of weights that they have.
+        """Return what was built: ``layers``, and the ``sets`` of weights that they have.
 
         Raises:
             FsePatchError: weights are not shared as asked.
@@ -86,10 +86,10 @@ class SharedSets:
             raise FsePatchError(f"--sets {self.number}: no layer has the weights of {METHOD}")
         for shapes, built in self.layers.items():
             for name, _ in shapes:
-                found = len({getattr(layer, name).data_ptr() for layer in built})
-                if found != min(self.number, len(built)):
+                places = len({getattr(layer, name).data_ptr() for layer in built})
+                if places != min(self.number, len(built)):
                     raise FsePatchError(
-                        f"--sets {self.number}: {name} of {len(built)} layers lies in {found} places"
+                        f"--sets {self.number}: {name} of {len(built)} layers lies in {places} places"
                     )
         counted = [len(built) for built in self.layers.values()]
         return {"layers": sum(counted), "sets": sum(min(self.number, n) for n in counted)}

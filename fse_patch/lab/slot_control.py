@@ -85,7 +85,7 @@ def in_force(fused_role: FusedRole) -> bool:
 
 @contextmanager
 def _times(rows: torch.Tensor, factor: float) -> Iterator[None]:
-    """``rows`` times ``factor``, and back."""
+    """Multiply ``rows`` by ``factor``, and put them back."""
     before = rows.clone()
     rows.mul_(factor)
     _wait(rows)
@@ -97,6 +97,6 @@ def _times(rows: torch.Tensor, factor: float) -> Iterator[None]:
 
 
 def _wait(rows: torch.Tensor) -> None:
-    """Until it is done: the model may run on another stream than this one."""
+    """Wait until it is done: the model may run on another stream than this one."""
     if rows.is_cuda:
         torch.cuda.synchronize(rows.device)

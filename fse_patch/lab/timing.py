@@ -22,7 +22,7 @@ RESAMPLES = 2000
 
 
 def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of what ``function`` launches, after it was run a few times for kernels to be compiled."""
+    """Capture what ``function`` launches in a graph, after it was run for kernels to be compiled."""
     for _ in range(3):
         function()
     torch.cuda.synchronize()
@@ -33,7 +33,7 @@ def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def reading(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    """Seconds of one replay."""
+    """Return the seconds of one replay."""
     event: Any = torch.cuda.Event
     start, end = event(enable_timing=True), event(enable_timing=True)
     start.record()
@@ -45,17 +45,17 @@ def reading(graph: torch.cuda.CUDAGraph, replays: int) -> float:
 
 
 def in_turn(arms: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each arm in each round. Rounds alternate in order: none always follows the same one."""
+    """Return seconds of each arm in each round. Rounds alternate: none always follows the same one."""
     first = next(iter(arms.values()))
     reading(first, 3)
     replays = max(5, min(400, int(READING / reading(first, 3))))
     for graph in arms.values():
         reading(graph, replays)
-    found: dict[str, list[float]] = {name: [] for name in arms}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds):
         for name in list(arms) if number % 2 == 0 else list(arms)[::-1]:
-            found[name].append(reading(arms[name], replays))
-    return found
+            seconds[name].append(reading(arms[name], replays))
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Ratio:
 
 
 def ratio(stock: Sequence[float], other: Sequence[float], seed: int = 0) -> Ratio:
-    """Stock over other, round by round.
+    """Return stock over other, round by round.
 
     Raises:
         ValueError: the arms do not have the same number of rounds.
@@ -79,12 +79,12 @@ def ratio(stock: Sequence[float], other: Sequence[float], seed: int = 0) -> Rati
 
 
 def is_quiet(again: Ratio) -> bool:
-    """Whether stock against itself came out even: otherwise a row says nothing."""
+    """Return whether stock against itself came out even: otherwise a row says nothing."""
     return abs(again.median - 1) <= STOCK_NOISE
 
 
 def floor_seconds(layout: ExpertLayout, parts: int, tokens: int, gate_rows: int, itemsize: int = 2) -> float:
-    """The time in which the weights of the experts that ``tokens`` random tokens choose can be read."""
+    """Return in how many seconds the weights of experts that ``tokens`` random tokens choose are read."""
     width, experts = layout.moe_intermediate_size // parts, layout.num_routed
     chosen = experts * (1 - (1 - layout.top_k / experts) ** tokens) + layout.num_shared_slots
     weights = chosen * 3 * layout.hidden_size * width + gate_rows * layout.hidden_size

@@ -21,7 +21,7 @@ HEAD = ("engine", "release", "backend", "device")
 
 
 def best_mode(row: dict[str, Any], split_is_stock: bool = False) -> str:
-    """The mode with the best median ratio and a lower bound not slower than stock; "slower" without one.
+    """Return the mode with the best median ratio that is not slower than stock; "slower" without one.
 
     In a row that is not valid, bounds count for less by what stock was off itself.
 
@@ -37,12 +37,12 @@ def best_mode(row: dict[str, Any], split_is_stock: bool = False) -> str:
 
 
 def is_open(row: dict[str, Any]) -> bool:
-    """Whether no mode is shown to be as fast as stock, though one has such a median: more rounds decide."""
+    """Return whether no mode is shown to be as fast as stock, though the median of one is."""
     return best_mode(row) == SLOWER and any(row.get(f"{m}_ratio", 0.0) >= EQUAL for m in MODES)
 
 
 def steps(rows: Sequence[dict[str, Any]], split_is_stock: bool = False) -> tuple[list[dict[str, Any]], str]:
-    """Steps, and the mode beyond them. Between two measured numbers the mode of the larger one holds.
+    """Return steps, and the mode beyond them. Between two numbers the mode of the larger one holds.
 
     Raises:
         FsePatchError: stock was so far off itself that nothing can be said.
@@ -53,14 +53,14 @@ def steps(rows: Sequence[dict[str, Any]], split_is_stock: bool = False) -> tuple
         raise FsePatchError(
             f"stock was not as fast as stock at {noisy} tokens; measure again on a quiet device"
         )
-    found: list[dict[str, Any]] = []
+    ranges: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda r: int(r["tokens"])):
         mode = best_mode(row, split_is_stock)
-        if found and found[-1]["mode"] == mode:
-            found[-1]["up_to"] = row["tokens"]
+        if ranges and ranges[-1]["mode"] == mode:
+            ranges[-1]["up_to"] = row["tokens"]
         else:
-            found.append({"up_to": row["tokens"], "mode": mode})
-    return found[:-1], found[-1]["mode"]
+            ranges.append({"up_to": row["tokens"], "mode": mode})
+    return ranges[:-1], ranges[-1]["mode"]
 
 
 def store(

@@ -45,7 +45,7 @@ class VerifyJob:
     new_tokens: int = 12
 
     def request(self) -> dict[str, Any]:
-        """What an arm needs to run the job."""
+        """Return what an arm needs to run the job."""
         return {
             "checkpoint": str(self.checkpoint),
             "prompts": prompts(self.vocab_size),
@@ -56,12 +56,12 @@ class VerifyJob:
 
     @property
     def control_factor(self) -> float:
-        """What the control multiplies the weight of one shared slot by."""
+        """Return what the control multiplies the weight of one shared slot by."""
         return CONTROL_FACTORS.get(self.dtype, CONTROL_16_BIT)
 
 
 def prompts(vocab_size: int, seed: int = 3) -> list[list[int]]:
-    """Random prompts of token ids, the same in every run."""
+    """Return random prompts of token ids, the same in every run."""
     draw = random.Random(seed)
     return [[draw.randrange(3, vocab_size) for _ in range(n)] for n in PROMPT_LENGTHS]
 
@@ -142,7 +142,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def read_results(result: Path) -> list[dict[str, Any]]:
-    """What an arm has left so far: it writes after each job."""
+    """Return what an arm has left so far: it writes after each job."""
     done: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
     return done
 
@@ -196,13 +196,15 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     for name, arm in (("stock", stock), ("fused", fused)):
         if "error" in arm:
             return {**report, "failures": [f"{name} engine: {arm['error']}"], "log": arm.get("log", "")}
-    found = difference(stock["logprobs"], fused["logprobs"])
+    logprobs = difference(stock["logprobs"], fused["logprobs"])
     noise, noises = noise_of(stock)
     control = difference(stock["logprobs"], fused["control"])
     tolerance = Tolerance.for_dtype(stock["dtype"], noise)
     per_answer = answer_steps(stock, fused)
     answers = summary([step for steps in per_answer for step in steps])
-    failures = [] if tolerance.holds(found) else [f"log-probabilities differ by {found.mean:.3g} (mean)"]
+    failures = (
+        [] if tolerance.holds(logprobs) else [f"log-probabilities differ by {logprobs.mean:.3g} (mean)"]
+    )
     if not tolerance.holds(answers):
         failures.append(
             f"log-probabilities of answers differ by {answers.mean:.3g} (mean of {answers.tokens})"
@@ -230,9 +232,9 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "calls_by_mode": main[0]["calls_by_mode"] if main else {},
         "captured_by_mode": main[0]["captured_by_mode"] if main else {},
         "slots_loaded": main[0]["slots_loaded"] if main else 0,
-        "tokens": found.tokens,
-        "mean_abs_logprob_diff": found.mean,
-        "max_abs_logprob_diff": found.max,
+        "tokens": logprobs.tokens,
+        "mean_abs_logprob_diff": logprobs.mean,
+        "max_abs_logprob_diff": logprobs.max,
         "stock_noise": noise.mean,
         "stock_noises": noises,
         "answer_tokens": answers.tokens,
@@ -255,7 +257,7 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
 
 
 def ran_as_decided(decision: Merged, workers: list[dict[str, Any]]) -> list[str]:
-    """What a role did otherwise than decided, in any worker. A patch that never fired must not pass."""
+    """Return what a role did otherwise than decided, in any worker: no patch may stay out unseen."""
     problems = []
     layers = list(decision.moe.layers)
     for worker in workers:

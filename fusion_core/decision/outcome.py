@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoint.families import Role, Scoring, SharedWeight
+from ...errors import FsePatchError
+from ..checkpoint.families import FamilySpec, Role, Scoring, SharedWeight, family_of
 from ..reasons import FUSES, Reason
 from .layout import ExpertLayout
 
@@ -106,6 +107,18 @@ class Merged(_Decided):
     def __post_init__(self) -> None:
         if not self.moe.layers:
             raise ValueError(f"a decision to fuse no layer: {self}")
+
+    @property
+    def family(self) -> FamilySpec:
+        """Return the family of the model.
+
+        Raises:
+            FsePatchError: it is of none.
+        """
+        family = family_of(self.model_type)
+        if family is None:
+            raise FsePatchError(f"{self.model_type!r} fuses, and is of no family that fse_patch knows")
+        return family
 
     def refused(self, reason: Reason) -> Stock:
         """Return what is decided where something else speaks against it."""

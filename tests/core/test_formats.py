@@ -13,7 +13,7 @@ import torch
 from fse_patch.adapters.vllm.formats import FP8, format_of
 from fse_patch.errors import FsePatchError
 from fse_patch.lab.random_weights import as_slots
-from fse_patch.lab.vllm.quant_folder import QUANTISATIONS, described
+from fse_patch.lab.vllm.quant_folder import QUANTISATIONS, quantised_folder
 
 from .moe import stored_as
 
@@ -65,12 +65,12 @@ def test_a_dense_layer_as_slots(slots: int) -> None:
 
 def test_a_folder_that_declares_a_quantisation(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "x"}))
-    with described(tmp_path, "") as same:
+    with quantised_folder(tmp_path, "") as same:
         assert same == tmp_path
     for quant in QUANTISATIONS:
         assert quant in FP8
-        with described(tmp_path, quant) as folder:
+        with quantised_folder(tmp_path, quant) as folder:
             found = json.loads((folder / "config.json").read_text())
         assert found == {"model_type": "x", "quantization_config": QUANTISATIONS[quant]}
-    with pytest.raises(FsePatchError, match="fp9"), described(tmp_path, "fp9"):
+    with pytest.raises(FsePatchError, match="fp9"), quantised_folder(tmp_path, "fp9"):
         pass

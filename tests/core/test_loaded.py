@@ -266,6 +266,11 @@ def test_a_layer_is_built_once_and_with_room_for_its_slots() -> None:
     layer = role.layers[0]
     with pytest.raises(FsePatchError, match="layer 0 of the main model was built twice"):
         role.add_layer(layer)
+    # Its experts too, for which no block would come any more; those of another layer may.
+    with pytest.raises(FsePatchError, match="layer 0 of the main model was built twice"):
+        role.begin(0)
+    role.begin(2)
+    assert role.unfinished == {2}
     narrow = torch.nn.Module()
     narrow.w2_weight = torch.nn.Parameter(torch.zeros(E, H, I), requires_grad=False)
     del role.layers[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from checkpoints import weights
 from checkpoints.headers import huge_headers
 from checkpoints.permute import ORDERS, permute
 from checkpoints.raw import read_raw, write_raw
+from checkpoints.recipes import RECIPES
 
 
 def _checkpoint(folder: Path, stacked: bool) -> Path:
@@ -100,3 +102,11 @@ def test_values_depend_on_name_and_seed_alone():
     assert torch.equal(one, weights.random_tensor("model.layers.0.mlp.gate.weight", like, 0))
     assert not torch.equal(one, weights.random_tensor("model.layers.0.mlp.gate.weight", like, 1))
     assert not torch.equal(one, weights.random_tensor("model.layers.1.mlp.gate.weight", like, 0))
+
+
+@pytest.mark.parametrize(
+    ("needs", "there"), [("json", True), ("json.decoder", True), ("json.none", False), ("none.none", False)]
+)
+def test_a_recipe_is_for_where_it_can_be_made(needs: str, there: bool) -> None:
+    recipe = replace(RECIPES["qwen4_exp"], needs=needs)
+    assert recipe.can_be_made() == there

@@ -1,4 +1,4 @@
-"""Models with nothing wrong: every recipe of ci/checkpoints that fuses, and drawn ones."""
+"""Models with nothing wrong: every recipe that fuses and can be made here, and drawn ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from . import drawn, suite
 
 SAMPLE = ("glm4_moe_shared2_scale", "qwen3_next_mtp", "qwen3_5_vl_3d")
 DRAWN = {model.name: model for model in map(drawn.draw, drawn.SEEDS)}
-RECIPES = {name: recipe for name, recipe in tiny_checkpoints.RECIPES.items() if recipe.family}
+RECIPES = {
+    name: recipe
+    for name, recipe in tiny_checkpoints.RECIPES.items()
+    if recipe.family and recipe.can_be_made()
+}
 
 
 def names() -> list[str]:

@@ -72,12 +72,12 @@ def topk_sigmoid(weights, *, mode=Mode.ONE):
 
 def test_a_definition_is_described() -> None:
     stub, plain = (node for node in ast.parse(SOURCE).body if isinstance(node, ast.FunctionDef))
-    assert aiter_signatures.described(stub) == {
+    assert aiter_signatures.facts_of(stub) == {
         "parameters": [["a"], ["b", "0"], ["c", "''"]],
         "decorators": ["compile_ops"],
         "stub": True,
     }
-    assert aiter_signatures.described(plain) == {
+    assert aiter_signatures.facts_of(plain) == {
         "parameters": [["weights"], ["mode", "Mode.ONE"]],
         "decorators": [],
         "stub": False,

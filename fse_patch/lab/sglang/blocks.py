@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from ... import settings
-from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
+from ...adapters.role import CONSTRUCTED, FusedRole, building
 from ...adapters.sglang.plan import NATIVE, situation
 from ...adapters.sglang.refusals import UPSTREAM
 from ...adapters.sglang.role import Slots
 from ...adapters.start import Start
 from ...errors import FsePatchError
-from ...fusion_core.checkpoint.families import family_of
 from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
@@ -51,11 +50,9 @@ class Pair:
             raise FsePatchError(f"{quant}: SGLang's quantised blocks are not measured yet")
         self.config = start_sglang(folder, dtype)
         self.decision = decision
-        family = family_of(decision.model_type)
-        if family is None:
-            raise FsePatchError(f"{folder}: {decision.model_type!r} is of no family that fse_patch knows")
         moe = decision.moe
         self.layout = moe.layout
+        family = decision.family
         naming = TensorNaming(family, len(moe.layers))
         with self._engine():
             self.stock = [self._build(family.name, layer) for layer in moe.layers[:layers]]
@@ -67,11 +64,8 @@ class Pair:
             plan = always("fused", "measuring")
             self.fused_role = FusedRole(Start(built, moe, naming, folder, plan, settings.load()), Slots())
             CONSTRUCTED.add(self.fused_role)  # as in the engine, tables for E stand in for those for E+S
-            token = ACTIVE.set(self.fused_role)
-            try:
+            with building(self.fused_role):
                 self.fused = [self._build(family.name, layer) for layer in moe.layers[:layers]]
-            finally:
-                ACTIVE.reset(token)
             for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
                 fill(stock, number, DEVICE)
                 self._copy(stock, fused, family.shared_module)
@@ -105,7 +99,7 @@ class Pair:
         )
 
     def _copy(self, stock: Any, fused: Any, shared: str) -> None:
-        """The weights of a stock block to where a fused one has them."""
+        """Copy the weights of a stock block to where a fused one has them."""
         for name, parameter in fused.named_parameters():
             if not name.startswith("experts."):
                 parameter.data.copy_(stock.get_parameter(name).data)
@@ -121,13 +115,13 @@ class Pair:
             target[routed:].copy_(as_slots(layer.weight.data, kind, slots))
 
     def exact(self, expert: int, part: str) -> torch.Tensor:
-        """ "w13" or "w2" of one expert or slot of the first pair, in float64."""
+        """Return "w13" [2 * I, H] or "w2" [H, I] of one expert of the first pair, in float64."""
         weight = getattr(self.fused[0].experts, f"{part}_weight")
         return torch.as_tensor(weight.data[expert]).double()
 
     @contextlib.contextmanager
     def forward_context(self, tokens: int) -> Iterator[None]:
-        """Within it, blocks run as while SGLang captures a graph of a decode step."""
+        """Run blocks within it as while SGLang captures a graph of a decode step."""
         from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 
         with torch.no_grad(), model_capture_mode():

@@ -53,7 +53,7 @@ CPU_DEFAULTS: dict[str, Any] = {
 
 
 def arguments(request: decode_arm.Request, cuda: bool) -> dict[str, Any]:
-    """What the engine of a request gets."""
+    """Return what the engine of a request gets."""
     streams = request["streams"]
     chosen = {**DEFAULTS, **(CUDA_DEFAULTS if cuda else CPU_DEFAULTS)}
     if cuda:
@@ -64,7 +64,7 @@ def arguments(request: decode_arm.Request, cuda: bool) -> dict[str, Any]:
 
 
 class Engine(decode_arm.Engine):
-    """See `decode_arm.Engine`."""
+    """The live SGLang of an arm."""
 
     def __init__(self, request: decode_arm.Request) -> None:
         import sglang
@@ -76,7 +76,7 @@ class Engine(decode_arm.Engine):
         self.engine = sglang.Engine(model_path=request["checkpoint"], **chosen)
 
     def ready(self) -> dict[str, Any]:
-        """See `decode_arm.Engine`.
+        """Return what the process with the model says of itself, and the versions here.
 
         Raises:
             FsePatchError: the experts are not shared as asked, or the streams do not fit.
@@ -86,19 +86,20 @@ class Engine(decode_arm.Engine):
         with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
             file = Path(folder) / "ready.json"
             self.engine.collective_rpc("bench_open", file=str(file))
-            found: dict[str, Any] = json.loads(file.read_text())
-        if "error" in found:
-            raise FsePatchError(found["error"])
+            report: dict[str, Any] = json.loads(file.read_text())
+        if "error" in report:
+            raise FsePatchError(report["error"])
         most = max(self.request["streams"])
-        if found["requests"] < most or found["tokens"] < self.request["total_tokens"]:
+        if report["requests"] < most or report["tokens"] < self.request["total_tokens"]:
             raise FsePatchError(
-                f"SGLang has room for {found['requests']} requests and {found['tokens']} tokens, and {most} "
-                f"streams of {self.request['total_tokens']} tokens are asked for; free memory on the device"
+                f"SGLang has room for {report['requests']} requests and {report['tokens']} tokens, and "
+                f"{most} streams of {self.request['total_tokens']} tokens are asked for; free memory on the "
+                "device"
             )
-        return {"versions": decode_arm.versions(sglang), **found}
+        return {"versions": decode_arm.versions(sglang), **report}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
-        """See `decode_arm.Engine`."""
+        """Return the last tokens of greedy answers."""
         params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True, "stream_interval": EVERY}
         had, last = [0] * len(prompts), [0] * len(prompts)
         self.ended.clear()
@@ -110,16 +111,16 @@ class Engine(decode_arm.Engine):
         return last
 
     def reached(self) -> dict[int, float]:
-        """See `decode_arm.Engine`."""
+        """Return when the first stream of the last call had so many tokens, where all of them ran."""
         return {tokens: when for tokens, when in self.ended.items() if not math.isnan(when)}
 
     def report(self) -> dict[str, Any]:
-        """See `decode_arm.Engine`."""
-        (found,) = verify_arm.reports(self.engine)
-        return found
+        """Return the report of the scheduler."""
+        (report,) = verify_arm.reports(self.engine)
+        return report
 
     def close(self) -> None:
-        """See `decode_arm.Engine`."""
+        """End the engine."""
         self.engine.shutdown()
 
 

@@ -19,12 +19,12 @@ SETS = SharedSets(0)
 def bench_open(self: Any, file: str) -> None:
     """Draw weights, in place so that captured graphs see it, and say in ``file`` what is there."""
     model = self.tp_worker.model_runner.model
-    found = random_weights.opened(model, SETS)
+    report = random_weights.draw_model(model, SETS)
     for module in model.modules():
         if getattr(module, "_weight_fp32", None) is not None:
             module._weight_fp32.copy_(module.weight.data)
     room = {"requests": self.max_running_requests, "tokens": self.max_total_num_tokens}
-    Path(file).write_text(json.dumps({**found, **room}))
+    Path(file).write_text(json.dumps({**report, **room}))
 
 
 def extend(scheduler: Any) -> None:

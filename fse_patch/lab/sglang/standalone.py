@@ -12,7 +12,7 @@ HELD: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A port below those that the system hands out: SGLang takes one of them, and may find it taken.
+    """Return a port below those that the system hands out: SGLang takes one of them without a look.
 
     While this process lives, no other call gets it, of any process: the same UDP port, of which SGLang has no
     use, is held for that. An engine binds its own many seconds after this.

@@ -36,7 +36,7 @@ CPU_DEFAULTS = {"device": "cpu", "attention_backend": "torch_native"}
 
 
 def score(engine: Any, prompts: list[list[int]], new_tokens: int, batched: bool) -> dict[str, Any]:
-    """Teacher-forced log-probability of every prompt token but the first, and greedy tokens with the best."""
+    """Return log-probabilities of every prompt token but the first, and greedy tokens with the best."""
     params = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
     outputs = [
         out
@@ -59,7 +59,7 @@ def score(engine: Any, prompts: list[list[int]], new_tokens: int, batched: bool)
 
 
 def best_of_steps(told: dict[str, Any]) -> list[list[tuple[int, float]]]:
-    """Token ids and log-probabilities of each step of an answer, the token that was taken among them."""
+    """Return token ids and log-probabilities of each step of an answer, with those that were taken."""
     taken, best = told["output_token_logprobs"], told["output_top_logprobs"]
     return [
         [(token, value) for value, token, *_ in (*step, one)] for one, step in zip(taken, best, strict=True)
@@ -67,14 +67,14 @@ def best_of_steps(told: dict[str, Any]) -> list[list[tuple[int, float]]]:
 
 
 def reports(engine: Any) -> list[dict[str, Any]]:
-    """The report of every scheduler process. SGLang's calls return nothing, so each leaves a file."""
+    """Return the report of every scheduler process. SGLang's calls return nothing, so each leaves a file."""
     with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
         engine.collective_rpc("fse_report", folder=folder)
         return [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
 
 
 def start(job: dict[str, Any]) -> Any:
-    """The engine of a job."""
+    """Start the engine of a job."""
     import sglang
     import torch
 

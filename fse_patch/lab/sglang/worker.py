@@ -20,17 +20,17 @@ def fse_report(self: Any, folder: str) -> None:
 
 
 def fse_reset(self: Any) -> None:
-    """See `model_process.reset`."""
+    """Forget the calls of SGLang's own warm-up."""
     model_process.reset()
 
 
 def fse_control(self: Any, factor: float) -> None:
-    """See `model_process.control`."""
+    """Multiply the first shared slot by ``factor``."""
     model_process.control(factor)
 
 
 def fse_jitter(self: Any, seed: int) -> None:
-    """See `model_process.jitter`."""
+    """Give the embedding the noise of one more rounding."""
     model_process.jitter(self.tp_worker.model_runner.model.modules(), seed)
 
 

@@ -11,20 +11,19 @@ from typing import Any
 import torch
 
 from ... import settings
-from ...adapters.role import ACTIVE, CONSTRUCTED, FusedRole
+from ...adapters.role import CONSTRUCTED, FusedRole, building
 from ...adapters.start import Start
 from ...adapters.vllm.formats import ExpertFormat, format_of
 from ...adapters.vllm.plan import backend, situation
 from ...adapters.vllm.role import Slots
 from ...errors import FsePatchError
-from ...fusion_core.checkpoint.families import family_of
 from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
 from ..model_block import build_block
 from ..random_weights import as_slots, fill
-from .quant_folder import described
+from .quant_folder import quantised_folder
 
 
 class Pair:
@@ -48,7 +47,7 @@ class Pair:
         if quant:
             # What is measured is not served: no checkpoint has to be proved for it.
             decision = dataclasses.replace(decision, quant_method="fp8", formats=(quant,))
-        with described(folder, quant) as model:
+        with quantised_folder(folder, quant) as model:
             self.config = EngineArgs(
                 model=str(model),
                 load_format="dummy",
@@ -62,26 +61,21 @@ class Pair:
             raise FsePatchError(f"{folder}: experts in {', '.join(decision.formats)} are not measured")
         self.form = form
         self.itemsize = (torch.float8_e4m3fn if form.scale else torch.bfloat16).itemsize
-        family = family_of(decision.model_type)
-        if family is None:
-            raise FsePatchError(f"{folder}: {decision.model_type!r} is of no family that fse_patch knows")
         moe = decision.moe
+        family = decision.family
+        naming = TensorNaming(family, len(moe.layers))
         self.layout = moe.layout
         with self._engine():
             picked = backend(form, self.config, self.layout, self.layout.num_routed, self.layout.top_k)
             self.situation = situation(form, decision, self.config, picked)
-            naming = TensorNaming(family, len(moe.layers))
             # Every mode is asked for by name.
             plan = always("fused", "measuring")
             start = Start(decision, moe, naming, folder, plan, settings.load(), form)
             self.fused_role = FusedRole(start, Slots())
             CONSTRUCTED.add(self.fused_role)  # as in the engine, tables for E stand in for those for E+S
             self.stock = [self._build(family.name, layer + 1000) for layer in range(layers)]
-            token = ACTIVE.set(self.fused_role)
-            try:
+            with building(self.fused_role):
                 self.fused = [self._build(family.name, layer) for layer in moe.layers[:layers]]
-            finally:
-                ACTIVE.reset(token)
             for number, (stock, fused) in enumerate(zip(self.stock, self.fused, strict=True)):
                 fill(stock, number)
                 copy(stock, fused, family.shared_module, self.layout)
@@ -114,12 +108,12 @@ class Pair:
         return build_block("vllm", family, self.config, prefix=f"model.layers.{layer}.mlp")
 
     def exact(self, expert: int, name: str) -> torch.Tensor:
-        """w13 or w2 of an expert of the first fused block, in float64."""
+        """Return w13 [2 * I, H] or w2 [H, I] of an expert of the first fused block, in float64."""
         return exact(self.fused[0].experts.routed_experts, expert, name, self.form)
 
     @contextlib.contextmanager
     def forward_context(self, tokens: int) -> Iterator[None]:
-        """Within it, blocks run as in the engine."""
+        """Run blocks within it as in the engine."""
         from vllm.forward_context import get_forward_context, set_forward_context
 
         with self._engine(), set_forward_context(None, self.config, num_tokens=tokens):
@@ -128,7 +122,7 @@ class Pair:
 
 
 def process(block: Any) -> None:
-    """What the engine does with loaded weights."""
+    """Do with loaded weights what the engine does."""
     for module in block.modules():
         method: Any = getattr(module, "quant_method", None)
         if hasattr(method, "process_weights_after_loading"):
@@ -136,7 +130,7 @@ def process(block: Any) -> None:
 
 
 def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
-    """The weights of a stock block, as loaded, to where a fused one has them."""
+    """Copy the weights of a stock block, as loaded, to where a fused one has them."""
     routed, ours = stock.experts.routed_experts, fused.experts.routed_experts
     mlp, first = getattr(stock, shared), layout.num_routed
     for name, parameter in ours.named_parameters(recurse=False):
@@ -154,12 +148,12 @@ def copy(stock: Any, fused: Any, shared: str, layout: ExpertLayout) -> None:
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
-    """FP8 numbers as bytes: not every operation takes them."""
+    """Return FP8 numbers of any shape as uint8: not every operation takes them."""
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 
 
 def exact(experts: Any, expert: int, name: str, form: ExpertFormat) -> torch.Tensor:
-    """w13 or w2 of one expert in float64, its scales in it."""
+    """Return w13 [2 * I, H] or w2 [H, I] of one expert in float64, its scales in it."""
     weight: torch.Tensor = getattr(experts, f"{name}_weight").data[expert]
     if not form.scale:
         return weight.double()

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Engine(decode_arm.Engine):
-    """See `decode_arm.Engine`."""
+    """The live vLLM of an arm."""
 
     def __init__(self, request: decode_arm.Request) -> None:
         from vllm import LLM
@@ -48,7 +48,7 @@ class Engine(decode_arm.Engine):
         if current_platform.is_cuda_alike():  # torch would open the device, and vLLM could not fork
             chosen["compilation_config"] = {"cudagraph_capture_sizes": list(streams)}
         self.llm = LLM(model=request["checkpoint"], **{**chosen, **request["engine_args"]})
-        opened = self.llm.apply_model(decode_worker.opened)
+        opened = self.llm.apply_model(decode_worker.bench_open)
         if len(opened) != 1:
             raise FsePatchError("--end-to-end measures one process with a model: no tensor_parallel_size")
         self.opened = opened[0]
@@ -68,7 +68,7 @@ class Engine(decode_arm.Engine):
         self.llm.llm_engine.step = noted
 
     def ready(self) -> dict[str, Any]:
-        """See `decode_arm.Engine`.
+        """Return what the process with the model says of itself, and the versions here.
 
         Raises:
             FsePatchError: the experts are not shared as asked.
@@ -80,7 +80,7 @@ class Engine(decode_arm.Engine):
         return {"versions": decode_arm.versions(vllm), **self.opened}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Sequence[int]:
-        """See `decode_arm.Engine`.
+        """Return the last tokens of greedy answers.
 
         Raises:
             FsePatchError: the streams did not all run at once.
@@ -100,18 +100,18 @@ class Engine(decode_arm.Engine):
         return [out.outputs[0].token_ids[-1] for out in outputs]
 
     def reached(self) -> dict[int, float]:
-        """See `decode_arm.Engine`. Each step up to the last one of the first answer brought it a token."""
+        """Return when the first answer had so many tokens: each step up to its last one brought it one."""
         ended = self.ended[: self.together][-self.tokens :]
         return dict(enumerate(ended, self.tokens - len(ended) + 1))
 
     def report(self) -> dict[str, Any]:
-        """See `decode_arm.Engine`."""
-        found: dict[str, Any]
-        (found,) = self.llm.apply_model(decode_worker.report)
-        return found
+        """Return the report of the process with the model."""
+        report: dict[str, Any]
+        (report,) = self.llm.apply_model(decode_worker.report)
+        return report
 
     def close(self) -> None:
-        """See `decode_arm.Engine`."""
+        """End the engine."""
         self.llm.llm_engine.engine_core.shutdown()
 
 

@@ -11,11 +11,11 @@ METHODS = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
 SETS = SharedSets(0)
 
 
-def opened(model: Any) -> dict[str, Any]:
-    """See `random_weights.opened`."""
-    return random_weights.opened(model, SETS)
+def bench_open(model: Any) -> dict[str, Any]:
+    """Draw the weights of ``model``, and say what is there."""
+    return random_weights.draw_model(model, SETS)
 
 
 def report(_: Any) -> dict[str, Any]:
-    """See `model_process.report`."""
+    """Return what the roles of this process really ran."""
     return model_process.report()

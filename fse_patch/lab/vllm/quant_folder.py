@@ -24,8 +24,8 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def described(folder: Path, quant: str) -> Iterator[Path]:
-    """A folder with the model's config.json and this quantisation in it; ``folder`` itself for "".
+def quantised_folder(folder: Path, quant: str) -> Iterator[Path]:
+    """Yield a folder whose config.json has this quantisation in it; ``folder`` itself for "".
 
     Raises:
         FsePatchError: ``quant`` is none of `QUANTISATIONS`.

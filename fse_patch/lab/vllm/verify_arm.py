@@ -49,7 +49,7 @@ def keep_scales(environment: MutableMapping[str, str]) -> dict[str, str]:
 
 
 def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) -> dict[str, Any]:
-    """Teacher-forced log-probability of every prompt token but the first, and greedy tokens with the best."""
+    """Return log-probabilities of every prompt token but the first, and greedy tokens with the best."""
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -70,7 +70,7 @@ def score(llm: Any, prompts: list[list[int]], new_tokens: int, batched: bool) ->
         ],
         "greedy": [list(out.outputs[0].token_ids) for out in outputs],
         "greedy_best": [
-            [[(token, found.logprob) for token, found in step.items()] for step in out.outputs[0].logprobs]
+            [[(token, entry.logprob) for token, entry in step.items()] for step in out.outputs[0].logprobs]
             for out in outputs
         ],
     }

@@ -11,17 +11,17 @@ class VerifyExtension:
     """Mixed into vLLM's worker by ``worker_extension_cls``; called with ``collective_rpc``."""
 
     def fse_report(self) -> dict[str, Any]:
-        """See `model_process.report`."""
+        """Return what the roles of this worker really ran."""
         return model_process.report()
 
     def fse_reset(self) -> None:
-        """See `model_process.reset`."""
+        """Forget the calls of vLLM's own warm-up."""
         model_process.reset()
 
     def fse_control(self, factor: float) -> None:
-        """See `model_process.control`."""
+        """Multiply the first shared slot by ``factor``."""
         model_process.control(factor)
 
     def fse_jitter(self, seed: int) -> None:
-        """See `model_process.jitter`."""
+        """Give the embedding the noise of one more rounding."""
         model_process.jitter(self.model_runner.model.modules(), seed)  # type: ignore[attr-defined]
