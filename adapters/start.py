@@ -15,7 +15,7 @@ from ..errors import FsePatchError, RefusedError
 from ..fusion_core.checkpoint.families import Role
 from ..fusion_core.checkpoint.naming import TensorNaming
 from ..fusion_core.decision.decide import decide
-from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock
+from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, remarked
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.forward.plan import ModePlan
 from ..fusion_core.reasons import CONTRADICTIONS, Reason
@@ -104,8 +104,9 @@ def checkpoint_folder(model: str, revision: str | None, cache: str | None) -> Pa
         ) from error
 
 
-def announce(decision: Decision) -> None:
-    """Record a decision, and say in one line a role: on and where, or why not."""
+def announce(decision: Decision, remark: str = "") -> None:
+    """Record a decision, with ``remark`` behind it, and say in one line a role: on and where, or why not."""
+    decision = remarked(decision, remark)
     runtime.record_decision(decision.to_dict())
     runtime.changed()
     head = f"{decision.engine}, {decision.role} model"

@@ -46,13 +46,7 @@ class Experts:
     def gemm(
         self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
     ) -> torch.Tensor:
-        """Run SGLang's own kernels, as its runner calls them where no expert is elsewhere; never in place.
-
-        Args:
-            hidden_states: [num_tokens, H], in 16 bits, as the output is.
-            w13, w2: [E + S, 2 * I, H] and [E + S, H, I], of that dtype.
-            top_k: weights, float32, and ids, integers, both [num_tokens, columns].
-        """
+        """Run SGLang's own kernels on states [num_tokens, H], as its runner does; never in place."""
         weights, ids = top_k
         output: torch.Tensor = self._run(hidden_states, w13, w2, weights, ids, filter_expert=False)
         return output

@@ -11,7 +11,7 @@ from ... import settings
 from ...fusion_core.checkpoint.families import family_of
 from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.native import gets_wrong
-from ...fusion_core.decision.outcome import Merged, remarked
+from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import ModePlan
 from ..start import (
     Start,
@@ -58,7 +58,7 @@ def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) 
         reasons = refusals(decision, model_config, load_config, quantised, right, effective)
         plan = next(reasons, None) or plan_of(decision, model_config, effective)
         if isinstance(plan, ModePlan):
-            announce(remarked(decision, remark))
+            announce(decision, remark)
             if native.platform() == "cuda":
                 log.info("%s model: modes by number of tokens: %s (%s)", role, plan, plan.source)
             return Start(decision, moe, naming, locate(), plan, effective, native_off=native_off)
@@ -68,9 +68,8 @@ def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) 
             beside = native_plan(stock, moe, model_config, effective)
             if beside is not None:
                 remark = f"; modes by number of tokens, fused is SGLang's own: {beside} ({beside.source})"
-                announce(remarked(stock, remark))
+                announce(stock, remark)
                 return Start(stock, moe, naming, locate(), beside, effective)
         decision = stock
-    decision = remarked(decision, remark)
-    announce(decision)
+    announce(decision, remark)
     return Unfused(native_off)

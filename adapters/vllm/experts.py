@@ -32,13 +32,7 @@ class Experts:
     def gemm(
         self, hidden_states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: TopK
     ) -> torch.Tensor:
-        """Run vLLM's own kernels, without its modular kernel's copy of the result out of a workspace.
-
-        Args:
-            hidden_states: [num_tokens, H], in 16 bits, as the output is.
-            w13, w2: [E + S, 2 * I, H] and [E + S, H, I], of that dtype or FP8.
-            top_k: weights, float32, and ids, integers, both [num_tokens, columns].
-        """
+        """Run vLLM's own kernels on states [num_tokens, H], and copy no result out of a workspace."""
         layer, (weights, ids) = self.routed_experts, top_k
         kernel = layer.quant_method.moe_kernel.impl
         # Rounds the states to FP8 where the kernel multiplies in it, and leaves plain ones alone. The kernel

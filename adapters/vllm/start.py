@@ -11,7 +11,7 @@ from ... import settings
 from ...fusion_core.checkpoint.families import Role, family_of
 from ...fusion_core.checkpoint.naming import TensorNaming
 from ...fusion_core.decision.native import gets_wrong
-from ...fusion_core.decision.outcome import Merged, remarked
+from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import ModePlan
 from ..start import Start, Unfused, announce, checkpoint_folder, decision_of, refuse, role_of
 from . import native
@@ -47,14 +47,13 @@ def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
         form = None if reason else format_here(decision, vllm_config)
         plan = reason or plan_of(decision, form, vllm_config, effective)
         if isinstance(plan, ModePlan):
-            announce(remarked(decision, remark))
+            announce(decision, remark)
             log.info("%s model: modes by number of tokens: %s", role, plan)
             layers = vllm_config.model_config.hf_text_config.num_hidden_layers
             naming = TensorNaming(decision.family, layers)
             return Start(decision, decision.moe, naming, locate(), plan, effective, form, native_off)
         decision = refuse(decision, plan, effective)
-    decision = remarked(decision, remark)
-    announce(decision)
+    announce(decision, remark)
     return Unfused(native_off)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import FsePatchError
 from ..patches import ENGINES
+from .output import print_json
 
 
 def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def command(
     """List every patch: its target, versions, why, upstream link, when it goes away, and its guard."""
     books = ledgers(engine)
     if json:
-        typer.echo(jsonlib.dumps({"engines": books}, indent=2))
+        print_json({"engines": books})
         return
     for book in books:
         installed = f"{book['installed']} installed" if book["installed"] else "not installed"

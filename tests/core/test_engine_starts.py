@@ -37,7 +37,7 @@ class Asked:
             "format_here": self.answer("format", None),
             "plan_of": self.answer("plan", always("fused", "test")),
             "native_plan": self.answer("native plan", always("fused", "test")),
-            "announce": lambda decided: self.names.append("on" if decided.to_dict()["fuse"] else "off"),
+            "announce": lambda decided, _: self.names.append("on" if decided.to_dict()["fuse"] else "off"),
         }
         for name, value in replaced.items():
             if hasattr(self.start, name):
