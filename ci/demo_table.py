@@ -35,7 +35,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def draw(rows: list[dict[str, Any]], console: Console) -> None:
-    """Return the table and what has to be said below it; no wider than 80 columns."""
+    """Print the table and what has to be said below it; no wider than 80 columns."""
     titles = {f"{NAMES[row['engine']]} {row['version']}": None for row in rows}
     table = Table(
         title=f"Fused against stock on CPU, teacher-forced: {', '.join(titles)}",

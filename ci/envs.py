@@ -92,7 +92,7 @@ def shims(env: Env) -> None:
 
 
 def folders(env: Env, names: list[str]) -> None:
-    """Return the folders of tests/shims on the environment's path, where the engine needs them to start.
+    """Put folders of tests/shims on the environment's path, where the engine needs them to start.
 
     A shim's ``_start`` module runs in every process: the engine's children must have it too.
     """

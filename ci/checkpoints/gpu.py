@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from . import recipes, weights
+from . import models, weights
 
 
 def enlarge() -> None:
     """Make checkpoints of about 20 MB from here on: hidden size 256, 32 experts of width 128."""
-    recipes.VOCAB, recipes.HIDDEN, recipes.MOE_WIDTH, recipes.EXPERTS = 1024, 256, 128, 32
-    recipes.HEAD_DIM = 128
-    recipes._COMMON.update(vocab_size=recipes.VOCAB, hidden_size=recipes.HIDDEN)
-    recipes._LINEAR_ATTENTION.update(
-        head_dim=recipes.HEAD_DIM, linear_key_head_dim=128, linear_value_head_dim=128
+    models.VOCAB, models.HIDDEN, models.MOE_WIDTH, models.EXPERTS = 1024, 256, 128, 32
+    models.HEAD_DIM = 128
+    models.COMMON.update(vocab_size=models.VOCAB, hidden_size=models.HIDDEN)
+    models.LINEAR_ATTENTION.update(
+        head_dim=models.HEAD_DIM, linear_key_head_dim=128, linear_value_head_dim=128
     )
-    recipes._QWEN_MOE.update(
-        moe_intermediate_size=recipes.MOE_WIDTH,
-        shared_expert_intermediate_size=recipes.MOE_WIDTH,
-        num_experts=recipes.EXPERTS,
+    models.QWEN_MOE.update(
+        moe_intermediate_size=models.MOE_WIDTH,
+        shared_expert_intermediate_size=models.MOE_WIDTH,
+        num_experts=models.EXPERTS,
     )
     weights.INIT_STD = 0.1

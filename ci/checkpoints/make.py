@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import recipes, weights
+from . import models, weights
 from .recipes import RECIPES
 
 
@@ -68,13 +68,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _tokenizer(folder: Path) -> None:
-    """Return a tokenizer of whole words w0, w1, ...: enough for an engine that insists on one."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Write a tokenizer of whole words w0, w1, ...: enough for an engine that insists on one."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<bos>", "<eos>"]
-    words = special + [f"w{i}" for i in range(recipes.VOCAB - len(special))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    words = special + [f"w{i}" for i in range(models.VOCAB - len(special))]
+    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,8 +1,4 @@
-"""The recipes: which architecture, which config, which expert layout, with or without an MTP draft.
-
-The dimensions are the smallest that the engines' CPU kernels take: attention head_dim 32, linear-attention
-head dims 64 (32 is refused by the C++ kernel), hidden size a multiple of 32.
-"""
+"""The recipes: which architecture, which config, which expert layout, with or without an MTP draft."""
 
 from __future__ import annotations
 
@@ -11,37 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-VOCAB, HIDDEN, MOE_WIDTH, EXPERTS, HEAD_DIM = 256, 64, 32, 8, 32
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_LINEAR_ATTENTION: dict[str, Any] = {
-    "head_dim": HEAD_DIM,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_conv_kernel_dim": 4,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-_QWEN_MOE: dict[str, Any] = {
-    "moe_intermediate_size": MOE_WIDTH,
-    "shared_expert_intermediate_size": MOE_WIDTH,
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": 4,
-}
-# Sizes that two ranks share without padding, which SGLang would add on a CPU.
-_FOR_TWO_RANKS: dict[str, Any] = {"num_key_value_heads": 2, "moe_intermediate_size": 2 * MOE_WIDTH}
+from . import models
 
 
 @dataclass(frozen=True)
@@ -74,193 +40,6 @@ class Recipe:
             return False
 
 
-def _qwen2_moe(shared_times: int = 1, renormalize: bool = False, two_ranks: bool = False) -> Any:
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    dims = {**_COMMON, **_QWEN_MOE, "num_experts_per_tok": 2, **(_FOR_TWO_RANKS if two_ranks else {})}
-    dims["shared_expert_intermediate_size"] = shared_times * dims["moe_intermediate_size"]
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**dims, intermediate_size=128, decoder_sparse_step=1, norm_topk_prob=renormalize)
-    )
-
-
-def _qwen3_next() -> Any:
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-
-    return Qwen3NextForCausalLM(
-        Qwen3NextConfig(
-            **_COMMON,
-            **_LINEAR_ATTENTION,
-            **_QWEN_MOE,
-            intermediate_size=128,
-            decoder_sparse_step=1,
-            norm_topk_prob=True,
-        )
-    )
-
-
-def _qwen3_5_text_config() -> dict[str, Any]:
-    # Rotary part: a quarter of head_dim, two numbers a frequency; sections must add up to the frequencies.
-    side = HEAD_DIM // 32
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.25,
-        "mrope_section": [2 * side, side, side],
-        "mrope_interleaved": True,
-    }
-    return {**_COMMON, **_LINEAR_ATTENTION, **_QWEN_MOE, "rope_parameters": rope}
-
-
-def _qwen3_5_text(sections: bool = True) -> Any:
-    from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
-
-    config = _qwen3_5_text_config()
-    if not sections:
-        rope = config["rope_parameters"]
-        config["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
-    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**config))
-
-
-def _qwen3_5_vl() -> Any:
-    from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
-
-    vision = {
-        "depth": 1,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": HIDDEN,
-        "num_position_embeddings": 64,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
-    ids = {
-        "image_token_id": 250,
-        "video_token_id": 251,
-        "vision_start_token_id": 252,
-        "vision_end_token_id": 253,
-    }
-    config = Qwen3_5MoeConfig(
-        text_config=_qwen3_5_text_config(), vision_config=vision, tie_word_embeddings=False, **ids
-    )
-    return Qwen3_5MoeForConditionalGeneration(config)
-
-
-def _glm4_moe(
-    shared: int = 1,
-    scale: float = 1.0,
-    groups: int = 1,
-    top_groups: int = 1,
-    draft: int = 0,
-    two_ranks: bool = False,
-) -> Any:
-    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-
-    dims = {**_COMMON, "moe_intermediate_size": MOE_WIDTH, **(_FOR_TWO_RANKS if two_ranks else {})}
-    return Glm4MoeForCausalLM(
-        Glm4MoeConfig(
-            **{**dims, "num_hidden_layers": 3},
-            head_dim=HEAD_DIM,
-            intermediate_size=128,
-            n_routed_experts=EXPERTS,
-            n_shared_experts=shared,
-            num_experts_per_tok=2,
-            routed_scaling_factor=scale,
-            n_group=groups,
-            topk_group=top_groups,
-            first_k_dense_replace=1,
-            norm_topk_prob=True,
-            use_qk_norm=True,
-            num_nextn_predict_layers=draft,
-        )
-    )
-
-
-def _glm4v_moe() -> Any:
-    from transformers.models.glm4v_moe import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
-
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    text = {
-        **_COMMON,
-        "num_hidden_layers": 3,
-        "head_dim": HEAD_DIM,
-        "intermediate_size": 128,
-        "moe_intermediate_size": MOE_WIDTH,
-        "n_routed_experts": EXPERTS,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "routed_scaling_factor": 2.5,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": True,
-        "rope_parameters": {**rope, "mrope_section": [2, 3, 3]},
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": HIDDEN,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    ids = {
-        "image_token_id": 250,
-        "video_token_id": 251,
-        "image_start_token_id": 252,
-        "image_end_token_id": 253,
-    }
-    config = Glm4vMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
-    return Glm4vMoeForConditionalGeneration(config)
-
-
-def _glm4_moe_lite() -> Any:
-    from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
-
-    return Glm4MoeLiteForCausalLM(
-        Glm4MoeLiteConfig(
-            **{**_COMMON, "num_key_value_heads": 2},
-            q_lora_rank=32,
-            # The CPU kernel of latent attention takes 512 + 64 and nothing else.
-            kv_lora_rank=512,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=64,
-            v_head_dim=32,
-            intermediate_size=128,
-            moe_intermediate_size=MOE_WIDTH,
-            n_routed_experts=EXPERTS,
-            n_shared_experts=1,
-            num_experts_per_tok=2,
-            routed_scaling_factor=1.8,
-            n_group=1,
-            topk_group=1,
-            norm_topk_prob=True,
-            mlp_layer_types=["dense", "sparse"],
-        )
-    )
-
-
-def _qwen4_exp() -> Any:
-    from transformers.models.qwen4_exp import Qwen4ExpForCausalLM, Qwen4ExpTextConfig
-
-    config = _qwen3_5_text_config() | {"layer_types": ["linear_attention"] * 2}
-    rope = config["rope_parameters"]
-    config["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
-    return Qwen4ExpForCausalLM(
-        Qwen4ExpTextConfig(**config, hc_count=2, hc_lowrank=32, norm_topk_prob=True, output_gate_type="silu")
-    )
-
-
-def _qwen3_moe() -> Any:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    dims = {k: v for k, v in _QWEN_MOE.items() if not k.startswith("shared")}
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**_COMMON, **dims, head_dim=32, intermediate_size=128, norm_topk_prob=True)
-    )
-
-
 def _qwen3_5(build: Callable[[], Any], layout: str, draft: bool = False) -> Recipe:
     return Recipe(
         build,
@@ -276,31 +55,31 @@ def _glm(**changes: Any) -> Recipe:
     draft = "after_main" if changes.get("draft") else "none"
     # transformers names this key differently in its releases; engines read this one.
     config = {"num_nextn_predict_layers": changes.get("draft", 0)}
-    return Recipe(lambda: _glm4_moe(**changes), draft=draft, config=config, family="glm4_moe")
+    return Recipe(lambda: models.glm4_moe(**changes), draft=draft, config=config, family="glm4_moe")
 
 
 RECIPES: dict[str, Recipe] = {
-    "qwen2_moe": Recipe(_qwen2_moe, family="qwen2_moe"),
-    "qwen2_moe_renorm": Recipe(lambda: _qwen2_moe(renormalize=True), family="qwen2_moe"),
-    "qwen2_moe_wide4": Recipe(lambda: _qwen2_moe(shared_times=4, two_ranks=True), family="qwen2_moe"),
-    "qwen2_moe_wide8": Recipe(lambda: _qwen2_moe(shared_times=8), family="qwen2_moe"),
-    "qwen3_next": Recipe(_qwen3_next, dtype="bfloat16", family="qwen3_next"),
+    "qwen2_moe": Recipe(models.qwen2_moe, family="qwen2_moe"),
+    "qwen2_moe_renorm": Recipe(lambda: models.qwen2_moe(renormalize=True), family="qwen2_moe"),
+    "qwen2_moe_wide4": Recipe(lambda: models.qwen2_moe(shared_times=4, two_ranks=True), family="qwen2_moe"),
+    "qwen2_moe_wide8": Recipe(lambda: models.qwen2_moe(shared_times=8), family="qwen2_moe"),
+    "qwen3_next": Recipe(models.qwen3_next, dtype="bfloat16", family="qwen3_next"),
     "qwen3_next_mtp": Recipe(
-        _qwen3_next,
+        models.qwen3_next,
         draft="mtp",
         dtype="bfloat16",
         config={"num_nextn_predict_layers": 1},
         family="qwen3_next",
     ),
-    "qwen3_5_text": _qwen3_5(_qwen3_5_text, "per_expert"),
-    "qwen3_5_text_3d": _qwen3_5(_qwen3_5_text, "stacked"),
-    "qwen3_5_vl": _qwen3_5(_qwen3_5_vl, "per_expert"),
-    "qwen3_5_vl_3d": _qwen3_5(_qwen3_5_vl, "stacked"),
-    "qwen3_5_mtp": _qwen3_5(_qwen3_5_vl, "per_expert", draft=True),
-    "qwen3_5_mtp_3d": _qwen3_5(_qwen3_5_vl, "stacked", draft=True),
+    "qwen3_5_text": _qwen3_5(models.qwen3_5_text, "per_expert"),
+    "qwen3_5_text_3d": _qwen3_5(models.qwen3_5_text, "stacked"),
+    "qwen3_5_vl": _qwen3_5(models.qwen3_5_vl, "per_expert"),
+    "qwen3_5_vl_3d": _qwen3_5(models.qwen3_5_vl, "stacked"),
+    "qwen3_5_mtp": _qwen3_5(models.qwen3_5_vl, "per_expert", draft=True),
+    "qwen3_5_mtp_3d": _qwen3_5(models.qwen3_5_vl, "stacked", draft=True),
     # Stock vLLM on a CPU corrupts its heap when the draft of the text-only class has rotary sections. Text
     # positions are the same in every section, so the model is the same without them.
-    "qwen3_5_text_mtp": _qwen3_5(lambda: _qwen3_5_text(sections=False), "per_expert", draft=True),
+    "qwen3_5_text_mtp": _qwen3_5(lambda: models.qwen3_5_text(sections=False), "per_expert", draft=True),
     "glm4_moe": _glm(),
     "glm4_moe_scale": _glm(scale=2.5),
     "glm4_moe_shared2": _glm(shared=2),
@@ -308,13 +87,15 @@ RECIPES: dict[str, Recipe] = {
     "glm4_moe_grouped": _glm(scale=2.5, groups=4, top_groups=2),
     "glm4_moe_mtp": _glm(scale=2.5, draft=1),
     # Published configs have the key; this transformers class does not write it.
-    "glm4v_moe": Recipe(_glm4v_moe, config={"use_qk_norm": False}, family="glm4v_moe"),
+    "glm4v_moe": Recipe(models.glm4v_moe, config={"use_qk_norm": False}, family="glm4v_moe"),
     # Published configs have the key that engines read; this transformers class has another one for it.
-    "glm4_moe_lite": Recipe(_glm4_moe_lite, config={"first_k_dense_replace": 1}, family="glm4_moe_lite"),
+    "glm4_moe_lite": Recipe(
+        models.glm4_moe_lite, config={"first_k_dense_replace": 1}, family="glm4_moe_lite"
+    ),
     # Inherits Qwen3-Next's block. To build and load only: on a CPU vLLM 0.32 stops in the first forward pass,
     # whose hyper-connections have no kernel but Triton's; earlier releases do not know the model.
     "qwen4_exp": Recipe(
-        _qwen4_exp, dtype="bfloat16", family="qwen4_exp", needs="transformers.models.qwen4_exp"
+        models.qwen4_exp, dtype="bfloat16", family="qwen4_exp", needs="transformers.models.qwen4_exp"
     ),
-    "qwen3_moe": Recipe(_qwen3_moe),
+    "qwen3_moe": Recipe(models.qwen3_moe),
 }

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from ...patches import FOLDER as DATA
 from ..checkpoint.config import UNQUANTISED
@@ -87,14 +87,20 @@ def _choice(text: str) -> str:
 Choice = Annotated[str, AfterValidator(_choice)]
 
 
-class Step(Strict):
+class _Written(Strict):
+    """A part of a tuned table, which users may have written by hand: 4.0 is read as 4."""
+
+    model_config = ConfigDict(strict=False)
+
+
+class Step(_Written):
     """A mode up to so many tokens; "slower" where none is as fast as stock."""
 
     up_to: Size
     mode: Choice
 
 
-class Row(Strict):
+class Row(_Written):
     """One shape."""
 
     num_routed: Size
@@ -117,7 +123,7 @@ class Row(Strict):
         return self
 
 
-class Table(Strict):
+class Table(_Written):
     """One file: the rows of one device, release and backend; ``versions`` and ``measured`` say whence."""
 
     engine: Text

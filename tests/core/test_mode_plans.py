@@ -111,6 +111,13 @@ def test_files_that_are_no_tables(tmp_path: Path, row: Any, words: str) -> None:
         plan_for(HERE, "cuda", tmp_path / "missing.yaml")
 
 
+def test_a_table_that_was_written_by_hand_is_read(tmp_path: Path) -> None:
+    steps = [{"up_to": 4.0, "mode": "small"}]
+    plan = plan_for(HERE, "cuda", table(tmp_path / "mine.yaml", gated=1, steps=steps))
+    assert isinstance(plan, ModePlan)
+    assert [plan.mode_of(n) for n in (4, 5)] == ["small", "split"]
+
+
 def test_shipped_tables_can_be_read_and_name_each_shape_once() -> None:
     for name, found in shipped():
         keys = [tuple(row.model_dump(exclude={"steps", "otherwise"}).values()) for row in found.rows]

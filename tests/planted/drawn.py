@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tiny_checkpoints
-from checkpoints import recipes
+from checkpoints import models
 
 SEEDS = range(24)
 
@@ -47,7 +47,7 @@ class Drawn:
     def _sizes(self) -> dict[str, Any]:
         sizes = {"hidden_size": self.hidden, "moe_intermediate_size": self.width, "intermediate_size": 128}
         return {
-            **recipes._COMMON,
+            **models.COMMON,
             **sizes,
             "num_experts_per_tok": self.top_k,
             "norm_topk_prob": self.renormalize,
@@ -60,7 +60,7 @@ class Drawn:
         sizes["shared_expert_intermediate_size"] = self.slots * self.width
         if self.family == "qwen2_moe":
             return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes))
-        return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **recipes._LINEAR_ATTENTION))
+        return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **models.LINEAR_ATTENTION))
 
     def _glm(self) -> Any:
         from transformers import Glm4MoeConfig, Glm4MoeForCausalLM

@@ -9,6 +9,7 @@ import pytest
 
 from ..planted import clean, suite
 from ..running import Checkpoints, asked
+from .cases import NEWEST, NEWEST_ONLY
 
 ENGINE = "vllm"
 
@@ -26,6 +27,6 @@ def test_is_caught_before_a_token_is_served(outcomes: dict[str, str], fault: sui
     assert fault.catches(outcome), f"caught otherwise than by {fault.defence}: {outcome}"
 
 
-@pytest.mark.parametrize("name", clean.models())
+@pytest.mark.parametrize("name", clean.models(() if NEWEST else NEWEST_ONLY))
 def test_what_is_right_is_served(outcomes: dict[str, str], name: str) -> None:
     assert outcomes[name] == ""
