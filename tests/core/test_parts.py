@@ -177,6 +177,7 @@ sys.path.insert(0, {str(ROOT / "ci")!r})
 import pathlib, steps, test_all, testing
 test_all.ROOT = testing.ROOT = folder = pathlib.Path({str(project.folder)!r})
 test_all.STAMPS, testing.LOGS = folder / "ignored" / "stamps", folder / "ignored" / "logs"
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 sleep = "import os, time; open('ignored/pid', 'w').write(str(os.getpid())); time.sleep(60)"
 parts = [steps.Step(name, [sys.executable, "-c", sleep], 60) for name in ("a", "b", "c")]
 test_all.parts = lambda _: {{part.name: part for part in parts}}
@@ -187,7 +188,7 @@ sys.exit(test_all.main([]))
     while not (pid.exists() and pid.read_text()):
         assert time.monotonic() - begun < 30
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=45)
     assert process.returncode == 130
     assert "not passed: a, b, c" in output
