@@ -93,7 +93,7 @@ def _prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> Proof:
     deviation, tolerance = 0.0, 1.0
     for number in numbers if effective.verify == "all" else numbers[:1]:
         try:
-            tensors = tensors or CheckpointTensors(fused_role.start.checkpoint)
+            tensors = tensors or _loaded_tensors(fused_role)
             off, allowed = _prove_layer(fused_role, fused_role.layers[number], dtype, prover, tensors)
         except NoReference as error:
             quantised = fused_role.start.decision.quant_method != UNQUANTISED
@@ -118,6 +118,23 @@ def _prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> Proof:
         seconds,
     )
     return Proof("passed", tuple(layers), deviation, tolerance, seconds)
+
+
+def _loaded_tensors(fused_role: FusedRole) -> CheckpointTensors:
+    """Open the files that the engine has loaded.
+
+    Raises:
+        AuditError: they are not those that were decided on.
+    """
+    files = fused_role.start.files
+    source = files.source.loaded()
+    tensors = CheckpointTensors(source, files.names)
+    if tensors.digest != files.digest:
+        raise AuditError(
+            f"{fused_role.name} model: the files of {source.label} changed after it was decided on; "
+            "the model is not served; start again"
+        )
+    return tensors
 
 
 def _prove_layer(

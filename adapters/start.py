@@ -7,16 +7,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from .. import runtime
 from ..errors import FsePatchError, RefusedError
-from ..fusion_core.checkpoint.families import Role
+from ..fusion_core.checkpoint.families import Role, family_of
+from ..fusion_core.checkpoint.hub import locate
 from ..fusion_core.checkpoint.naming import TensorNaming
-from ..fusion_core.decision.decide import decide
+from ..fusion_core.checkpoint.sources import Source
+from ..fusion_core.checkpoint.weight_files import CheckpointFiles
+from ..fusion_core.decision.decide import decide_evidence
 from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, remarked
 from ..fusion_core.decision.policy_file import load_policy
+from ..fusion_core.evidence.gather import read_evidence
 from ..fusion_core.forward.plan import ModePlan
 from ..fusion_core.reasons import CONTRADICTIONS, Reason
 from ..settings import Settings
@@ -26,12 +29,30 @@ log = logging.getLogger("fse_patch")
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What is settled about a role before anything is allocated, and is the same in all processes of a model.
+
+    Args:
+        files: those that the decision rests on; None where the checkpoint could not be read.
+        plan: which mode runs for how many tokens, where layers of ours run.
+        native_off: the engine's own fusion is switched off while the role is built and loaded.
+        remark: behind the line for people.
+    """
+
+    decision: Decision
+    files: CheckpointFiles | None = None
+    plan: ModePlan | None = None
+    native_off: bool = False
+    remark: str = ""
+
+
+@dataclass(frozen=True)
 class Start:
     """All that is settled about a role before anything is allocated; everything later reads this object.
 
     Args:
         moe: its sparse layers.
-        checkpoint: the folder that its weights come from.
+        files: those that its weights come from.
         plan: which mode runs for how many tokens.
         expert_format: how the engine holds the experts, its own `ExpertFormat`; None where their layers run
             in one mode.
@@ -42,7 +63,7 @@ class Start:
     decision: Decision
     moe: MoeSpec
     naming: TensorNaming
-    checkpoint: Path
+    files: CheckpointFiles
     plan: ModePlan
     settings: Settings
     expert_format: Any = None
@@ -61,47 +82,97 @@ class Unfused:
     native_off: bool = False
 
 
-def decision_of(engine: str, role: Role, locate: Callable[[], Path], settings: Settings) -> Decision:
+def decision_of(
+    engine: str, role: Role, locate: Callable[[], Source], load_format: str, settings: Settings
+) -> Settled:
     """Decide by the checkpoint alone; one that cannot be read is refused.
 
     Args:
-        locate: the checkpoint's folder; an FsePatchError is a refusal.
+        locate: finds its files; an FsePatchError is a refusal.
+        load_format: as the user gave it to the engine.
     """
     policy = load_policy(settings.policy_file)
     try:
-        return decide(locate(), engine, role, policy)
+        evidence = read_evidence(locate(), engine, load_format)
+        return Settled(decide_evidence(evidence, engine, role, policy), evidence.files)
     except FsePatchError as error:
-        return Stock(role=role, engine=engine, reason=Reason("evidence.unreadable", str(error)))
+        return Settled(Stock(role=role, engine=engine, reason=Reason("evidence.unreadable", str(error))))
 
 
-def refuse(decision: Merged, reason: Reason, settings: Settings) -> Stock:
-    """Refuse what the checkpoint allows, because of the engine's own configuration.
+def begin(settled: Settled, layers: int, settings: Settings, expert_format: Any = None) -> Start | Unfused:
+    """Record what was settled, say it in a line, and return the start of the role in this process.
+
+    Args:
+        layers: number of the main model's layers.
 
     Raises:
         SystemExit: the arguments contradict fusing, and FSE_PATCH_STRICT is set: nothing has been read yet.
     """
+    decision, plan, files = settled.decision, settled.plan, settled.files
+    if isinstance(decision, Stock):
+        _stop_if_asked_to(decision, settings)
+    announce(decision, settled.remark)
+    family, moe = family_of(decision.model_type), decision.moe
+    if plan is None or files is None or family is None or moe is None:
+        return Unfused(settled.native_off)
+    naming = TensorNaming(family, layers)
+    return Start(decision, moe, naming, files, plan, settings, expert_format, settled.native_off)
+
+
+def _stop_if_asked_to(decision: Stock, settings: Settings) -> None:
+    reason = decision.reason
     if reason.code in CONTRADICTIONS and settings.strict_arguments:
         print(f"fse_patch: {decision.engine}: {reason.code}: {reason.detail}", file=sys.stderr, flush=True)
         raise SystemExit(RefusedError.exit_status)
-    return decision.refused(reason)
 
 
-def checkpoint_folder(model: str, revision: str | None, cache: str | None) -> Path:
-    """Return the folder that an engine loads from; a hub name is looked up in the local cache alone.
+def source_of(
+    model: str,
+    revision: str | None,
+    download_dir: str | None,
+    *,
+    stored_at: str = "",
+    token: object = None,
+    suffices: Callable[[Source], bool] | None = None,
+) -> Source:
+    """Return where an engine loads a model from.
+
+    Args:
+        stored_at: the place of its weights where that is not the model's own, such as s3://...
+        token: the engine's own for the hub, if it is one.
+        suffices: of `locate`.
 
     Raises:
-        FsePatchError: there is none.
+        FsePatchError: there is nothing, or nothing that can be read before it is loaded.
     """
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
+    place = stored_at or model
+    if "://" in place:
+        raise FsePatchError(f"{place}: object storage, whose headers are not read before they are loaded")
+    return locate(model, revision, download_dir, token if isinstance(token, str) else None, suffices)
 
-    try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True))
-    except Exception as error:
-        raise FsePatchError(
-            f"{model}: not a folder and not in the local hub cache; download it first"
-        ) from error
+
+def first_of_replica(settle: Callable[[], Settled], tensor_group: Any, pipeline_group: Any | None) -> Settled:
+    """Let the first process of a model's replica settle, and give all others what it says.
+
+    Every process of the replica calls this at the same point.
+
+    Args:
+        tensor_group, pipeline_group: the engine's own groups: of the processes that share each layer, and of
+            those that share the layers out; the second is None where one stage alone has the role.
+    """
+    leads = tensor_group.rank_in_group == 0
+    outcome: Settled | Exception | None = None
+    if leads and (pipeline_group is None or pipeline_group.rank_in_group == 0):
+        try:
+            outcome = settle()
+        except Exception as error:  # the others wait for an answer, whatever it is
+            outcome = error
+    if leads and pipeline_group is not None:
+        outcome = pipeline_group.broadcast_object(outcome, src=0)
+    outcome = tensor_group.broadcast_object(outcome, src=0)
+    if isinstance(outcome, Settled):
+        return outcome
+    raise outcome or FsePatchError("the first process of this model has settled nothing")
 
 
 def announce(decision: Decision, remark: str = "") -> None:

@@ -19,6 +19,7 @@ from .errors import FsePatchError
 from .fusion_core.engines import facts_of
 from .fusion_core.evidence.gather import read_evidence
 from .fusion_core.quant.methods import TABLE_DTYPES
+from .patches import ENGINES
 
 # What looks a table up, in both engines.
 LOOK_UP = "get_moe_configs"
@@ -60,7 +61,7 @@ def shape_of(checkpoint: Path) -> Shape:
     Raises:
         FsePatchError: it cannot be read, or has no shared expert that fills whole slots.
     """
-    evidence = read_evidence(checkpoint)
+    evidence = read_evidence(checkpoint, ENGINES[0])
     moe = evidence.moe
     if moe is None or not moe.num_shared_slots or not moe.num_routed:
         raise FsePatchError(f"{checkpoint}: has no shared expert that could be fused; leave the argument out")

@@ -70,6 +70,29 @@ class Lab(Strict):
     compile_cache: CompileCache | None = None
 
 
+class LoadFormat(Strict):
+    """Files of a checkpoint that one load format reads.
+
+    Args:
+        patterns: the first that any file matches counts, the others do not.
+        by_index: an index beside them narrows what is read from a folder.
+    """
+
+    patterns: Annotated[list[Text], Field(min_length=1)]
+    by_index: bool = True
+
+
+class AddedFile(Strict):
+    """A file that is loaded whatever the index says, for a config whose first architecture is one of these.
+
+    Args:
+        where_key: key of config.json that must be there, and not 0.
+    """
+
+    architectures: list[Text]
+    where_key: Text
+
+
 class EngineFacts(Strict):
     """One engine.
 
@@ -80,6 +103,9 @@ class EngineFacts(Strict):
         releases: those in which fusing was run.
         read: releases whose source was read.
         backends: platform -> stock's MoE backend for unquantised weights, where it is known.
+        load_formats: those whose loaders pass every tensor by its name, and the files that they read.
+        dropped_beside: a file that is not loaded -> the one beside which it is not, where there is no index.
+        added_files: files that are loaded whatever the index says.
     """
 
     engine: Text
@@ -91,6 +117,9 @@ class EngineFacts(Strict):
     plugins: Plugins
     tuned_tables: TunedTables
     lab: Lab
+    load_formats: dict[Text, LoadFormat]
+    dropped_beside: dict[Text, Text] = Field(default_factory=dict)
+    added_files: dict[Text, AddedFile] = Field(default_factory=dict)
 
     @property
     def tested(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Final, Literal
 Code = Literal[
     "ok",
     "family.unknown",
+    "names.unknown",
     "width.mismatch",
     "width.block",
     "activation.differs",
@@ -69,6 +70,9 @@ _UNMEASURED = "`fse-patch tune` measures; FSE_PATCH_ALLOW_UNMEASURED=1 fuses any
 REASONS: Mapping[Code, Meaning] = {
     "ok": Meaning("The role fuses."),
     "family.unknown": Meaning("The model is of no known family, or has no layer with a shared expert."),
+    "names.unknown": Meaning(
+        "The checkpoint has tensors of experts under names that are not known, or under two names."
+    ),
     "width.mismatch": Meaning(
         "The shared expert is not a whole number of routed experts wide, or tensors have other sizes than "
         "`config.json` says."
@@ -116,7 +120,8 @@ REASONS: Mapping[Code, Meaning] = {
     "routing.capture": Meaning("The engine records routed experts.", "run without it", asked_for=True),
     "routing.simulator": Meaning("The engine simulates routing.", "run without it", asked_for=True),
     "load.format": Meaning(
-        "This way of loading, or of updating, does not pass the tensors by their checkpoint names.",
+        "This way of loading, or of updating, does not pass the tensors by their checkpoint names, or reads "
+        "files without headers.",
         "load as `auto` or `safetensors`",
         asked_for=True,
     ),

@@ -12,12 +12,15 @@ from ..refusals import config_differs, quantised_online, without_proof
 from . import native
 
 UPSTREAM: Final = "upstream.already"
-# Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
-LOAD_FORMATS = {"auto", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
 RUNNERS = {"auto", "triton"}
 # Switches of its TopK, which not every mode asks.
 SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
+
+
+def load_format_given(load_config: Any) -> str:
+    """Return the load format that the user gave."""
+    return str(getattr(load_config.load_format, "value", load_config.load_format))
 
 
 def refusals(
@@ -73,9 +76,6 @@ def refusals(
         )
     if any(setting is not None and setting.get() for setting in (getattr(envs, n, None) for n in SIMULATORS)):
         yield Reason("routing.simulator", f"one of {', '.join(SIMULATORS)} is set; unset it")
-    load_format = getattr(load_config.load_format, "value", load_config.load_format)
-    if load_format not in LOAD_FORMATS:
-        yield Reason("load.format", f"--load-format is {load_format}; use auto or safetensors")
     yield from quantised_online(decision, model_config.quantization, quantised)
     yield from config_differs(decision, model_config.hf_text_config)
     yield from without_proof(decision, native.platform(), effective)

@@ -10,8 +10,6 @@ from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..refusals import config_differs, quantised_online, without_proof
 
-# Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
-LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
 # Backends that pass weight updates through `load_weights`, within a layer-wise reload.
 TRANSFERS = {"nccl", "ipc"}
 
@@ -54,8 +52,6 @@ def refusals(
         )
     if envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY:
         yield Reason("routing.simulator", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set; unset it")
-    if load_config.load_format not in LOAD_FORMATS:
-        yield Reason("load.format", f"load_format is {load_config.load_format}; use auto or safetensors")
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend not in TRANSFERS:
         yield Reason("load.format", f"weights are updated by {transfer.backend}; use nccl or ipc")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ... import settings
 from ...fusion_core.checkpoint.families import Role, family_of
-from ...fusion_core.checkpoint.naming import TensorNaming
+from ...fusion_core.checkpoint.sources import Source
 from ...fusion_core.decision.native import gets_wrong
-from ...fusion_core.decision.outcome import Merged
+from ...fusion_core.decision.outcome import Merged, Stock
 from ...fusion_core.forward.plan import ModePlan
-from ..start import Start, Unfused, announce, checkpoint_folder, decision_of, refuse, role_of
+from ...settings import Settings
+from ..start import Settled, Start, Unfused, begin, decision_of, first_of_replica, role_of, source_of
 from . import native
-from .formats import format_here
+from .formats import ExpertFormat, format_here
 from .native import ENGINE
 from .plan import plan_of
 from .refusals import refusals
@@ -30,31 +32,87 @@ def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
         return None
     effective = settings.load()
     source, load_config = checkpoint_of(role, vllm_config)
+    model = _downloaded(source)
+    form_of = functools.cache(lambda decision: format_here(decision, vllm_config))
 
-    @functools.cache
-    def locate() -> Path:
-        return checkpoint_folder(source.model, source.revision, load_config.download_dir)
+    def settle() -> Settled:
+        return settled(role, model, source, load_config, vllm_config, form_of, effective)
 
-    decision = decision_of(ENGINE, role, locate, effective)
+    groups = _groups(role)
+    outcome = first_of_replica(settle, *groups) if groups else settle()
+    decision, plan = outcome.decision, outcome.plan
+    form = form_of(decision) if isinstance(decision, Merged) else None
+    text_config = vllm_config.model_config.hf_text_config
+    start = begin(outcome, text_config.num_hidden_layers, effective, form)
+    if plan is not None:
+        log.info("%s model: modes by number of tokens: %s", role, plan)
+    return start
+
+
+def settled(
+    role: Role,
+    model: str,
+    source: Any,
+    load_config: Any,
+    vllm_config: Any,
+    form_of: Callable[[Merged], ExpertFormat | None],
+    effective: Settings,
+) -> Settled:
+    """Settle all that is decided before allocation.
+
+    Args:
+        model: a folder, or the name of a repository.
+        source, load_config: model and load configuration of the role.
+        form_of: finds how vLLM holds the experts here.
+    """
+
+    def locate() -> Source:
+        return source_of(
+            model,
+            source.revision,
+            load_config.download_dir,
+            stored_at=getattr(source, "model_weights", ""),
+            token=source.hf_token,
+        )
+
+    outcome = decision_of(ENGINE, role, locate, load_config.load_format, effective)
+    decision = outcome.decision
     # A checkpoint that could not be read has no type of its own.
     family = family_of(decision.model_type or vllm_config.model_config.hf_text_config.model_type)
     native_fusion = None if family is None else native.live(family.name)
     native_off = native_fusion is not None and bool(gets_wrong(native_fusion, decision))
-    remark = "; vLLM's own fusion is switched off" if native_off else ""
-    if isinstance(decision, Merged):
-        right = native_fusion is not None and not native_off
-        reason = next(refusals(decision, vllm_config, source, load_config, right, effective), None)
-        form = None if reason else format_here(decision, vllm_config)
-        plan = reason or plan_of(decision, form, vllm_config, effective)
-        if isinstance(plan, ModePlan):
-            announce(decision, remark)
-            log.info("%s model: modes by number of tokens: %s", role, plan)
-            layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-            naming = TensorNaming(decision.family, layers)
-            return Start(decision, decision.moe, naming, locate(), plan, effective, form, native_off)
-        decision = refuse(decision, plan, effective)
-    announce(decision, remark)
-    return Unfused(native_off)
+    outcome = replace(
+        outcome, native_off=native_off, remark="; vLLM's own fusion is switched off" if native_off else ""
+    )
+    if isinstance(decision, Stock):
+        return outcome
+    right = native_fusion is not None and not native_off
+    reason = next(refusals(decision, vllm_config, source, load_config, right, effective), None)
+    form = None if reason else form_of(decision)
+    plan = reason or plan_of(decision, form, vllm_config, effective)
+    if isinstance(plan, ModePlan):
+        return replace(outcome, plan=plan)
+    return replace(outcome, decision=decision.refused(plan))
+
+
+def _downloaded(source: Any) -> str:
+    """Return the model; one of ModelScope's hub as the folder that vLLM would download it to, now."""
+    from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+
+    return maybe_download_from_modelscope(source.model, source.revision) or str(source.model)
+
+
+def _groups(role: Role) -> tuple[Any, Any] | None:
+    """Return the processes that share a layer, and those that share out the layers; a draft is in one stage.
+
+    None in a process that is alone.
+    """
+    from vllm.distributed import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return None
+    stages = parallel_state.get_pp_group() if role == "main" else None
+    return parallel_state.get_tp_group(), stages
 
 
 def checkpoint_of(role: Role, vllm_config: Any) -> tuple[Any, Any]:

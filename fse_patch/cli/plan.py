@@ -9,6 +9,8 @@ import typer
 
 from .. import settings
 from ..errors import RefusedError
+from ..fusion_core.checkpoint.hub import locate
+from ..fusion_core.checkpoint.weight_files import AUTO
 from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Stock
 from ..fusion_core.decision.policy_file import load_policy
@@ -18,16 +20,19 @@ from .output import print_json, print_table
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors files.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, or ORG/NAME of the hub.")],
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")],
     policy: Annotated[Path | None, typer.Option(help="Your own policy file; its rules come first.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     platform: Annotated[str | None, typer.Option(help="Add facts on a platform: cpu, cuda, rocm.")] = None,
     engine_version: Annotated[str | None, typer.Option(help="Add facts on a release.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a name of the hub.")] = None,
+    load_format: Annotated[str, typer.Option(help="The engine's --load-format.")] = AUTO,
 ) -> None:
     """Run the command. Exit status: 0 fuses, 3 refused, 2 bad input."""
     # Without --policy, the file that serving would use.
-    decisions = decide_roles(checkpoint, engine, load_policy(policy or settings.load().policy_file))
+    rules = load_policy(policy or settings.load().policy_file)
+    decisions = decide_roles(locate(checkpoint, revision), engine, rules, load_format)
     report = plan_report(decisions["main"])
     if "draft" in decisions:
         report["draft"] = plan_report(decisions["draft"])

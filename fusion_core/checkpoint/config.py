@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ...errors import FsePatchError
 from .families import FamilySpec
-from .headers import read_json
+from .sources import CONFIG_NAME, Source, folder_source
 
-CONFIG_NAME = "config.json"
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"
 UNQUANTISED = "none"
 # Far above any model; keeps a typing error from filling the memory with layer numbers.
@@ -78,7 +77,7 @@ class QuantConfig:
 class _Values:
     """Typed access to one JSON object; every error names file and key."""
 
-    def __init__(self, values: Mapping[str, Any], path: Path, section: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], path: str, section: str = "") -> None:
         self.values, self.path, self.section = values, path, section
 
     def fail(self, key: str, expected: str) -> FsePatchError:
@@ -140,14 +139,12 @@ class ConfigFile:
         FsePatchError: the folder or its config.json is missing or malformed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise FsePatchError(f"{folder}: no such folder; give the path of a downloaded checkpoint")
-        self.folder = folder
-        self.path = folder / CONFIG_NAME
-        if not self.path.is_file():
-            raise FsePatchError(f"{folder}: has no {CONFIG_NAME}; give the folder of a checkpoint")
-        self._top = _Values(read_json(self.path), self.path)
+    def __init__(self, checkpoint: Source | Path) -> None:
+        self.source = source = folder_source(checkpoint)
+        if CONFIG_NAME not in source:
+            raise FsePatchError(f"{source.label}: has no {CONFIG_NAME}; give the folder of a checkpoint")
+        self.path = source.where(CONFIG_NAME)
+        self._top = _Values(source.read_json(CONFIG_NAME), self.path)
         # Multimodal checkpoints keep the language model's values in a nested object.
         self._text = self._top.child("text_config") or self._top
         self.model_type = self._top.text("model_type", "")
@@ -199,13 +196,15 @@ class ConfigFile:
                 if section is not None:
                     default = "compressed-tensors" if key == "compression_config" else "unnamed"
                     quants.append(_quant_config(section, default, f"{CONFIG_NAME}: {section.section[:-1]}"))
-        path = self.folder / MODELOPT_CONFIG_NAME
-        if path.is_file():
-            values = _Values(read_json(path), path)
+        if MODELOPT_CONFIG_NAME in self.source:
+            values = _Values(
+                self.source.read_json(MODELOPT_CONFIG_NAME), self.source.where(MODELOPT_CONFIG_NAME)
+            )
             section = values.child("quantization") or values
             quants.append(_quant_config(section, "modelopt", MODELOPT_CONFIG_NAME))
         # Engines take the weights from such a file without a word in config.json.
-        if not quants and any(self.folder.glob("*.gguf")) and not any(self.folder.glob("*.safetensors")):
+        endings = {PurePath(name).suffix for name in self.source.names()}
+        if not quants and ".gguf" in endings and ".safetensors" not in endings:
             quants.append(QuantConfig("gguf", source="*.gguf"))
         return tuple(quants) or (QuantConfig(),)
 

@@ -5,17 +5,17 @@ Standard library only: no tensor data is read and neither torch nor numpy is loa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import FsePatchError
 
-INDEX_NAME = "model.safetensors.index.json"
 # The limit that safetensors sets for a header; a larger length is a broken or foreign file.
 MAX_HEADER_BYTES = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
@@ -36,86 +36,80 @@ class TensorHeader(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CheckpointHeaders:
-    """Headers of all tensors of a checkpoint folder, by name; ``files`` are the shards they came from.
+class FileHeader:
+    """Header of one safetensors file.
 
-    Both are empty where the folder holds no safetensors file.
+    Args:
+        entries: dtype, shape and data_offsets by tensor, as stored.
+        data_size: bytes behind the header, None where nobody has counted them.
+        start: where the data begins.
+    """
+
+    entries: Mapping[str, Any]
+    data_size: int | None = None
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointHeaders:
+    """Headers of all tensors that an engine loads, by name.
+
+    Args:
+        files: those that they came from; empty where there are none.
+        places: file of each tensor. What an index says of it does not count: engines do not ask it.
+        digest: of names, dtypes, shapes and places: two checkpoints with one digest have the same headers.
     """
 
     files: tuple[str, ...]
     tensors: Mapping[str, TensorHeader]
+    places: Mapping[str, str]
+    digest: str
 
 
 # (dtype, shape) as stored -> its checked form and its size in bytes (None: dtype unknown).
 _Known = dict[tuple[str, tuple[int, ...]], tuple[TensorHeader, int | None]]
 
 
-def read_headers(folder: Path) -> CheckpointHeaders:
-    """Read the headers of every shard that engines would load from ``folder``.
+def merge_headers(files: Mapping[str, FileHeader], where: Callable[[str], str]) -> CheckpointHeaders:
+    """Check the headers of all files that are loaded, and put them together.
 
-    Shards are those of the index where there is one, otherwise all ``*.safetensors`` files.
+    Args:
+        where: how messages call a file.
 
     Raises:
-        FsePatchError: a shard is missing, truncated or malformed, or two shards hold one name.
+        FsePatchError: an entry is malformed, a file is truncated, or two files hold one tensor.
     """
-    index = folder / INDEX_NAME
-    weight_map = _read_index(index) if index.is_file() else None
-    if weight_map is None:
-        shards = sorted(p.name for p in folder.glob("*.safetensors"))
-    else:
-        shards = sorted(set(weight_map.values()))
     tensors: dict[str, TensorHeader] = {}
-    owner: list[tuple[str, dict[str, TensorHeader]]] = []
+    places: dict[str, str] = {}
     known: _Known = {}
-    for shard in shards:
-        path = folder / shard
-        if not path.is_file():
-            raise FsePatchError(f"{path}: missing, but {INDEX_NAME} names it; download the whole checkpoint")
-        headers = _read_shard(path, known)
-        if twice := tensors.keys() & headers.keys():
+    digest = hashlib.sha256()
+    for file, header in sorted(files.items()):
+        checked = _check_entries(where(file), header, known)
+        if twice := tensors.keys() & checked.keys():
             name = min(twice)
-            first = next(s for s, names in owner if name in names)
             raise FsePatchError(
-                f"{path}: tensor {name!r} is also in {first}; keep one of the two files or add an index"
+                f"{where(file)}: tensor {name!r} is also in {places[name]}, and an engine loads both; which "
+                "of the two it keeps, nobody can say here; remove one of them"
             )
-        tensors.update(headers)
-        owner.append((shard, headers))
-    if weight_map is not None and (lost := weight_map.keys() - tensors.keys()):
-        raise FsePatchError(
-            f"{index}: tensor {min(lost)!r} is in none of its shards; index and shards do not belong together"
-        )
-    return CheckpointHeaders(tuple(shards), tensors)
+        tensors.update(checked)
+        places.update(dict.fromkeys(checked, file))
+        digest.update(repr((file, sorted(_offsets(header).items()))).encode())
+    return CheckpointHeaders(tuple(sorted(files)), tensors, places, digest.hexdigest()[:16])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in ``path``.
+def _offsets(header: FileHeader) -> dict[str, tuple[Any, ...]]:
+    return {
+        name: (entry["dtype"], *entry["shape"], *entry["data_offsets"])
+        for name, entry in header.entries.items()
+    }
+
+
+def read_file_header(path: Path) -> FileHeader:
+    """Read the header of a safetensors file.
 
     Raises:
-        FsePatchError: the file cannot be read, or holds no JSON object.
+        FsePatchError: the file is missing, truncated or malformed.
     """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise FsePatchError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise FsePatchError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise FsePatchError(f"{path}: holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FsePatchError(f"{path}: has no 'weight_map' of tensor names to files; download it again")
-    for file in set(map(str, weight_map.values())):
-        # Engines look for shards beside the index only; anything else would leave the folder.
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise FsePatchError(f"{path}: 'weight_map' names {file!r}, no safetensors file beside it")
-    return weight_map
-
-
-def _read_shard(path: Path, known: _Known) -> dict[str, TensorHeader]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -133,6 +127,8 @@ def _read_shard(path: Path, known: _Known) -> dict[str, TensorHeader]:
                     f"{path}: truncated: header of {length} bytes, {size - 8} are there; download it again"
                 )
             raw = file.read(length)
+    except FileNotFoundError:
+        raise FsePatchError(f"{path}: missing, or a link that leads nowhere; download it again") from None
     except OSError as error:
         raise FsePatchError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -144,16 +140,14 @@ def _read_shard(path: Path, known: _Known) -> dict[str, TensorHeader]:
     # json keeps the last of two equal keys; counting is cheap, the slow look comes only on a difference.
     if raw.count(b'"data_offsets"') > len(header) - ("__metadata__" in header):
         _refuse_repeated_names(path, raw)
-    return _check_entries(path, header, size - 8 - length, known)
+    header.pop("__metadata__", None)
+    return FileHeader(header, size - 8 - length, 8 + length)
 
 
-def _check_entries(
-    path: Path, header: dict[str, Any], data_size: int, known: _Known
-) -> dict[str, TensorHeader]:
+def _check_entries(where: str, header: FileHeader, known: _Known) -> dict[str, TensorHeader]:
     tensors: dict[str, TensorHeader] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    data_size = math.inf if header.data_size is None else header.data_size
+    for name, entry in header.entries.items():
         try:
             key = (entry["dtype"], tuple(entry["shape"]))
             begin, end = entry["data_offsets"]
@@ -165,10 +159,10 @@ def _check_entries(
         except (KeyError, TypeError, ValueError, OverflowError):
             whole, nbytes = False, None
         if not whole or (nbytes is not None and end - begin != nbytes):
-            raise FsePatchError(f"{path}: the header entry of {name!r} is malformed; download it again")
+            raise FsePatchError(f"{where}: the header entry of {name!r} is malformed; download it again")
         if end > data_size:
             raise FsePatchError(
-                f"{path}: truncated: {name!r} ends at byte {end} of the data, "
+                f"{where}: truncated: {name!r} ends at byte {end} of the data, "
                 f"{data_size} are there; download it again"
             )
         tensors[name] = tensor

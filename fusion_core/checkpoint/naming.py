@@ -83,6 +83,25 @@ class TensorNaming:
         match = self._inside.match(name)
         return None if match is None else self._role_and_layer(match)
 
+    @cached_property
+    def _anywhere(self) -> re.Pattern[str]:
+        modules = "|".join(re.escape(name) for name in sorted({f.shared_module for f in families()}))
+        return re.compile(rf"(?:.*\.)?mlp\.(?:{modules}|experts)\.", re.ASCII)
+
+    def role_of(self, name: str) -> Role:
+        """Return the role of an expert tensor's layer."""
+        match = self._inside.match(name)
+        return "main" if match is None else self._role_and_layer(match)[0]
+
+    def role_of_unplaced(self, name: str) -> Role | None:
+        """Return the role of a tensor of experts under a prefix that is no layer's here, or None.
+
+        An engine may map it to a layer, or drop it. Main models drop what stands below a module "mtp".
+        """
+        if ".mlp." not in name or self._anywhere.match(name) is None or self._inside.match(name):
+            return None
+        return "draft" if "mtp" in name.split(".") else "main"
+
     def _role_and_layer(self, match: re.Match[str]) -> tuple[Role, int]:
         layer = int(match["layer"])
         after = self.family.draft_after_main and layer >= self.num_hidden_layers

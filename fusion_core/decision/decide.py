@@ -11,6 +11,8 @@ from ...errors import FsePatchError
 from ...patches import ENGINES
 from ..checkpoint.config import UNQUANTISED, MoeConfig
 from ..checkpoint.families import FamilySpec, Role
+from ..checkpoint.sources import Source
+from ..checkpoint.weight_files import AUTO
 from ..evidence.gather import Evidence, LayerEvidence, RoleEvidence, read_evidence
 from ..reasons import FUSES, Code, Reason
 from .layout import ExpertLayout
@@ -30,22 +32,31 @@ class _Verdict:
     formats: tuple[str, ...] = ()
 
 
-def decide(checkpoint: Path, engine: str, role: Role = "main", policy: Policy | None = None) -> Decision:
+def decide(
+    checkpoint: Source | Path,
+    engine: str,
+    role: Role = "main",
+    policy: Policy | None = None,
+    load_format: str = AUTO,
+) -> Decision:
     """Decide whether one role of ``checkpoint`` fuses in ``engine``; a role that it lacks is refused.
 
     Args:
-        checkpoint: folder with config.json and, unless weights are not there yet, safetensors files.
+        checkpoint: where config.json is and, unless weights are not there yet, safetensors files: a folder or
+            a `Source`.
         policy: effective policy; the default one if None.
 
     Raises:
         FsePatchError: the checkpoint is missing or malformed, or the engine is unknown.
     """
-    return decide_evidence(read_evidence(Path(checkpoint)), engine, role, policy)
+    return decide_evidence(read_evidence(checkpoint, engine, load_format), engine, role, policy)
 
 
-def decide_roles(checkpoint: Path, engine: str, policy: Policy | None = None) -> dict[Role, Decision]:
+def decide_roles(
+    checkpoint: Source | Path, engine: str, policy: Policy | None = None, load_format: str = AUTO
+) -> dict[Role, Decision]:
     """Decide for the main model, and for the MTP draft where there is one; headers are read once."""
-    evidence = read_evidence(Path(checkpoint))
+    evidence = read_evidence(checkpoint, engine, load_format)
     roles: tuple[Role, ...] = ("main", "draft") if "draft" in evidence.roles else ("main",)
     return {role: decide_evidence(evidence, engine, role, policy) for role in roles}
 
@@ -74,6 +85,8 @@ def decide_evidence(
     layout = _fusable(moe, layers)
     if isinstance(layout, Reason) or layers is None:
         verdict = _Verdict(layout) if isinstance(layout, Reason) else _Verdict(_NO_DRAFT)
+    elif reason := evidence.refusal or layers.finding:
+        verdict = _Verdict(reason)
     else:
         verdict = _storage_verdict(evidence, layout.num_shared_slots, layers, engine, policy)
     common |= {

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import FsePatchError
 from ..checkpoint.config import ConfigFile, MoeConfig, QuantConfig
 from ..checkpoint.families import FamilySpec, Role, family_of
-from ..checkpoint.headers import TensorHeader, read_headers
+from ..checkpoint.headers import TensorHeader
 from ..checkpoint.naming import MAX_DIGITS, Projection, TensorNaming
-from ..quant.claims import Claim, Doubt, Resolver
+from ..checkpoint.sources import Source, folder_source
+from ..checkpoint.weight_files import AUTO, CheckpointFiles, read_headers, weight_files
+from ..quant.claims import PLAIN, Claim, Doubt, Resolver
 from ..quant.methods import resolver_for
 from ..reasons import Code, Reason
 from .agreement import PARTS, Agreement, Part, agreement, cut_across
@@ -54,12 +55,14 @@ class RoleEvidence:
         moe_layers: sparse layers by config.json; for a draft that only the tensors show, by them.
         layers: evidence of each of them; empty where no headers were there to read.
         in_checkpoint: whether any expert tensor of this role is in the checkpoint.
+        finding: what of its tensors' names forbids fusing, or None.
     """
 
     role: Role
     moe_layers: tuple[int, ...]
     layers: tuple[LayerEvidence, ...] = ()
     in_checkpoint: bool = False
+    finding: Reason | None = None
 
     @property
     def stored_alike(self) -> bool | None:
@@ -75,7 +78,9 @@ class Evidence:
     Args:
         family, moe: None where ``model_type`` names no known family.
         quant: what engines read first; ``quants`` is all that is declared.
-        headers: whether the folder held safetensors files (False: config.json only).
+        headers: whether safetensors files will be loaded (False: config.json is all there is).
+        files: those files.
+        refusal: why these are not, or not surely, what is loaded; or None.
         roles: "main" always for a known family; "draft" where config or tensors show one.
     """
 
@@ -85,7 +90,9 @@ class Evidence:
     quant: QuantConfig
     headers: bool
     roles: Mapping[Role, RoleEvidence]
+    files: CheckpointFiles
     quants: tuple[QuantConfig, ...] = ()
+    refusal: Reason | None = None
 
 
 @dataclass
@@ -100,26 +107,31 @@ class _LayerTensors:
 _Layers = dict[tuple[Role, int], _LayerTensors]
 
 
-def read_evidence(checkpoint: Path) -> Evidence:
-    """Read a checkpoint folder: config.json, and the headers of its safetensors files if it has any.
+def read_evidence(checkpoint: Source | Path, engine: str, load_format: str = AUTO) -> Evidence:
+    """Read a checkpoint: config.json, and the headers of the safetensors files that an engine would load.
+
+    Args:
+        checkpoint: a folder, or where else the files are.
 
     Raises:
-        FsePatchError: the folder, its config.json or one of its shards is missing or malformed.
+        FsePatchError: the checkpoint, its config.json or one of its files is missing or malformed.
     """
     with _collector_paused():
-        return _read(checkpoint)
+        return _read(folder_source(checkpoint), engine, load_format)
 
 
-def _read(checkpoint: Path) -> Evidence:
-    config = ConfigFile(checkpoint)
+def _read(source: Source, engine: str, load_format: str) -> Evidence:
+    config = ConfigFile(source)
     family = family_of(config.model_type)
     quants = config.quantisations()
-    quant = quants[0]
-    headers = read_headers(checkpoint)
+    weights = weight_files(source, engine, load_format)
+    headers = read_headers(source, weights)
+    files = CheckpointFiles(source, headers.files, headers.digest)
+    known = bool(headers.files)
     if family is None:
-        return Evidence(config.model_type, None, None, quant, bool(headers.files), {}, quants)
+        return Evidence(config.model_type, None, None, quants[0], known, {}, files, quants, weights.refusal)
     moe = config.moe(family)
-    layers = _expert_tensors(headers.tensors, TensorNaming(family, moe.num_hidden_layers))
+    layers, findings = _expert_tensors(headers.tensors, TensorNaming(family, moe.num_hidden_layers))
     in_headers: dict[Role, tuple[int, ...]] = {"main": (), "draft": ()}
     for role, layer in sorted(layers):
         in_headers[role] += (layer,)
@@ -131,8 +143,10 @@ def _read(checkpoint: Path) -> Evidence:
         evidence = tuple(
             _layer(n, layers.get((role, n), _LayerTensors()), moe, quants, resolve) for n in declared
         )
-        roles[role] = RoleEvidence(role, declared, evidence if headers.files else (), bool(in_headers[role]))
-    return Evidence(config.model_type, family, moe, quant, bool(headers.files), roles, quants)
+        roles[role] = RoleEvidence(
+            role, declared, evidence if known else (), bool(in_headers[role]), findings.get(role)
+        )
+    return Evidence(config.model_type, family, moe, quants[0], known, roles, files, quants, weights.refusal)
 
 
 def _resolver(quants: tuple[QuantConfig, ...]) -> Resolver:
@@ -159,8 +173,12 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -> _Layers:
+def _expert_tensors(
+    tensors: Mapping[str, TensorHeader], naming: TensorNaming
+) -> tuple[_Layers, dict[Role, Reason]]:
+    """File the experts' tensors by layer, and say of each role what names forbid to fuse it."""
     layers: _Layers = {}
+    findings: dict[Role, Reason] = {}
     # Names of one layer's routed experts differ in the expert's number alone: one of them is parsed,
     # the others are filed beside it. Parsing all would take most of the time of a large checkpoint.
     siblings: dict[tuple[str, str], dict[int, TensorHeader]] = {}
@@ -176,6 +194,9 @@ def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -
             if parsed is None:
                 if (place := naming.layer_of_unknown(name)) is not None:
                     layers.setdefault(place, _LayerTensors()).unknown = name
+                elif (role := naming.role_of_unplaced(name)) is not None:
+                    why = f"{name!r} is of an expert, and under no name of a layer that is known"
+                    findings.setdefault(role, Reason("names.unknown", why))
                 continue
             expert = ALL_EXPERTS if parsed.expert is None else parsed.expert
             part: Part = "shared" if parsed.is_shared else "routed"
@@ -187,10 +208,10 @@ def _expert_tensors(tensors: Mapping[str, TensorHeader], naming: TensorNaming) -
             if routed:
                 siblings[head, rest] = experts
         if expert in experts:
-            # Two prefixes in one checkpoint: which of the two an engine loads, nobody can say here.
-            raise FsePatchError(f"tensor {name!r} is there under a second name as well; keep one of the two")
+            why = f"{name!r} is there under a second name as well; which one counts, nobody can say here"
+            findings.setdefault(naming.role_of(name), Reason("names.unknown", why))
         experts[expert] = header
-    return layers
+    return layers, findings
 
 
 def _holder(name: str, projection: str) -> str:
@@ -228,6 +249,11 @@ def _layer(
             return refuse("quant.unknown", f", {part}: tensors under {sorted(tensors.modules[part])}")
         (modules[part],) = tensors.modules[part]
     config = agreement(parts, modules, resolve, moe)
+    merged = any(projection == "gate_up_proj" for projection, _ in parts["shared"])
+    if merged and (config.shared is None or config.shared.gate_up != PLAIN):
+        return refuse(
+            "quant.unknown", ", shared: one quantised tensor of gate and up, which is not cut apart"
+        )
     split = config.shared if (moe.num_shared_slots or 1) > 1 else None
     if split is not None and (cut := cut_across(split, moe.moe_intermediate_size)):
         return refuse("width.block", f": {cut}")

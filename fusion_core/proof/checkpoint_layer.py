@@ -137,6 +137,9 @@ class CheckpointLayer:
         if self._together(expert):
             gate, up = self._weight(ALL_EXPERTS, "gate_up_proj", dtype, expert).chunk(2)
             return gate, up
+        if (expert, "gate_up_proj") in self.names:
+            gate, up = self._weight(expert, "gate_up_proj", dtype).chunk(2)
+            return gate, up
         gate, up = (self._weight(expert, p, dtype) for p in ("gate_proj", "up_proj"))
         return gate, up
 
@@ -153,7 +156,7 @@ class CheckpointLayer:
             ue8m0: kernels here may hold weights in blocks with scales rounded up to powers of two.
         """
         before, between = (self._rounding(p) for p in (("gate_proj", "up_proj"), ("down_proj",)))
-        form = self._claim(None, "gate_proj").format
+        form = self._claim(None, "down_proj").format
         # Weights alone, where gate and up are quantised again and activations may stay as they are.
         alone = [Kernel(as_it_is, as_it_is, self.by_one_scale)] if form == TENSOR.name else []
         if before is None or between is None:
@@ -244,6 +247,6 @@ def _resolver(tensors: CheckpointTensors, quant_method: str) -> Resolver:
     if quant_method in ("", UNQUANTISED):
         return all_plain
     try:
-        return resolver_for(ConfigFile(tensors.folder).quantisations())
+        return resolver_for(ConfigFile(tensors.source).quantisations())
     except Doubt as doubt:
         raise NoReference(str(doubt)) from None

@@ -72,6 +72,8 @@ class Remap:
         self.naming = naming
         self.layers = frozenset(layers)
         self.read = self.passed = self.shared = self.emitted = 0
+        # Projections among the shared tensors: one that holds gate and up counts twice.
+        self._shards = 0
 
     def __call__(self, stream: Iterable[Named]) -> Iterator[Named | SlotTensor]:
         """Pass (name, tensor) on, or a SlotTensor for each slot in its place; one tensor at a time.
@@ -95,18 +97,23 @@ class Remap:
         self._conserve()
 
     def _slots(self, ref: ExpertTensor, name: str, tensor: torch.Tensor) -> Iterator[SlotTensor]:
-        shard = SHARD_OF.get(ref.projection)
-        if shard is None:
-            raise AuditError(f"{name}: a shared expert with a merged {ref.projection} is not known")
-        for slot, part in zip(
-            self.layout.shared_slots, split(tensor, ref.projection, self.layout), strict=True
-        ):
-            self.emitted += 1
-            yield SlotTensor(ref.layer, slot, shard, ref.suffix, part)
+        parts: list[tuple[Projection, torch.Tensor]] = [(ref.projection, tensor)]
+        if ref.projection == "gate_up_proj":
+            # One tensor of both, gate first: [2 * S * I, H].
+            if tensor.ndim != 2 or ref.suffix != "weight" or len(tensor) % 2:
+                raise AuditError(f"{name}: gate and up of shape {list(tensor.shape)} are not cut apart")
+            gate, up = tensor.chunk(2)
+            parts = [("gate_proj", gate), ("up_proj", up)]
+        self._shards += len(parts)
+        for projection, whole in parts:
+            slots = zip(self.layout.shared_slots, split(whole, projection, self.layout), strict=True)
+            for slot, part in slots:
+                self.emitted += 1
+                yield SlotTensor(ref.layer, slot, SHARD_OF[projection], ref.suffix, part)
 
     def _conserve(self) -> None:
         slots = self.layout.num_shared_slots
-        if self.passed + self.shared != self.read or self.emitted != self.shared * slots:
+        if self.passed + self.shared != self.read or self.emitted != self._shards * slots:
             raise AuditError(
                 f"weights were lost in the remap: {self.read} read, {self.passed} passed, "
                 f"{self.shared} shared, {self.emitted} slot tensors for {slots} slots"

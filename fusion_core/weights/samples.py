@@ -8,7 +8,7 @@ it is with the scales of FP8 weights. What an engine holds in another layout or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -87,6 +87,11 @@ class SlotSample:
             yield name, tensor
 
     def _note(self, ref: ExpertTensor, tensor: torch.Tensor) -> None:
+        if ref.projection == "gate_up_proj" and tensor.ndim == 2:
+            half = len(tensor) // 2
+            self._note(replace(ref, projection="gate_proj"), tensor[:half])
+            self._note(replace(ref, projection="up_proj"), tensor[half:])
+            return
         down = ref.projection == "down_proj"
         width, hidden = self.layout.shared_intermediate_size, self.layout.hidden_size
         matrix = _matrix(ref.suffix, tensor, hidden if down else width)

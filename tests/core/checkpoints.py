@@ -145,3 +145,12 @@ def write_checkpoint(
     if index:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def tensors_of(folder: Path) -> Any:
+    """The tensors of the files that vLLM loads from a folder: a `CheckpointTensors`."""
+    from fse_patch.fusion_core.checkpoint.sources import FolderSource
+    from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
+    from fse_patch.fusion_core.checkpoint.weight_files import weight_files
+
+    return CheckpointTensors(folder, weight_files(FolderSource(folder), "vllm").names)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import Merged, RoutingSpec
 from fse_patch.fusion_core.proof.canary import Reference, reference
@@ -24,6 +23,7 @@ from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer
 from fse_patch.fusion_core.proof.rounding import Served
 from fse_patch.fusion_core.weights.remap import Remap, SlotTensor
 
+from .checkpoints import tensors_of
 from .moe import decision, naming_of, router_of
 from .safetensors import save
 
@@ -170,9 +170,7 @@ def opened(folder: Path, made: Merged, scheme: str, tensors: Tensors) -> Checkpo
     save(folder / "model.safetensors", tensors)
     config = {"model_type": made.model_type, "quantization_config": SCHEMES[scheme].config}
     (folder / "config.json").write_text(json.dumps(config))
-    return CheckpointLayer(
-        CheckpointTensors(folder), naming_of(made.model_type, 2), made.role, made.quant_method, 1
-    )
+    return CheckpointLayer(tensors_of(folder), naming_of(made.model_type, 2), made.role, made.quant_method, 1)
 
 
 def wanted(folder: Path, made: Merged, scheme: str, tensors: Tensors, seed: int = 0) -> Reference:

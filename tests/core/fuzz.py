@@ -80,7 +80,7 @@ class Runner:
         self._write(case)
         try:
             policy = self._policy(case)
-            evidence = read_evidence(self.folder)
+            evidence = read_evidence(self.folder, "vllm")
             roles: tuple[Role, ...] = tuple(evidence.roles) or ("main",)
             decisions = {r: decide.decide_evidence(evidence, "vllm", r, policy) for r in roles}
             json.dumps([plan_report(d) for d in decisions.values()])

@@ -14,6 +14,13 @@ from fse_patch.adapters.role import EngineSlots
 from fse_patch.adapters.start import Start
 from fse_patch.fusion_core.checkpoint.families import Role, SharedWeight, family_of
 from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.checkpoint.sources import FolderSource
+from fse_patch.fusion_core.checkpoint.weight_files import (
+    CheckpointFiles,
+    WeightFiles,
+    read_headers,
+    weight_files,
+)
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import Decision, Merged, MoeSpec, RoutingSpec
 from fse_patch.fusion_core.forward.layer import FusedLayer
@@ -71,7 +78,11 @@ def start_of(decided: Decision, checkpoint: Path | None = None, **changes: Any) 
         "plan": always("fused", "test"),
         "settings": Settings(),
     }
-    return Start(decided, decided.moe, checkpoint=checkpoint or Path(), **{**given, **changes})
+    source = FolderSource(checkpoint or Path())
+    names = weight_files(source, decided.engine).names if checkpoint else ()
+    digest = read_headers(source, WeightFiles(names)).digest
+    files = CheckpointFiles(source, names, digest)
+    return Start(decided, decided.moe, files=files, **{**given, **changes})
 
 
 class Slots(EngineSlots):

@@ -12,7 +12,6 @@ import torch
 
 from fse_patch.errors import AuditError, FsePatchError
 from fse_patch.fusion_core.checkpoint.families import family_of
-from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import Merged, RoutingSpec
 from fse_patch.fusion_core.proof.canary import (
@@ -27,6 +26,7 @@ from fse_patch.fusion_core.proof.canary import (
 )
 from fse_patch.fusion_core.proof.rounding import Served
 
+from .checkpoints import tensors_of
 from .moe import choose as choose_in_floats
 from .moe import decision, moe_spec, naming_of, shared_weight
 from .safetensors import save
@@ -78,7 +78,7 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Merged, dict[st
 def opened(folder: Path, decision: Merged, tensors: dict[str, torch.Tensor]) -> CheckpointLayer:
     save(folder / "model.safetensors", tensors)
     naming = naming_of(decision.model_type, 2)
-    return CheckpointLayer(CheckpointTensors(folder), naming, decision.role, decision.quant_method, 1)
+    return CheckpointLayer(tensors_of(folder), naming, decision.role, decision.quant_method, 1)
 
 
 def mlp_in_floats(x: list[float], gate: Any, up: Any, down: Any) -> list[float]:
@@ -233,22 +233,26 @@ def test_what_is_not_plain_weights_has_no_reference(tmp_path: Path, what: str) -
         reference(opened(tmp_path, decision, tensors), decision.moe, F32)
 
 
-def test_tensors_are_read_where_the_index_says(tmp_path: Path) -> None:
+def test_tensors_are_read_where_the_headers_say(tmp_path: Path) -> None:
     first, second = torch.arange(6.0).reshape(3, 2), torch.arange(4.0).to(torch.bfloat16)
     save(tmp_path / "a.safetensors", {"first": first})
     save(tmp_path / "b.safetensors", {"second": second})
-    held = CheckpointTensors(tmp_path)
+    held = tensors_of(tmp_path)
     assert sorted(held.names()) == ["first", "second"]
     assert torch.equal(held.read("first", 1), first[1])
     assert torch.equal(held.read("second"), second)
-    index = {"weight_map": {"first": "a.safetensors"}}
+    # An index chooses the files; where it says that a tensor lies is nobody's business.
+    index = {"weight_map": {"first": "b.safetensors", "second": "a.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert CheckpointTensors(tmp_path).names() == ["first"]
+    assert torch.equal(tensors_of(tmp_path).read("first", 1), first[1])
+    index = {"weight_map": {"second": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert tensors_of(tmp_path).names() == ["first"]
 
 
 def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
     save(tmp_path / "a.safetensors", {"first": torch.ones(8)})
-    held = CheckpointTensors(tmp_path)
+    held = tensors_of(tmp_path)
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-4])
     with pytest.raises(FsePatchError, match="cannot be read"):
         held.read("first")

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from fse_patch.errors import NoReference
-from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.proof.canary import deviation, reference
 from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer, InputRounding
 from fse_patch.fusion_core.quant.scales import multiply
 
+from .checkpoints import tensors_of
 from .fp8 import BF16, E4M3, MLP, SCHEMES, Tensors, layer, opened, stored, wanted
 from .moe import naming_of
 
@@ -117,7 +117,7 @@ def test_other_formats_have_no_reference(tmp_path: Path, method: str) -> None:
 
     def read() -> None:
         naming = naming_of("qwen2_moe", 2)
-        held = CheckpointLayer(CheckpointTensors(tmp_path), naming, decision.role, decision.quant_method, 1)
+        held = CheckpointLayer(tensors_of(tmp_path), naming, decision.role, decision.quant_method, 1)
         reference(held, decision.moe, BF16)
 
     with pytest.raises(NoReference):

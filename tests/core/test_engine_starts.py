@@ -12,12 +12,15 @@ import pytest
 
 from fse_patch.adapters import start
 from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.checkpoint.sources import FolderSource
+from fse_patch.fusion_core.checkpoint.weight_files import CheckpointFiles
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.forward.plan import always
 from fse_patch.fusion_core.reasons import Reason
 
 from .moe import decision
 
+NO_FILES = CheckpointFiles(FolderSource(Path()), (), "")
 MADE = decision(ExpertLayout(8, 1, 2, 16, 4), layers=(0, 1))
 LORA, EXPERTS = Reason("lora", "LoRA is on"), Reason("parallel.ep", "expert parallelism is on")
 UPSTREAM = Reason("upstream.already", "it fuses by itself")
@@ -32,16 +35,20 @@ class Asked:
         native = self.start.native
         replaced = {
             "role_of": lambda *_: "main",
-            "decision_of": self.answer("decision", MADE),
+            "decision_of": self.answer("decision", start.Settled(MADE, NO_FILES)),
+            # Both ask the engine, which is not here.
+            "_downloaded": lambda *_: "",
+            "_groups": lambda _: None,
             "refusals": lambda *_: self.refusals(reasons),
             "format_here": self.answer("format", None),
             "plan_of": self.answer("plan", always("fused", "test")),
             "native_plan": self.answer("native plan", always("fused", "test")),
-            "announce": lambda decided, _: self.names.append("on" if decided.to_dict()["fuse"] else "off"),
         }
         for name, value in replaced.items():
             if hasattr(self.start, name):
                 monkeypatch.setattr(self.start, name, value)
+        said = lambda decided, _: self.names.append("on" if decided.to_dict()["fuse"] else "off")  # noqa: E731
+        monkeypatch.setattr(start, "announce", said)
         monkeypatch.setattr(native, "live", lambda *_: None)
         if engine == "sglang":
             monkeypatch.setattr(native, "platform", lambda: "cpu")
@@ -67,7 +74,7 @@ class Asked:
         source = SimpleNamespace(
             model=str(folder), model_path=str(folder), revision=None, hf_text_config=text
         )
-        load = SimpleNamespace(download_dir=None)
+        load = SimpleNamespace(download_dir=None, load_format="auto")
         if self.start.ENGINE == "sglang":
             return self.start.start_of(object, source, load, None)
         config = SimpleNamespace(model_config=source, load_config=load, speculative_config=None)

@@ -64,5 +64,5 @@ def test_it_finds_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_finds_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzing, "LIMIT", 0.3)
-    monkeypatch.setattr(fuzzing, "read_evidence", lambda _: time.sleep(60))
+    monkeypatch.setattr(fuzzing, "read_evidence", lambda *_: time.sleep(60))
     assert found("took longer than 0.3 s", cases=3)

@@ -10,12 +10,21 @@ from pathlib import Path
 import pytest
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.checkpoint.headers import INDEX_NAME, TensorHeader, read_headers
+from fse_patch.fusion_core.checkpoint import weight_files
+from fse_patch.fusion_core.checkpoint.headers import CheckpointHeaders, TensorHeader
+from fse_patch.fusion_core.checkpoint.sources import FolderSource
 
 from .checkpoints import Tensors, write_checkpoint, write_shard
 
+INDEX_NAME = "model.safetensors.index.json"
 TENSORS: Tensors = {"scale": ("F32", ())}
 TENSORS |= {f"t{n}": ("BF16", (2, 3)) for n in range(5)}
+
+
+def read_headers(folder: Path) -> CheckpointHeaders:
+    """The headers of what SGLang loads from a folder; it knows no preference for single files."""
+    source = FolderSource(folder)
+    return weight_files.read_headers(source, weight_files.weight_files(source, "sglang"))
 
 
 def raw_shard(path: Path, header: object, data: int = 0) -> None:
@@ -120,7 +129,6 @@ def test_foreign_files_are_told_from_truncated_ones(tmp_path: Path) -> None:
         ({}, "has no 'weight_map'"),
         ([], "not an object"),
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors: missing"),
-        ({"weight_map": {"elsewhere": "model.safetensors"}}, "'elsewhere' is in none of its shards"),
     ],
 )
 def test_broken_indexes_are_named(tmp_path: Path, index: object, message: str) -> None:
@@ -128,6 +136,14 @@ def test_broken_indexes_are_named(tmp_path: Path, index: object, message: str) -
     (tmp_path / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(FsePatchError, match=message):
         read_headers(tmp_path)
+
+
+def test_what_an_index_says_of_tensors_does_not_count(tmp_path: Path) -> None:
+    write_shard(tmp_path / "model.safetensors", TENSORS)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"elsewhere": "model.safetensors"}}))
+    headers = read_headers(tmp_path)
+    assert headers.tensors.keys() == TENSORS.keys()
+    assert set(headers.places.values()) == {"model.safetensors"}
 
 
 def test_one_name_in_two_shards_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from fse_patch import runtime
 from fse_patch.adapters import start
 from fse_patch.adapters.refusals import config_differs, measured, unmeasured
 from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.checkpoint.sources import Source
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import RoutingSpec
 from fse_patch.fusion_core.forward.plan import ModePlan
@@ -46,7 +47,7 @@ def test_arguments_that_contradict_stop_the_process_where_strictness_was_asked_f
 ) -> None:
     strict = Settings(strict_arguments=True)
     with pytest.raises(SystemExit) as caught:
-        start.refuse(MADE, LORA, strict)
+        start.begin(start.Settled(MADE.refused(LORA)), 2, strict)
     assert caught.value.code == 3
     assert capsys.readouterr().err == f"fse_patch: vllm: lora: {LORA.detail}\n"
     # The controls: without it, and for what nobody asked for by an argument.
@@ -54,15 +55,15 @@ def test_arguments_that_contradict_stop_the_process_where_strictness_was_asked_f
     assert LORA.code in CONTRADICTIONS
     assert slow.code not in CONTRADICTIONS
     for reason, effective in ((LORA, Settings()), (slow, strict)):
-        assert start.refuse(MADE, reason, effective) == MADE.refused(reason)
+        assert start.begin(start.Settled(MADE.refused(reason)), 2, effective) == start.Unfused()
     assert capsys.readouterr().err == ""
 
 
 def test_a_checkpoint_that_cannot_be_read_is_refused() -> None:
-    def locate() -> Path:
+    def locate() -> Source:
         raise FsePatchError("no such folder")
 
-    decided = start.decision_of("vllm", "draft", locate, Settings())
+    decided = start.decision_of("vllm", "draft", locate, "auto", Settings()).decision
     assert stock(decided).reason == Reason("evidence.unreadable", "no such folder")
     assert (decided.role, decided.engine, decided.moe) == ("draft", "vllm", None)
 

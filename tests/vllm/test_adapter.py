@@ -70,7 +70,9 @@ def quantised(config: Any, method: str | None) -> str:
     made = start.decision_of
 
     def fp8(*args: Any) -> Any:
-        return dataclasses.replace(made(*args), quant_method="fp8", formats=("fp8-block",))
+        outcome = made(*args)
+        decision = dataclasses.replace(outcome.decision, quant_method="fp8", formats=("fp8-block",))
+        return dataclasses.replace(outcome, decision=decision)
 
     with (
         patch.object(start, "decision_of", fp8),

@@ -17,6 +17,8 @@ from ...adapters.sglang.role import Slots
 from ...adapters.start import Start
 from ...errors import FsePatchError
 from ...fusion_core.checkpoint.naming import TensorNaming
+from ...fusion_core.checkpoint.sources import FolderSource
+from ...fusion_core.checkpoint.weight_files import CheckpointFiles
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
 from ...fusion_core.reasons import Reason
@@ -60,9 +62,10 @@ class Pair:
             backend = NATIVE if self.native else "triton"
             self.situation = situation(decision.engine, moe, self.config, backend)
             built = decision.refused(Reason(UPSTREAM, "measuring")) if self.native else decision
-            # Every mode is asked for by name.
+            # No weights come from there; every mode is asked for by name.
+            files = CheckpointFiles(FolderSource(folder))
             plan = always("fused", "measuring")
-            self.fused_role = FusedRole(Start(built, moe, naming, folder, plan, settings.load()), Slots())
+            self.fused_role = FusedRole(Start(built, moe, naming, files, plan, settings.load()), Slots())
             CONSTRUCTED.add(self.fused_role)  # as in the engine, tables for E stand in for those for E+S
             with building(self.fused_role):
                 self.fused = [self._build(family.name, layer) for layer in moe.layers[:layers]]

@@ -18,6 +18,8 @@ from ...adapters.vllm.plan import backend, situation
 from ...adapters.vllm.role import Slots
 from ...errors import FsePatchError
 from ...fusion_core.checkpoint.naming import TensorNaming
+from ...fusion_core.checkpoint.sources import FolderSource
+from ...fusion_core.checkpoint.weight_files import CheckpointFiles
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import always
@@ -68,9 +70,10 @@ class Pair:
         with self._engine():
             picked = backend(form, self.config, self.layout, self.layout.num_routed, self.layout.top_k)
             self.situation = situation(form, decision, self.config, picked)
-            # Every mode is asked for by name.
+            # No weights come from there; every mode is asked for by name.
+            files = CheckpointFiles(FolderSource(folder))
             plan = always("fused", "measuring")
-            start = Start(decision, moe, naming, folder, plan, settings.load(), form)
+            start = Start(decision, moe, naming, files, plan, settings.load(), form)
             self.fused_role = FusedRole(start, Slots())
             CONSTRUCTED.add(self.fused_role)  # as in the engine, tables for E stand in for those for E+S
             self.stock = [self._build(family.name, layer + 1000) for layer in range(layers)]
