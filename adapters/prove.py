@@ -124,10 +124,13 @@ def _loaded_tensors(fused_role: FusedRole) -> CheckpointTensors:
     """Open the files that the engine has loaded.
 
     Raises:
+        NoReference: they are gone by now.
         AuditError: they are not those that were decided on.
     """
     files = fused_role.start.files
     source = files.source.loaded()
+    if gone := next((name for name in files.names if source.local(name) is None), None):
+        raise NoReference(f"{source.where(gone)} is gone: it has no safetensors files to compare with")
     tensors = CheckpointTensors(source, files.names)
     if tensors.digest != files.digest:
         raise AuditError(

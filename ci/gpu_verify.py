@@ -25,7 +25,7 @@ import yaml
 from fse_patch.adapters.patching import guards, ledger
 from fse_patch.adapters.refusals import SHARED_GATE
 from fse_patch.cli.verify import vocab_size
-from fse_patch.fusion_core.checkpoint.headers import read_json
+from fse_patch.fusion_core.checkpoint.sources import read_json
 from fse_patch.fusion_core.decision.decide import decide_roles
 from fse_patch.fusion_core.decision.outcome import Merged, Stock
 from fse_patch.fusion_core.forward.tuned import Situation

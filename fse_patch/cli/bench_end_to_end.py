@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FsePatchError
-from ..fusion_core.checkpoint.sources import CONFIG_NAME, FolderSource
+from ..fusion_core.checkpoint.sources import read_json
 from ..patches import ENGINES
 from .output import print_json
 from .verify import decided, engines_end_on_sigterm, parse_engine_args, say, vocab_size
@@ -89,7 +89,7 @@ def run(
         checkpoint,
         engine,
         main.moe.layers,
-        vocab_size(FolderSource(checkpoint).read_json(CONFIG_NAME), checkpoint),
+        vocab_size(read_json(checkpoint / "config.json"), checkpoint),
         streams,
         limits.rounds,
         sets,

@@ -15,7 +15,7 @@ import typer
 from ..adapters.patching import guards, ledger
 from ..errors import FsePatchError, RefusedError
 from ..fusion_core.checkpoint.families import Role
-from ..fusion_core.checkpoint.sources import CONFIG_NAME, FolderSource
+from ..fusion_core.checkpoint.sources import read_json
 from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Merged, Stock
 from ..fusion_core.decision.policy_file import load_policy
@@ -47,7 +47,7 @@ def command(
     # A draft is built only where the engine is told to speculate.
     drafts = facts_of(engine).lab.draft_argument in arguments
     roles = tuple(d for role, d in decisions.items() if role == "main" or drafts)
-    config = FolderSource(checkpoint).read_json(CONFIG_NAME)
+    config = read_json(checkpoint / "config.json")
     job = VerifyJob(
         checkpoint,
         tuple(d for d in roles if isinstance(d, Merged)),

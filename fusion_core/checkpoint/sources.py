@@ -16,6 +16,27 @@ from .headers import FileHeader, read_file_header
 CONFIG_NAME = "config.json"
 
 
+def read_json(path: Path, where: str = "") -> dict[str, Any]:
+    """Read the JSON object in ``path``.
+
+    Args:
+        where: how messages call it; its path if empty.
+
+    Raises:
+        FsePatchError: the file cannot be read, or holds no JSON object.
+    """
+    where = where or str(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FsePatchError(f"{where}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise FsePatchError(f"{where}: not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise FsePatchError(f"{where}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
 class Source(ABC):
     """A checkpoint's files, by name; processes send it to each other."""
 
@@ -72,16 +93,7 @@ class Source(ABC):
         Raises:
             FsePatchError: the file cannot be read, or holds no JSON object.
         """
-        path = self.fetch(name)
-        try:
-            value = json.loads(path.read_bytes())
-        except OSError as error:
-            raise FsePatchError(f"{self.where(name)}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise FsePatchError(f"{self.where(name)}: not valid JSON ({error}); download it again") from None
-        if not isinstance(value, dict):
-            raise FsePatchError(f"{self.where(name)}: holds a JSON {type(value).__name__}, not an object")
-        return value
+        return read_json(self.fetch(name), self.where(name))
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,9 @@ class FolderSource(Source):
         if not self.folder.is_dir():
             raise FsePatchError(f"{self.folder}: no such folder; give the path of a downloaded checkpoint")
         return self._names
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names() and self.local(name) is not None
 
     def local(self, name: str) -> Path | None:
         """Return the file's path, where it leads to a file."""

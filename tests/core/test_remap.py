@@ -221,13 +221,34 @@ def test_a_second_load_may_bring_them_again() -> None:
     assert len(run(stream, tensors)[1]) == len(run(stream, tensors)[1]) == 3 * LAYERS
 
 
-def test_a_merged_shared_projection_is_refused() -> None:
-    with pytest.raises(AuditError, match="merged gate_up_proj"):
-        list(
-            remapper("qwen2_moe")(
-                [("model.layers.0.mlp.shared_expert.gate_up_proj.weight", torch.zeros(2 * I, H))]
-            )
-        )
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_merged_shared_projection_is_cut_into_gate_and_up(slots: int) -> None:
+    tensors = checkpoint("qwen2_moe", slots)
+    expected = run(remapper("qwen2_moe", slots), tensors)[1]
+    together: Tensors = {}
+    for name, tensor in tensors.items():
+        if ".shared_expert.gate_proj" in name:
+            up = tensors[name.replace("gate_proj", "up_proj")]
+            together[name.replace("gate_proj", "gate_up_proj")] = torch.cat([tensor, up])
+        elif ".shared_expert.up_proj" not in name:
+            together[name] = tensor
+    parts = run(remapper("qwen2_moe", slots), together)[1]
+    assert parts.keys() == expected.keys()
+    assert all(torch.equal(parts[key].tensor, other.tensor) for key, other in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensor"),
+    [
+        ("weight", torch.zeros(2 * I + 1, H)),
+        ("weight", torch.zeros(2 * I)),
+        ("weight_scale", torch.zeros(2 * I, 1)),
+    ],
+)
+def test_other_merged_tensors_are_refused(suffix: str, tensor: torch.Tensor) -> None:
+    name = f"model.layers.0.mlp.shared_expert.gate_up_proj.{suffix}"
+    with pytest.raises(AuditError, match="are not cut apart"):
+        list(remapper("qwen2_moe")([(name, tensor)]))
 
 
 def test_losing_a_slot_tensor_is_seen() -> None:
