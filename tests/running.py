@@ -13,6 +13,8 @@ import tiny_checkpoints
 import torch
 from safetensors.torch import load_file, save_file
 
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.checkpoint.weight_files import AUTO
 from fse_patch.fusion_core.decision.decide import decide_roles
 from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.fusion_core.engines import facts_of
@@ -95,7 +97,11 @@ class Checkpoints:
     def job(self, case: Case) -> verify.VerifyJob:
         """The case as `fse-patch verify` would run it."""
         folder = self.path(case.recipe, case.dtype, case.order)
-        decisions = decide_roles(folder, self.engine)
+        try:
+            load_format = case.engine_args.get("load_format", AUTO)
+            decisions = decide_roles(folder, self.engine, load_format=load_format)
+        except FsePatchError:  # not to be read: the engine runs it unpatched
+            decisions = {}
         drafts = facts_of(self.engine).lab.draft_argument in case.engine_args
         return verify.VerifyJob(
             folder,

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from . import models, weights
 from .recipes import RECIPES
+from .variants import VARIANTS
 
 
 def make(recipe: str, out: str | Path, dtype: str = "float32", seed: int = 0) -> Path:
     """Write the checkpoint ``recipe`` to the folder ``out`` and return it.
 
     Args:
-        recipe: a name in RECIPES.
+        recipe: a name in RECIPES or VARIANTS.
         out: the checkpoint's own folder; an existing one is replaced.
         dtype: "float32" or "bfloat16". bfloat16 values are the rounded float32 ones.
         seed: another seed gives other weights under the same names.
@@ -27,6 +28,12 @@ def make(recipe: str, out: str | Path, dtype: str = "float32", seed: int = 0) ->
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a checkpoint would drown everything else in a test log
+    if recipe in VARIANTS:
+        variant = VARIANTS[recipe]
+        made = make(variant.recipe, out, dtype, seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            variant.change(made, make(variant.recipe, scratch, dtype, seed + 1))
+        return made
     spec = RECIPES[recipe]
     folder = Path(out)
     if folder.exists():

@@ -249,11 +249,12 @@ def _layer(
             return refuse("quant.unknown", f", {part}: tensors under {sorted(tensors.modules[part])}")
         (modules[part],) = tensors.modules[part]
     config = agreement(parts, modules, resolve, moe)
-    merged = any(projection == "gate_up_proj" for projection, _ in parts["shared"])
-    if merged and (config.shared is None or config.shared.gate_up != PLAIN):
-        return refuse(
-            "quant.unknown", ", shared: one quantised tensor of gate and up, which is not cut apart"
-        )
+    for part, claim in zip(PARTS, (config.routed, config.shared), strict=True):
+        merged = [experts for (p, _), experts in parts[part].items() if p == "gate_up_proj"]
+        # One tensor of all routed experts is the engine's to take apart.
+        cut_here = any(part == "shared" or ALL_EXPERTS not in experts for experts in merged)
+        if cut_here and (claim is None or claim.gate_up != PLAIN):
+            return refuse("quant.unknown", f", {part}: gate and up in one quantised tensor: not cut apart")
     split = config.shared if (moe.num_shared_slots or 1) > 1 else None
     if split is not None and (cut := cut_across(split, moe.moe_intermediate_size)):
         return refuse("width.block", f": {cut}")

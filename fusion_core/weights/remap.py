@@ -12,6 +12,7 @@ from ...errors import AuditError
 from ..checkpoint.families import Role
 from ..checkpoint.naming import ExpertTensor, Projection, TensorNaming
 from ..decision.layout import ExpertLayout
+from ..evidence.specs import ALL_EXPERTS
 
 Shard = Literal["w1", "w2", "w3"]
 SHARD_OF: dict[Projection, Shard] = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -57,6 +58,29 @@ def split(tensor: torch.Tensor, projection: Projection, layout: ExpertLayout) ->
     return list(tensor.chunk(slots, dim=axis))
 
 
+def gate_and_up(name: str, ref: ExpertTensor, tensor: torch.Tensor) -> list[tuple[Projection, torch.Tensor]]:
+    """Cut apart the one tensor [2 * width, H] that an expert may have for gate and up; gate is first.
+
+    Raises:
+        AuditError: it is not such a weight.
+    """
+    if ref.projection != "gate_up_proj":
+        return [(ref.projection, tensor)]
+    if tensor.ndim != 2 or ref.suffix != "weight" or len(tensor) % 2:
+        raise AuditError(f"{name}: gate and up of shape {list(tensor.shape)} are not cut apart")
+    gate, up = tensor.chunk(2)
+    return [("gate_proj", gate), ("up_proj", up)]
+
+
+def _apart(ref: ExpertTensor, name: str, tensor: torch.Tensor) -> Iterator[Named]:
+    """Pass a routed expert's tensor; gate and up of a single one apart, as every engine takes them."""
+    if ref.expert == ALL_EXPERTS:
+        yield name, tensor
+        return
+    for projection, part in gate_and_up(name, ref, tensor):
+        yield name.replace(ref.projection, projection), part
+
+
 class Remap:
     """A remap of one checkpoint for one role; it counts, so that nothing is lost on the way.
 
@@ -85,9 +109,13 @@ class Remap:
         for name, tensor in stream:
             self.read += 1
             ref = self.naming.parse(name)
-            if ref is None or not ref.is_shared or ref.role != self.role or ref.layer not in self.layers:
+            if ref is None or ref.role != self.role or ref.layer not in self.layers:
                 self.passed += 1
                 yield name, tensor
+                continue
+            if not ref.is_shared:
+                self.passed += 1
+                yield from _apart(ref, name, tensor)
                 continue
             if ref in seen:
                 raise AuditError(f"{name}: the checkpoint holds this shared-expert tensor twice")
@@ -97,13 +125,7 @@ class Remap:
         self._conserve()
 
     def _slots(self, ref: ExpertTensor, name: str, tensor: torch.Tensor) -> Iterator[SlotTensor]:
-        parts: list[tuple[Projection, torch.Tensor]] = [(ref.projection, tensor)]
-        if ref.projection == "gate_up_proj":
-            # One tensor of both, gate first: [2 * S * I, H].
-            if tensor.ndim != 2 or ref.suffix != "weight" or len(tensor) % 2:
-                raise AuditError(f"{name}: gate and up of shape {list(tensor.shape)} are not cut apart")
-            gate, up = tensor.chunk(2)
-            parts = [("gate_proj", gate), ("up_proj", up)]
+        parts = gate_and_up(name, ref, tensor)
         self._shards += len(parts)
         for projection, whole in parts:
             slots = zip(self.layout.shared_slots, split(whole, projection, self.layout), strict=True)

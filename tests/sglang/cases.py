@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..reports import Suite
 from ..running import Case
 
 TEXT_OF_VL = {"enable_multimodal": False}
@@ -50,3 +51,5 @@ LONG = {
     "qwen3_5_vl",
     Case("glm4_moe_shared2_scale", order="shared_first").name,
 }
+# Recipes that are multimodal, and run as text models.
+REPORTS = Suite("sglang", {"qwen3_5_vl": TEXT_OF_VL})

