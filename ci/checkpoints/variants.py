@@ -1,4 +1,4 @@
-"""Checkpoints as they lie about: a recipe's, with other files, names or declarations; its tensors' values stay.
+"""Checkpoints as they lie about: those of a recipe, with other files, names or declarations.
 
 Where a variant holds other values too, they are those of another seed: whoever reads the wrong file shows.
 """

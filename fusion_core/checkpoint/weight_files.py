@@ -13,6 +13,8 @@ from .sources import CONFIG_NAME, Source
 
 AUTO = "auto"
 SAFETENSORS = ".safetensors"
+# Endings of files that hold weights.
+_WEIGHTS = (SAFETENSORS, ".bin", ".pt")
 # Index of the files that a pattern matches, by how the pattern begins.
 _INDEXES = {"consolidated": "consolidated.safetensors.index.json", "*": "model.safetensors.index.json"}
 
@@ -62,6 +64,9 @@ def weight_files(source: Source, engine: str, load_format: str = AUTO) -> Weight
         indexes = (index for index in _INDEXES.values() if index in source)
         listed = (file for index in indexes for file in sorted(_listed(source, index)))
         raise source.missing(next(listed, rule.patterns[0]), "it is to be loaded")
+    if any(name.endswith(_WEIGHTS) for name in there):
+        why = f"none of the files is one that the load format {load_format} reads: {', '.join(rule.patterns)}"
+        return WeightFiles(refusal=Reason("load.format", why))
     return WeightFiles()
 
 

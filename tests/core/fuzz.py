@@ -27,16 +27,19 @@ from typing import Any
 from fse_patch.cli.plan import plan_report
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.checkpoint.families import Role
+from fse_patch.fusion_core.checkpoint.weight_files import AUTO
 from fse_patch.fusion_core.decision import decide
 from fse_patch.fusion_core.decision.explain import explain
 from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.fusion_core.decision.policy import Policy
 from fse_patch.fusion_core.decision.policy_file import load_policy
 from fse_patch.fusion_core.evidence.gather import read_evidence
+from fse_patch.patches import ENGINES
 
-from .checkpoints import write_checkpoint
+from .checkpoints import write_checkpoint, write_shard
 from .fuzz_cases import Case, layers_in, make
-from .fuzz_oracle import reasons_not_to_fuse
+from .fuzz_files import FileSet, write_files
+from .fuzz_oracle import loaded_files, reasons_not_to_fuse
 from .outcomes import code
 
 LIMIT = 5.0
@@ -80,28 +83,51 @@ class Runner:
         self._write(case)
         try:
             policy = self._policy(case)
-            evidence = read_evidence(self.folder, "vllm")
+        except FsePatchError as error:
+            return _one_line(error)
+        # What an engine loads is its own business where there are several files.
+        outcomes = [self._run(case, engine, policy) for engine in (ENGINES if case.files else ENGINES[:1])]
+        return outcomes[0]
+
+    def _run(self, case: Case, engine: str, policy: Policy) -> str:
+        load_format = case.files.load_format if case.files else AUTO
+        try:
+            evidence = read_evidence(self.folder, engine, load_format)
             roles: tuple[Role, ...] = tuple(evidence.roles) or ("main",)
-            decisions = {r: decide.decide_evidence(evidence, "vllm", r, policy) for r in roles}
+            decisions = {r: decide.decide_evidence(evidence, engine, r, policy) for r in roles}
             json.dumps([plan_report(d) for d in decisions.values()])
             json.dumps(explain(evidence, "sglang", "main", policy))
         except FsePatchError as error:
-            if "\n" in str(error):
-                raise AssertionError(f"an error of two lines: {error}") from None
-            return "error"
+            return _one_line(error)
         for role, decision in decisions.items():
             detail = decision.to_dict()["detail"]
             assert len(detail.splitlines()) == 1, f"a detail of two lines: {detail!r}"
             if isinstance(decision, Merged):
-                self._check(case, role)
+                self._check(case, engine, role)
         return code(decisions["main"])
 
-    def _check(self, case: Case, role: Role) -> None:
+    def _check(self, case: Case, engine: str, role: Role) -> None:
         assert not (case.forbidden and role == "main"), f"{role} fuses: {case.forbidden}"
+        if case.files is not None:
+            return self._check_files(case, case.files, engine, role)
         # Flipped bytes are not in what the oracle sees; layers that became dense are not the decision's.
         if case.tensors and not case.raw and layers_in(case.config) == case.layers:
             wrong = reasons_not_to_fuse(case.config, case.tensors, role == "draft")
             assert not wrong, f"{role} fuses: {wrong}"
+        return None
+
+    def _check_files(self, case: Case, files: FileSet[Any], engine: str, role: Role) -> None:
+        """Hold a decision to fuse against the tensors that the engine's loader would read."""
+        names = loaded_files(files, engine, case.config)
+        assert names is not None, f"{role} fuses: {engine} loads nothing from there, or what has no headers"
+        tensors: dict[str, Any] = {}
+        for name in names:
+            twice = tensors.keys() & files.tensors[name].keys()
+            assert not twice, f"{role} fuses: {engine} loads {min(twice)} twice"
+            tensors |= files.tensors[name]
+        if layers_in(case.config) == case.layers:
+            wrong = reasons_not_to_fuse(case.config, tensors, role == "draft")
+            assert not wrong, f"{role} fuses in {engine}: {wrong}"
 
     def _policy(self, case: Case) -> Policy:
         if case.policy is None:
@@ -118,7 +144,9 @@ class Runner:
     def _write(self, case: Case) -> None:
         for old in self.folder.iterdir():
             old.unlink()
-        write_checkpoint(self.folder, case.config, case.tensors)
+        write_checkpoint(self.folder, case.config, None if case.files else case.tensors)
+        if case.files is not None:
+            write_files(self.folder, case.files, write_shard)
         if case.modelopt is not None:
             content = {"quantization": case.modelopt}
             (self.folder / "hf_quant_config.json").write_text(json.dumps(content))
@@ -129,6 +157,11 @@ class Runner:
                 length = header if name.endswith("safetensors") else path.stat().st_size
                 file.seek(int(place * length))
                 file.write(bytes([byte]))
+
+
+def _one_line(error: FsePatchError) -> str:
+    assert "\n" not in str(error), f"an error of two lines: {error}"
+    return "error"
 
 
 def fuzz(cases: int, seconds: float, seed: str, stop: bool = False) -> Result:

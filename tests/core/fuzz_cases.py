@@ -11,12 +11,23 @@ from typing import Any
 from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY
 
 from .checkpoints import Tensors
+from .fuzz_files import FORMATS, FileSet, merge, rename, spread
 from .golden import ROWS, config_and_tensors
 
 SEEDS = [(row, *config_and_tensors(row)) for row in ROWS if "stored" in row]
 _DTYPES = ["BF16", "F16", "F32", "F8_E4M3", "I32", "I8", "U8", "I64"]
 _WORDS = ["fp8", "awq", "gptq", "inc", "quark", "mxfp4", "modelopt", "compressed-tensors", "auto-round", "x"]
 _PATTERNS = ["re:.*", "-:.*", "+:(a+)+$", ".*experts.*", "re:(", "*", "model.layers.0", "experts", "é\n"]
+_NEW_KEYS = [
+    "method",
+    "expert_dtype",
+    "static_kv_granularity",
+    "meta",
+    "pack_dtype",
+    "scheme",
+    "modules",
+    "é",
+]
 _LAYER_KEYS = (
     "num_hidden_layers", "first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step",
     "num_nextn_predict_layers", "mtp_num_hidden_layers",
@@ -33,7 +44,7 @@ class Case:
     """One input. ``forbidden`` says that it must not fuse, whatever tensors alone say.
 
     ``layers`` is what the unchanged config says of them. ``raw`` holds bytes that replace those of a file
-    after it is written, as (file, position, byte).
+    after it is written, as (file, position, byte). ``files`` says in which files the tensors lie, if not one.
     """
 
     config: dict[str, Any]
@@ -43,6 +54,7 @@ class Case:
     forbidden: str = ""
     raw: tuple[tuple[str, float, int], ...] = ()
     layers: str = ""
+    files: FileSet[Any] | None = None
 
 
 def make(rng: random.Random) -> Case:
@@ -51,10 +63,12 @@ def make(rng: random.Random) -> Case:
     case = Case(copy.deepcopy(config), dict(tensors or {}), copy.deepcopy(row.get("modelopt")))
     case.layers = layers_in(config)
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 0.2:
+        _lay_out(rng, case)
+    elif kind < 0.5:
         for _ in range(rng.choice([0, 1, 1, 2, 3])):
             _change_tensor(rng, case)
-    elif kind < 0.6:
+    elif kind < 0.62:
         _contradict(rng, case, row)
     elif kind < 0.8:
         for _ in range(rng.randint(1, 3)):
@@ -73,6 +87,33 @@ def make(rng: random.Random) -> Case:
     elif choice < 0.35:
         case.policy = _policy(rng)
     return case
+
+
+def _lay_out(rng: random.Random, case: Case) -> None:
+    """Change names and files, and now and then a tensor or a key too."""
+    assert case.tensors is not None
+    if rng.random() < 0.3:
+        case.tensors = rename(rng, case.tensors)
+    if rng.random() < 0.3:
+        case.tensors = merge(rng, case.tensors, _together, [".shared_expert", ".experts.", ".experts.1."])
+    if rng.random() < 0.2:
+        _change_tensor(rng, case)
+    quant = case.config.get("quantization_config")
+    if isinstance(quant, dict) and rng.random() < 0.2:
+        quant[rng.choice(_NEW_KEYS)] = value(rng)
+    if case.tensors:
+        case.files = spread(rng, case.tensors, lambda header: _other(rng, header), FORMATS)
+
+
+def _together(gate: Any, up: Any) -> Any:
+    """The header of gate and up in one; of shapes that do not fit, that of gate."""
+    (dtype, shape), (_, other) = gate, up
+    return (dtype, (shape[0] + other[0], *shape[1:])) if shape and other else gate
+
+
+def _other(rng: random.Random, header: Any) -> Any:
+    """Another header in a stale file: of another dtype, or of the same."""
+    return (rng.choice(["BF16", "F16", "F32"]), header[1]) if rng.random() < 0.5 else header
 
 
 def layers_in(config: dict[str, Any]) -> str:

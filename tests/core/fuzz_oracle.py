@@ -6,8 +6,57 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checkpoints import Tensors
+from .fuzz_files import INDEX, OTHER_INDEX, FileSet
 
 _SHARED = ("shared_expert", "shared_experts")
+# Prefixes of layers, by the beginning of the model's type; what an engine makes of others, nobody has said.
+_PREFIXES = {
+    "qwen2": ("model.layers",),
+    "qwen3_next": ("model.layers", "mtp.layers"),
+    "qwen3_5": ("model.layers", "model.language_model.layers", "language_model.model.layers", "mtp.layers"),
+    "qwen4": ("model.layers", "model.language_model.layers", "language_model.model.layers", "mtp.layers"),
+    "glm4v": ("model.layers", "model.language_model.layers", "language_model.model.layers"),
+    "glm4_moe": ("model.layers",),
+}
+_PLAIN = ("BF16", "F16", "F32")
+
+
+def loaded_files(files: FileSet[Any], engine: str, config: Mapping[str, Any]) -> list[str] | None:
+    """Name the files that an engine loads; None where it stops, or where what it loads has no headers.
+
+    After vLLM 0.32 model_executor/model_loader/{default_loader,weight_utils}.py, and SGLang 0.5.20
+    srt/model_loader/{loader,weight_utils}.py.
+    """
+    there = {*files.tensors, *files.others, *files.links}
+    form = files.load_format
+
+    def like(pattern: str) -> set[str]:
+        head, _, tail = pattern.partition("*")
+        return {n for n in there if n.startswith(head) and n.endswith(tail) and not n.startswith(".")}
+
+    safe = {"safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
+    index = INDEX
+    if form == "mistral" or (
+        form in ("auto", "dummy") and engine == "vllm" and like("consolidated*.safetensors")
+    ):
+        chosen, index = like("consolidated*.safetensors"), OTHER_INDEX
+    elif form in ("auto", "hf", "dummy") or form in safe:
+        chosen = like("*.safetensors")
+    else:
+        return None
+    if not chosen or (form == "hf" and engine == "sglang"):
+        return None
+    by_index = index in files.indexes and not (form == "runai_streamer" and engine == "vllm")
+    if by_index:
+        listed = set(files.indexes[index].values())
+        if not listed or listed - chosen:
+            return None
+        chosen = listed
+    elif engine == "sglang" and chosen == {"consolidated.safetensors", "model.safetensors"}:
+        chosen = {"model.safetensors"}
+    if chosen & (set(files.links) | set(files.others)):
+        return None
+    return sorted(chosen)
 
 
 def reasons_not_to_fuse(config: Mapping[str, Any], tensors: Tensors, draft: bool) -> str:
@@ -21,11 +70,14 @@ def reasons_not_to_fuse(config: Mapping[str, Any], tensors: Tensors, draft: bool
     hidden, width = text["hidden_size"], text["moe_intermediate_size"]
     slots = text["n_shared_experts"] if family == "glm" else text["shared_expert_intermediate_size"] / width
     layers: dict[tuple[bool, int], dict[str, dict[str, Any]]] = {}
+    prefixes = next(known for start, known in _PREFIXES.items() if config["model_type"].startswith(start))
     for name, header in tensors.items():
         words = name.split(".")
         if "mlp" not in words or not {"experts", *_SHARED} & set(words):
             continue
         at = words.index("mlp")
+        if ".".join(words[: at - 1]) not in prefixes and draft == ("mtp" in words) and len(words) > at + 2:
+            return f"{name} is under no prefix that is known"
         if not words[at - 1].isdecimal() or len(words[at - 1]) > 9:
             continue
         number = int(words[at - 1])
@@ -47,10 +99,24 @@ def reasons_not_to_fuse(config: Mapping[str, Any], tensors: Tensors, draft: bool
         mine = {layer: owners for layer, owners in mine.items() if layer < first + declared}
     if not mine:
         return "no expert tensors at all"
+    for owners in mine.values():
+        for owner, held in owners.items():
+            _take_apart(held, owner)
     for layer, owners in sorted(mine.items()):
         if wrong := _layer(owners, experts, hidden, width, slots):
             return f"layer {layer}: {wrong}"
     return ""
+
+
+def _take_apart(held: dict[str, Any], owner: str) -> None:
+    """Read one plain tensor of gate and up as the two that it is."""
+    dtype, shape = held.get("gate_up_proj.weight", ("", ()))
+    if owner != "all" and dtype in _PLAIN and len(shape) == 2 and shape[0] % 2 == 0:
+        del held["gate_up_proj.weight"]
+        for name in ("gate_proj.weight", "up_proj.weight"):
+            if name in held:
+                held["twice"] = ("", ())
+            held[name] = (dtype, (shape[0] // 2, shape[1]))
 
 
 def _layer(

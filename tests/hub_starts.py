@@ -1,0 +1,97 @@
+"""Starts of the real engines by a name of a hub: cold, warm, offline, and with processes that see other caches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fse_patch.lab import verify
+
+from .core.hub import Hub
+from .running import ROOT, Case, Checkpoints, RunArm, timeless
+
+NAME = "acme/tiny"
+RECIPE = "files_short_index"
+SHIM = ROOT / "tests" / "shims" / "unequal_caches"
+# Files that no engine fetches, and that the look-up of a whole snapshot would miss.
+EXTRA = ("README.md", "fig.png", "model.gguf", "model.onnx")
+
+
+@dataclass
+class Starts:
+    """Starts in one engine.
+
+    Args:
+        run: an arm of it; jobs of one call are started one after the other.
+        folder: for the hub and its caches.
+    """
+
+    run: RunArm
+    checkpoints: Checkpoints
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.job = self.checkpoints.job(Case(RECIPE))
+        self.repository = self.folder / "hub" / NAME
+        shutil.copytree(self.job.checkpoint, self.repository)
+        for name in EXTRA:
+            (self.repository / name).write_bytes(b"x" * 64)
+
+    @contextmanager
+    def hub(self, **options: Any) -> Iterator[dict[str, str]]:
+        """Serve the repository; yields the environment of an engine that takes models from there."""
+        with Hub(self.folder / "hub", **options) as hub:
+            home = str(self.folder / "home")
+            yield {
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": home,
+                "HF_HUB_OFFLINE": "0",
+                "TRANSFORMERS_OFFLINE": "0",
+            }
+
+    def by_name(
+        self, env: dict[str, str], count: int = 1, arguments: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Results of some starts by name, one after the other in one process."""
+        job = replace(self.job, checkpoint=Path(NAME), engine_args=arguments or {})
+        return self.run([job] * count, True, env)
+
+    def by_folder(self) -> dict[str, Any]:
+        """Result of a start by the folder."""
+        (result,) = self.run([self.job], True, {})
+        return result
+
+    def check(self, results: Sequence[dict[str, Any]], folder: dict[str, Any]) -> None:
+        """All fused and proved by the headers, as by the folder, with the same values."""
+        for result in (*results, folder):
+            assert "logprobs" in result, f"{result.get('error')}\n{result.get('log', '')}"
+            (role,) = result["workers"][0]["roles"]
+            assert role["canary"]["state"] == "passed"
+            assert timeless(result) == timeless(folder)
+            assert result["logprobs"] == folder["logprobs"]
+
+    def unequal(self, env: dict[str, str], arguments: dict[str, Any], alone: bool) -> list[list[Any]]:
+        """Roles of two processes, the second of which sees an empty cache while it decides."""
+        empty = self.folder / "empty"
+        empty.mkdir(exist_ok=True)
+        path = os.pathsep.join(filter(None, [str(SHIM), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        changed = {"FSE_PATCH_TEST_OTHER_CACHE": str(empty), "PYTHONPATH": path}
+        if alone:
+            changed["FSE_PATCH_TEST_DECIDE_ALONE"] = "1"
+        (result,) = self.by_name({**env, **changed}, arguments=arguments)
+        assert "logprobs" in result, f"{result.get('error')}\n{result.get('log', '')}"
+        return [worker["roles"] for worker in result["workers"]]
+
+
+def arm(engine: str, timeout: float, environment: dict[str, str]) -> RunArm:
+    """The arm that users run, of one engine."""
+
+    def run(jobs: list[verify.VerifyJob], fused: bool, env: dict[str, str]) -> list[dict[str, Any]]:
+        return verify.run_arm(engine, jobs, fused, {**os.environ, **environment, **env}, timeout)
+
+    return run
