@@ -1,4 +1,4 @@
-"""Starts of the real engines by a name of a hub: cold, warm, offline, and with processes that see other caches."""
+"""Starts of the real engines by a name of a hub: cold, warm, offline, and with unequal caches."""
 
 from __future__ import annotations
 

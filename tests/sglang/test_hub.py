@@ -1,4 +1,4 @@
-"""A server that is given a name of a hub decides as by the folder, at its first start and at every later one."""
+"""A server that is given a name of a hub decides as by the folder, at its first start and later."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from ..hub_starts import Starts, arm
 from ..running import ROOT, Checkpoints
 
 pytestmark = pytest.mark.one_release
-PARALLEL, CORES = {"tp_size": 2}, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+ALONE = {"PYTHONPATH": str(ROOT)}
+PARALLEL = {"tp_size": 2}
+CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory: pytest.TempPathFactory) -> Starts:
     made = Checkpoints(tmp_path_factory.mktemp("checkpoints"), "sglang")
-    return Starts(arm("sglang", 900, {"PYTHONPATH": str(ROOT)}), made, tmp_path_factory.mktemp("starts"))
+    return Starts(arm("sglang", 900, ALONE), made, tmp_path_factory.mktemp("starts"))
 
 
 def test_cold_warm_offline_and_folder_are_one(starts: Starts) -> None:

@@ -1,4 +1,4 @@
-"""A server that is given a name of a hub decides as by the folder, at its first start and at every later one."""
+"""A server that is given a name of a hub decides as by the folder, at its first start and later."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Lets the second process of a model decide by an empty cache of the hub, as on a second machine.
 
-Only while it decides: what the engine itself loads is as always. With the variable ALONE every process decides
-for itself: the control.
+Only while it decides: what the engine itself loads is as always. With the variable ALONE every process
+decides for itself: the control.
 """
 
 from __future__ import annotations
