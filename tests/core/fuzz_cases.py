@@ -125,7 +125,7 @@ def _contradict(rng: random.Random, case: Case, row: dict[str, Any]) -> None:
     """One change of the config alone that the stored tensors of a fusing checkpoint cannot follow."""
     if row["expect"]["reason"] != "ok" or "quantization" not in row:
         return
-    quant, method = case.config["quantization_config"], row["quantization"]["quant_method"]
+    quant, method = case.config["quantization_config"], row["quantization"].get("quant_method")
     layers = row.get("layers", {})
     number = rng.choice([n for n in _sparse(case) if n not in layers])
     module = _module(case, number)
