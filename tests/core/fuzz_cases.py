@@ -129,7 +129,7 @@ def _contradict(rng: random.Random, case: Case, row: dict[str, Any]) -> None:
     layers = row.get("layers", {})
     number = rng.choice([n for n in _sparse(case) if n not in layers])
     module = _module(case, number)
-    if row["stored"]["routed"] in ("bf16", "f16", "f32"):
+    if row["stored"]["routed"] in ("bf16", "f16", "f32", "stacked"):
         return
     lists = {"fp8": "ignored_layers", "awq": "modules_to_not_convert", "fbgemm_fp8": "modules_to_not_convert"}
     side = rng.choice([".experts", ".shared_expert" + ("s" if _is_glm(case) else "")])
