@@ -11,6 +11,7 @@ from ..fusion_core.decision.outcome import Merged
 from ..fusion_core.decision.proven import unproven
 from ..fusion_core.forward.plan import ModePlan, always
 from ..fusion_core.forward.tuned import SLOWER, Situation, plan_for
+from ..fusion_core.quant.claims import PLAIN
 from ..fusion_core.quant.methods import READABLE, READERS
 from ..fusion_core.reasons import Reason
 
@@ -85,14 +86,23 @@ def quantised_online(decision: Merged, method: str | None, built: object) -> Ite
         method: what the engine runs, by its own name: of its --quantization, or as it found it.
         built: the engine's quantisation, None where it has none.
     """
-    running, declared = (method or "").lower().replace("_", "-"), decision.quant_method
-    if declared == UNQUANTISED:
-        if built is not None or running not in {"", *READERS[UNQUANTISED]}:
-            yield Reason(
-                "quant.online",
-                f"the checkpoint is quantised on the fly ({method or 'by an argument'}); load it as it is",
-            )
-    elif running and running not in READERS.get(declared, frozenset({declared})):
+    running, declared = (method or "").lower().replace("_", "-"), decision.read_as or decision.quant_method
+    readers = READERS.get(declared, frozenset({declared}))
+    plain = decision.quant_method == UNQUANTISED
+    # vLLM can quantise what a checkpoint leaves plain.
+    online = (
+        PLAIN.format in decision.formats and getattr(built, "online_quantization_config", None) is not None
+    )
+    if plain and running in {"", *READERS[UNQUANTISED]}:
+        online = online or built is not None
+    elif plain:
+        online = online or running not in readers
+    if online:
+        yield Reason(
+            "quant.online",
+            f"the checkpoint is quantised on the fly ({method or 'by an argument'}); load it as it is",
+        )
+    elif not plain and running and running not in readers:
         yield Reason(
             "quant.online",
             f"the checkpoint is {declared} and would be run as {method}; run without --quantization {method}",

@@ -202,9 +202,9 @@ class ConfigFile:
             )
             section = values.child("quantization") or values
             quants.append(_quant_config(section, "modelopt", MODELOPT_CONFIG_NAME))
-        # Engines take the weights from such a file without a word in config.json.
+        # Engines take the weights from such a file, whatever config.json says.
         endings = {PurePath(name).suffix for name in self.source.names()}
-        if not quants and ".gguf" in endings and ".safetensors" not in endings:
+        if ".gguf" in endings and ".safetensors" not in endings:
             quants.append(QuantConfig("gguf", source="*.gguf"))
         return tuple(quants) or (QuantConfig(),)
 
@@ -233,7 +233,9 @@ class ConfigFile:
 
 
 def _quant_config(section: _Values, default_method: str, source: str) -> QuantConfig:
-    method = section.text("quant_method", default_method).lower().replace("_", "-")
+    # An empty object is how tools leave what they have taken out; engines look no further, as at any other.
+    default = default_method if section.values else UNQUANTISED
+    method = section.text("quant_method", default).lower().replace("_", "-")
     block = section.integers("weight_block_size")
     if block and (len(block) != 2 or not all(block)):
         raise section.fail("weight_block_size", "two whole numbers above 0")

@@ -9,11 +9,12 @@ from typing import Any
 
 from ...errors import FsePatchError
 from ...patches import ENGINES
-from ..checkpoint.config import UNQUANTISED, MoeConfig
+from ..checkpoint.config import UNQUANTISED, MoeConfig, QuantConfig
 from ..checkpoint.families import FamilySpec, Role
 from ..checkpoint.sources import Source
 from ..checkpoint.weight_files import AUTO
 from ..evidence.gather import Evidence, LayerEvidence, RoleEvidence, read_evidence
+from ..quant.methods import packs, quantises, reader_of
 from ..reasons import FUSES, Code, Reason
 from .layout import ExpertLayout
 from .outcome import Decision, Merged, MoeSpec, RoutingSpec, Stock
@@ -68,12 +69,14 @@ def decide_evidence(
     if engine not in ENGINES:
         raise FsePatchError(f"unknown engine {engine!r}; use one of {', '.join(ENGINES)}")
     policy = policy or load_policy()
+    quant = weight_quantisation(evidence)
     common: dict[str, Any] = {
         "role": role,
         "engine": engine,
         "model_type": evidence.model_type,
         "policy_hash": policy.hash,
-        "quant_method": evidence.quant.method,
+        "quant_method": quant.method,
+        "read_as": reader_of(evidence.quant),
     }
     if evidence.family is None or evidence.moe is None:
         named = f"model_type {evidence.model_type!r}" if evidence.model_type else "no model_type"
@@ -88,11 +91,12 @@ def decide_evidence(
     elif reason := evidence.refusal or layers.finding:
         verdict = _Verdict(reason)
     else:
-        verdict = _storage_verdict(evidence, layout.num_shared_slots, layers, engine, policy)
+        verdict = _storage_verdict(evidence, quant, layout.num_shared_slots, layers, engine, policy)
     common |= {
         "rule": verdict.rule,
         "formats": verdict.formats,
         "stored_alike": layers.stored_alike if layers else None,
+        "packed": _packed(layers, quant),
     }
     # Names and values from the checkpoint are in it: one line, whatever they hold.
     detail = " ".join(verdict.reason.detail.split())
@@ -107,6 +111,13 @@ def decide_evidence(
         shared_weight=shared_weight,
         moe_layers=layers.moe_layers if layers else (),
     )
+
+
+def _packed(layers: RoleEvidence | None, quant: QuantConfig) -> bool:
+    specs = [spec for layer in layers.layers for spec in (layer.routed, layer.shared)] if layers else []
+    if any(spec.packed for spec in specs if spec):
+        return True
+    return (not specs or None in specs) and packs(quant)
 
 
 def _layout(moe: MoeConfig) -> ExpertLayout | None:
@@ -157,12 +168,19 @@ def _fusable(moe: MoeConfig, layers: RoleEvidence | None) -> ExpertLayout | Reas
     return layout
 
 
-def layer_facts(evidence: Evidence, role: Role, layer: LayerEvidence | None, engine: str) -> PolicyFacts:
+def weight_quantisation(evidence: Evidence) -> QuantConfig:
+    """Return what engines read first, or nothing where no declaration quantises a weight."""
+    return evidence.quant if quantises(evidence.quants or (evidence.quant,)) else QuantConfig()
+
+
+def layer_facts(
+    evidence: Evidence, role: Role, layer: LayerEvidence | None, engine: str, quant: QuantConfig
+) -> PolicyFacts:
     """Collect what rules look at in one layer; ``layer`` None stands for all of them without headers.
 
-    The family of ``evidence`` is known, and the layer has no finding.
+    The family of ``evidence`` is known, and the layer has no finding; ``quant`` is its `weight_quantisation`.
     """
-    family, moe, quant = evidence.family, evidence.moe, evidence.quant
+    family, moe = evidence.family, evidence.moe
     assert family is not None
     assert moe is not None
     config = layer.config if layer else None
@@ -181,7 +199,7 @@ def layer_facts(evidence: Evidence, role: Role, layer: LayerEvidence | None, eng
 
 
 def _storage_verdict(
-    evidence: Evidence, slots: int, role: RoleEvidence, engine: str, policy: Policy
+    evidence: Evidence, quant: QuantConfig, slots: int, role: RoleEvidence, engine: str, policy: Policy
 ) -> _Verdict:
     """Ask tensors and policy: all layers of the role fuse, or the first that does not is named."""
     rule_for = lru_cache(maxsize=None)(policy.rule_for)
@@ -190,7 +208,7 @@ def _storage_verdict(
     for layer in role.layers or (None,):
         if layer is not None and layer.finding is not None:
             return _Verdict(layer.finding)
-        facts = layer_facts(evidence, role.role, layer, engine)
+        facts = layer_facts(evidence, role.role, layer, engine, quant)
         rule = rule_for(facts)
         rules.append(rule)
         where = f"layer {layer.layer}" if layer else "config.json"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checkpoint.config import QuantConfig
 from ..checkpoint.families import Role
 from ..evidence.gather import Evidence, LayerEvidence
 from ..evidence.specs import MlpSpec
-from .decide import decide_evidence, layer_facts, never_fuses
+from .decide import decide_evidence, layer_facts, never_fuses, weight_quantisation
 from .policy import DEFAULT_DENY, Policy
 
 
@@ -28,8 +29,9 @@ def explain(evidence: Evidence, engine: str, role: Role, policy: Policy) -> dict
     number, fired = next(((n, rule) for n, rule in numbered if rule.id == decision.rule), (0, None))
     role_evidence = evidence.roles.get(role)
     groups: list[dict[str, Any]] = []
+    quant = weight_quantisation(evidence)
     for layer in role_evidence.layers if role_evidence else ():
-        shown = _layer(evidence, layer, engine, role, policy)
+        shown = _layer(evidence, layer, engine, role, policy, quant)
         if groups and {k: v for k, v in groups[-1].items() if k != "layers"} == shown:
             groups[-1]["layers"].append(layer.layer)
         else:
@@ -50,14 +52,14 @@ def explain(evidence: Evidence, engine: str, role: Role, policy: Policy) -> dict
 
 
 def _layer(
-    evidence: Evidence, layer: LayerEvidence, engine: str, role: Role, policy: Policy
+    evidence: Evidence, layer: LayerEvidence, engine: str, role: Role, policy: Policy, quant: QuantConfig
 ) -> dict[str, Any]:
     if layer.finding is not None or evidence.moe is None or layer.config is None:
         # The detail of a finding names its layer: layers with findings stay apart.
         finding = layer.finding
         text = f"{finding.code}: {finding.detail}" if finding else ""
         return {"rule": None, "finding": text, "config": None, "config_detail": ""}
-    facts = layer_facts(evidence, role, layer, engine)
+    facts = layer_facts(evidence, role, layer, engine, quant)
     config = layer.config
     return {
         "rule": policy.rule_for(facts).id,

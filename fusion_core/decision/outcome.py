@@ -49,10 +49,14 @@ class _Decided:
         role: "main" or "draft" (the MTP layers): their quantisation can differ.
         rule: id of the policy rule that fired, or "" where none was asked.
         policy_hash: short hash of the effective policy, part of compile-cache keys.
-        quant_method: what the checkpoint declares, "none" where nothing; "" where nothing was read.
+        quant_method: what the checkpoint declares of its weights, "none" where nothing; "" where nothing was
+            read.
+        read_as: the declaration under the name of those that read it, in `READERS`: a quantisation of the
+            KV cache alone is "none" to its weights, and engines read it all the same; "" as `quant_method`.
         formats: of the experts in layers that may fuse, "plain" where unquantised; see proven.py.
         stored_alike: whether every layer stores routed and shared experts alike, whatever was decided; None
             where no headers show it.
+        packed: whether their weights are integers that hold several, or nothing shows that they are not.
     """
 
     role: Role
@@ -61,8 +65,10 @@ class _Decided:
     rule: str = ""
     policy_hash: str = ""
     quant_method: str = ""
+    read_as: str = ""
     formats: tuple[str, ...] = ()
     stored_alike: bool | None = None
+    packed: bool = False
 
     def _to_dict(
         self,

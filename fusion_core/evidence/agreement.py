@@ -12,10 +12,11 @@ from ..checkpoint.naming import Projection
 from ..quant.claims import PLAIN, Claim, Doubt, Resolver, all_plain
 from ..quant.layouts import contradiction, foreign
 from ..quant.methods import LAYOUTS
-from .specs import ALL_EXPERTS, Tensors, projection_shapes
+from .specs import ALL_EXPERTS, Tensors, projection_shapes, sizes_differ
 
 # agrees: config and headers say the same, and the same of routed and shared experts.
-# differs: they say the same, but the config says one thing of routed and another of shared experts.
+# differs: they say the same, but the config says one thing of routed and another of shared experts; or it is
+# not understood, and sizes of packed weights differ.
 State = Literal["agrees", "differs", "contradicts", "unknown"]
 Part = Literal["routed", "shared"]
 PARTS: tuple[Part, Part] = ("routed", "shared")
@@ -38,13 +39,24 @@ class MlpClaim:
 class Agreement:
     """Verdict on one layer; ``detail`` says what is not as it should be.
 
-    ``routed`` and ``shared`` are None where the config's words are not understood.
+    ``routed`` and ``shared`` are None where the config's words are not understood; ``sizes`` says what of
+    packed weights has another size in one part than in the other.
     """
 
     state: State
     detail: str = ""
     routed: MlpClaim | None = None
     shared: MlpClaim | None = None
+    sizes: str = ""
+
+    @property
+    def alike(self) -> bool | None:
+        """Tell if the config says the same of both parts; None where it is not understood, or wrong."""
+        if self.routed is None or self.shared is None:
+            return None
+        alike = self.routed == self.shared
+        # What it says of one part alone is not so: nobody knows which.
+        return None if self.state == "contradicts" and not alike else alike
 
     @property
     def format(self) -> str:
@@ -61,21 +73,22 @@ def agreement(
         parts: headers of the routed experts, all stored alike, and of the shared one.
         modules: dotted name of the module that holds each part, such as "model.layers.0.mlp.experts".
     """
+    sizes = sizes_differ(parts["routed"], parts["shared"], moe.num_shared_slots)
     claims: dict[Part, MlpClaim] = {}
     try:
         for part in PARTS:
             claims[part] = _claims(part, parts[part], modules[part], resolve)
     except Doubt as doubt:
-        return Agreement("unknown", str(doubt))
+        return Agreement("differs", sizes, sizes=sizes) if sizes else Agreement("unknown", str(doubt))
     routed, shared = claims["routed"], claims["shared"]
     for part in PARTS:
         width = moe.moe_intermediate_size if part == "routed" else moe.shared_intermediate_size
         state, detail = _compare(parts[part], claims[part], width, moe.hidden_size, part == "routed")
         if state != "agrees":
-            return Agreement(state, f"{part}: {detail}", routed, shared)
+            return Agreement(state, f"{part}: {detail}", routed, shared, sizes)
     if routed != shared:
-        return Agreement("differs", f"routed {routed}, shared {shared}", routed, shared)
-    return Agreement("agrees", "", routed, shared)
+        return Agreement("differs", f"routed {routed}, shared {shared}", routed, shared, sizes)
+    return Agreement("agrees", "", routed, shared, sizes)
 
 
 def cut_across(claims: MlpClaim, width: int) -> str:

@@ -44,7 +44,11 @@ class LayerEvidence:
         """Tell if routed and shared experts are alike in headers and config; None where nothing shows it."""
         if self.routed is None or self.shared is None:
             return False if self.finding is not None and self.finding.code == "quant.mixed" else None
-        return self.routed == self.shared and (self.config is None or self.config.state != "differs")
+        config = self.config
+        if self.routed != self.shared or (config is not None and (config.sizes or config.state == "differs")):
+            return False
+        # Headers of packed integers show neither symmetry nor order: the config alone does.
+        return (config.alike if config else None) if self.routed.packed else True
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,14 @@ class MlpSpec:
         """Return the tensors of both projections."""
         return self.gate_up + self.down
 
+    @property
+    def packed(self) -> bool:
+        """Return whether a weight is not there as one number for each element."""
+        return not all(
+            any(tensor.suffix == "weight" and tensor.dtype in _DENSE_DTYPES for tensor in projection)
+            for projection in (self.gate_up, self.down)
+        )
+
     def difference(self, other: MlpSpec) -> str:
         """Name the first projection in which two specs differ, with both sides; "" where they are equal."""
         for name in ("gate_up", "down"):
@@ -130,6 +138,34 @@ def size_conflict(tensors: Tensors, num_experts: int | None, width: int, hidden:
             if header.dtype in _DENSE_DTYPES and header.shape != expected:
                 return f"{label} has shape {list(header.shape)}, config.json makes it {list(expected)}"
     return None
+
+
+def sizes_differ(routed: Tensors, shared: Tensors, slots: int | None) -> str:
+    """Say what of packed weights has another size in the shared expert than in ``slots`` routed ones, or "".
+
+    Weights that are one number for each element, and what is stored beside them, are compared by
+    granularity. Of others the sizes alone show how many numbers an integer holds, or share a scale.
+    """
+    for place, experts in sorted(routed.items()):
+        projection, suffix = place
+        weight = routed.get((projection, "weight"))
+        dense = weight is not None and next(iter(weight.values())).dtype in _DENSE_DTYPES
+        if slots is None or dense or place not in shared:
+            continue
+        number, header = next(iter(experts.items()))
+        mine = header.shape[1:] if number == ALL_EXPERTS else header.shape
+        other = next(iter(shared[place].values())).shape
+        if not _is_so_many(mine, other, slots):
+            return f"{projection}.{suffix} is {list(mine)} in routed experts, {list(other)} in the shared one"
+    return ""
+
+
+def _is_so_many(one: tuple[int, ...], all_of_them: tuple[int, ...], slots: int) -> bool:
+    """Tell if at most one size grows ``slots`` times; the last group of each slot may be a partial one."""
+    if len(one) != len(all_of_them):
+        return False
+    grown = [(n, total) for n, total in zip(one, all_of_them, strict=True) if n != total]
+    return len(grown) <= 1 and all(slots * (n - 1) < total <= slots * n for n, total in grown)
 
 
 def _experts_of(tensors: Tensors) -> dict[Projection, set[int]]:

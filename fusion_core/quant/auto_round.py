@@ -18,22 +18,13 @@ from .claims import (
     whole,
     word,
 )
+from .history import AUTO_ROUND, AUTO_ROUND_SINGLE, check_auto_round
 from .integers import integer_claim
 from .records import Format, Method
 
-_SPEC = {"bits", "group_size", "sym", "data_type"}
-# Floating activations, and what tells how the weights came about.
-_HOW = {
-    "quant_method", "amp", "asym", "autoround_version", "batch_size", "dataset", "enable_minmax_tuning",
-    "enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps", "iters", "lr",
-    "low_gpu_mem_usage", "minmax_lr", "model_name_or_path", "nsamples", "n_samples", "not_use_best_mse",
-    "sampler", "scale_dtype", "seqlen", "seed", "train_bs", "backend", "static_kv_dtype", "super_bits",
-    "super_group_size", "enable_alg_ext", "damp_percent", "desc_act", "true_sequential", "lm_head",
-    "low_cpu_mem_usage", "dynamic_max_gap", "use_quant_input", "provider",
-}  # fmt: skip
-_ACTIVATIONS = {"act_bits", "act_group_size", "act_sym", "act_dynamic", "act_data_type"}
+_SPEC = {"bits", "group_size", "sym"}
 _BLOCKS = ("block_name_to_quantize", "to_quant_block_names")
-_KEYS = _SPEC | _HOW | _ACTIVATIONS | {"packing_format", "extra_config", *_BLOCKS}
+_KEYS = _SPEC | AUTO_ROUND | {"packing_format", "extra_config", *_BLOCKS}
 _REGEX_SIGNS = set("*+?^$()[]{}|\\")
 
 
@@ -41,8 +32,6 @@ def parse(section: Section) -> Resolver:
     """Read `extra_config`, full names, then regexes anywhere in a name; `block_name_to_quantize` dotted."""
     refuse_unknown_keys(section, _KEYS)
     packing = word(section, "packing_format", "auto_round:auto_gptq")
-    if whole(section, "act_bits", 16) < 16:
-        raise Doubt("quantised activations are not known")
     if packing.endswith("gptq"):
         formats = gptq.BY_BITS
     elif packing.endswith("awq"):
@@ -59,8 +48,8 @@ def parse(section: Section) -> Resolver:
     match.regexes(regexes)  # What the whole list may cost.
     for name in extra:
         change = mapping(extra, name)
-        refuse_unknown_keys(change, _SPEC | _ACTIVATIONS | {"scale_dtype"}, f"extra_config.{name}.")
-        claim = _claim(formats, {**section, **change})
+        refuse_unknown_keys(change, _SPEC | AUTO_ROUND_SINGLE, f"extra_config.{name}.")
+        claim = _claim(formats, {**section, **{k: v for k, v in change.items() if v is not None}})
         if name in regexes:
             patterns.append((match.regexes([name], search=True), claim))
         else:
@@ -78,6 +67,7 @@ def parse(section: Section) -> Resolver:
 
 
 def _claim(formats: Mapping[int, Format], section: Section) -> Claim:
+    check_auto_round(section)
     if whole(section, "bits") >= 16:
         return PLAIN
     word(section, "data_type", "int", {"int"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 from . import match
 from .claims import (
@@ -11,6 +13,7 @@ from .claims import (
     Doubt,
     Resolver,
     Section,
+    all_plain,
     flag,
     mapping,
     names,
@@ -65,38 +68,76 @@ _SCHEME_KEYS = {
     "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder",
     "observer", "observer_kwargs", "scale_dtype", "zp_dtype",
 }  # fmt: skip
-# Every projection of an expert is one of these to the tools that write such files.
-_CLASS = "Linear"
+# Classes among `targets`. Every projection of an expert is the first to the tools that write such files; the
+# others are engines' layers of routed experts.
+_CLASS, _ROUTED_CLASSES = "Linear", {"RoutedExperts", "FusedMoE"}
 _INPUT_SCALE, _ZERO, _ORDER = (frozenset({s}) for s in ("input_scale", "weight_zero_point", "weight_g_idx"))
 
 
+@dataclass(frozen=True)
+class _Group:
+    """One group: the modules that it names, the classes among them, and how it has their weights."""
+
+    named: match.Matcher
+    targets: tuple[str, ...]
+    section: Section
+    format: str
+
+    @property
+    def quantises(self) -> bool:
+        activations = [mapping(self.section, f"{side}_activations") for side in ("input", "output")]
+        return self.section.get("weights") is not None or any(activations)
+
+    @cached_property
+    def claim(self) -> Claim:
+        # Read when a module asks: a group of attention or embeddings says nothing of experts.
+        return _claim(self.section, self.format)
+
+    def has_class_of(self, name: str) -> bool:
+        return _CLASS in self.targets or (
+            ".experts." in name and not _ROUTED_CLASSES.isdisjoint(self.targets)
+        )
+
+
 def parse(section: Section) -> Resolver:
-    """Read names that match whole, or by a "re:" regex from their start; "Linear" is every projection."""
+    """Read names that match whole, or by a "re:" regex from their start; these come before "Linear"."""
     refuse_unknown_keys(section, _KEYS)
-    word(section, "quantization_status", "compressed", {"compressed", "frozen"})
     if mapping(section, "transform_config") or word(_sparsity(section), "format", "dense") != "dense":
         raise Doubt("transforms and sparsity are not known")
-    groups = []
-    default = word(section, "format", "")
-    for label in mapping(section, "config_groups"):
-        group = mapping(mapping(section, "config_groups"), label)
-        refuse_unknown_keys(group, _GROUP_KEYS, f"config_groups.{label}.")
-        targets = names(group, "targets")
-        matches = match.mixed(targets, match.exact)
-        groups.append((_CLASS in targets, matches, _claim(group, word(group, "format", default))))
-    if not groups:
-        raise Doubt("it has no 'config_groups'")
+    groups = list(_groups(section))
+    if not any(group.quantises for group in groups):
+        if word(section, "format", "") in _FP4:
+            raise Doubt("it packs FP4, and no group says of what")
+        return all_plain  # of the KV cache alone
+    word(section, "quantization_status", "compressed", {"compressed", "frozen"})
     ignored = match.mixed(names(section, "ignore"), match.exact)
 
     def resolve(name: str) -> Claim:
         if ignored(name):
             return PLAIN
-        claims = {claim for all_linear, matches, claim in groups if all_linear or matches(name)}
+        chosen = [group for group in groups if group.named(name)]
+        chosen = chosen or [group for group in groups if group.has_class_of(name)]
+        claims = {group.claim for group in chosen}
         if len(claims) > 1:
+            # By name, tools and engines take the first in orders of their own.
             raise Doubt(f"two config groups claim {name}")
         return claims.pop() if claims else PLAIN
 
     return resolve
+
+
+def _groups(section: Section) -> Iterator[_Group]:
+    """Yield the groups that have targets other than attention, whose groups are of the KV cache."""
+    sections = mapping(section, "config_groups")
+    for label in sections:
+        group = mapping(sections, label)
+        refuse_unknown_keys(group, _GROUP_KEYS, f"config_groups.{label}.")
+        if group.get("targets") is None:
+            raise Doubt(f"'config_groups.{label}' has no 'targets'")
+        targets = names(group, "targets")
+        if not all(target.isidentifier() and target.endswith("Attention") for target in targets):
+            form = word(group, "format", word(section, "format", ""))
+            yield _Group(match.mixed(targets, match.exact), targets, group, form)
 
 
 def _sparsity(section: Section) -> Section:
@@ -112,6 +153,10 @@ def _claim(group: Section, form: str) -> Claim:
         refuse_unknown_keys(scheme, _SCHEME_KEYS, f"{label}.")
     if mapping(group, "output_activations"):
         raise Doubt("quantised output activations are not known")
+    if group.get("weights") is None:
+        if inputs:
+            raise Doubt("quantised activations beside plain weights are not known")
+        return PLAIN
     if form in _FP4:
         return Claim(_FP4[form].name)
     kind, bits = word(weights, "type", "int"), whole(weights, "num_bits")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from . import match
 from .claims import (
@@ -17,6 +17,7 @@ from .claims import (
     refuse_unknown_keys,
     word,
 )
+from .history import AUTO_ROUND, GPTQ, check_auto_round, check_copy
 from .integers import BITS, GROUP_SCALES, GROUP_ZEROS, TABLE_DTYPES, integer_claim
 from .layouts import INT32, Stored
 from .records import Format, Method
@@ -37,56 +38,70 @@ BY_BITS: Mapping[int, Format] = {
     for bits in BITS
 }
 _SPEC = {"bits", "group_size", "sym", "desc_act"}
-# What tells how the weights came about, and what serves other modules.
-_HOW = {
-    "quant_method", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "mse",
-    "lm_head", "meta", "model_name_or_path", "model_file_base_name", "model_seqlen", "pad_token_id",
-    "tokenizer", "dataset", "exllama_config", "max_input_length", "use_cuda_fp16", "use_exllama", "backend",
-    "batch_size", "cache_block_outputs", "block_name_to_quantize", "module_name_preceding_first_block",
-    "offload_to_disk", "failsafe", "act_group_aware", "disable_exllama", "version",
-}  # fmt: skip
-_KEYS = _SPEC | _HOW | {
+_KEYS = _SPEC | GPTQ | AUTO_ROUND | {
     "dynamic", "checkpoint_format", "format", "pack_dtype", "is_marlin_format",
     "modules_in_block_to_quantize",
 }  # fmt: skip
+# The first is what engines take where nothing is said.
+_LAYOUTS = ("gptq", "gptq_v2")
 
 
 def parse(section: Section) -> Resolver:
     """Read `dynamic`: the first regex that matches from the start decides; "-:" leaves a module plain."""
     refuse_unknown_keys(section, _KEYS)
-    layout = section.get("checkpoint_format") or section.get("format")
-    if layout not in (None, "gptq", "gptq_v2") or flag(section, "is_marlin_format", False):
-        raise Doubt(f"'checkpoint_format' {layout!r} is not known")
-    word(section, "pack_dtype", "int32", {"int32"})
-    default = _claim(section, layout or "gptq")
-    overrides = [_override(pattern, section, layout or "gptq") for pattern in mapping(section, "dynamic")]
-    # What the whole list may cost.
-    match.regexes(_regex(pattern) for pattern in mapping(section, "dynamic"))
+    layout = _layout(section)
+    check_packing(section)
     listed = names(section, "modules_in_block_to_quantize")
     inside = match.ending(listed)
+    claim_of = overridden(section, _SPEC, lambda changed: _claim(changed, layout))
+    return lambda name: PLAIN if listed and not inside(name) else claim_of(name)
 
-    def resolve(name: str) -> Claim:
-        if listed and not inside(name):
-            return PLAIN
-        return next((claim for matches, claim in overrides if matches(name)), default)
 
-    return resolve
+def check_packing(section: Section) -> None:
+    """Raise Doubt where GPTQModel or auto-round packed weights otherwise than the method's layout has it."""
+    check_copy(section)
+    check_auto_round(section)
+    word(section, "data_type", "int", {"int"})
+    word(section, "pack_dtype", "int32", {"int32"})
+
+
+def overridden(section: Section, may_change: Iterable[str], claim: Callable[[Section], Claim]) -> Resolver:
+    """Read GPTQModel's `dynamic`; ``claim`` reads the section as an override of it leaves that.
+
+    Args:
+        may_change: keys that an override may have, beside those that tell how weights came about.
+    """
+    dynamic, known = mapping(section, "dynamic"), {*may_change, "mse", "damp_percent"}
+    # What the whole list may cost.
+    match.regexes(_regex(pattern) for pattern in dynamic)
+    default = claim(section)
+    overrides: list[tuple[match.Matcher, Claim]] = []
+    for pattern in dynamic:
+        change = {} if pattern.startswith("-:") else mapping(dynamic, pattern)
+        refuse_unknown_keys(change, known, f"dynamic.{pattern}.")
+        made = PLAIN if pattern.startswith("-:") else claim({**section, **change})
+        overrides.append((match.regexes([_regex(pattern)]), made))
+    return lambda name: next((made for matches, made in overrides if matches(name)), default)
+
+
+def _layout(section: Section) -> str:
+    """Read which of GPTQ's two layouts it is; two keys name it, and today's writers write both."""
+    if flag(section, "is_marlin_format", False):
+        raise Doubt("'is_marlin_format' is true, which is not known")
+    keys = [key for key in ("checkpoint_format", "format") if section.get(key) not in (None, "")]
+    layouts = {word(section, key, "", _LAYOUTS) for key in keys}
+    if len(layouts) > 1:
+        raise Doubt(
+            f"'checkpoint_format' is {section['checkpoint_format']!r}, 'format' {section['format']!r}"
+        )
+    return layouts.pop() if layouts else _LAYOUTS[0]
 
 
 def _claim(section: Section, layout: str) -> Claim:
     order = "activation order" if flag(section, "desc_act", False) else ""
     symmetric = "symmetric" if flag(section, "sym", True) else "zero points"
-    details = [symmetric, *([order] if order else []), *([layout] if layout != "gptq" else [])]
+    details = [symmetric, *([order] if order else []), *([layout] if layout != _LAYOUTS[0] else [])]
     return integer_claim(BY_BITS, section, ("bits", "group_size"), details)
-
-
-def _override(pattern: str, section: Section, layout: str) -> tuple[match.Matcher, Claim]:
-    matches = match.regexes([_regex(pattern)])
-    if pattern.startswith("-:"):
-        return matches, PLAIN
-    change = mapping(mapping(section, "dynamic"), pattern)
-    refuse_unknown_keys(change, _SPEC | {"mse", "damp_percent"}, f"dynamic.{pattern}.")
-    return matches, _claim({**section, **change}, layout)
 
 
 def _regex(pattern: str) -> str:

@@ -20,7 +20,7 @@ from . import (
     plain,
     quark,
 )
-from .claims import Claim, Doubt, Resolver, Section
+from .claims import Claim, Doubt, Resolver, Section, all_plain
 from .layouts import Layout
 from .records import Format, Method
 
@@ -73,7 +73,7 @@ def resolver_for(quants: Sequence[QuantConfig]) -> Resolver:
         Doubt: a method has no parser, or its config something that is not known.
     """
     resolvers = [_resolver(quant) for quant in quants]
-    if len(resolvers) == 1:
+    if len(resolvers) == 1 or all(resolver is all_plain for resolver in resolvers):
         return resolvers[0]
 
     def resolve(name: str) -> Claim:
@@ -84,6 +84,41 @@ def resolver_for(quants: Sequence[QuantConfig]) -> Resolver:
         return first
 
     return resolve
+
+
+# Words of configs for formats that store one number for each weight.
+_WHOLE_NUMBERS = {
+    "block", "dense", "float-quantized", "int-quantized", "naive-quantized", "fp8", "fp8_e4m3",
+    "fp8_per_channel_per_token", "mxfp8",
+}  # fmt: skip
+
+
+def quantises(quants: Sequence[QuantConfig]) -> bool:
+    """Tell if the configs of a checkpoint quantise any weight, or may; one of the KV cache alone does not."""
+    try:
+        return resolver_for(quants) is not all_plain
+    except Doubt:
+        return True
+
+
+def reader_of(quant: QuantConfig) -> str:
+    """Return the name under which `READERS` has those that read such a config as it is."""
+    # Under the same method, engines have code of its own for FP4.
+    if quant.method in modelopt.METHOD.names and "fp4" in quant.scheme:
+        return modelopt_fp4.METHOD.names[0]
+    return quant.method
+
+
+def packs(quant: QuantConfig) -> bool:
+    """Tell if the config speaks, or may speak, of integers that hold several weights; headers not seen."""
+    formats = [form for method in METHODS if quant.method in method.names for form in method.formats]
+    if quant.scheme in _WHOLE_NUMBERS:
+        return False
+    return not formats or any(form.layout is None or _is_packed(form.layout) for form in formats)
+
+
+def _is_packed(layout: Layout) -> bool:
+    return any("pack" in shape for tensor in layout.values() for shape in tensor.shapes)
 
 
 def _resolver(quant: QuantConfig) -> Resolver:

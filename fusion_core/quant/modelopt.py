@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import match
-from .claims import PLAIN, Claim, Doubt, Resolver, Section, mapping, names, refuse_unknown_keys, word
+from .claims import (
+    PLAIN,
+    Claim,
+    Doubt,
+    Resolver,
+    Section,
+    all_plain,
+    mapping,
+    names,
+    refuse_unknown_keys,
+    word,
+)
 from .fbgemm_fp8 import CHANNEL
 from .fp8 import TENSOR
 from .records import Format, Method
@@ -34,6 +45,11 @@ def parse(section: Section) -> Resolver:
     refuse_unknown_keys(section, _KEYS)
     excluded = match.globs(names(section, *_LISTS))
     algorithm = word(section, "quant_algo", "")
+    if not algorithm:
+        # Of the KV cache alone: the tool leaves the key out, or writes null.
+        if mapping(section, "quantized_layers") or mapping(section, "config_groups"):
+            raise Doubt("layers are quantised without a 'quant_algo'")
+        return all_plain
     if algorithm == "mixed_precision":
         layers = mapping(section, "quantized_layers")
         single = {name: _algorithm(mapping(layers, name)) for name in layers}

@@ -166,11 +166,11 @@ def _contradict(rng: random.Random, case: Case, row: dict[str, Any]) -> None:
     """One change of the config alone that the stored tensors of a fusing checkpoint cannot follow."""
     if row["expect"]["reason"] != "ok" or "quantization" not in row:
         return
-    quant, method = case.config["quantization_config"], row["quantization"]["quant_method"]
+    quant, method = case.config["quantization_config"], row["quantization"].get("quant_method")
     layers = row.get("layers", {})
     number = rng.choice([n for n in _sparse(case) if n not in layers])
     module = _module(case, number)
-    if row["stored"]["routed"] in ("bf16", "f16", "f32"):
+    if row["stored"]["routed"] in ("bf16", "f16", "f32", "stacked"):
         return
     lists = {"fp8": "ignored_layers", "awq": "modules_to_not_convert", "fbgemm_fp8": "modules_to_not_convert"}
     side = rng.choice([".experts", ".shared_expert" + ("s" if _is_glm(case) else "")])

@@ -54,11 +54,22 @@ def _gptq(bits: int) -> Any:
     }
 
 
-def _packed(zero: bool) -> Any:
+def _awq(bits: int) -> Any:
+    pack = 32 // bits
+    return lambda out, inner, group: {
+        "qweight": ("I32", (inner, out // pack)),
+        "qzeros": ("I32", (inner // group, out // pack)),
+        "scales": ("F16", (inner // group, out)),
+    }
+
+
+def _packed(zero: bool, bits: int = 4) -> Any:
+    pack = 32 // bits
+
     def parts(out: int, inner: int, group: int) -> Parts:
-        extra: Parts = {"weight_zero_point": ("I32", (out // 8, inner // group))} if zero else {}
+        extra: Parts = {"weight_zero_point": ("I32", (out // pack, inner // group))} if zero else {}
         return {
-            "weight_packed": ("I32", (out, inner // 8)),
+            "weight_packed": ("I32", (out, inner // pack)),
             "weight_scale": ("BF16", (out, inner // group)),
             "weight_shape": ("I64", (2,)),
             **extra,
@@ -92,12 +103,10 @@ KINDS: dict[str, Callable[[int, int, int], Parts]] = {
     },
     "int4-gptq": _gptq(4),
     "int8-gptq": _gptq(8),
-    "int4-awq": lambda out, inner, group: {
-        "qweight": ("I32", (inner, out // 8)),
-        "qzeros": ("I32", (inner // group, out // 8)),
-        "scales": ("F16", (inner // group, out)),
-    },
+    "int4-awq": _awq(4),
+    "int8-awq": _awq(8),
     "int4-packed": _packed(False),
+    "int8-packed": _packed(False, 8),
     "int4-packed-zero": _packed(True),
     "nvfp4": _halves("weight", "weight_scale", "F8_E4M3", 16, "weight_scale_2", "input_scale"),
     "nvfp4-weights": _halves("weight", "weight_scale", "F8_E4M3", 16, "weight_scale_2"),

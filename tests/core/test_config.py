@@ -153,3 +153,88 @@ def test_a_block_is_two_sizes(tmp_path: Path, block: object) -> None:
     config = config_of("qwen2_moe", quantization_config={"quant_method": "fp8", "weight_block_size": block})
     with pytest.raises(FsePatchError, match=r"'quantization_config\.weight_block_size' is "):
         ConfigFile(write_checkpoint(tmp_path, config, None)).quantisations()[0]
+
+
+NULLS = [
+    ("qwen2_moe", "shared_expert_intermediate_size"),
+    ("qwen3_next", "shared_expert_intermediate_size"),
+    ("glm4_moe", "n_shared_experts"),
+]
+
+
+def with_null(family: str, key: str) -> dict[str, Any]:
+    config = config_of(family)
+    config.get("text_config", config)[key] = None
+    return config
+
+
+@pytest.mark.parametrize(("family", "key"), NULLS)
+def test_a_shared_expert_of_null_is_none_and_a_missing_key_is_a_fault(
+    tmp_path: Path, family: str, key: str
+) -> None:
+    moe = read(tmp_path, with_null(family, key))
+    assert (moe.shared_intermediate_size, moe.num_shared_slots) == (0, None)
+    with pytest.raises(FsePatchError, match=f"has no '{key}'"):
+        read(tmp_path, config_of(family, **{key: None}))
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("qwen3_next", "num_nextn_predict_layers"),
+        ("glm4_moe", "num_nextn_predict_layers"),
+        ("qwen3_5_moe", "mtp_num_hidden_layers"),
+    ],
+)
+def test_a_count_of_draft_layers_of_null_is_none(tmp_path: Path, family: str, key: str) -> None:
+    assert read(tmp_path, with_null(family, key)).draft_layers == ()
+    assert read(tmp_path, config_of(family)).draft_layers == ()
+    assert len(read(tmp_path, config_of(family, **{key: 1})).draft_layers) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "number"),
+    [
+        ("qwen2_moe", "decoder_sparse_step", 1),
+        ("glm4_moe", "n_group", 1),
+        ("glm4_moe", "topk_group", 1),
+        ("glm4_moe", "routed_scaling_factor", 1.0),
+        ("qwen2_moe", "mlp_only_layers", []),
+    ],
+)
+def test_other_nulls_are_as_if_nothing_was_said(tmp_path: Path, family: str, key: str, number: Any) -> None:
+    assert read(tmp_path, with_null(family, key)) == read(tmp_path, config_of(family, **{key: number}))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size"])
+def test_a_count_that_must_be_there_is_no_null(tmp_path: Path, key: str) -> None:
+    with pytest.raises(FsePatchError, match=f"'{key}' is None; expected a whole number"):
+        read(tmp_path, with_null("qwen3_next", key))
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, ("none", "")),
+        (None, ("none", "")),
+        ({"bits": None}, ("unnamed", "")),
+        ({"x": 1}, ("unnamed", "")),
+    ],
+)
+def test_an_empty_object_declares_nothing(
+    tmp_path: Path, section: dict[str, Any] | None, expected: tuple[str, str]
+) -> None:
+    config = config_of("qwen2_moe") | {"quantization_config": section}
+    (quant,) = ConfigFile(write_checkpoint(tmp_path, config, None)).quantisations()
+    assert (quant.method, quant.scheme) == expected
+    # Engines take it for an answer where it is an object, and look further at null.
+    assert quant.source == ("" if section is None else "config.json: quantization_config")
+
+
+def test_a_gguf_file_is_taken_whatever_is_declared(tmp_path: Path) -> None:
+    config = config_of("qwen2_moe", quantization_config={"quant_method": "fp8"})
+    write_checkpoint(tmp_path, config, None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert [quant.method for quant in ConfigFile(tmp_path).quantisations()] == ["fp8", "gguf"]
+    write_checkpoint(tmp_path, config, {})
+    assert [quant.method for quant in ConfigFile(tmp_path).quantisations()] == ["fp8"]

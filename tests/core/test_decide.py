@@ -265,3 +265,28 @@ def test_no_config_is_bad_input(tmp_path: Path) -> None:
         decide(tmp_path, "vllm")
     with pytest.raises(FsePatchError, match="no such folder"):
         decide(tmp_path / "gone", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [("qwen2_moe", "shared_expert_intermediate_size"), ("glm4_moe", "n_shared_experts")],
+)
+def test_a_shared_expert_of_null_is_nothing_to_fuse(tmp_path: Path, family: str, key: str) -> None:
+    config = config_of(family)
+    assert merged(decide(write_checkpoint(tmp_path, config, None), "vllm")), "control"
+    decision = stock(decide(write_checkpoint(tmp_path, config | {key: None}, None), "vllm"))
+    assert decision.reason.code == "width.mismatch"
+    assert "width 0" in decision.reason.detail
+    assert (decision.layout, decision.moe) == (None, None)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe"])
+def test_a_draft_of_null_layers_is_none_unless_the_tensors_show_it(tmp_path: Path, family: str) -> None:
+    config = config_of(family) | {"num_nextn_predict_layers": None}
+    tensors = model_tensors(family)
+    folder = write_checkpoint(tmp_path, config, tensors)
+    assert decide_roles(folder, "vllm").keys() == {"main"}
+    assert stock(decide(folder, "vllm", "draft")).reason.code == "family.unknown"
+    prefix, _, layer = DRAFTS[family]
+    write_checkpoint(tmp_path, config, tensors | mlp_tensors(prefix, shared=SHARED[family]))
+    assert merged(decide_roles(folder, "vllm")["draft"]).moe.layers == (layer,)

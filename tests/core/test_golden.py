@@ -49,7 +49,7 @@ def test_there_are_enough_and_they_cover_every_format_and_family() -> None:
     assert len({row["id"] for row in ROWS}) == len(ROWS)
     families = {MODELS[row["model"]]["family"] for row in ROWS}
     assert families == {"qwen2_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "glm4_moe"}
-    methods = {row["quantization"]["quant_method"] for row in ROWS if "quantization" in row}
+    methods = {row["quantization"].get("quant_method") for row in ROWS if "quantization" in row}
     assert methods >= {
         "fp8", "awq", "gptq", "auto-round", "inc", "compressed-tensors", "quark", "mxfp4", "modelopt",
         "bitsandbytes", "gguf", "fbgemm_fp8",

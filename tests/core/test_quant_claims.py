@@ -15,7 +15,7 @@ ROUTED, SHARED = f"{LAYER}.experts.3.up_proj", f"{LAYER}.shared_expert.up_proj"
 WEIGHTS: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 
 
-def claim(method: str, name: str = ROUTED, **section: Any) -> Claim:
+def claim(method: str, name: str = ROUTED, /, **section: Any) -> Claim:
     quant = QuantConfig(method, source="config.json", section={"quant_method": method, **section})
     return resolver_for([quant])(name)
 
@@ -23,6 +23,11 @@ def claim(method: str, name: str = ROUTED, **section: Any) -> Claim:
 def ct(weights: dict[str, Any], form: str, name: str = ROUTED, **rest: Any) -> Claim:
     group = {"targets": ["Linear"], "weights": weights, **rest.pop("group", {})}
     return claim("compressed-tensors", name, format=form, config_groups={"group_0": group}, **rest)
+
+
+def linear(weights: dict[str, Any] | None, **rest: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, **rest}
+    return {"format": "pack-quantized", "config_groups": {"a": group}}
 
 
 @pytest.mark.parametrize(
@@ -111,15 +116,45 @@ def test_gptq_overrides_are_tried_in_order() -> None:
     assert claim("gptq", bits=4, group_size=32, dynamic={"lm_head": {}}).group == (1, 32)
 
 
-def test_two_groups_for_one_module_are_a_doubt() -> None:
-    groups = {
-        "a": {"targets": ["Linear"], "weights": WEIGHTS},
-        "b": {"targets": ["re:.*experts.*"], "weights": {**WEIGHTS, "group_size": 64}},
-    }
-    section = {"format": "pack-quantized", "config_groups": groups}
-    assert claim("compressed-tensors", SHARED, **section).group == (1, 32)
-    with pytest.raises(Doubt, match="two config groups"):
-        claim("compressed-tensors", ROUTED, **section)
+def test_inputs_of_fbgemm_share_a_scale_by_tokens() -> None:
+    made = claim("fbgemm-fp8")
+    assert (made.group, made.inputs, made.lacks) == ((1, 0), (1, 0), {"input_scale"})
+    assert claim("fp8", weight_block_size=[64, 32]).inputs == (1, 32)
+    assert claim("fp8").inputs == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({}, ""),
+        ({"checkpoint_format": None, "format": None}, ""),
+        ({"checkpoint_format": ""}, ""),
+        ({"checkpoint_format": "gptq"}, ""),
+        ({"format": "gptq"}, ""),
+        ({"format": "gptq_v2"}, "gptq_v2"),
+        ({"checkpoint_format": "gptq_v2"}, "gptq_v2"),
+        ({"checkpoint_format": "gptq_v2", "format": "gptq_v2"}, "gptq_v2"),
+        ({"checkpoint_format": "gptq_v2", "format": None}, "gptq_v2"),
+        ({"is_marlin_format": False}, ""),
+    ],
+)
+def test_layout_of_gptq(section: dict[str, Any], said: str) -> None:
+    expected = ("symmetric", said) if said else ("symmetric",)
+    assert claim("gptq", bits=4, group_size=32, **section).details == expected
+
+
+def test_defaults_of_packed_integers() -> None:
+    """What a config leaves out is what engines take: symmetric, in order, one group a row."""
+    bare = claim("gptq", bits=4)
+    assert bare == claim("gptq", bits=4, group_size=-1, sym=True, desc_act=False, dynamic={})
+    assert bare != claim("gptq", bits=4, sym=False)
+    assert bare != claim("gptq", bits=4, desc_act=True)
+    assert (bare.bits, bare.group) == (4, (1, 0))
+    assert claim("awq", bits=4) == claim("awq", bits=4, zero_point=True, group_size=-1, version="GEMM")
+    assert claim("awq", bits=4) != claim("awq", bits=4, zero_point=False)
+    # transformers leaves `sym` at its default beside it.
+    assert claim("awq", bits=4, sym=True) == claim("awq", bits=4, sym=False) == claim("awq", bits=4)
+    assert claim("inc", bits=4) == claim("inc", bits=4, sym=True, data_type="int", act_bits=16)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +180,46 @@ def test_two_groups_for_one_module_are_a_doubt() -> None:
         ("inc", {"bits": 4, "act_bits": 8}),
         ("inc", {"bits": 4, "packing_format": "auto_round:llm_compressor"}),
         ("inc", {"bits": 4, "extra_config": {"x": {"rotation": 1}}}),
-        ("compressed-tensors", {"config_groups": {}}),
+        ("gptq", {"bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"}),
+        ("gptq", {"bits": 4, "format": "marlin"}),
+        ("gptq", {"bits": 4, "format": 3}),
+        ("gptq", {"bits": 4, "is_marlin_format": True}),
+        ("gptq", {"bits": 4, "method": "awq"}),
+        ("gptq", {"bits": 4, "method": 4}),
+        ("gptq", {"bits": 4, "activation": {"mode": "w4afp8"}}),
+        ("gptq", {"bits": 4, "rotation": "hadamard"}),
+        ("gptq", {"bits": 4, "rotation_config": {"type": "hadamard"}}),
+        ("gptq", {"bits": 4, "data_type": "mx_fp"}),
+        ("gptq", {"bits": 4, "act_bits": 8}),
+        ("awq", {"bits": 4, "format": "gemv"}),
+        ("awq", {"bits": 4, "checkpoint_format": "gemv_fast"}),
+        ("awq", {"bits": 4, "backend": "llm-awq"}),
+        ("awq", {"bits": 4, "desc_act": True}),
+        ("awq", {"bits": 4, "pack_dtype": "int16"}),
+        ("awq", {"bits": 4, "method": "gptq"}),
+        ("awq", {"bits": 4, "modules_in_block_to_quantize": [["mlp.gate_proj"]]}),
+        ("awq", {"bits": 4, "dynamic": {"+:.*": {"zero_point": False}}}),
+        ("fp8", {"expert_dtype": "fp4"}),
+        ("fp8", {"modules_to_convert": ["up_proj"], "ignored_layers": ["up_proj"]}),
+        ("fp8", {"bits": 4}),
+        ("fp8", {"sym": False}),
+        ("fp8", {"act_bits": 16}),
+        ("fp8", {"data_type": "int"}),
+        ("fp8", {"group_size": 32, "weight_block_size": [32, 32]}),
+        ("fp8", {"static_kv_granularity": "expert"}),
+        ("fp8", {"extra_config": {"x": {"act_dynamic": False}}}),
+        ("inc", {"bits": 4, "static_attention_granularity": "expert"}),
+        ("inc", {"bits": 4, "rotation_config": {"type": "hadamard"}}),
+        ("inc", {"bits": 4, "extra_config": {"x": {"act_bits": 8}}}),
+        ("inc", {"bits": 16, "act_bits": 8}),
         ("compressed-tensors", {"config_groups": {"a": {"weights": {"num_bits": 2}}}}),
+        ("compressed-tensors", linear({"num_bits": 2})),
+        ("compressed-tensors", linear({**WEIGHTS, "actorder": "odd"})),
+        ("compressed-tensors", linear({**WEIGHTS, "new_key": 1})),
+        ("compressed-tensors", linear(None, input_activations={"num_bits": 8})),
+        ("compressed-tensors", linear(WEIGHTS, output_activations={"num_bits": 8})),
+        ("compressed-tensors", linear(WEIGHTS) | {"quantization_status": "calibration"}),
+        ("compressed-tensors", linear(WEIGHTS) | {"moe_sparsity_config": {"method": "prune"}}),
         ("compressed-tensors", {"config_groups": {"a": {"weights": {**WEIGHTS, "actorder": "odd"}}}}),
         ("compressed-tensors", {"transform_config": {"a": 1}}),
         ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}),
