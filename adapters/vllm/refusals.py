@@ -8,7 +8,8 @@ from typing import Any
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
-from ..refusals import config_differs, quantised_online, without_proof
+from ..refusals import quantised_online, without_proof
+from ..running_config import config_differs
 
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}

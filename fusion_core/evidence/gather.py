@@ -53,13 +53,18 @@ class RoleEvidence:
     Args:
         moe_layers: sparse layers by config.json; for a draft that only the tensors show, by them.
         layers: evidence of each of them; empty where no headers were there to read.
-        in_checkpoint: whether any expert tensor of this role is in the checkpoint.
+        stored_layers: layers with an expert tensor in the checkpoint, whatever config.json says.
     """
 
     role: Role
     moe_layers: tuple[int, ...]
     layers: tuple[LayerEvidence, ...] = ()
-    in_checkpoint: bool = False
+    stored_layers: tuple[int, ...] = ()
+
+    @property
+    def in_checkpoint(self) -> bool:
+        """Return whether any expert tensor of this role is in the checkpoint."""
+        return bool(self.stored_layers)
 
     @property
     def stored_alike(self) -> bool | None:
@@ -131,7 +136,7 @@ def _read(checkpoint: Path) -> Evidence:
         evidence = tuple(
             _layer(n, layers.get((role, n), _LayerTensors()), moe, quants, resolve) for n in declared
         )
-        roles[role] = RoleEvidence(role, declared, evidence if headers.files else (), bool(in_headers[role]))
+        roles[role] = RoleEvidence(role, declared, evidence if headers.files else (), in_headers[role])
     return Evidence(config.model_type, family, moe, quant, bool(headers.files), roles, quants)
 
 

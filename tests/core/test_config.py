@@ -153,3 +153,11 @@ def test_a_block_is_two_sizes(tmp_path: Path, block: object) -> None:
     config = config_of("qwen2_moe", quantization_config={"quant_method": "fp8", "weight_block_size": block})
     with pytest.raises(FsePatchError, match=r"'quantization_config\.weight_block_size' is "):
         ConfigFile(write_checkpoint(tmp_path, config, None)).quantisations()[0]
+
+
+def test_a_scale_that_is_not_named_is_that_of_the_family(tmp_path: Path) -> None:
+    config = config_of("glm4_moe", routed_scaling_factor=None)
+    assert read(tmp_path, config).routed_scaling_factor == 1.0
+    lite = {**config, "model_type": "glm4_moe_lite"}
+    assert read(tmp_path, lite).routed_scaling_factor == 1.8
+    assert read(tmp_path, {**lite, "routed_scaling_factor": 2.5}).routed_scaling_factor == 2.5
