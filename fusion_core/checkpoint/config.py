@@ -159,7 +159,7 @@ class ConfigFile:
 
     def moe(self, family: FamilySpec) -> MoeConfig:
         """Read the MoE values by the keys that ``family`` names."""
-        return _moe(family, self._text)
+        return _moe(family, _Values(self._text.values, self.path, self._text.section))
 
     def quantisations(self) -> tuple[QuantConfig, ...]:
         """List every declared quantisation, in the order in which engines look for them; at least "none".

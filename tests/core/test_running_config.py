@@ -17,6 +17,7 @@ from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import Merged, RoutingSpec
 from fse_patch.fusion_core.reasons import Reason
 
+from ..overrides import other
 from .checkpoints import CONFIGS, config_of, write_checkpoint
 from .moe import decision
 from .outcomes import merged
@@ -30,13 +31,6 @@ LAYOUT = ExpertLayout(num_routed=8, num_shared_slots=1, top_k=2, hidden_size=16,
 DECIDED = decision(LAYOUT, RoutingSpec("softmax", True), layers=(0, 1))
 MADE = dataclasses.replace(DECIDED, config=moe_of(DECIDED.family, RUNNING, "config.json"))
 DRAFT = {"qwen3_next": "num_nextn_predict_layers", "glm4_moe": "num_nextn_predict_layers"}
-OTHER: dict[type, Any] = {
-    bool: lambda value: not value,
-    int: lambda value: value + 1,
-    float: lambda value: 2 * value,
-    str: lambda value: f"{value}_new",
-    list: lambda value: [0],
-}
 
 
 def decided(folder: Path, config: dict[str, Any], role: Role = "main") -> Merged:
@@ -106,7 +100,7 @@ def test_no_value_that_is_read_is_left_out(tmp_path: Path, family: str) -> None:
     assert {spec.num_experts_key, spec.top_k_key, "hidden_act", "norm_topk_prob", "n_group"} <= set(keys)
     for key in keys:
         value = made.config.values[key]
-        reasons = differs(made, {**text, key: OTHER[type(value)](value)})
+        reasons = differs(made, {**text, key: other(value)})
         assert [reason.code for reason in reasons] == ["config.differs"], key
         assert key in reasons[0].detail
 
