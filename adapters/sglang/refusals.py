@@ -15,6 +15,7 @@ from . import native
 UPSTREAM: Final = "upstream.already"
 # Loaders that pass every checkpoint tensor by its name through `load_weights`, or none at all.
 LOAD_FORMATS = {"auto", "safetensors", "fastsafetensors", "runai_streamer", "pt", "npcache", "dummy"}
+DEFAULT_FORMAT = "auto"
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
 RUNNERS = {"auto", "triton"}
 # Switches of its TopK, which not every mode asks.
@@ -74,9 +75,25 @@ def refusals(
         )
     if any(setting is not None and setting.get() for setting in (getattr(envs, n, None) for n in SIMULATORS)):
         yield Reason("routing.simulator", f"one of {', '.join(SIMULATORS)} is set; unset it")
-    load_format = getattr(load_config.load_format, "value", load_config.load_format)
+    load_format = load_format_given(load_config)
     if load_format not in LOAD_FORMATS:
         yield Reason("load.format", f"--load-format is {load_format}; use auto or safetensors")
     yield from quantised_online(decision, model_config.quantization, quantised)
     yield from config_differs(decision, model_config.hf_text_config)
     yield from without_proof(decision, native.platform(), effective)
+
+
+def load_format_given(load_config: Any) -> str:
+    """Return the load format as the user gave it.
+
+    Some loaders set it back to ``auto`` before they build a model, which they then load in their own way.
+    """
+    from sglang.srt.runtime_context import get_model
+
+    # While a draft is loaded, SGLang has its own format there.
+    now, given = (_format_name(of.load_format) for of in (load_config, get_model()))
+    return given if now == DEFAULT_FORMAT else now
+
+
+def _format_name(load_format: Any) -> str:
+    return str(getattr(load_format, "value", load_format)).lower()
