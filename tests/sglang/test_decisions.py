@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..running import Checkpoints
+from ..running import Checkpoints, with_dense_layer
 from ..vllm.processes import in_process
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -36,18 +35,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     given = {name: {"folder": str(folder), **case} for name, case in cases.items()}
     given["dense layer"] = {"folder": str(dense)}
     return dict(in_process("tests.sglang.decisions:probe", json.dumps(given), FSE_PATCH="sglang"))
-
-
-def with_dense_layer(source: Path, out: Path) -> Path:
-    """The checkpoint with a config.json by which its first layer is dense, and no index of it."""
-    from safetensors.torch import load_file, save_file
-
-    out.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "decoder_sparse_step": 2}))
-    sparse = {n: t for n, t in load_file(source / "model.safetensors").items() if ".layers.0.mlp." not in n}
-    save_file(sparse, out / "model.safetensors", {"format": "pt"})
-    return out
 
 
 @pytest.mark.every_release
