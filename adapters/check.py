@@ -39,14 +39,24 @@ def check_arguments(
 
 
 def check_complete(fused_role: FusedRole, all_here: bool) -> None:
-    """Stop if a layer that was to fuse was built another way.
+    """Stop if the engine has built other layers than the checkpoint has: nothing is there to fall back to.
 
     Args:
         all_here: no other pipeline stage holds layers.
 
     Raises:
-        FsePatchError: fewer fused layers than decided.
+        FsePatchError: fewer fused layers than decided, or layers with experts that no weights are there for.
     """
-    missing = sorted(set(fused_role.start.moe.layers) - fused_role.layers.keys())
+    start, name = fused_role.start, f"{fused_role.name} model"
+    missing = sorted(set(start.moe.layers) - fused_role.layers.keys())
     if fused_role.unfinished or (missing and all_here):
-        raise FsePatchError(f"{fused_role.name} model: layers {missing} were decided to fuse and did not")
+        dense = [number for number in missing if number not in fused_role.unfused | fused_role.begun]
+        why = f"; {start.decision.engine} has built layers {dense} without experts" if dense else ""
+        raise FsePatchError(f"{name}: layers {missing} were decided to fuse and did not{why}")
+    empty = sorted(fused_role.unfused - {*start.moe.layers, *start.decision.stored_layers})
+    if empty:
+        seen = f"{start.decision.engine} has built layers {empty} with experts, and the checkpoint has none"
+        raise FsePatchError(
+            f"{name}: {seen} for them: unpatched too, it would answer from weights that were never loaded; "
+            "the model is not served"
+        )

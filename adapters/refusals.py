@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from .. import settings
 from ..fusion_core.checkpoint.config import UNQUANTISED
@@ -35,29 +34,6 @@ def measured(situation: Situation, effective: settings.Settings) -> ModePlan | R
         why = "a tuned table says that fusing is slower here for some number of tokens"
         return Reason("slower.measured", why)
     return unmeasured(effective.allow_unmeasured, "for this shape, dtype, device and release")
-
-
-def config_differs(decision: Merged, config: Any) -> Iterator[Reason]:
-    """Refuse where the configuration that runs is not the one that was decided on."""
-    family, layout, routing = decision.family, decision.moe.layout, decision.moe.routing
-    expected = {
-        family.num_experts_key: layout.num_routed,
-        family.top_k_key: layout.top_k,
-        "hidden_size": layout.hidden_size,
-        "moe_intermediate_size": layout.moe_intermediate_size,
-        "norm_topk_prob": routing.renormalize,
-        "routed_scaling_factor": routing.routed_scaling_factor,
-    }
-    seen = {name: getattr(config, name, value) for name, value in expected.items()}
-    differing = [f"{n} is {seen[n]!r}, config.json says {v!r}" for n, v in expected.items() if seen[n] != v]
-    first, last, built = decision.moe.layers[0], decision.moe.layers[-1], config.num_hidden_layers
-    fits = last < built if decision.role == "main" else first == built or not family.draft_after_main
-    if not fits:
-        differing.append(f"num_hidden_layers is {built}, config.json says otherwise")
-    if differing:
-        yield Reason(
-            "config.differs", f"{'; '.join(differing)}; run without overrides of the MoE configuration"
-        )
 
 
 def without_proof(decision: Merged, platform: str, effective: settings.Settings) -> Iterator[Reason]:

@@ -29,8 +29,13 @@ class EngineSlots(ABC):
     """What differs between engines in how they number layers and fill experts."""
 
     @abstractmethod
+    def number_at(self, start: Start, place: Any) -> int | None:
+        """Return a layer as checkpoints number it, at an engine's own name or number of it, or None."""
+
     def layer_at(self, start: Start, place: Any) -> int | None:
-        """Return the layer of ``start.moe`` at an engine's own name or number of it, or None."""
+        """Return the same, None where it is no layer of ``start.moe``."""
+        number = self.number_at(start, place)
+        return number if number in start.moe.layers else None
 
     @abstractmethod
     def take(self, parameter: Any, part: Any, name: str) -> bool:
@@ -54,6 +59,8 @@ class FusedRole:
         self.layers: dict[int, FusedLayer] = {}
         # Layers whose experts were built with slots: each must become one of ``layers``.
         self.begun: set[int] = set()
+        # Layers that the engine has built with experts, without slots.
+        self.unfused: set[int] = set()
         self.counter = ModeCounter()
         self.audit = SlotAudit(start.decision.role)
         self.gates = LoadedGates(start.naming, start.decision.role)
@@ -78,6 +85,12 @@ class FusedRole:
     def layer_at(self, place: Any) -> int | None:
         """Return the layer at an engine's own name or number of it, or None where it does not fuse."""
         return self.engine.layer_at(self.start, place)
+
+    def leave(self, place: Any) -> None:
+        """Note that the engine builds experts of a layer in its own way, at its own name or number of it."""
+        number = self.engine.number_at(self.start, place)
+        if number is not None:
+            self.unfused.add(number)
 
     def begin(self, number: int) -> None:
         """Note that the experts of a layer were built with slots: its block is to become one of ``layers``.

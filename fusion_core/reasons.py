@@ -36,6 +36,7 @@ Code = Literal[
     "version.untested",
     "fingerprint",
     "upstream.already",
+    "upstream.wrong",
     "slower.measured",
     "slower.unmeasured",
     "disabled",
@@ -135,6 +136,10 @@ REASONS: Mapping[Code, Meaning] = {
     ),
     "fingerprint": Meaning("The engine's source is not the one that the patches were written for."),
     "upstream.already": Meaning("This release fuses the model by itself, and rightly."),
+    "upstream.wrong": Meaning(
+        "The engine itself builds other layers than the checkpoint has: its own answers are wrong.",
+        "run it in another engine",
+    ),
     "slower.measured": Meaning("A tuned table says that fusing is slower here for some number of tokens."),
     "slower.unmeasured": Meaning(
         "Nobody has measured fusing here, and stock's way cannot be kept.", _UNMEASURED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -122,6 +123,16 @@ def with_other_shared_dtype(source: Path, out: Path) -> Path:
         held = load_file(file)
         narrow = {k: v.to(torch.bfloat16) if ".shared_expert" in k else v for k, v in held.items()}
         save_file(narrow, out / file.name, {"format": "pt"})
+    return out
+
+
+def with_dense_layer(source: Path, out: Path) -> Path:
+    """A copy whose first layer is dense by config.json, and has no experts in the checkpoint."""
+    out.mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "decoder_sparse_step": 2}))
+    sparse = {n: t for n, t in load_file(source / "model.safetensors").items() if ".layers.0.mlp." not in n}
+    save_file(sparse, out / "model.safetensors", {"format": "pt"})
     return out
 
 

@@ -67,9 +67,11 @@ def moe_class(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
     """Build the experts of a block, with room for the shared slots where its layer fuses."""
-    fused_role = ACTIVE.get()
-    layer = fused_role.layer_at(kwargs.get("layer_id", -1)) if fused_role else None
+    fused_role, place = ACTIVE.get(), kwargs.get("layer_id", -1)
+    layer = fused_role.layer_at(place) if fused_role else None
     if fused_role is None or layer is None or not fused_role.start.merged:
+        if fused_role is not None:
+            fused_role.leave(place)
         return cls(*args, **kwargs)
     check_experts(fused_role, layer, cls, args, kwargs)
     layout = fused_role.layout

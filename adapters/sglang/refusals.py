@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from ...fusion_core.checkpoint.weight_files import AUTO
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
-from ..refusals import config_differs, quantised_online, without_proof
+from ..refusals import quantised_online, without_proof
+from ..running_config import config_differs
 from . import native
 
 UPSTREAM: Final = "upstream.already"
@@ -16,11 +18,6 @@ UPSTREAM: Final = "upstream.already"
 RUNNERS = {"auto", "triton"}
 # Switches of its TopK, which not every mode asks.
 SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
-
-
-def load_format_given(load_config: Any) -> str:
-    """Return the load format that the user gave."""
-    return str(getattr(load_config.load_format, "value", load_config.load_format))
 
 
 def refusals(
@@ -79,3 +76,19 @@ def refusals(
     yield from quantised_online(decision, model_config.quantization, quantised)
     yield from config_differs(decision, model_config.hf_text_config)
     yield from without_proof(decision, native.platform(), effective)
+
+
+def load_format_given(load_config: Any) -> str:
+    """Return the load format as the user gave it.
+
+    Some loaders set it back to ``auto`` before they build a model, which they then load in their own way.
+    """
+    from sglang.srt.runtime_context import get_model
+
+    # While a draft is loaded, SGLang has its own format there.
+    now, given = (_format_name(of.load_format) for of in (load_config, get_model()))
+    return given if now == AUTO else now
+
+
+def _format_name(load_format: Any) -> str:
+    return str(getattr(load_format, "value", load_format)).lower()

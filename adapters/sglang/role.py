@@ -13,12 +13,12 @@ from ..start import Start
 class Slots(EngineSlots):
     """Layers by SGLang's own numbers, slots by the weight loader of their parameters."""
 
-    def layer_at(self, start: Start, place: int) -> int | None:
+    def number_at(self, start: Start, place: int) -> int | None:
         """Return the layer that SGLang calls ``place``, or None. A draft counts its layers from 0."""
         layers = start.moe.layers
         if start.decision.role == "draft":
             return layers[place] if place < len(layers) else None
-        return place if place in layers else None
+        return place
 
     def take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand ``part`` to SGLang's weight loader, which says nothing: what it leaves out shows as poison."""

@@ -96,9 +96,11 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
-        fused_role = ACTIVE.get()
-        layer = fused_role.layer_at(kwargs.get("prefix", "")) if fused_role else None
+        fused_role, place = ACTIVE.get(), kwargs.get("prefix", "")
+        layer = fused_role.layer_at(place) if fused_role else None
         if fused_role is None or layer is None:
+            if fused_role is not None:
+                fused_role.leave(place)
             return original(*args, **kwargs)
         check_experts(fused_role, layer, args, kwargs)
         start, layout = fused_role.start, fused_role.layout

@@ -8,7 +8,8 @@ from typing import Any
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
-from ..refusals import config_differs, quantised_online, without_proof
+from ..refusals import quantised_online, without_proof
+from ..running_config import config_differs
 
 # Backends that pass weight updates through `load_weights`, within a layer-wise reload.
 TRANSFERS = {"nccl", "ipc"}

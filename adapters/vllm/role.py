@@ -16,11 +16,10 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 class Slots(EngineSlots):
     """Layers by the prefix of their modules, slots by the weight loader of their parameters."""
 
-    def layer_at(self, start: Start, place: str) -> int | None:
-        """Return the layer that a module's prefix lies in, or None where it does not fuse."""
+    def number_at(self, start: Start, place: str) -> int | None:
+        """Return the layer that a module's prefix lies in, or None."""
         match = LAYER.search(place)
-        layer = int(match[1]) if match else -1
-        return layer if layer in start.moe.layers else None
+        return int(match[1]) if match else None
 
     def take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand ``part`` to vLLM's weight loader; it says whether it took it."""

@@ -17,6 +17,8 @@ UNQUANTISED = "none"
 # Far above any model; keeps a typing error from filling the memory with layer numbers.
 _MAX_LAYERS = 10_000
 _MAX_COUNT = 1 << 24
+# Keys of grouped routing, and what they are where a config has none.
+UNGROUPED: Mapping[str, Any] = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class MoeConfig:
         moe_intermediate_size: I, width of a routed expert.
         shared_intermediate_size: width of the shared expert; 0 where there is none.
         main_layers, draft_layers: numbers of the sparse layers, as checkpoints count them.
-        dtype: ``torch_dtype`` of the config, or "" where it names none.
+        values: all of this as it was read, by key of the config; the default where a key is missing.
     """
 
     num_routed: int
@@ -46,7 +48,7 @@ class MoeConfig:
     topk_group: int
     routed_scaling_factor: float
     hidden_act: str
-    dtype: str
+    values: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_shared_slots(self) -> int | None:
@@ -79,6 +81,8 @@ class _Values:
 
     def __init__(self, values: Mapping[str, Any], path: str, section: str = "") -> None:
         self.values, self.path, self.section = values, path, section
+        # What was asked for, as it was given out.
+        self.read: dict[str, Any] = {}
 
     def fail(self, key: str, expected: str) -> FsePatchError:
         name = f"{self.section}{key}"
@@ -90,9 +94,10 @@ class _Values:
         """Return a value that fits; the default, where there is one, for null and for a missing key."""
         value = self.values.get(key)
         if value is None and default is not None:
-            return default
-        if not fits(value):
+            value = default
+        elif not fits(value):
             raise self.fail(key, expected)
+        self.read[key] = value
         return value
 
     def integer(self, key: str, default: int | None = None, low: int = 0, high: int = _MAX_COUNT) -> int:
@@ -113,7 +118,7 @@ class _Values:
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
-        return tuple(self._get(key, (), _is_integers, "a list of whole numbers"))
+        return tuple(self._get(key, [], _is_integers, "a list of whole numbers"))
 
     def child(self, key: str) -> _Values | None:
         value = self.values.get(key)
@@ -151,38 +156,7 @@ class ConfigFile:
 
     def moe(self, family: FamilySpec) -> MoeConfig:
         """Read the MoE values by the keys that ``family`` names."""
-        text = self._text
-        layers = text.integer("num_hidden_layers", low=1, high=_MAX_LAYERS)
-        routed = text.integer(family.num_experts_key)
-        width = text.integer("moe_intermediate_size", low=1)
-        top_k = text.integer(family.top_k_key, low=1)
-        if routed and top_k > routed:
-            raise text.fail(family.top_k_key, f"at most the {routed} experts of '{family.num_experts_key}'")
-        # Other families ignore these keys, whatever a config carries along.
-        grouped = text if family.grouped_routing else _Values({}, self.path)
-        group = grouped.integer("n_group", default=1, low=1)
-        topk_group = grouped.integer("topk_group", default=1, low=1)
-        if routed % group:
-            raise grouped.fail("n_group", f"a divisor of the {routed} experts")
-        if topk_group > group:
-            raise grouped.fail("topk_group", f"at most the {group} groups of 'n_group'")
-        main, draft = self._sparse_layers(family, layers)
-        return MoeConfig(
-            num_routed=routed,
-            top_k=top_k,
-            hidden_size=text.integer("hidden_size", low=1),
-            moe_intermediate_size=width,
-            shared_intermediate_size=self._shared_width(family, width),
-            num_hidden_layers=layers,
-            main_layers=main,
-            draft_layers=draft,
-            renormalize=text.boolean("norm_topk_prob", family.renormalize_default),
-            num_expert_group=group,
-            topk_group=topk_group,
-            routed_scaling_factor=grouped.number("routed_scaling_factor", 1.0),
-            hidden_act=text.text("hidden_act", "silu"),
-            dtype=text.text("dtype", text.text("torch_dtype", "")),
-        )
+        return _moe(family, _Values(self._text.values, self.path, self._text.section))
 
     def quantisations(self) -> tuple[QuantConfig, ...]:
         """List every declared quantisation, in the order in which engines look for them; at least "none".
@@ -208,28 +182,77 @@ class ConfigFile:
             quants.append(QuantConfig("gguf", source="*.gguf"))
         return tuple(quants) or (QuantConfig(),)
 
-    def _shared_width(self, family: FamilySpec, width: int) -> int:
-        if family.shared_size_key is not None:
-            key, unit = family.shared_size_key, 1
-        else:
-            assert family.num_shared_key is not None, family.name
-            key, unit = family.num_shared_key, width
-        # null is how configs say "no shared expert"; a missing key says nothing.
-        return self._text.integer(key, default=0 if key in self._text.values else None) * unit
 
-    def _sparse_layers(self, family: FamilySpec, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        text = self._text
-        dense = set(text.integers("mlp_only_layers")) if family.sparse_step else set()
-        step = text.integer("decoder_sparse_step", default=1, low=1) if family.sparse_step else 1
-        first = text.integer(family.first_dense_key) if family.first_dense_key else 0
+def moe_of(family: FamilySpec, values: Mapping[str, Any], source: str) -> MoeConfig:
+    """Read the MoE values of ``values``, the language model's part of a config, as `ConfigFile.moe` does.
 
-        def sparse(numbers: range) -> tuple[int, ...]:
-            return tuple(n for n in numbers if n >= first and n not in dense and not (n + 1) % step)
+    Args:
+        source: what holds them, for errors.
 
-        count_key = next((k for k in family.draft_count_keys if k in text.values), None)
-        count = text.integer(count_key, default=0, high=_MAX_LAYERS) if count_key else 0
-        start = layers if family.draft_after_main else 0
-        return sparse(range(layers)), sparse(range(start, start + count))
+    Raises:
+        FsePatchError: a value is missing, or is none that fits.
+    """
+    return _moe(family, _Values(values, source))
+
+
+def _moe(family: FamilySpec, text: _Values) -> MoeConfig:
+    layers = text.integer("num_hidden_layers", low=1, high=_MAX_LAYERS)
+    routed = text.integer(family.num_experts_key)
+    width = text.integer("moe_intermediate_size", low=1)
+    top_k = text.integer(family.top_k_key, low=1)
+    if routed and top_k > routed:
+        raise text.fail(family.top_k_key, f"at most the {routed} experts of '{family.num_experts_key}'")
+    # Other families ignore these keys, whatever a config carries along; it is only noted.
+    grouped = text if family.grouped_routing else _Values({}, text.path)
+    text.read |= {key: text.values.get(key) or neutral for key, neutral in UNGROUPED.items()}
+    group = grouped.integer("n_group", default=1, low=1)
+    topk_group = grouped.integer("topk_group", default=1, low=1)
+    if routed % group:
+        raise grouped.fail("n_group", f"a divisor of the {routed} experts")
+    if topk_group > group:
+        raise grouped.fail("topk_group", f"at most the {group} groups of 'n_group'")
+    scale = grouped.number("routed_scaling_factor", family.scaling_factor_default)
+    main, draft = _sparse_layers(family, text, layers)
+    return MoeConfig(
+        num_routed=routed,
+        top_k=top_k,
+        hidden_size=text.integer("hidden_size", low=1),
+        moe_intermediate_size=width,
+        shared_intermediate_size=_shared_width(family, text, width),
+        num_hidden_layers=layers,
+        main_layers=main,
+        draft_layers=draft,
+        renormalize=text.boolean("norm_topk_prob", family.renormalize_default),
+        num_expert_group=group,
+        topk_group=topk_group,
+        routed_scaling_factor=scale,
+        hidden_act=text.text("hidden_act", "silu"),
+        values=text.read,
+    )
+
+
+def _shared_width(family: FamilySpec, text: _Values, width: int) -> int:
+    if family.shared_size_key is not None:
+        key, unit = family.shared_size_key, 1
+    else:
+        assert family.num_shared_key is not None, family.name
+        key, unit = family.num_shared_key, width
+    # null is how configs say "no shared expert"; a missing key says nothing.
+    return text.integer(key, default=0 if key in text.values else None) * unit
+
+
+def _sparse_layers(family: FamilySpec, text: _Values, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    dense = set(text.integers("mlp_only_layers")) if family.sparse_step else set()
+    step = text.integer("decoder_sparse_step", default=1, low=1) if family.sparse_step else 1
+    first = text.integer(family.first_dense_key) if family.first_dense_key else 0
+
+    def sparse(numbers: range) -> tuple[int, ...]:
+        return tuple(n for n in numbers if n >= first and n not in dense and not (n + 1) % step)
+
+    count_key = next((k for k in family.draft_count_keys if k in text.values), None)
+    count = text.integer(count_key, default=0, high=_MAX_LAYERS) if count_key else 0
+    start = layers if family.draft_after_main else 0
+    return sparse(range(layers)), sparse(range(start, start + count))
 
 
 def _quant_config(section: _Values, default_method: str, source: str) -> QuantConfig:

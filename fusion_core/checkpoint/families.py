@@ -38,10 +38,12 @@ class FamilySpec(Strict):
         scoring: how router logits become expert scores.
         renormalize_default: ``norm_topk_prob`` where the config does not name it.
         grouped_routing: the family reads ``n_group``, ``topk_group`` and ``routed_scaling_factor``.
+        scaling_factor_default: ``routed_scaling_factor`` where the config does not name it.
         num_experts_key, top_k_key: config keys of E and k.
         shared_size_key: config key of the shared expert's intermediate width; or
         num_shared_key: config key of its width in routed widths. One of the two.
         sparse_step: layers are sparse by ``decoder_sparse_step`` and ``mlp_only_layers``.
+        every_layer_sparse: engines that build every layer sparse, whatever these say.
         first_dense_key: config key of the number of leading dense layers, if any.
         draft_prefix: prefix of the MTP draft's layers where it is another one.
         draft_count_keys: config keys of the number of draft layers, first one present wins.
@@ -57,10 +59,12 @@ class FamilySpec(Strict):
     shared_gate: Text | None = None
     renormalize_default: bool = True
     grouped_routing: bool = False
+    scaling_factor_default: Annotated[float, Field(gt=0)] = 1.0
     top_k_key: Text = "num_experts_per_tok"
     shared_size_key: Text | None = None
     num_shared_key: Text | None = None
     sparse_step: bool = False
+    every_layer_sparse: Annotated[tuple[Engine, ...], Field(strict=False)] = ()
     first_dense_key: Text | None = None
     draft_prefix: Text | None = None
     draft_count_keys: Texts = ()

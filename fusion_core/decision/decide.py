@@ -88,7 +88,9 @@ def decide_evidence(
     layout = _fusable(moe, layers)
     if isinstance(layout, Reason) or layers is None:
         verdict = _Verdict(layout) if isinstance(layout, Reason) else _Verdict(_NO_DRAFT)
-    elif reason := evidence.refusal or layers.finding:
+    elif reason := (
+        evidence.refusal or layers.finding or _built_otherwise(evidence.family, moe, layers, engine)
+    ):
         verdict = _Verdict(reason)
     else:
         verdict = _storage_verdict(evidence, quant, layout.num_shared_slots, layers, engine, policy)
@@ -97,6 +99,8 @@ def decide_evidence(
         "formats": verdict.formats,
         "stored_alike": layers.stored_alike if layers else None,
         "packed": _packed(layers, quant),
+        "config": moe,
+        "stored_layers": (layers.stored_layers or layers.moe_layers) if layers else (),
     }
     # Names and values from the checkpoint are in it: one line, whatever they hold.
     detail = " ".join(verdict.reason.detail.split())
@@ -171,6 +175,19 @@ def _fusable(moe: MoeConfig, layers: RoleEvidence | None) -> ExpertLayout | Reas
 def weight_quantisation(evidence: Evidence) -> QuantConfig:
     """Return what engines read first, or nothing where no declaration quantises a weight."""
     return evidence.quant if quantises(evidence.quants or (evidence.quant,)) else QuantConfig()
+
+
+def _built_otherwise(family: FamilySpec, moe: MoeConfig, layers: RoleEvidence, engine: str) -> Reason | None:
+    """Return the refusal of a model that the engine itself builds otherwise than its checkpoint is."""
+    if engine not in family.every_layer_sparse or layers.role != "main":
+        return None
+    stored = layers.stored_layers or layers.moe_layers
+    empty = sorted(set(range(moe.num_hidden_layers)) - set(stored))
+    if not empty:
+        return None
+    seen = f"{engine} builds every layer with experts, and the checkpoint has none for layers {empty}"
+    why = f"unpatched {engine} answers from weights that were never loaded, and wrongly"
+    return Reason("upstream.wrong", f"{seen}: {why}")
 
 
 def layer_facts(

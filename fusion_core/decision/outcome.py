@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...errors import FsePatchError
+from ..checkpoint.config import MoeConfig
 from ..checkpoint.families import FamilySpec, Role, Scoring, SharedWeight, family_of
 from ..reasons import FUSES, Reason
 from .layout import ExpertLayout
@@ -57,6 +58,8 @@ class _Decided:
         stored_alike: whether every layer stores routed and shared experts alike, whatever was decided; None
             where no headers show it.
         packed: whether their weights are integers that hold several, or nothing shows that they are not.
+        config: sizes and routing by config.json, which the decision rests on; None where nothing was read.
+        stored_layers: layers with experts in the checkpoint; by config.json alone, the sparse ones.
     """
 
     role: Role
@@ -69,6 +72,8 @@ class _Decided:
     formats: tuple[str, ...] = ()
     stored_alike: bool | None = None
     packed: bool = False
+    config: MoeConfig | None = None
+    stored_layers: tuple[int, ...] = ()
 
     def _to_dict(
         self,

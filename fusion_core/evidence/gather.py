@@ -58,15 +58,20 @@ class RoleEvidence:
     Args:
         moe_layers: sparse layers by config.json; for a draft that only the tensors show, by them.
         layers: evidence of each of them; empty where no headers were there to read.
-        in_checkpoint: whether any expert tensor of this role is in the checkpoint.
+        stored_layers: layers with an expert tensor in the checkpoint, whatever config.json says.
         finding: what of its tensors' names forbids fusing, or None.
     """
 
     role: Role
     moe_layers: tuple[int, ...]
     layers: tuple[LayerEvidence, ...] = ()
-    in_checkpoint: bool = False
+    stored_layers: tuple[int, ...] = ()
     finding: Reason | None = None
+
+    @property
+    def in_checkpoint(self) -> bool:
+        """Return whether any expert tensor of this role is in the checkpoint."""
+        return bool(self.stored_layers)
 
     @property
     def stored_alike(self) -> bool | None:
@@ -148,7 +153,7 @@ def _read(source: Source, engine: str, load_format: str) -> Evidence:
             _layer(n, layers.get((role, n), _LayerTensors()), moe, quants, resolve) for n in declared
         )
         roles[role] = RoleEvidence(
-            role, declared, evidence if known else (), bool(in_headers[role]), findings.get(role)
+            role, declared, evidence if known else (), in_headers[role], findings.get(role)
         )
     return Evidence(config.model_type, family, moe, quants[0], known, roles, files, quants, weights.refusal)
 

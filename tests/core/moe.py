@@ -88,8 +88,8 @@ def start_of(decided: Decision, checkpoint: Path | None = None, **changes: Any) 
 class Slots(EngineSlots):
     """An engine whose parameters take a slot's part by copying it, in one process."""
 
-    def layer_at(self, start: Start, place: int) -> int | None:
-        return place if place in start.moe.layers else None
+    def number_at(self, start: Start, place: int) -> int | None:
+        return place
 
     def take(self, parameter: Any, part: Any, name: str) -> bool:
         rows = parameter.data[part.slot]

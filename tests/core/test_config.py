@@ -238,3 +238,11 @@ def test_a_gguf_file_is_taken_whatever_is_declared(tmp_path: Path) -> None:
     assert [quant.method for quant in ConfigFile(tmp_path).quantisations()] == ["fp8", "gguf"]
     write_checkpoint(tmp_path, config, {})
     assert [quant.method for quant in ConfigFile(tmp_path).quantisations()] == ["fp8"]
+
+
+def test_a_scale_that_is_not_named_is_that_of_the_family(tmp_path: Path) -> None:
+    config = config_of("glm4_moe", routed_scaling_factor=None)
+    assert read(tmp_path, config).routed_scaling_factor == 1.0
+    lite = {**config, "model_type": "glm4_moe_lite"}
+    assert read(tmp_path, lite).routed_scaling_factor == 1.8
+    assert read(tmp_path, {**lite, "routed_scaling_factor": 2.5}).routed_scaling_factor == 2.5

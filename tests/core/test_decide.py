@@ -237,6 +237,29 @@ def test_a_declared_draft_without_tensors(tmp_path: Path, family: str) -> None:
     assert merged(decide(folder, "vllm", "draft"))
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("qwen2_moe", {"decoder_sparse_step": 2}), ("qwen3_next", {"mlp_only_layers": [0]})],
+)
+def test_layers_that_an_engine_builds_without_weights_are_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    """SGLang builds each layer of these sparse; vLLM builds them as config.json says."""
+    config = config_of(family, **changes)
+    sparse = write_checkpoint(tmp_path / "headers", config, model_tensors(family, [1]))
+    for folder in (sparse, write_checkpoint(tmp_path / "config", config, None)):
+        refusal = stock(decide(folder, "sglang")).reason
+        assert refusal.code == "upstream.wrong"
+        assert "none for layers [0]: unpatched sglang answers from weights that were never" in refusal.detail
+        assert merged(decide(folder, "vllm")).moe.layers == (1,)
+    # Where the checkpoint has them after all, what SGLang builds is right, and what config.json names fuses.
+    every = write_checkpoint(tmp_path / "every", config, model_tensors(family, [0, 1]))
+    assert merged(decide(every, "sglang")).moe.layers == (1,)
+    # The control: a family whose layers both engines build by config.json.
+    dense = write_checkpoint(tmp_path / "glm", config_of("glm4_moe"), model_tensors("glm4_moe"))
+    assert merged(decide(dense, "sglang")).stored_layers == (1, 2)
+
+
 def test_no_draft_is_a_refusal_when_asked_for(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, config_of("qwen2_moe"), model_tensors("qwen2_moe"))
     assert set(decide_roles(folder, "vllm")) == {"main"}

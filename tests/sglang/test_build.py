@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from ..running import Case, Checkpoints, with_other_shared_dtype
+from ..running import Case, Checkpoints, with_dense_layer, with_other_shared_dtype
 from . import qwen4_exp
 from .conftest import Runs
 
@@ -20,6 +20,8 @@ MAIN = {"glm4_moe_lite": 1}
 MAIN |= {"qwen4_exp": 2} if Version(version("sglang")) >= Version("0.5.20") else {}
 # What SGLang fuses by itself on CUDA, told to these models only: the engine's own model is a CPU's.
 NATIVE = ("glm4_moe_scale", "qwen3_next")
+# Families of which SGLang builds every layer sparse, whatever config.json says.
+DENSE = ("qwen2_moe", "qwen3_next")
 LIMIT = 5e-6
 
 
@@ -36,6 +38,9 @@ def builds(checkpoints: Checkpoints, folder: Path) -> dict[str, dict[str, Any]]:
         mixed = with_other_shared_dtype(plain, folder / name)
         wanted[f"{name} native"] = {"folder": str(plain), "draft": False, "platform": "cuda"}
         wanted[f"{name} mixed"] = {"folder": str(mixed), "draft": False, "platform": "cuda"}
+    for name in DENSE:
+        dense = with_dense_layer(checkpoints.path(name), folder / f"{name}-dense")
+        wanted[f"{name} dense"] = {"folder": str(dense), "draft": False}
     return wanted
 
 
@@ -81,3 +86,16 @@ def test_native_fusion_of_other_specs_is_switched_off(built: dict[str, dict[str,
     assert fused["decisions"][-1]["reason"] == "quant.mixed"
     assert "switched off" in fused["decisions"][-1]["detail"]
     assert {(block["slots"], block["shared_mlp"]) for block in fused["blocks"]} == {(0, True)}
+
+
+@pytest.mark.parametrize("recipe", DENSE)
+def test_layers_that_sglang_leaves_without_weights_are_refused(
+    built: dict[str, dict[str, Any]], recipe: str
+) -> None:
+    """The first of two layers has no experts in the checkpoint; SGLang's own model has them all the same."""
+    stock, fused = built[f"stock {recipe} dense"], built[f"fused {recipe} dense"]
+    assert len(stock["blocks"]) == 2
+    assert fused["blocks"] == stock["blocks"]
+    assert fused["report"] is None
+    assert fused["decisions"][-1]["reason"] == "upstream.wrong"
+    assert "none for layers [0]" in fused["decisions"][-1]["detail"]

@@ -32,6 +32,9 @@ REFUSED: list[tuple[str, str, Any]] = [
     ("config.differs", "model_config.hf_text_config.num_experts_per_tok", 1),
     ("config.differs", "model_config.hf_text_config.norm_topk_prob", True),
     ("config.differs", "model_config.hf_text_config.num_hidden_layers", 1),
+    ("config.differs", "model_config.hf_text_config.mlp_only_layers", [0]),
+    ("config.differs", "model_config.hf_text_config.decoder_sparse_step", 2),
+    ("config.differs", "model_config.hf_text_config.shared_expert_intermediate_size", 64),
 ]
 CAPTURE = ("aux_output_config.enable_return_routed_experts", "model_config.enable_return_routed_experts")
 

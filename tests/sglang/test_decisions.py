@@ -1,0 +1,64 @@
+"""What SGLang's own settings forbid: the load format and the configuration as the user gave them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ..running import Checkpoints, with_dense_layer
+from ..vllm.processes import in_process
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "step": {"decoder_sparse_step": 2},
+    "dense layers": {"mlp_only_layers": [0]},
+    "shared width": {"shared_expert_intermediate_size": 64},
+    "layers": {"num_hidden_layers": 1},
+    "experts": {"num_experts_per_tok": 1},
+}
+# Loaders that set the format back, which is what the model's code then sees.
+REWRITTEN = ("layered", "presharded")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Decisions by the name of a case."""
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("checkpoints"), "sglang")
+    folder = checkpoints.path("qwen2_moe")
+    dense = with_dense_layer(folder, tmp_path_factory.mktemp("dense") / "qwen2_moe")
+    cases: dict[str, dict[str, Any]] = {
+        name: {"json_model_override_args": json.dumps(override)} for name, override in OVERRIDES.items()
+    }
+    cases |= {name: {"load_format": name} for name in ("auto", "safetensors", "sharded_state", *REWRITTEN)}
+    cases |= {f"draft {name}": {"draft_format": name} for name in ("safetensors", *REWRITTEN)}
+    given = {name: {"folder": str(folder), **case} for name, case in cases.items()}
+    given["dense layer"] = {"folder": str(dense)}
+    return dict(in_process("tests.sglang.decisions:probe", json.dumps(given), FSE_PATCH="sglang"))
+
+
+@pytest.mark.every_release
+def test_the_load_format_is_the_one_that_was_given(found: dict[str, dict[str, Any]]) -> None:
+    for name in REWRITTEN:
+        for case in (name, f"draft {name}"):
+            assert found[case]["load_format"] == "auto"  # what the loader has made of it
+            assert found[case]["reason"] == "load.format"
+            assert f"--load-format is {name}" in found[case]["detail"]
+    assert found["sharded_state"]["reason"] == "load.format"
+    # The controls.
+    for name in ("auto", "safetensors", "draft safetensors"):
+        assert found[name]["reason"] == "ok", found[name]
+
+
+@pytest.mark.every_release
+def test_overrides_are_refused(found: dict[str, dict[str, Any]]) -> None:
+    assert {name: found[name]["reason"] for name in OVERRIDES} == dict.fromkeys(OVERRIDES, "config.differs")
+    for name, override in OVERRIDES.items():
+        assert min(override) in found[name]["detail"]
+    assert found["auto"]["reason"] == "ok"
+
+
+@pytest.mark.every_release
+def test_layers_that_sglang_leaves_without_weights_are_refused(found: dict[str, dict[str, Any]]) -> None:
+    assert found["dense layer"]["reason"] == "upstream.wrong"
+    assert "layers [0]: unpatched sglang answers from weights" in found["dense layer"]["detail"]
