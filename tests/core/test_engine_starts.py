@@ -39,6 +39,7 @@ class Asked:
             # Both ask the engine, which is not here.
             "_downloaded": lambda *_: "",
             "_groups": lambda _: None,
+            "load_format_given": lambda _: "auto",
             "refusals": lambda *_: self.refusals(reasons),
             "format_here": self.answer("format", None),
             "plan_of": self.answer("plan", always("fused", "test")),
