@@ -115,7 +115,7 @@ def begin(settled: Settled, layers: int, settings: Settings, expert_format: Any 
     family, moe = family_of(decision.model_type), decision.moe
     if plan is None or files is None or family is None or moe is None:
         return Unfused(settled.native_off)
-    naming = TensorNaming(family, layers)
+    naming = TensorNaming(family, layers, decision.engine)
     return Start(decision, moe, naming, files, plan, settings, expert_format, settled.native_off)
 
 

@@ -130,7 +130,8 @@ def engine_names(folder: Path, _: Path) -> None:
 def tower_twice(folder: Path, _: Path) -> None:
     """Store the text tower once more below itself, as one tool did (intel/auto-round#2349)."""
     tensors, tower = load_file(folder / MODEL), "model.language_model."
-    again = {n.replace(tower, f"{tower}language_model.", 1): t for n, t in tensors.items() if tower in n}
+    below = f"{tower}language_model."
+    again = {n.replace(tower, below, 1): t.clone() for n, t in tensors.items() if tower in n}
     _save(folder, tensors | again)
 
 

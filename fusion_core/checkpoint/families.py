@@ -32,6 +32,7 @@ class FamilySpec(Strict):
         name: the family's short name in reports: the name of its file.
         model_types: ``model_type`` values of the top-level config that name this family.
         layer_prefixes: prefixes of decoder layers in checkpoints, longest first.
+        mapped_prefixes: engine -> prefixes that it maps to layers as well.
         shared_module: the shared expert's module name below ``mlp``.
         shared_gate: module name below ``mlp`` of the gate whose sigmoid weighs the shared expert. None: the
             shared expert weighs 1.
@@ -56,6 +57,7 @@ class FamilySpec(Strict):
     scoring: Scoring
     num_experts_key: Text
     layer_prefixes: Texts = ("model.layers.",)
+    mapped_prefixes: dict[Engine, Texts] = Field(default_factory=dict)
     shared_gate: Text | None = None
     renormalize_default: bool = True
     grouped_routing: bool = False

@@ -38,14 +38,21 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class TensorNaming:
-    """Reader of the tensor names of one checkpoint, by the family's names and the number of main layers."""
+    """Reader of the tensor names of one checkpoint, as an engine takes them.
+
+    Args:
+        num_hidden_layers: of the main model.
+        engine: one that takes more names than all do, or "".
+    """
 
     family: FamilySpec
     num_hidden_layers: int
+    engine: str = ""
 
     @cached_property
     def _layer(self) -> str:
-        prefixes = "|".join(re.escape(p) for p in self.family.layer_prefixes)
+        mapped = next((p for e, p in self.family.mapped_prefixes.items() if e == self.engine), ())
+        prefixes = "|".join(re.escape(p) for p in (*mapped, *self.family.layer_prefixes))
         draft = re.escape(self.family.draft_prefix) if self.family.draft_prefix else r"(?!)"
         return rf"(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>{_NUMBER})\.mlp\."
 

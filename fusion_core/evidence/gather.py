@@ -140,7 +140,7 @@ def _read(source: Source, engine: str, load_format: str) -> Evidence:
     if family is None:
         return Evidence(config.model_type, None, None, quants[0], known, {}, files, quants, weights.refusal)
     moe = config.moe(family)
-    layers, findings = _expert_tensors(headers.tensors, TensorNaming(family, moe.num_hidden_layers))
+    layers, findings = _expert_tensors(headers.tensors, TensorNaming(family, moe.num_hidden_layers, engine))
     in_headers: dict[Role, tuple[int, ...]] = {"main": (), "draft": ()}
     for role, layer in sorted(layers):
         in_headers[role] += (layer,)

@@ -126,7 +126,7 @@ class Runner:
             assert not twice, f"{role} fuses: {engine} loads {min(twice)} twice"
             tensors |= files.tensors[name]
         if layers_in(case.config) == case.layers:
-            wrong = reasons_not_to_fuse(case.config, tensors, role == "draft")
+            wrong = reasons_not_to_fuse(case.config, tensors, role == "draft", engine)
             assert not wrong, f"{role} fuses in {engine}: {wrong}"
 
     def _policy(self, case: Case) -> Policy:

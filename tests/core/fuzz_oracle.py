@@ -13,11 +13,13 @@ _SHARED = ("shared_expert", "shared_experts")
 _PREFIXES = {
     "qwen2": ("model.layers",),
     "qwen3_next": ("model.layers", "mtp.layers"),
-    "qwen3_5": ("model.layers", "model.language_model.layers", "language_model.model.layers", "mtp.layers"),
-    "qwen4": ("model.layers", "model.language_model.layers", "language_model.model.layers", "mtp.layers"),
-    "glm4v": ("model.layers", "model.language_model.layers", "language_model.model.layers"),
+    "qwen3_5": ("model.layers", "model.language_model.layers", "mtp.layers"),
+    "qwen4": ("model.layers", "model.language_model.layers", "mtp.layers"),
+    "glm4v": ("model.layers", "model.language_model.layers"),
     "glm4_moe": ("model.layers",),
 }
+# Of vLLM's own modules, in models that see pictures.
+_OF_VLLM = "language_model.model.layers"
 _PLAIN = ("BF16", "F16", "F32")
 
 
@@ -59,7 +61,9 @@ def loaded_files(files: FileSet[Any], engine: str, config: Mapping[str, Any]) ->
     return sorted(chosen)
 
 
-def reasons_not_to_fuse(config: Mapping[str, Any], tensors: Tensors, draft: bool) -> str:
+def reasons_not_to_fuse(
+    config: Mapping[str, Any], tensors: Tensors, draft: bool, engine: str = "vllm"
+) -> str:
     """Why the main model (or the draft) must not fuse, or "" where nothing here forbids it.
 
     Looks at every layer that has an expert tensor; knows nothing of quantisation configs.
@@ -76,7 +80,9 @@ def reasons_not_to_fuse(config: Mapping[str, Any], tensors: Tensors, draft: bool
         if "mlp" not in words or not {"experts", *_SHARED} & set(words):
             continue
         at = words.index("mlp")
-        if ".".join(words[: at - 1]) not in prefixes and draft == ("mtp" in words) and len(words) > at + 2:
+        prefix = ".".join(words[: at - 1])
+        mapped = engine == "vllm" and prefix == _OF_VLLM and "model.language_model.layers" in prefixes
+        if prefix not in prefixes and not mapped and draft == ("mtp" in words) and len(words) > at + 2:
             return f"{name} is under no prefix that is known"
         if not words[at - 1].isdecimal() or len(words[at - 1]) > 9:
             continue

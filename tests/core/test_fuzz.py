@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from fse_patch.fusion_core.checkpoint import weight_files
+from fse_patch.fusion_core.checkpoint.naming import TensorNaming
+from fse_patch.fusion_core.checkpoint.weight_files import WeightFiles
 from fse_patch.fusion_core.decision import decide
 from fse_patch.fusion_core.evidence import gather
 
@@ -52,6 +55,26 @@ def test_it_finds_a_config_that_is_not_compared_with_the_headers(monkeypatch: py
 def test_it_finds_experts_that_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "size_conflict", lambda *_: None)
     assert found("fuses: ")
+
+
+def test_it_finds_files_that_an_engine_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def every(source: Any, *_: Any) -> Any:
+        names = sorted(name for name in source.names() if name.endswith(".safetensors"))
+        return WeightFiles(tuple(names[:1]))
+
+    monkeypatch.setattr(gather, "weight_files", every)
+    assert found("fuses")
+
+
+def test_it_finds_an_index_that_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden and stale files beside an index: read, though no engine does."""
+    monkeypatch.setattr(weight_files, "_narrowed", lambda _, names, *__: set(names[:1]))
+    assert found("fuses")
+
+
+def test_it_finds_names_that_nobody_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorNaming, "role_of_unplaced", lambda *_: None)
+    assert found("is under no prefix that is known")
 
 
 def test_it_finds_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
