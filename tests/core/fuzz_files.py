@@ -95,9 +95,7 @@ def _extra(rng: random.Random, files: FileSet[T], tensors: dict[str, T], other: 
         if rng.random() < 0.4:
             files.indexes[OTHER_INDEX] = dict.fromkeys(stale, "consolidated.safetensors")
     elif how == 4:
-        files.links.append(
-            rng.choice(["z.safetensors", ".z.safetensors", "z.bin", "consolidated-2.safetensors"])
-        )
+        files.links = [rng.choice(["z.safetensors", ".z.safetensors", "z.bin", "consolidated-2.safetensors"])]
     elif how == 5:
         files.tensors[rng.choice(sorted(files.tensors))][one] = tensors[one]
     elif how == 6:
