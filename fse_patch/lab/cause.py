@@ -12,8 +12,9 @@ _PREFIX = re.compile(
     r"|\[\d{4}-[^\]]*\]\s?|\[rank\d+\]:\s?)*"
 )
 # The last line of a traceback; a name in lower case would be a word of a sentence.
-_RAISED = re.compile(r"(?P<module>(?:\w+\.)*)(?P<name>[A-Z]\w*)(?:: (?P<text>.*))?$")
-_OURS = re.compile(r"\b(?P<module>fse_patch\.(?:\w+\.)*)(?P<name>[A-Z]\w*): (?P<text>.+)")
+_RAISED = re.compile(r"(?:\w+\.)*(?P<name>[A-Z]\w*)(?:: (?P<text>.*))?$")
+# In a traceback, or as `stop_told` says it.
+_OURS = re.compile(r"(?:\bfse_patch\.(?:\w+\.)*|the model is not served: )(?P<name>[A-Z]\w*): (?P<text>.+)")
 # Errors of a process that another one has ended.
 _FOLLOW_UP = re.compile(
     r"(?:root cause|stack trace|messages?|logs?) \(?above|EngineDead|EngineCore.*(?:dead|died)"
