@@ -21,5 +21,5 @@ def stop_told() -> Iterator[None]:
     except FsePatchError as error:
         if not hasattr(error, TOLD):
             setattr(error, TOLD, True)
-            log.critical("the model is not served: %s: %s", type(error).__name__, error)
+            log.critical("stopped: %s: %s", type(error).__name__, error)
         raise

@@ -11,13 +11,14 @@ _PREFIX = re.compile(
     r"(?:\([^()]*\bpid=\d+\)\s?|(?:ERROR|CRITICAL|WARNING|INFO) [\d-]+ [\d:.]+ \[[^\]]*\]\s?"
     r"|\[\d{4}-[^\]]*\]\s?|\[rank\d+\]:\s?)*"
 )
+_HARMLESS = re.compile(r"\b(?:WARNING|INFO)\b")
 # The last line of a traceback; a name in lower case would be a word of a sentence.
 _RAISED = re.compile(r"(?:\w+\.)*(?P<name>[A-Z]\w*)(?:: (?P<text>.*))?$")
 # In a traceback, or as `stop_told` says it.
-_OURS = re.compile(r"(?:\bfse_patch\.(?:\w+\.)*|the model is not served: )(?P<name>[A-Z]\w*): (?P<text>.+)")
+_OURS = re.compile(r"(?:\bfse_patch\.(?:\w+\.)*|\bstopped: )(?P<name>[A-Z]\w*): (?P<text>.+)")
 # Errors of a process that another one has ended.
 _FOLLOW_UP = re.compile(
-    r"(?:root cause|stack trace|messages?|logs?) \(?above|EngineDead|EngineCore.*(?:dead|died)"
+    r"root cause|(?:stack trace|messages?|logs?) \(?above|EngineDead|EngineCore.*(?:dead|died)"
     r"|died (?:during|unexpect)|ended with status"
     r"|^(?:EOFError|BrokenPipeError|ConnectionResetError|ChildProcessError|SystemExit|KeyboardInterrupt)\b"
 )
@@ -56,7 +57,9 @@ def _raised(log: str) -> Iterator[str]:
         at = prefix.end() if prefix is not None else 0
         process, text = _process(line[:at]), line[at:]
         if text.rstrip().endswith(TRACEBACK):
-            within.add(process)
+            # What an engine only warns of has not ended it.
+            if not _HARMLESS.search(line[:at]):
+                within.add(process)
         elif process in within and text.strip() and not text[0].isspace():
             within.discard(process)
             if (match := _RAISED.match(text)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,37 +11,14 @@ from fse_patch.lab.cause import first_cause, is_follow_up, with_cause
 from fse_patch.lab.verify import log_of
 from fse_patch.lab.verify_arm import BEGUN
 
-CORE = "(EngineCore pid=71) ERROR 11-29 20:04:05 [core.py:1186] "
+LOGS = Path(__file__).parent / "logs"
+# What `verify` was told by engines whose slots were filled in part. A job's error, and how a process ended.
+VLLM, SGLANG = ((LOGS / f"{name}.txt").read_text() for name in ("vllm-0.32.0", "sglang-0.5.20"))
 VLLM_END = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
-VLLM = f"""\
-(EngineCore pid=71) INFO 11-29 20:04:01 [cpu_worker.py:120] vllm, main model: shared expert fused
-{CORE}EngineCore failed to start.
-{CORE}Traceback (most recent call last):
-{CORE}  File "core.py", line 1160, in run_engine_core
-{CORE}    engine_core = EngineCoreProc(*args, **kwargs)
-{CORE}  File "load.py", line 94, in _fill
-{CORE}fse_patch.errors.AuditError: main model: 1 shared slot tensors never written: layer 0 w2
-(EngineCore pid=71) Process EngineCore:
-(EngineCore pid=71) Traceback (most recent call last):
-(EngineCore pid=71)   File "process.py", line 314, in _bootstrap
-(EngineCore pid=71) fse_patch.errors.AuditError: main model: 1 shared slot tensors never written: layer 0 w2
-[rank0]:[W1129 20:04:05.1 ProcessGroup.cpp:1] Warning: destroy_process_group() was not called
-Traceback (most recent call last):
-  File "verify_arm.py", line 26, in run_jobs
-{VLLM_END}
-fse_patch: tiny: {VLLM_END}
-"""
-SLOT = "AuditError: main model: 1 shared slot tensors never written: layer 0 w2"
-SGLANG = """\
-[2026-11-29 20:05:01] sglang, main model: shared expert fused: 2 sparse layers
-[2026-11-29 20:05:03] Scheduler hit an exception: Traceback (most recent call last):
-  File "scheduler.py", line 5841, in run_scheduler_process
-    scheduler = Scheduler(
-  File "canary.py", line 201, in judge
-fse_patch.fusion_core.proof.canary.CanaryError: main model: layer 1 is 0.3 off (1e-06 allowed)
-
-[2026-11-29 20:05:03] Received sigquit from a child process. It usually means the child failed.
-"""
+SLOT = (
+    "AuditError: main model: 2 shared slot tensors never written, first: layer 0 slot 8 w2_weight; "
+    "the model is not served"
+)
 # What another project's code raises, within what is tried first and with what follows from it.
 CHAIN = """\
 (Worker_TP1 pid=5) ERROR 11-29 20:06:00 [executor.py:870] Traceback (most recent call last):
@@ -60,6 +38,8 @@ CHAIN = """\
 FOLLOW_UPS = [
     VLLM_END,
     "RuntimeError: Worker failed with 'x', please check the stack trace above for the root cause",
+    "Exception: WorkerProc initialization failed due to an exception in a background process. "
+    "See stack trace for root cause.",
     "EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.",
     "RuntimeError: Rank 0 scheduler died during initialization (exit code: -9).",
     "RuntimeError: Initialization failed. Please see the error messages above.",
@@ -68,13 +48,21 @@ FOLLOW_UPS = [
 ]
 
 
+def others(log: str) -> str:
+    """A log in which the engine's own code has raised the error, and not ours."""
+    kept = (line for line in log.splitlines() if " stopped: " not in line)
+    return "\n".join(kept).replace(f"fse_patch.errors.{SLOT}", "KeyError: 'experts.8.w2'")
+
+
 @pytest.mark.parametrize(
     ("log", "cause"),
     [
         (VLLM, SLOT),
-        (SGLANG, "CanaryError: main model: layer 1 is 0.3 off (1e-06 allowed)"),
+        (SGLANG, SLOT),
+        (others(VLLM), "KeyError: 'experts.8.w2'"),
+        (others(SGLANG), "KeyError: 'experts.8.w2'"),
         (CHAIN, "KeyError: 'layers.0.mlp.experts.gate_up_proj'"),
-        (f"CRITICAL 2026-11-29 [fse_patch 71] the model is not served: {SLOT}\nKilled", SLOT),
+        (f"CRITICAL 2026-11-29 [fse_patch 71] stopped: {SLOT}\nKilled", SLOT),
         ("", ""),
         ("all is well: no Error\nfse_patch: tiny: nothing", ""),
         ("Traceback (most recent call last):\n  File x\n", ""),
@@ -90,9 +78,21 @@ def test_an_error_of_ours_comes_before_those_of_others() -> None:
     tried = "Traceback (most recent call last):\n  File x\nImportError: no such kernel\n"
     assert first_cause(tried + VLLM) == SLOT
     # The controls: without ours, and where all that there is follows from what nobody wrote.
-    others = "\n".join(line for line in VLLM.splitlines() if "fse_patch.errors" not in line)
-    assert first_cause(tried + others) == "ImportError: no such kernel"
-    assert first_cause(others) == ""
+    assert first_cause(tried + others(VLLM)) == "ImportError: no such kernel"
+    assert first_cause("\n".join(others(VLLM).splitlines()[-32:])) == ""
+
+
+def test_what_an_engine_warns_of_has_not_ended_it() -> None:
+    place = "(MainProcess pid=9) WARNING 11-30 01:33:16 [base.py:380] "
+    warned = [
+        f"{place}Traceback (most recent call last):",
+        f"{place}  File x",
+        f"{place}ValueError: no tokenizer",
+    ]
+    assert first_cause("\n".join(warned)) == ""
+    assert first_cause("\n".join([*warned, others(SGLANG)])) == "KeyError: 'experts.8.w2'"
+    # The control.
+    assert first_cause("\n".join(warned).replace("WARNING", "ERROR")) == "ValueError: no tokenizer"
 
 
 @pytest.mark.parametrize("error", FOLLOW_UPS)
@@ -112,8 +112,9 @@ def test_an_error_that_says_what_it_is_stays() -> None:
 
 def test_the_log_of_one_job_is_looked_at() -> None:
     first, second = BEGUN.format(number=0), BEGUN.format(number=1)
-    log = f"start\n{first}\n{SGLANG}{second}\n{VLLM}"
+    assert first in VLLM
+    log = f"start\n{first}\n{others(SGLANG)}{second}\n{CHAIN}"
     causes: list[Any] = [first_cause(log_of(number, log)) for number in (0, 1)]
-    assert causes == ["CanaryError: main model: layer 1 is 0.3 off (1e-06 allowed)", SLOT]
+    assert causes == ["KeyError: 'experts.8.w2'", "KeyError: 'layers.0.mlp.experts.gate_up_proj'"]
     # An arm that does not tell its jobs apart.
-    assert log_of(1, VLLM) == VLLM
+    assert log_of(1, CHAIN) == CHAIN

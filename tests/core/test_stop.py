@@ -27,7 +27,7 @@ def test_an_error_of_ours_is_told_once(caplog: pytest.LogCaptureFixture) -> None
         outer(AuditError("main model: no slot"))
     (record,) = caplog.records
     assert record.levelno == logging.CRITICAL
-    assert record.getMessage() == "the model is not served: AuditError: main model: no slot"
+    assert record.getMessage() == "stopped: AuditError: main model: no slot"
     # Another one of the same text.
     with pytest.raises(AuditError):
         inner(AuditError("main model: no slot"))
