@@ -12,6 +12,7 @@ from ..errors import AuditError, FsePatchError
 from ..fusion_core.weights.remap import Named, Remap, SlotTensor
 from ..fusion_core.weights.samples import SlotSample
 from .role import CONSTRUCTED, FusedRole
+from .stop import stop_told
 
 ROLE, LOADER = "_fse_patch", "_fse_patch_loader"
 
@@ -56,7 +57,9 @@ class RoleLoader:
             return original(weights)  # an entry class calls the one it inherits from
         self._loading = True
         try:
-            return self._fill(original, weights) if self.role.start.merged else self._watch(original, weights)
+            with stop_told():
+                load = self._fill if self.role.start.merged else self._watch
+                return load(original, weights)
         finally:
             self._loading = False
 

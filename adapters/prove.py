@@ -19,6 +19,7 @@ from ..fusion_core.proof.checkpoint_layer import CheckpointLayer
 from ..fusion_core.proof.rounding import Served
 from .loaded import Proof
 from .role import FusedRole
+from .stop import stop_told
 
 log = logging.getLogger("fse_patch")
 # States of the proof after which weights of a checkpoint would be served on trust.
@@ -51,6 +52,7 @@ class Prover(ABC):
         return states if summed_already else total
 
 
+@stop_told()
 def prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> None:
     """Compare fused layers with their checkpoint, as FSE_PATCH_VERIFY says, once for a model.
 

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def _environment() -> dict[str, Any]:
 def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
     for name, entry in settings.origins().items():
         if entry["origin"] == "unknown name":
-            problems.append(f"{name} is set, and nothing reads it; see docs/commands.md for the names")
+            alike = get_close_matches(name, settings.DEFAULTS, 1, 0.8)
+            meant = f"did you mean {alike[0]}?" if alike else f"there are {', '.join(settings.DEFAULTS)}"
+            problems.append(f"{name} is set, and nothing reads it; {meant}")
     try:
         effective = settings.load()
     except FsePatchError as error:

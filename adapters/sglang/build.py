@@ -19,6 +19,7 @@ from ..check import check_complete
 from ..load import attach
 from ..role import ACTIVE, FusedRole, building
 from ..start import Start
+from ..stop import stop_told
 from . import native
 from .check import check_experts, check_native, check_topk, output_scale, shared_gate
 from .native import ARGUMENT, SWITCHED_OFF, switched_off
@@ -34,6 +35,7 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace the loader's model instantiation: decide, then build below the decision."""
 
     @functools.wraps(original)
+    @stop_told()
     def build(model_config: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if ACTIVE.get():
             return original(model_config, load_config, *args, **kwargs)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 from ...fusion_core.decision.native import fusing
@@ -38,13 +39,25 @@ def live(cls: type, family: str, model_config: Any, quantised: object) -> dict[s
     version = guards.engine_version(ledger.load(ENGINE))
     here = fusing(ENGINE, family, platform(), version, cls.__name__)
     entry = next((e for e in here if e["by_default"] or qwen2_moe._use_aiter), None)
-    gate = getattr(cls, GATE, None)
-    if entry is None or (gate is not None and gate(model_config.hf_config, quantised)):
+    if entry is None or _is_declined(cls, model_config.hf_config, quantised):
         return None
     if block := entry.get("block"):
         asked = importlib.import_module(f"sglang.srt.models.{block}").can_fuse_shared_expert
         return entry if asked(model_config.hf_text_config, quantised) else None
     return entry
+
+
+def _is_declined(cls: type, config: Any, quantised: object) -> bool:
+    """Return whether ``cls`` itself would not fuse here, by the device and by how experts are spread."""
+    if (gate := getattr(cls, GATE, None)) is not None:
+        return bool(gate(config, quantised))
+    if (gate := getattr(cls, OLD_GATE, None)) is None:
+        return False
+    model = SimpleNamespace(config=config, quant_config=quantised, num_fused_shared_experts=0)
+    # Its answer is in the model, and a no in SGLang's settings, which are put back.
+    with _configured(off=False):
+        gate(model)
+    return not model.num_fused_shared_experts
 
 
 @contextmanager
@@ -54,7 +67,7 @@ def switched_off(cls: type) -> Iterator[None]:
     setattr(cls, GATE, staticmethod(lambda *_: "fse_patch decides for this model."))
     token = SWITCHED_OFF.set(True)
     try:
-        with _configured_off() if old else nullcontext():
+        with _configured(off=True) if old else nullcontext():
             yield
     finally:
         SWITCHED_OFF.reset(token)
@@ -64,8 +77,8 @@ def switched_off(cls: type) -> Iterator[None]:
             setattr(cls, GATE, original)
 
 
-def _configured_off() -> AbstractContextManager[Any]:
+def _configured(off: bool) -> AbstractContextManager[Any]:
     from sglang.srt.runtime_context import get_exec
 
-    scope: AbstractContextManager[Any] = get_exec().moe.override(disable_shared_experts_fusion=True)
+    scope: AbstractContextManager[Any] = get_exec().moe.override(disable_shared_experts_fusion=off)
     return scope

@@ -16,6 +16,7 @@ from ..check import check_complete
 from ..load import attach
 from ..role import ACTIVE, FusedRole, building
 from ..start import Start, announce_other
+from ..stop import stop_told
 from . import native
 from .check import check_experts, key_compile_cache
 from .role import Slots
@@ -62,6 +63,7 @@ def entry_init(original: Callable[..., None]) -> Callable[..., None]:
     """Replace ``__init__`` of an entry class: decide, then build below the decision."""
 
     @functools.wraps(original)
+    @stop_told()
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         # A prefix makes it a part of another model, whose weights nobody remaps.
         part = ACTIVE.get() or kwargs.get("prefix")

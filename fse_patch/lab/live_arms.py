@@ -20,6 +20,7 @@ from ..errors import FsePatchError
 from ..fusion_core.engines import facts_of
 from ..settings import ENABLE
 from . import verify
+from .cause import with_cause
 
 # The second stock says how far a figure may be trusted.
 ARMS = ("stock", "fused", "again")
@@ -106,7 +107,7 @@ class LiveArms:
                 raise self._died(name) from None
             self._check(name, end)
         if "error" in answer:
-            raise ArmError(f"{name} arm: {answer['error']}", self._tail(name))
+            raise self._failed(name, answer["error"])
         return answer
 
     def _send(self, name: str, question: Mapping[str, Any]) -> None:
@@ -164,14 +165,18 @@ class LiveArms:
         try:
             while connection is not None and connection.poll(0):
                 if "error" in (answer := connection.recv()):
-                    return ArmError(f"{name} arm: {answer['error']}", self._tail(name))
+                    return self._failed(name, answer["error"])
         except (EOFError, OSError):
             pass
         try:
             process.wait(PARTING)
         except subprocess.TimeoutExpired:
             return ArmError(f"{name} arm: closed its connection", self._tail(name))
-        return ArmError(f"{name} arm: ended with status {process.returncode}", self._tail(name))
+        return self._failed(name, f"ended with status {process.returncode}")
+
+    def _failed(self, name: str, error: str) -> ArmError:
+        log = self._log(name).read_text(errors="replace")
+        return ArmError(f"{name} arm: {with_cause(error, log)}", self._tail(name))
 
     def _log(self, name: str) -> Path:
         return Path(self._folder.name) / f"{name}.log"

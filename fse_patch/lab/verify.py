@@ -20,6 +20,8 @@ from ..fusion_core.decision.outcome import Merged
 from ..fusion_core.engines import facts_of
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
 from ..settings import ENABLE
+from .cause import with_cause
+from .verify_arm import BEGUN
 
 # The module that runs an arm, in the engine's process.
 ARM = "fse_patch.lab.{engine}.verify_arm"
@@ -90,9 +92,10 @@ def run_arm(
         results, log, status = run_process(engine, left, fused, env, timeout, tell)
         if len(done) + len(results) < len(jobs):
             results.append({"error": f"the {arm} {engine} process ended with status {status}"})
-        for entry in results:
+        for number, entry in enumerate(results):
             if "error" in entry:
-                entry["log"] = log
+                entry["error"] = with_cause(entry["error"], log_of(number, log))
+                entry["log"] = "\n".join(log.splitlines()[-LOG_LINES:])
         done += results
     return done
 
@@ -111,7 +114,7 @@ def run_process(
         tell: is called with the index of each job that starts.
 
     Returns:
-        The results it left, the end of its log, and its exit status.
+        The results it left, its log, and its exit status.
     """
     with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
         request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "log"))
@@ -130,8 +133,13 @@ def run_process(
             finally:
                 end(process)
         done = read_results(result)
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        return done, tail, process.returncode
+        return done, log.read_text(errors="replace"), process.returncode
+
+
+def log_of(number: int, log: str) -> str:
+    """Return what a process wrote for one of its jobs; all of it, where the log does not tell them apart."""
+    _, begun, rest = log.partition(BEGUN.format(number=number))
+    return rest.partition(BEGUN.format(number=number + 1))[0] if begun else log
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
+# In the log, before anything of a job, by its number in the process.
+BEGUN = "fse_patch: job {number} begins"
 BEST = 5  # tokens of each step of an answer whose log-probabilities are compared
 
 
@@ -20,7 +22,8 @@ def run_jobs(request: Path, result: Path, run_job: Callable[[Job], dict[str, Any
         result: gets one entry for each, or {"error": ...}.
     """
     done: list[dict[str, Any]] = []
-    for job in json.loads(request.read_text()):
+    for number, job in enumerate(json.loads(request.read_text())):
+        print(BEGUN.format(number=number), file=sys.stderr, flush=True)
         try:
             done.append(run_job(job))
         except Exception as error:

@@ -40,9 +40,12 @@ for job in json.loads(request.read_text()):
     if name.startswith("hang"):
         child(name)
         time.sleep(120)
+    if name.startswith("cause"):
+        print(os.environ["CAUSE"], flush=True)
     if name.startswith("early"):
         sys.exit(0)
-    done.append({"error": "it burned"} if name.startswith("bad") else {"name": name, "pid": os.getpid()})
+    errors = {"bad": "it burned", "cause": "RuntimeError: failed. See root cause above."}
+    done.append({"error": errors[name]} if name in errors else {"name": name, "pid": os.getpid()})
     part = result.with_suffix(".part")
     part.write_text(json.dumps(done))
     part.replace(result)
@@ -61,11 +64,11 @@ def notes(tmp_path: Path) -> Path:
 def run(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     (tmp_path / "fake_arm.py").write_text(FAKE_ARM)
     monkeypatch.setattr(verify, "ARM", "fake_arm")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "NOTES": str(notes)}
+    own = {"PYTHONPATH": str(tmp_path), "NOTES": str(notes)}
 
     def run(names: list[str], fused: bool = True, timeout: float = 60.0, **more: Any) -> list[dict[str, Any]]:
         jobs = [verify.VerifyJob(Path(n), (DECISION,), 100, "float32") for n in names]
-        return verify.run_arm("vllm", jobs, fused, env, timeout, **more)
+        return verify.run_arm("vllm", jobs, fused, {**os.environ, **own}, timeout, **more)
 
     return run
 
@@ -133,6 +136,18 @@ def test_an_error_of_a_job_carries_the_log_and_ends_nothing(run: Run) -> None:
     assert bad["error"] == "it burned"
     assert "working on bad" in bad["log"]
     assert after["name"] == "a"
+
+
+def test_an_error_that_hides_its_cause_names_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = "\n".join(["fse_patch.errors.AuditError: main model: no slot", *(["..."] * 2 * verify.LOG_LINES)])
+    monkeypatch.setenv("CAUSE", far)
+    failed, after = run(["cause", "a"])
+    assert failed["error"] == "AuditError: main model: no slot"
+    assert "AuditError" not in failed["log"]  # its end alone
+    assert after["name"] == "a"
+    # The control: nothing was written.
+    monkeypatch.setenv("CAUSE", "...")
+    assert run(["cause"])[0]["error"] == "RuntimeError: failed. See root cause above."
 
 
 @needs_proc

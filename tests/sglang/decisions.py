@@ -3,16 +3,62 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
+from unittest.mock import patch
+
+import torch
 
 
-def decided(folder: str, load_format: str = "auto", draft_format: str = "", **server: Any) -> dict[str, Any]:
+def old_gate(self: Any) -> None:
+    """What classes of 0.5.17 have, by which GLM-4.5 is not fused natively, and the settings say so."""
+    from sglang.srt.layers.moe import get_moe_a2a_backend
+    from sglang.srt.runtime_context import get_context, get_exec, get_server_args
+
+    if get_exec().moe.disable_shared_experts_fusion:
+        return
+    spread = get_server_args().ep_size > 1 or get_moe_a2a_backend().is_deepep()
+    if spread or torch.cuda.get_device_capability("cuda") < (8, 0):
+        get_context().override("determine_num_fused_shared_experts", disable_shared_experts_fusion=True)
+        return
+    self.num_fused_shared_experts = self.config.n_shared_experts
+
+
+@contextmanager
+def as_in_0_5_17(capability: list[int]) -> Iterator[None]:
+    """GLM-4.5 on a GPU, in a release that asks its class for the number of fused experts."""
+    from sglang.srt.models.glm4_moe import Glm4MoeForCausalLM
+
+    from fse_patch.adapters.sglang import native
+
+    gate = vars(Glm4MoeForCausalLM)[native.GATE]
+    delattr(Glm4MoeForCausalLM, native.GATE)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(Glm4MoeForCausalLM, native.OLD_GATE, old_gate, create=True))
+            stack.enter_context(patch.object(native, "platform", lambda: "cuda"))
+            stack.enter_context(
+                patch.object(torch.cuda, "get_device_capability", lambda *_: tuple(capability))
+            )
+            yield
+    finally:
+        setattr(Glm4MoeForCausalLM, native.GATE, gate)
+
+
+def decided(
+    folder: str,
+    load_format: str = "auto",
+    draft_format: str = "",
+    capability: list[int] | None = None,
+    **server: Any,
+) -> dict[str, Any]:
     """The decision when the loader of ``load_format`` is about to build the model.
 
     Args:
         draft_format: a draft's own format, as in the scope of its load; the main model's is ``load_format``.
+        capability: of a GPU, for `as_in_0_5_17`; None: a CPU, and the release that is there.
         server: arguments of the server.
     """
     from sglang.srt.configs.load_config import LoadConfig
@@ -20,7 +66,7 @@ def decided(folder: str, load_format: str = "auto", draft_format: str = "", **se
     from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.model_loader import get_model_loader
     from sglang.srt.model_loader.utils import get_model_architecture
-    from sglang.srt.runtime_context import get_model, publish
+    from sglang.srt.runtime_context import get_exec, get_model, publish
     from sglang.srt.server_args import ServerArgs
 
     from fse_patch import runtime
@@ -35,12 +81,17 @@ def decided(folder: str, load_format: str = "auto", draft_format: str = "", **se
     config = ModelConfig.from_server_args(args)
     load_config = LoadConfig(load_format=draft_format or load_format)
     runtime.clear()
-    with get_model().override(load_format=draft_format) if draft_format else nullcontext():
+    with ExitStack() as stack:
+        if draft_format:
+            stack.enter_context(get_model().override(load_format=draft_format))
+        if capability:
+            stack.enter_context(as_in_0_5_17(capability))
         get_model_loader(load_config, config)
         start_of(get_model_architecture(config)[0], config, load_config, None)
+        disabled = get_exec().moe.disable_shared_experts_fusion
     (decision,) = runtime.decisions()
     seen = str(getattr(load_config.load_format, "value", load_config.load_format))
-    return {**decision, "load_format": seen}
+    return {**decision, "load_format": seen, "disabled": disabled}
 
 
 def probe(cases: str) -> dict[str, dict[str, Any]]:

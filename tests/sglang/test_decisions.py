@@ -19,6 +19,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 # Loaders that set the format back, which is what the model's code then sees.
 REWRITTEN = ("layered", "presharded")
+# GLM-4.5 as in 0.5.17, by the GPU's capability and the server's arguments.
+OLD_GATE: dict[str, dict[str, Any]] = {
+    "native": {"capability": [9, 0]},
+    "native, experts spread": {"capability": [9, 0], "ep_size": 2, "tp_size": 2},
+    "native, old device": {"capability": [7, 5]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     cases |= {f"draft {name}": {"draft_format": name} for name in ("safetensors", *REWRITTEN)}
     given = {name: {"folder": str(folder), **case} for name, case in cases.items()}
     given["dense layer"] = {"folder": str(dense)}
+    glm = str(checkpoints.path("glm4_moe_scale"))
+    given |= {name: {"folder": glm, **case} for name, case in OLD_GATE.items()}
     return dict(in_process("tests.sglang.decisions:probe", json.dumps(given), FSE_PATCH="sglang"))
 
 
@@ -62,3 +70,12 @@ def test_overrides_are_refused(found: dict[str, dict[str, Any]]) -> None:
 def test_layers_that_sglang_leaves_without_weights_are_refused(found: dict[str, dict[str, Any]]) -> None:
     assert found["dense layer"]["reason"] == "upstream.wrong"
     assert "layers [0]: unpatched sglang answers from weights" in found["dense layer"]["detail"]
+
+
+@pytest.mark.every_release
+def test_the_gate_of_0_5_17_is_asked(found: dict[str, dict[str, Any]]) -> None:
+    """Only what it lets fuse is fused natively, and the question leaves no trace in SGLang's settings."""
+    assert found["native"]["reason"] == "upstream.already"
+    assert found["native, experts spread"]["reason"] == "parallel.ep"
+    assert found["native, old device"]["reason"] == "slower.unmeasured"
+    assert [found[name]["disabled"] for name in OLD_GATE] == [False] * 3

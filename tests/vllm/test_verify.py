@@ -10,7 +10,7 @@ import pytest
 
 from fse_patch.lab.vllm import verify_arm
 
-from ..running import parameters, timeless
+from ..running import ROOT, parameters, timeless
 from . import cases
 from .conftest import Runs
 from .engine import Case
@@ -68,6 +68,16 @@ def test_a_fault_is_caught(runs: Runs, case: Case) -> None:
     assert not report["passed"]
     words = cases.FAULTS[case.fault or ""][1]
     assert any(words in failure for failure in report["failures"]), report["failures"]
+
+
+@pytest.mark.long
+def test_what_ends_an_engine_in_a_process_of_its_own_is_named(runs: Runs) -> None:
+    case = Case("qwen2_moe", engine_args={"worker_extension_cls": "tests.vllm.broken_worker.BrokenExtension"})
+    env = {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    (failed,) = runs.arm([case], True, env).values()
+    assert failed["error"].startswith("AuditError: main model: ")
+    assert "never written" in failed["error"]
+    assert "root cause above" in failed["log"]  # what vLLM itself ends with
 
 
 @pytest.mark.parametrize("wrong", parameters(cases.FAULTY_ANSWERS, long=cases.LONG))
