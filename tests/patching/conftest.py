@@ -68,6 +68,7 @@ FACTS: dict[str, Any] = {
     "backends": {},
     "plugins": {"group": "toy.plugins", "variable": "TOY_PLUGINS"},
     "tuned_tables": {"folder": "tables", "variable": "TOY_TABLES"},
+    "load_formats": {"auto": {"patterns": ["*.safetensors"]}},
     "lab": {"draft_argument": "draft"},
 }
 
