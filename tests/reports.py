@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from checkpoints.variants import VARIANTS
@@ -14,6 +16,7 @@ from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.decision.decide import decide
 from fse_patch.fusion_core.decision.outcome import Stock
 
+from .laid_out import LAID_OUT
 from .running import Case, Pair, Runs
 
 FUSES = "ok"
@@ -107,6 +110,35 @@ class Suite:
         judged = runs.report(case, unpatched, fused)
         assert judged["failures"] == [], judged["failures"]
         assert judged["mean_abs_logprob_diff"] <= 5e-6
+
+
+def laid_out(engine: str, count: int) -> list[Case]:
+    """Checkpoints as the fuzzer lays them out, with the load format that each is started with."""
+    formats = ("auto", "auto", "auto", "safetensors", "dummy")
+    chosen = [random.Random(f"format {seed}").choice(formats) for seed in range(count)]
+    return [Case(f"{LAID_OUT}{seed}", engine_args={"load_format": f}) for seed, f in enumerate(chosen)]
+
+
+def check_laid_out(engine: str, stock: dict[str, Any], fused: dict[str, Any]) -> str:
+    """What the unpatched engine answers, the fused one answers: proved, or as it is. Returns which."""
+    if "logprobs" not in stock:
+        # Nothing is asked but that nothing wrong is served.
+        states = (
+            [role["canary"]["state"] for role in fused["workers"][0]["roles"]] if "workers" in fused else []
+        )
+        assert set(states) <= {"passed"}
+        return "stops"
+    assert "logprobs" in fused, f"{fused.get('error')}\n{fused.get('log', '')}"
+    roles = fused["workers"][0]["roles"]
+    if not roles:
+        assert fused["logprobs"] == stock["logprobs"]
+        return "refused"
+    assert {role["canary"]["state"] for role in roles} <= {"passed", "not_loaded"}
+    off = np.abs(np.concatenate(fused["logprobs"]) - np.concatenate(stock["logprobs"])).mean()
+    # SGLang drops what it does not know, and answers from memory that nobody filled.
+    if engine == "vllm" and all(role["canary"]["state"] == "passed" for role in roles):
+        assert off <= 5e-6
+    return "fused"
 
 
 def decided(folder: Path, engine: str, load_format: str) -> str:

@@ -21,6 +21,8 @@ from fse_patch.fusion_core.decision.outcome import Merged
 from fse_patch.fusion_core.engines import facts_of
 from fse_patch.lab import verify
 
+from .laid_out import LAID_OUT, lay_out
+
 VOCAB = 256
 ROOT = Path(__file__).parent.parent
 Results = dict[str, dict[str, Any]]
@@ -88,7 +90,11 @@ class Checkpoints:
 
     def path(self, recipe: str, dtype: str = "float32", order: str | None = None, seed: int = 0) -> Path:
         plain = self.folder / f"{dtype}-{seed}" / recipe
-        if not plain.exists():
+        if not plain.exists() and recipe.startswith(LAID_OUT):
+            source = tiny_checkpoints.make("qwen2_moe", plain, dtype, seed)
+            other = self.path("qwen2_moe", dtype, seed=seed + 1)
+            lay_out(source, other, int(recipe.removeprefix(LAID_OUT)))
+        elif not plain.exists():
             tiny_checkpoints.make(recipe, plain, dtype, seed)
         if order is None:
             return plain

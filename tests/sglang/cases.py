@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..reports import Suite
+from ..reports import Suite, laid_out
 from ..running import Case
 
 TEXT_OF_VL = {"enable_multimodal": False}
@@ -53,3 +53,5 @@ LONG = {
 }
 # Recipes that are multimodal, and run as text models.
 REPORTS = Suite("sglang", {"qwen3_5_vl": TEXT_OF_VL})
+# As the fuzzer lays files out.
+LAID_OUT = laid_out("sglang", 6)

@@ -30,8 +30,15 @@ class Runs(running.Runs):
     def float32(self) -> Pair:
         """With an arm that can be told to make a fault."""
         both = [*cases.FLOAT32, *cases.REPLACED, *cases.STOCK]
-        stock = {case.name: case for case in [*both, *cases.REPORTS.stock_cases()]}
-        fused = [*both, *cases.BFLOAT16, *cases.PERMUTED, *cases.FAULTY, *cases.REPORTS.fused_cases()]
+        stock = {case.name: case for case in [*both, *cases.REPORTS.stock_cases(), *cases.LAID_OUT]}
+        fused = [
+            *both,
+            *cases.BFLOAT16,
+            *cases.PERMUTED,
+            *cases.FAULTY,
+            *cases.REPORTS.fused_cases(),
+            *cases.LAID_OUT,
+        ]
         return self.pair("float32", list(stock.values()), fused, {})
 
     @property

