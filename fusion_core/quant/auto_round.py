@@ -24,7 +24,7 @@ from .records import Format, Method
 
 _SPEC = {"bits", "group_size", "sym"}
 _BLOCKS = ("block_name_to_quantize", "to_quant_block_names")
-_KEYS = _SPEC | AUTO_ROUND | {"packing_format", "extra_config", *_BLOCKS}
+_KEYS = _SPEC | AUTO_ROUND | {"asym", "packing_format", "extra_config", *_BLOCKS}
 _REGEX_SIGNS = set("*+?^$()[]{}|\\")
 
 

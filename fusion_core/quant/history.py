@@ -23,7 +23,7 @@ _STATIC = frozenset({
 })  # fmt: skip
 # auto-round, before and since its serialised config of 0.15.
 AUTO_ROUND = _ACTIVATIONS | _STATIC | frozenset({
-    "quant_method", "data_type", "amp", "asym", "autoround_version", "batch_size", "dataset",
+    "quant_method", "data_type", "amp", "autoround_version", "batch_size", "dataset",
     "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps",
     "iters", "lr", "low_gpu_mem_usage", "minmax_lr", "model_name_or_path", "nsamples", "n_samples",
     "not_use_best_mse", "sampler", "scale_dtype", "seqlen", "seed", "train_bs", "backend", "super_bits",
