@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import yaml
 from mutants_read import (
     NOT_RUN,
     BadEntryError,
+    Identity,
     Mutant,
     forget_missed,
     read_codes,
@@ -77,7 +79,7 @@ def run_in_stage(command: list[str], progress: set[str]) -> int:
             raise
 
 
-def choose(mutants: list[Mutant], explained: set[Any], options: argparse.Namespace) -> list[Mutant]:
+def choose(mutants: list[Mutant], explained: set[Identity], options: argparse.Namespace) -> list[Mutant]:
     """Return the mutants that are asked for."""
     mutants = [m for m in mutants if any(fnmatch.fnmatch(m.file, only) for only in options.only)]
     if options.sample is None:
@@ -85,7 +87,13 @@ def choose(mutants: list[Mutant], explained: set[Any], options: argparse.Namespa
     return sample([m for m in mutants if m.identity not in explained], options.sample, options.seed)
 
 
-def report(chosen: list[Mutant], explained: dict[Any, str], at_least: float) -> int:
+def stale(explained: Iterable[Identity], mutants: list[Mutant]) -> list[Identity]:
+    """Return what is explained and is no mutant."""
+    there = {mutant.identity for mutant in mutants}
+    return [identity for identity in explained if identity not in there]
+
+
+def report(chosen: list[Mutant], explained: dict[Identity, str], at_least: float) -> int:
     """Print a table by file and what was missed; returns an exit status."""
     missed = [m for m in chosen if not m.caught]
     for mutant in missed:

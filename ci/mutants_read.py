@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 Identity = tuple[str, str, str, str]
+ENTRY = ("file", "function", "line", "mutant")
 CAUGHT, BY_TIME, SURVIVED, NO_TEST, NOT_RUN = "caught", "by time", "survived", "no test", "not run"
 # Of pytest: 0 where all tests pass, 5 where there is none; of mutmut: 33 where no test calls the function. A
 # process that was ended at its limit has the number of a signal. All else is a test or an import that failed.
@@ -114,7 +115,7 @@ def _changed(before: list[str], after: list[str]) -> tuple[str, str]:
 
 
 def _one_line(lines: Iterable[str]) -> str:
-    return " ".join(part for line in lines if (part := line.strip()))
+    return " ".join(" ".join(lines).split())
 
 
 def read_explained(path: Path) -> dict[Identity, str]:
@@ -123,18 +124,22 @@ def read_explained(path: Path) -> dict[Identity, str]:
     Raises:
         BadEntryError: an entry lacks a part, or stands there twice.
     """
-    entries: list[dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+    groups = yaml.safe_load(path.read_text(encoding="utf-8")) or []
     explained: dict[Identity, str] = {}
-    for entry in entries:
-        if set(entry) != {"file", "function", "line", "mutant", "why"} or not str(entry["why"]).strip():
-            raise BadEntryError(f"{path.name}: needs file, function, line, mutant and why: {entry}")
-        key = tuple(
-            _one_line(str(entry[part]).splitlines()) for part in ("file", "function", "line", "mutant")
-        )
-        if key in explained:
-            raise BadEntryError(f"{path.name}: stands there twice: {entry}")
-        explained[key] = str(entry["why"])  # type: ignore[index]
+    for group in groups:
+        why, entries = _parts(path, group, ("why", "mutants"))
+        for entry in entries:
+            file, function, line, mutant = (_one_line([str(part)]) for part in _parts(path, entry, ENTRY))
+            if (key := (file, function, line, mutant)) in explained:
+                raise BadEntryError(f"{path.name}: stands there twice: {entry}")
+            explained[key] = str(why)
     return explained
+
+
+def _parts(path: Path, entry: Any, names: tuple[str, ...]) -> list[Any]:
+    if not isinstance(entry, dict) or set(entry) != set(names) or not all(entry.values()):
+        raise BadEntryError(f"{path.name}: needs {', '.join(names)}: {entry}")
+    return [entry[name] for name in names]
 
 
 def sample(mutants: list[Mutant], number: int, seed: str) -> list[Mutant]:
