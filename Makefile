@@ -5,10 +5,15 @@ PYTHON ?= python3
 ENGINE ?=
 CASES ?= 1000000
 JOBS ?= 2
+# Of `make mutants`: so many of them, chosen by SEED, or all; those of some files; KEEP=1 after a change of tests.
+SAMPLE ?=
+SEED ?= 1
+ONLY ?=
+KEEP ?=
 # Parts of `make test-all`, or nothing for all that have not passed; python3 ci/test_all.py --list names them.
 PART ?=
 
-.PHONY: help envs demo test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz lint format
+.PHONY: help envs demo test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz mutants lint format
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +45,11 @@ test-sglang: ## those of `make test` on the real SGLang, every release of the ma
 fuzz: ## CASES (a million) random checkpoints and policies through the decision
 	@$(PYTHON) ci/envs.py core
 	@.venvs/core/bin/python -m tests.core.fuzz --cases $(CASES) --seconds 86400 --jobs $(JOBS)
+
+mutants: ## small changes of the core that a test must notice: all, or SAMPLE=200 SEED=1, or ONLY='decision/*'
+	@$(PYTHON) ci/envs.py core
+	@.venvs/core/bin/python ci/mutants.py --seed $(SEED) --jobs $(JOBS) $(if $(SAMPLE),--sample $(SAMPLE)) \
+		$(if $(ONLY),--only '$(ONLY)') $(if $(KEEP),--keep)
 
 test-kernels: ## the Triton kernels, in Triton's interpreter
 	@$(PYTHON) ci/envs.py --engine sglang

@@ -66,6 +66,11 @@ def kernels(rows: list[Row]) -> Step:
     return Step("kernel tests", [python, "-m", "pytest", "tests/kernels"], 900, {"TRITON_INTERPRET": "1"})
 
 
+def mutants() -> Step:
+    """Change the core in 200 small ways, and count what the core tests notice."""
+    return Step("mutants", [str(CORE / "python"), "ci/mutants.py", "--sample", "200"], 5400)
+
+
 def of_engine(row: Row, name: str, tests: Sequence[str], marks: str, limit: int = 2700) -> Step:
     """Test one engine release, in its own environment; ``marks`` as pytest's ``-m``, empty for all."""
     environment = {

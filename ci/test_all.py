@@ -4,11 +4,11 @@
     python3 ci/test_all.py PART ...    these parts, whether they passed or not
     python3 ci/test_all.py --list      the names of the parts
 
-A part is one of the checks, the tests that need no engine, the kernels, or a group of tests in one release
-of an engine. When it ends it leaves a stamp in .cache/test-all: how it ended, and on which commit and tree. A
-tree is every file that git does not ignore, as it lies there; what passed is run again when one of them
-changes. The last lines are a table of all parts; exit status 0 means that every part has passed on this tree,
-or every part that was named.
+A part is one of the checks, the tests that need no engine, the kernels, a sample of mutants, or a group of
+tests in one release of an engine. When it ends it leaves a stamp in .cache/test-all: how it ended, and on
+which commit and tree. A tree is every file that git does not ignore, as it lies there; what passed is run
+again when one of them changes. The last lines are a table of all parts; exit status 0 means that every part
+has passed on this tree, or every part that was named.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def name_of(step: Step) -> str:
 
 def parts(rows: list[Row]) -> dict[str, Step]:
     """Return all parts by name."""
-    made = [*steps.lint(), steps.core(rows), steps.kernels(rows)]
+    made = [*steps.lint(), steps.core(rows), steps.kernels(rows), steps.mutants()]
     for row in rows:
         # A release that stands on the packages of another shows what is its own.
         marks = "not one_release" if "base" in row else ""

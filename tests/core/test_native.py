@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decision import native
 from fse_patch.fusion_core.decision.decide import decide
 from fse_patch.fusion_core.decision.native import fusing, gets_wrong, runtime_report
 from fse_patch.fusion_core.decision.outcome import Merged
@@ -112,3 +114,67 @@ def test_a_report_says_what_a_release_gets_wrong(tmp_path: Path) -> None:
     assert not old["upstream.already"]
     assert "wrong: the blocks fuse and the loader drops the shared expert" in old["upstream.detail"]
     assert "wrong" not in runtime_report(decision, "rocm", "0.32.0")["upstream.detail"]
+
+
+NOT_SAID = "give --platform and --engine-version to know"
+SWITCH = "VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS"
+NOT_HERE = "this release does not fuse this model here"
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "platform", "release", "expected"),
+    [
+        ("qwen3_next", "vllm", None, None, (None, None, None, NOT_SAID)),
+        ("qwen3_next", "vllm", "cpu", None, ("cpu", None, None, NOT_SAID)),
+        ("qwen3_next", "vllm", None, "0.32.0", (None, "tested", None, NOT_SAID)),
+        ("qwen3_next", "sglang", "cpu", "0.5.20", (None, "tested", False, NOT_HERE)),
+        ("qwen3_next", "sglang", "cuda", "0.1", ("triton", "untested", False, NOT_HERE)),
+        ("llama", "vllm", "cuda", "0.24.0", ("triton", "read", False, NOT_HERE)),
+        (
+            "qwen3_next", "vllm", "rocm", "0.32.0",
+            ("triton", "tested", False, f"off by default, needs AITER on gfx9 and {SWITCH}=1"),
+        ),
+        (
+            "qwen3_next", "sglang", "cuda", "0.5.20",
+            ("triton", "tested", True, "on by default, needs no expert parallelism"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_report_of_a_release(
+    tmp_path: Path, model: str, engine: str, platform: str | None, release: str | None, expected: Any
+) -> None:
+    decision = decided(tmp_path, model_type=model, engine=engine)
+    report = runtime_report(decision, platform, release)
+    keys = ("platform", "engine_version", "backend", "version", "upstream.already", "upstream.detail")
+    assert report == dict(zip(keys, (platform, release, *expected), strict=True))
+
+
+def test_a_report_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    rows = [
+        {"models": ["A", "B"], "by_default": False, "condition": "x"},
+        {"by_default": True, "condition": "y", "wrong": "the slot is empty"},
+    ]
+    monkeypatch.setattr(native, "fusing", lambda *of: asked.append(of) or rows)
+    report = runtime_report(decided(tmp_path, model_type="qwen3_5_moe"), "rocm", "0.32.0+cpu")
+    assert report["upstream.detail"] == (
+        "A, B: off by default, needs x; on by default, needs y, wrong: the slot is empty"
+    )
+    # One that is wrong is none that fuses rightly.
+    assert report["upstream.already"] is False
+    assert asked == [("vllm", "qwen3_5_moe", "rocm", "0.32.0+cpu")]
+
+
+@pytest.mark.parametrize(
+    ("platform", "release", "words"),
+    [
+        ("gpu", None, "unknown platform 'gpu'; use one of cpu, cuda, rocm"),
+        ("cpu", "newest", "'newest' is no version number; use one like 1.2.3"),
+    ],
+)
+def test_a_platform_or_a_release_that_is_none(
+    tmp_path: Path, platform: str, release: str | None, words: str
+) -> None:
+    with pytest.raises(FsePatchError) as error:
+        runtime_report(decided(tmp_path), platform, release)
+    assert str(error.value) == words

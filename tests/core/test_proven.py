@@ -9,6 +9,7 @@ import pytest
 from fse_patch import settings
 from fse_patch.adapters.refusals import without_proof
 from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decision import proven
 from fse_patch.fusion_core.decision.decide import decide
 from fse_patch.fusion_core.decision.proven import proven_platforms, read_proven, unproven
 
@@ -25,6 +26,11 @@ def test_nothing_quantised_is_proven_yet() -> None:
     assert read_proven() == {}
     assert proven_platforms(stored_as("fp8", ("fp8-block",))) == []
     assert proven_platforms(stored_as("none", ("plain",))) == ["cpu", "cuda", "rocm"]
+
+
+def test_platforms_of_a_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proven, "read_proven", lambda: {"fp8-block": {"vllm": ("cpu", "rocm")}})
+    assert proven_platforms(stored_as("fp8", ("fp8-block",))) == ["cpu", "rocm"]
 
 
 @pytest.mark.parametrize(
