@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ...errors import FsePatchError
 from ...patches import FOLDER, Engine, Platform
@@ -23,6 +23,12 @@ SharedWeight = Literal["sigmoid_gate", "constant"]
 Role = Literal["main", "draft"]
 # YAML has lists only.
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+# An object in YAML; a family must be hashable.
+ByEngine = Annotated[
+    tuple[tuple[Engine, Texts], ...],
+    BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value),
+    Field(strict=False),
+]
 
 
 class FamilySpec(Strict):
@@ -57,7 +63,7 @@ class FamilySpec(Strict):
     scoring: Scoring
     num_experts_key: Text
     layer_prefixes: Texts = ("model.layers.",)
-    mapped_prefixes: dict[Engine, Texts] = Field(default_factory=dict)
+    mapped_prefixes: ByEngine = ()
     shared_gate: Text | None = None
     renormalize_default: bool = True
     grouped_routing: bool = False

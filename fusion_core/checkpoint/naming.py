@@ -51,7 +51,7 @@ class TensorNaming:
 
     @cached_property
     def _layer(self) -> str:
-        mapped = next((p for e, p in self.family.mapped_prefixes.items() if e == self.engine), ())
+        mapped = next((p for e, p in self.family.mapped_prefixes if e == self.engine), ())
         prefixes = "|".join(re.escape(p) for p in (*mapped, *self.family.layer_prefixes))
         draft = re.escape(self.family.draft_prefix) if self.family.draft_prefix else r"(?!)"
         return rf"(?:(?P<main>{prefixes})|(?P<draft>{draft}))(?P<layer>{_NUMBER})\.mlp\."

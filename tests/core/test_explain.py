@@ -28,7 +28,7 @@ GPTQ_HEADERS = "g_idx I32 1-D + qweight I32 2-D + qzeros I32 2-D + scales F16 2-
 def explained(
     folder: Path, name: str, role: Role = "main", policy: Policy = POLICY, engine: str = "vllm"
 ) -> dict[str, Any]:
-    evidence = read_evidence(write_row(folder, next(row for row in ROWS if row["id"] == name)))
+    evidence = read_evidence(write_row(folder, next(row for row in ROWS if row["id"] == name)), "vllm")
     return explain(evidence, engine, role, policy)
 
 
@@ -113,7 +113,9 @@ def test_the_denial_has_the_number_behind_the_last_rule(tmp_path: Path) -> None:
 
 
 def test_a_layer_without_specs_or_claims_has_none_of_them(tmp_path: Path) -> None:
-    evidence = read_evidence(write_checkpoint(tmp_path, config_of("qwen3_next"), model_tensors("qwen3_next")))
+    evidence = read_evidence(
+        write_checkpoint(tmp_path, config_of("qwen3_next"), model_tensors("qwen3_next")), "vllm"
+    )
     main = evidence.roles["main"]
     agreement = main.layers[0].config
     assert agreement is not None
@@ -134,7 +136,7 @@ def test_a_layer_without_specs_or_claims_has_none_of_them(tmp_path: Path) -> Non
 
 
 def test_an_unknown_family_has_no_layers(tmp_path: Path) -> None:
-    evidence = read_evidence(write_checkpoint(tmp_path, {"model_type": "llama"}, None))
+    evidence = read_evidence(write_checkpoint(tmp_path, {"model_type": "llama"}, None), "vllm")
     report = explain(evidence, "vllm", "main", POLICY)
     assert (report["reason"], report["rule"], report["layers"]) == ("family.unknown", None, [])
     with pytest.raises(FsePatchError, match="unknown engine 'other'"):

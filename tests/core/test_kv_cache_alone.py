@@ -12,7 +12,6 @@ import pytest
 from fse_patch import settings
 from fse_patch.adapters.refusals import quantised_online, without_proof
 from fse_patch.fusion_core.checkpoint.config import UNQUANTISED
-from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.decision.decide import decide, decide_roles
 from fse_patch.fusion_core.decision.explain import explain
 from fse_patch.fusion_core.decision.outcome import Merged
@@ -22,6 +21,7 @@ from fse_patch.fusion_core.evidence.gather import read_evidence
 from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer
 from fse_patch.fusion_core.quant.claims import all_plain
 
+from .checkpoints import tensors_of
 from .golden import ROWS, write_row
 from .moe import naming_of, stored_as
 from .outcomes import merged
@@ -84,12 +84,12 @@ def test_the_canary_reads_plain_weights(tmp_path: Path) -> None:
     decision = merged(decide(write_row(tmp_path, row), "vllm"))
     naming = naming_of(decision.model_type, 2)
     for method in (decision.quant_method, decision.read_as):
-        layer = CheckpointLayer(CheckpointTensors(tmp_path), naming, "main", method, 0)
+        layer = CheckpointLayer(tensors_of(tmp_path), naming, "main", method, 0)
         assert layer.resolve is all_plain
 
 
 def test_an_explanation_names_what_is_declared(tmp_path: Path) -> None:
-    evidence = read_evidence(write_row(tmp_path, named("qwen3-next-kv-cache-alone-no-groups")))
+    evidence = read_evidence(write_row(tmp_path, named("qwen3-next-kv-cache-alone-no-groups")), "vllm")
     told = explain(evidence, "sglang", "main", load_policy())
     assert [q["method"] for q in told["quantisation"]] == ["compressed-tensors"]
     assert (told["fuse"], {group["rule"] for group in told["layers"]}) == (True, {"unquantised"})
