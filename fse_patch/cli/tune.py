@@ -75,4 +75,5 @@ def command(
     for step in row["steps"]:
         print(f"up to {step['up_to']} tokens: {step['mode']}")
     print(f"{'beyond' if row['steps'] else 'always'}: {row['otherwise']}")
+    print(f"with even routing alone measured, small is kept up to {tune.EVEN_ROUTING} token")
     print(f"stored in {out}; set {TUNED}={out} where the engine runs")

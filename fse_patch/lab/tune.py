@@ -15,6 +15,9 @@ from ..fusion_core.forward.tuned import SLOWER, Situation, read_table, split_is_
 
 # Below this a mode counts as slower than stock.
 EQUAL = 0.985
+# Tokens up to which `small` may be kept where even routing alone was measured: it reads weights once for
+# every token that chose them, and is slower than stock where many choose the same.
+EVEN_ROUTING = 1
 # How far stock may be off itself for a row to say anything.
 FARTHEST = 0.05
 HEAD = ("engine", "release", "backend", "device")
@@ -41,8 +44,13 @@ def is_open(row: dict[str, Any]) -> bool:
     return best_mode(row) == SLOWER and any(row.get(f"{m}_ratio", 0.0) >= EQUAL for m in MODES)
 
 
-def steps(rows: Sequence[dict[str, Any]], split_is_stock: bool = False) -> tuple[list[dict[str, Any]], str]:
+def steps(
+    rows: Sequence[dict[str, Any]], split_is_stock: bool = False, small_up_to: int = EVEN_ROUTING
+) -> tuple[list[dict[str, Any]], str]:
     """Return steps, and the mode beyond them. Between two numbers the mode of the larger one holds.
+
+    Args:
+        small_up_to: tokens up to which `small` was also measured with all tokens alike.
 
     Raises:
         FsePatchError: stock was so far off itself that nothing can be said.
@@ -55,7 +63,9 @@ def steps(rows: Sequence[dict[str, Any]], split_is_stock: bool = False) -> tuple
         )
     ranges: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda r: int(r["tokens"])):
-        mode = best_mode(row, split_is_stock)
+        safe = row["tokens"] <= small_up_to
+        known = row if safe else {k: v for k, v in row.items() if not k.startswith("small_")}
+        mode = best_mode(known, split_is_stock)
         if ranges and ranges[-1]["mode"] == mode:
             ranges[-1]["up_to"] = row["tokens"]
         else:

@@ -28,6 +28,9 @@ SHAPES = {
 SGLANG, NATIVE = list(FILES)[2:]
 # Measured, and out of the table: this shape's decode end to end ran with `split` there.
 HELD_BACK = {("patches/tuned/nvidia_h200_vllm.yaml", "qwen3_next_80b"): "fused"}
+# Tokens up to which `small` was not slower than stock with all tokens alike either, in bfloat16; see
+# benchmarks/README.md.
+ALIKE = {"qwen3_next_80b": 8, "qwen3.5_35b": 8}
 SHAPES_OF = {SGLANG: {"qwen3.5_35b"}, NATIVE: {"qwen3_next_80b", "glm4.5_air"}}
 
 
@@ -56,12 +59,13 @@ def test_a_table_is_what_was_measured(file: str) -> None:
         as_stock = split_is_stock(here, "cuda")
         stored = [step.model_dump() for step in row.steps], row.otherwise
         rows = measured(FILES[file], shape_of(row))
+        alike = ALIKE.get(shape_of(row), tune.EVEN_ROUTING) if row.quant == "none" else tune.EVEN_ROUTING
         if held := HELD_BACK.get((file, shape_of(row))):
-            assert tune.steps(rows, as_stock) != stored, "nothing is held back"
+            assert tune.steps(rows, as_stock, alike) != stored, "nothing is held back"
             for found in rows:
                 found.pop(f"{held}_lower")
-        assert tune.steps(rows, as_stock) == stored, shape_of(row)
+        assert tune.steps(rows, as_stock, alike) == stored, shape_of(row)
         # The control: small mode at one token slower than stock.
         first = min(rows, key=lambda found: int(found["tokens"]))
         first["small_lower"] = 0.9
-        assert tune.steps(rows, as_stock) != stored
+        assert tune.steps(rows, as_stock, alike) != stored

@@ -39,7 +39,15 @@ def test_the_fastest_mode_by_number_of_tokens() -> None:
         row(2, small=1.5, fused=1.2, split=1.04),
         row(64, fused=0.9, split=1.0),
     ]
-    assert tune.steps(rows) == ([{"up_to": 2, "mode": "small"}], "split")
+    assert tune.steps(rows, small_up_to=16) == ([{"up_to": 2, "mode": "small"}], "split")
+
+
+def test_small_is_kept_only_where_tokens_may_be_alike() -> None:
+    rows = [row(1, small=1.8, split=1.05), row(2, small=1.5, fused=1.2), row(4, small=1.5, split=1.1)]
+    ones: list[dict[str, Any]] = [{"up_to": 1, "mode": "small"}, {"up_to": 2, "mode": "fused"}]
+    assert tune.steps(rows) == (ones, "split")
+    # The control: where it was measured with all tokens alike too, its ratio counts.
+    assert tune.steps(rows, small_up_to=4) == ([], "small")
 
 
 def test_no_mode_that_is_slower_than_stock() -> None:
@@ -96,11 +104,11 @@ def test_a_table_keeps_the_rows_of_other_shapes(tmp_path: Path) -> None:
     path, other = tmp_path / "a" / "table.yaml", replace(HERE, width=128)
     tune.store(path, HERE, [row(1, small=1.5), row(2, split=1.1)], {"torch": "1"}, "test")
     tune.store(path, other, [row(1, split=1.1)], {"torch": "1"}, "test")
-    tune.store(path, HERE, [row(4, small=1.5), row(8, split=1.1)], {"torch": "1"}, "test")
+    tune.store(path, HERE, [row(1, small=1.5), row(8, split=1.1)], {"torch": "1"}, "test")
     mine, theirs = plan_for(HERE, "cuda", path), plan_for(other, "cuda", path)
     assert isinstance(mine, ModePlan)
     assert isinstance(theirs, ModePlan)
-    assert (str(mine), str(theirs)) == ("small up to 4, split beyond", "split always")
+    assert (str(mine), str(theirs)) == ("small up to 1, split beyond", "split always")
     with pytest.raises(FsePatchError, match="give another file"):
         tune.store(path, replace(HERE, device="Other"), [row(1, split=1.1)], {}, "test")
 
