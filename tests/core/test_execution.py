@@ -1,4 +1,4 @@
-"""What tests/kernels/test_execution.py tests of a layer, without Triton: each kernel is its reference."""
+"""What tests/kernels/test_execution.py tests of a layer, with each kernel's reference in its place: no Triton."""
 
 from __future__ import annotations
 

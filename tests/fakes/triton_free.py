@@ -75,7 +75,7 @@ def _references() -> None:
     ) -> torch.Tensor:
         return (silu_mul.reference(gate_up, states, gate) * factor).to(gate_up.dtype)
 
-    silu_mul.silu_mul = inner
+    silu_mul.silu_mul = silu
     for module in (experts, experts_fp8):
         module.small_experts = _in_the_states_dtype(module.reference)
     for mode in ("small", "fused", "split"):
