@@ -17,6 +17,8 @@ from .running import ROOT, Case, Checkpoints, RunArm, timeless
 
 NAME = "acme/tiny"
 RECIPE = "files_short_index"
+# Sizes that two processes can share.
+FOR_TWO = "names_shared_merged"
 SHIM = ROOT / "tests" / "shims" / "unequal_caches"
 # Files that no engine fetches, and that the look-up of a whole snapshot would miss.
 EXTRA = ("README.md", "fig.png", "model.gguf", "model.onnx")
@@ -34,9 +36,10 @@ class Starts:
     run: RunArm
     checkpoints: Checkpoints
     folder: Path
+    recipe: str = RECIPE
 
     def __post_init__(self) -> None:
-        self.job = self.checkpoints.job(Case(RECIPE))
+        self.job = self.checkpoints.job(Case(self.recipe))
         self.repository = self.folder / "hub" / NAME
         shutil.copytree(self.job.checkpoint, self.repository)
         for name in EXTRA:

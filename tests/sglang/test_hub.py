@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from ..hub_starts import Starts, arm
+from ..hub_starts import FOR_TWO, Starts, arm
 from ..running import ROOT, Checkpoints
 
 pytestmark = pytest.mark.one_release
@@ -27,7 +29,8 @@ def test_cold_warm_offline_and_folder_are_one(starts: Starts) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_with_unequal_caches(starts: Starts) -> None:
+def test_two_processes_with_unequal_caches(starts: Starts, tmp_path: Path) -> None:
+    starts = Starts(starts.run, starts.checkpoints, tmp_path, FOR_TWO)
     with starts.hub() as env:
         first, second = starts.unequal({**env, **CORES}, PARALLEL, alone=False)
         assert [role["built_layers"] for role in first] == [role["built_layers"] for role in second] != []
