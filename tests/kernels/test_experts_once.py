@@ -1,0 +1,116 @@
+"""Each chosen expert read once: for every routing, in any company, with broken experts and tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fse_patch.fusion_core.kernels import experts, work_list
+from fse_patch.fusion_core.kernels.experts_once import experts_once
+
+from .test_kernels import DEVICE, DTYPES, draw, off
+
+# Tokens, H, I, E, k, S: sizes with rests in every tile.
+SHAPES = [(3, 96, 40, 7, 2, 1), (9, 128, 48, 12, 3, 4)]
+if DEVICE == "cuda":
+    SHAPES += [(8, 2048, 512, 512, 10, 1), (16, 4096, 128, 512, 10, 1), (2, 4096, 1408, 128, 8, 1)]
+    SHAPES += [(16, 2048, 1408, 60, 4, 4)]
+ROUTINGS = ("even", "alike", "fours", "zipf")
+
+
+def routed(kind: str, tokens: int, experts_: int, top_k: int, slots: int) -> torch.Tensor:
+    """The ids of a routing: [tokens, k + S] int32."""
+    draw_ = torch.Generator().manual_seed(tokens)
+    odds = torch.ones(experts_)
+    if kind == "zipf":
+        odds = 1.0 / torch.arange(1, experts_ + 1).float()
+    each = {"alike": tokens, "fours": 4}.get(kind, 1)
+    rows = [torch.multinomial(odds, top_k, generator=draw_) for _ in range(-(-tokens // each))]
+    ids = torch.stack(rows).repeat_interleave(each, 0)[:tokens]
+    shared = torch.arange(experts_, experts_ + slots).expand(tokens, slots)
+    return torch.cat([ids, shared], 1).int().to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_work_list(shape: tuple[int, ...], kind: str) -> None:
+    tokens, _, _, experts_, top_k, slots = shape
+    ids = routed(kind, tokens, experts_, top_k, slots)
+    got = work_list.work_list(ids, experts_ + slots)
+    experts_wanted, rows = work_list.reference(ids, got.columns)
+    count = int(got.count)
+    assert count == len(experts_wanted)
+    assert torch.equal(got.experts[:count], experts_wanted)
+    assert torch.equal(got.rows[:count], rows)
+
+
+def test_the_work_list_has_room_for_16() -> None:
+    with pytest.raises(ValueError, match="17 tokens"):
+        work_list.columns_for(17)
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    tokens, hidden, width, experts_, top_k, slots = shape
+    states = draw(tokens, hidden, seed=4, dtype=dtype)
+    w13 = draw(experts_ + slots, 2 * width, hidden, seed=5, dtype=dtype, scale=0.05)
+    w2 = draw(experts_ + slots, hidden, width, seed=6, dtype=dtype, scale=0.05)
+    ids = routed(kind, tokens, experts_, top_k, slots)
+    weights = draw(tokens, top_k + slots, seed=7).sigmoid()
+    got = experts_once(states, w13, w2, weights, ids)
+    expected = experts.reference(states, w13, w2, weights, ids)
+    # The interpreter cuts bfloat16 off instead of rounding it.
+    assert off(got, expected) < (0.005 if DEVICE == "cuda" or dtype == torch.float16 else 0.01)
+    # The control: one slot of one token weighs otherwise.
+    weights[0, -1] *= 1.5
+    assert off(got[:1], experts.reference(states[:1], w13, w2, weights[:1], ids[:1])) > 0.01
+
+
+def made(kind: str) -> tuple[torch.Tensor, ...]:
+    tokens, hidden, width, experts_, top_k, slots = SHAPES[-1]
+    states = draw(tokens, hidden, seed=4, dtype=torch.bfloat16)
+    w13 = draw(experts_ + slots, 2 * width, hidden, seed=5, dtype=torch.bfloat16, scale=0.05)
+    w2 = draw(experts_ + slots, hidden, width, seed=6, dtype=torch.bfloat16, scale=0.05)
+    weights = draw(tokens, top_k + slots, seed=7).sigmoid()
+    return states, w13, w2, weights, routed(kind, tokens, experts_, top_k, slots)
+
+
+def test_equal_tokens_give_equal_rows() -> None:
+    states, w13, w2, weights, ids = made("alike")
+    out = experts_once(
+        states[:1].expand_as(states), w13, w2, weights[:1].expand_as(weights).contiguous(), ids
+    )
+    assert (out == out[:1]).all()
+
+
+def test_a_tokens_bits_do_not_depend_on_the_others() -> None:
+    states, w13, w2, weights, ids = made("even")
+    whole = experts_once(states, w13, w2, weights, ids)
+    # Of one number of columns: a smaller product may sum in another order.
+    some = torch.arange(len(states) - 1, -1, -1)
+    again = experts_once(states[some], w13, w2, weights[some].contiguous(), ids[some].contiguous())
+    assert torch.equal(again, whole[some])
+
+
+def test_a_broken_token_and_a_broken_expert_stay_where_they_are() -> None:
+    states, w13, w2, weights, ids = made("even")
+    whole = experts_once(states, w13, w2, weights, ids)
+    states = states.clone()
+    states[1, 3] = float("nan")
+    broken = experts_once(states, w13, w2, weights, ids)
+    assert broken[1].isnan().all()
+    assert torch.equal(broken[0], whole[0])
+    assert torch.equal(broken[2:], whole[2:])
+    states, w13, w2, weights, ids = made("even")
+    expert = int(ids[0, 0])
+    who = (ids == expert).any(1)
+    assert not who.all()
+    for tensor in (w13, w2):
+        harmed = tensor.clone()
+        harmed[expert] = float("nan")
+        given = (harmed, w2) if tensor is w13 else (w13, harmed)
+        out = experts_once(states, *given, weights, ids)
+        assert out[who].isnan().all()
+        assert torch.equal(out[~who], whole[~who])
