@@ -30,7 +30,8 @@ class Tile:
         warps: that share the columns of a row.
         depth: columns that a warp has at once.
         stages: of its pipeline of loads.
-        blocks: of the first kernel, for each multiprocessor.
+        blocks: of w13's kernel, for each multiprocessor.
+        experts: that a block of w2's kernel has at once, each with warps of its own.
     """
 
     rows: int
@@ -38,17 +39,22 @@ class Tile:
     depth: int
     stages: int
     blocks: int = 1
+    experts: int = 1
 
 
-def w13_tile(hidden: int, width: int) -> Tile:
-    """Return the tile for w13 [2 * I, H]."""
-    return Tile(16, 8, 64, 4, 2)
+def w13_tile() -> Tile:
+    """Return the tile for w13 [2 * I, H]: the fastest one on an H200, for all shapes that were tried."""
+    return Tile(rows=16, warps=2, depth=128, stages=3, blocks=3)
 
 
 def w2_tile(hidden: int, width: int) -> Tile:
-    """Return the tile for w2 [H, I]."""
-    warps = 8 if width % 512 == 0 else 4 if width % 256 == 0 else 2
-    return Tile(max(16, hidden // 128), warps, 64, 10)
+    """Return the tile for w2 [H, I]: the fastest one on an H200."""
+    rows = max(16, hidden // 128)
+    if width <= 128:
+        return Tile(rows, warps=1, depth=128, stages=7, experts=4)
+    if rows == 16:
+        return Tile(rows, warps=4, depth=128, stages=7, experts=2)
+    return Tile(rows, warps=4, depth=64, stages=10)
 
 
 def experts_once(
@@ -75,7 +81,7 @@ def experts_once(
     listed = listed or work_list(topk_ids, total)
     inner = torch.empty(topk_ids.numel(), width, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
-    first, second = tiles or (w13_tile(hidden, width), w2_tile(hidden, width))
+    first, second = tiles or (w13_tile(), w2_tile(hidden, width))
     # Triton's interpreter multiplies bfloat16 as integers.
     common: dict[str, Any] = {"COLUMNS": listed.columns, "WIDE": not states.is_cuda, **options(states)}
     span = triton.cdiv(hidden, first.warps * first.depth) * first.depth
@@ -112,8 +118,9 @@ def experts_once(
         WARPS=second.warps,
         DEPTH=second.depth,
         CHUNKS=triton.cdiv(width, second.warps * second.depth),
+        EXPERTS=second.experts,
         STAGES=second.stages,
-        num_warps=second.warps,
+        num_warps=second.warps * second.experts,
         **common,
     )
     return output
@@ -207,6 +214,7 @@ def _w2(
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
     CHUNKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -216,29 +224,30 @@ def _w2(
     offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask_n = (offs_n < HIDDEN)[None, :, None]
     offs_t = tl.arange(0, COLUMNS)
-    start = tl.arange(0, WARPS)[:, None, None] * DEPTH
-    acc = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
+    # Each warp has an expert and a part of the columns of its rows.
+    warp = tl.arange(0, EXPERTS * WARPS)
+    start = (warp % WARPS * DEPTH)[:, None, None]
+    acc = tl.zeros([EXPERTS * WARPS, ROWS, COLUMNS], tl.float32)
     count = tl.load(count_ptr)
-    for task in tl.range(0, count * CHUNKS, num_stages=STAGES):
-        place = task // CHUNKS
+    for task in tl.range(0, tl.cdiv(count, EXPERTS) * CHUNKS, num_stages=STAGES):
+        place = task // CHUNKS * EXPERTS + warp // WARPS
         first = task % CHUNKS * (WARPS * DEPTH)
-        expert = tl.load(experts_ptr + place).to(tl.int64)
-        pair = tl.load(rows_ptr + place * COLUMNS + offs_t)
+        there = place < count
+        expert = tl.load(experts_ptr + place, mask=there, other=0).to(tl.int64)
+        at = place[:, None] * COLUMNS + offs_t[None, :]
+        pair = tl.load(rows_ptr + at, mask=there[:, None], other=-1)[:, None, :]
         offs_k = first + start + tl.arange(0, DEPTH)[None, None, :]
         w2 = tl.load(
-            w2_ptr + expert * (HIDDEN * WIDTH) + offs_n[None, :, None] * WIDTH + offs_k,
-            mask=mask_n & (offs_k < WIDTH),
+            w2_ptr + expert[:, None, None] * (HIDDEN * WIDTH) + offs_n[None, :, None] * WIDTH + offs_k,
+            mask=there[:, None, None] & mask_n & (offs_k < WIDTH),
             other=0.0,
         )
         down_k = first + start + tl.arange(0, DEPTH)[None, :, None]
-        chosen = (pair >= 0)[None, None, :]
         h = tl.load(
-            inner_ptr + pair.to(tl.int64)[None, None, :] * WIDTH + down_k,
-            mask=chosen & (down_k < WIDTH),
-            other=0.0,
+            inner_ptr + pair.to(tl.int64) * WIDTH + down_k, mask=(pair >= 0) & (down_k < WIDTH), other=0.0
         )
         # What a broken expert gives must not reach tokens that did not choose it: 0 times NaN is NaN.
-        acc = tl.where(chosen, _dot(w2, h, acc, WIDE), acc)
+        acc = tl.where(pair >= 0, _dot(w2, h, acc, WIDE), acc)
     out = out_ptr + offs_t[None, :] * HIDDEN + offs_n[:, None]
     kept = (offs_t < M)[None, :] & (offs_n < HIDDEN)[:, None]
     tl.store(out, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=kept)
