@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fse_patch.fusion_core.kernels import experts, work_list
-from fse_patch.fusion_core.kernels.experts_once import experts_once
+from fse_patch.fusion_core.kernels.experts_once import Scales, experts_once
 
 from .test_kernels import DEVICE, DTYPES, draw, off
 
@@ -66,6 +66,73 @@ def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> 
     # The control: one slot of one token weighs otherwise.
     weights[0, -1] *= 1.5
     assert off(got[:1], experts.reference(states[:1], w13, w2, weights[:1], ids[:1])) > 0.01
+
+
+# Rows and columns that share a scale; 0 for all.
+BLOCKS = {"block": (128, 128), "channel": (1, 0), "tensor": (0, 0)}
+
+
+def scaled(weights: torch.Tensor, block: tuple[int, int], halves: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 numbers, and scales [n, rows, columns] that make ``weights`` of them; w1 and w3 have their own."""
+    _, out, inner = weights.shape
+    rows, columns = (size or extent for size, extent in zip(block, (out // halves, inner), strict=True))
+    parts, scales = [], []
+    for part in weights.float().chunk(halves, 1):
+        height = part.shape[1]
+        padded = torch.nn.functional.pad(part, (0, -inner % columns, 0, -height % rows))
+        tiles = padded.unflatten(1, (-1, rows)).unflatten(3, (-1, columns))
+        scale = tiles.abs().amax((2, 4)) / 448
+        parts.append((tiles / scale[:, :, None, :, None]).flatten(3).flatten(1, 2)[:, :height, :inner])
+        scales.append(scale)
+    return torch.cat(parts, 1).to(torch.float8_e4m3fn), torch.cat(scales, 1).contiguous()
+
+
+def exact(weights: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], halves: int) -> torch.Tensor:
+    """The weights in float64."""
+    _, out, inner = weights.shape
+    height = out // halves
+    rows, columns = block[0] or height, block[1] or inner
+    wide = torch.cat(
+        [part.repeat_interleave(rows, 1)[:, :height] for part in scale.double().chunk(halves, 1)], 1
+    ).repeat_interleave(columns, 2)[:, :, :inner]
+    return weights.double() * wide
+
+
+FP8_SHAPES = [(3, 256, 128, 7, 2, 1), (9, 384, 256, 12, 3, 4)]
+if DEVICE == "cuda":
+    FP8_SHAPES += [(8, 2048, 512, 512, 10, 1), (16, 4096, 128, 512, 10, 1), (8, 4096, 1408, 128, 8, 1)]
+
+
+@pytest.mark.parametrize("kind", ["even", "alike"])
+@pytest.mark.parametrize("how", BLOCKS)
+@pytest.mark.parametrize("shape", FP8_SHAPES, ids=str)
+def test_fp8(shape: tuple[int, ...], how: str, kind: str) -> None:
+    tokens, hidden, width, experts_, top_k, slots = shape
+    block = BLOCKS[how]
+    states = draw(tokens, hidden, seed=4, dtype=torch.bfloat16)
+    # Tokens of very different sizes: each has a factor of its own.
+    states *= torch.logspace(-1, 2, tokens, device=DEVICE)[:, None].to(states.dtype)
+    w13 = draw(experts_ + slots, 2 * width, hidden, seed=5, scale=0.05)
+    w2 = draw(experts_ + slots, hidden, width, seed=6, scale=0.05)
+    (w13, s13), (w2, s2) = scaled(w13, block, 2), scaled(w2, block, 1)
+    ids = routed(kind, tokens, experts_, top_k, slots)
+    weights = draw(tokens, top_k + slots, seed=7).sigmoid()
+    got = experts_once(states, w13, w2, weights, ids, Scales(s13, s2, block))
+    expected = experts.reference(states, exact(w13, s13, block, 2), exact(w2, s2, block, 1), weights, ids)
+    for token in range(tokens):
+        assert off(got[token], expected[token]) < (0.004 if DEVICE == "cuda" else 0.01)
+    # The control: one scale of the shared expert is half of what it is.
+    s2[-1] *= 0.5
+    expected = experts.reference(states, exact(w13, s13, block, 2), exact(w2, s2, block, 1), weights, ids)
+    assert off(got, expected) > 0.01
+
+
+def test_a_tile_in_two_blocks_of_scales_is_refused() -> None:
+    states, w13, w2, weights, ids = made("even")
+    scales = Scales(w13.float(), w2.float(), (128, 96))
+    w13, w2 = (tensor.to(torch.float8_e4m3fn) for tensor in (w13, w2))
+    with pytest.raises(ValueError, match="blocks of 128 x 96"):
+        experts_once(states, w13, w2, weights, ids, scales)
 
 
 def made(kind: str) -> tuple[torch.Tensor, ...]:
