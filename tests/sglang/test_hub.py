@@ -29,6 +29,18 @@ def test_cold_warm_offline_and_folder_are_one(starts: Starts) -> None:
 
 
 @pytest.mark.long
+def test_a_hub_that_is_dead_and_another_revision(starts: Starts) -> None:
+    branch = starts.other_branch()
+    with starts.hub() as env:
+        starts.by_name(env)
+        (other,) = starts.by_name(env, arguments={"revision": branch})
+    # Routed and shared experts of that branch are stored in different ways.
+    assert other["workers"][0]["roles"] == []
+    with starts.hub(dies_after=0) as env:
+        starts.check(starts.by_name(env), starts.by_folder())
+
+
+@pytest.mark.long
 def test_two_processes_with_unequal_caches(starts: Starts, tmp_path: Path) -> None:
     starts = Starts(starts.run, starts.checkpoints, tmp_path, FOR_TWO)
     with starts.hub() as env:
