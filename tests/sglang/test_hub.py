@@ -29,15 +29,13 @@ def test_cold_warm_offline_and_folder_are_one(starts: Starts) -> None:
 
 
 @pytest.mark.long
-def test_a_hub_that_is_dead_and_another_revision(starts: Starts) -> None:
+def test_another_revision_is_another_decision(starts: Starts) -> None:
     branch = starts.other_branch()
     with starts.hub() as env:
-        starts.by_name(env)
         (other,) = starts.by_name(env, arguments={"revision": branch})
     # Routed and shared experts of that branch are stored in different ways.
+    assert "logprobs" in other
     assert other["workers"][0]["roles"] == []
-    with starts.hub(dies_after=0) as env:
-        starts.check(starts.by_name(env), starts.by_folder())
 
 
 @pytest.mark.long
