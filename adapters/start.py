@@ -96,7 +96,11 @@ def decision_of(
         evidence = read_evidence(locate(), engine, load_format)
         return Settled(decide_evidence(evidence, engine, role, policy), evidence.files)
     except FsePatchError as error:
-        return Settled(Stock(role=role, engine=engine, reason=Reason("evidence.unreadable", str(error))))
+        why = str(error)
+    except Exception as error:  # nothing has been built: a server starts, whatever is wrong with us
+        log.debug("the %s model was not decided on", role, exc_info=True)
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}; please report it"
+    return Settled(Stock(role=role, engine=engine, reason=Reason("evidence.unreadable", why)))
 
 
 def begin(settled: Settled, layers: int, settings: Settings, expert_format: Any = None) -> Start | Unfused:

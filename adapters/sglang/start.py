@@ -48,7 +48,7 @@ def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) 
     effective = settings.load()
 
     def settle() -> Settled:
-        return settled(role, cls, model_config, load_config, quantised, effective)
+        return settle_role(role, cls, model_config, load_config, quantised, effective)
 
     groups = _groups(role)
     outcome = first_of_replica(settle, *groups) if groups else settle()
@@ -59,7 +59,7 @@ def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) 
     return start
 
 
-def settled(
+def settle_role(
     role: Role, cls: type, model_config: Any, load_config: Any, quantised: object, effective: Settings
 ) -> Settled:
     """Settle all that is decided before allocation; arguments as of `start_of`."""

@@ -36,7 +36,7 @@ def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
     form_of = functools.cache(lambda decision: format_here(decision, vllm_config))
 
     def settle() -> Settled:
-        return settled(role, model, source, load_config, vllm_config, form_of, effective)
+        return settle_role(role, model, source, load_config, vllm_config, form_of, effective)
 
     groups = _groups(role)
     outcome = first_of_replica(settle, *groups) if groups else settle()
@@ -49,7 +49,7 @@ def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
     return start
 
 
-def settled(
+def settle_role(
     role: Role,
     model: str,
     source: Any,

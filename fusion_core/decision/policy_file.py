@@ -43,10 +43,8 @@ def read_rules(path: Path, taken: Mapping[str, str] | None = None) -> tuple[Rule
     try:
         rules = PolicyFile.model_validate(data).rules
     except ValidationError as error:
-        place, message, kind = first_fault(error)
-        # What is missing has no line: that of the object without it.
-        line = _line(root, place[:-1] if kind == "missing" else place)
-        raise _error(path, line, _dotted(place), message) from None
+        place, message, _ = first_fault(error)
+        raise _error(path, _line(root, place), _dotted(place), message) from None
     taken = dict(taken or {})
     for number, rule in enumerate(rules):
         line = _line(root, ["rules", number, "id"])
@@ -97,7 +95,7 @@ def _refuse_repeated_keys(path: Path, node: yaml.Node | None, place: str, seen: 
 
 
 def _line(node: yaml.Node | None, place: Sequence[int | str]) -> int:
-    """Return the line of the deepest node on the way to ``place``."""
+    """Return the line of the deepest node on the way to ``place``: of what is missing, that of its object."""
     line = 1 if node is None else node.start_mark.line + 1
     for step in place:
         if isinstance(node, yaml.MappingNode):

@@ -162,6 +162,13 @@ def test_tensors_without_data_are_left_alone(dtype: torch.dtype) -> None:
     assert not is_poisoned(rows)
 
 
+def test_poison_is_made_where_no_default_device_reaches() -> None:
+    rows = torch.zeros(2, 3).to(torch.float8_e4m3fn)
+    with torch.device("meta"):  # engines build layers with a device of their own as the default
+        poison(rows)
+    assert is_poisoned(rows)
+
+
 def test_control_zeros_are_no_poison() -> None:
     assert not is_poisoned(torch.zeros(2, 3))
     assert not is_poisoned(torch.full((2,), float("inf")))
@@ -207,6 +214,36 @@ def test_padding_is_no_unwritten_weight() -> None:
     assert bool(slots["w2_weight"][:, :, :width].isnan().all())
     assert not is_poisoned(halves[:, :, width:])
     assert not is_poisoned(slots["w2_weight"][:, :, width:])
+    assert not bool(halves[:, :, width:].any())
+    assert not bool(slots["w2_weight"][:, :, width:].any())
     # The control: written whole, but for the padding, nothing is left to find.
     halves[:, :, :width] = slots["w2_weight"][:, :, :width] = 1.0
     assert not any(map(is_poisoned, slots.values()))
+
+
+@pytest.mark.parametrize(
+    ("w13", "w2"),
+    [
+        ((2, 12, 4), (2, 4, 5)),  # w13 has no padding of the same size
+        ((2, 10, 4, 1), (2, 4, 5)),
+        ((2, 10, 4), (2, 4, 5, 1)),
+        ((2, 10), (2, 4, 5)),
+        ((2, 10, 4), (2, 20)),
+    ],
+)
+def test_weights_of_another_layout_have_no_padding_to_clear(
+    w13: tuple[int, ...], w2: tuple[int, ...]
+) -> None:
+    slots = {"w13_weight": torch.ones(w13), "w2_weight": torch.ones(w2)}
+    clear_padding(slots, 3)
+    assert all(bool(rows.all()) for rows in slots.values())
+    for name in slots:
+        one = {name: slots[name]}
+        clear_padding(one, 3)
+        assert bool(one[name].all())
+
+
+def test_only_plain_weights_have_marks() -> None:
+    assert marks(torch.zeros(6, 4)) == []
+    assert marks(torch.zeros(6, 4, 3, 1)) == []
+    assert [mark.shape for mark in marks(torch.zeros(6, 4, 3))] == [(6,), (6,)]

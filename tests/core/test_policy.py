@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decision import policy_file
 from fse_patch.fusion_core.decision.decide import decide
 from fse_patch.fusion_core.decision.policy import DEFAULT_DENY, Policy, PolicyFacts, Rule, When
 from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY, load_policy, read_rules
@@ -259,6 +261,70 @@ def test_a_malformed_policy_is_named_by_file_line_and_field(
     assert "\n" not in text
     if field is not None:
         assert f"field '{field}'" in text
+
+
+SECOND = """\
+  - fuse: false
+    id: not-this-family
+    when: {}
+    reason: disabled
+    why: again
+    source: notes.md
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# one\n# two\nrules: []\n", "line 3: field 'version': Field required"),
+        ("# one\n\n3", "line 3: Input should be a valid dictionary or instance of PolicyFile"),
+        ("&a [*a]", "line 1: Input should be a valid dictionary or instance of PolicyFile"),
+        (OWN + SECOND, "line 11: field 'rules[1].id': 'not-this-family' is the id at line 3 too"),
+        (
+            OWN.replace("not-this-family", "mixed"),
+            "line 3: field 'rules[0].id': 'mixed' is taken by the default policy; rename it",
+        ),
+        (
+            OWN.replace("families: [qwen3_next]", "- 1"),
+            "line 4: field 'rules[0].when': Input should be a valid dictionary or instance of When",
+        ),
+        (
+            OWN.replace("fuse: false", "fuse: true"),
+            "line 3: field 'rules[0]': "
+            "a rule that fuses has reason 'ok', a rule that refuses names another code",
+        ),
+        (
+            OWN.replace("families: [qwen3_next]", "engines: [vlm]"),
+            "line 5: field 'rules[0].when.engines': 'vlm' is none of vllm, sglang",
+        ),
+        (
+            OWN.replace("fuse: false", "fuse: false\n    fuse: true"),
+            "line 7: field 'rules[0].fuse': given twice",
+        ),
+        ("a: b: c", "line 1: not valid YAML: mapping values are not allowed in this context"),
+    ],
+)
+def test_what_is_said_of_a_malformed_policy(tmp_path: Path, text: str, message: str) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    with pytest.raises(FsePatchError) as caught:
+        load_policy(own)
+    assert str(caught.value) == f"{own}: {message}"
+
+
+def test_text_that_no_parser_takes_has_no_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_bytes(b"version: 1\n\0")
+    with pytest.raises(FsePatchError, match=r"own\.yaml: line 1: not valid YAML: unacceptable character"):
+        load_policy(own)
+
+    def without_a_mark(text: str) -> Any:
+        raise yaml.MarkedYAMLError(problem="no place")
+
+    monkeypatch.setattr(policy_file, "LOADER", without_a_mark)
+    with pytest.raises(FsePatchError) as caught:
+        read_rules(own)
+    assert str(caught.value) == f"{own}: line 1: not valid YAML: no place"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "version: 1", "rules: []", "&a [*a]", "\x00", "a: b: c"])

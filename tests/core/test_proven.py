@@ -59,8 +59,8 @@ def test_every_format_of_a_role_must_be_proven(
     ("text", "wrong"),
     [
         ("proven: {fp9: {vllm: [cpu]}}", "'fp9'"),
-        ("proven: {fp8-block: {vlm: [cpu]}}", "'vlm'"),
-        ("proven: {fp8-block: {vllm: [gpu]}}", "'gpu'"),
+        ("proven: {fp8-block: {vlm: [cpu]}}", r"proven\.yaml: 'vlm' is none of vllm, sglang$"),
+        ("proven: {fp8-block: {vllm: [gpu]}}", r"proven\.yaml: 'gpu' is none of cpu, cuda, rocm$"),
     ],
 )
 def test_the_table_knows_its_words(tmp_path: Path, text: str, wrong: str) -> None:

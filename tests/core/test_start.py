@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,60 @@ def test_a_checkpoint_that_cannot_be_read_is_refused() -> None:
     decided = start.decision_of("vllm", "draft", locate, "auto", Settings()).decision
     assert stock(decided).reason == Reason("evidence.unreadable", "no such folder")
     assert (decided.role, decided.engine, decided.moe) == ("draft", "vllm", None)
+
+
+def test_a_fault_of_ours_before_anything_is_built_leaves_a_server_that_starts() -> None:
+    def locate() -> Source:
+        raise KeyError("planted\nfault")
+
+    decided = start.decision_of("vllm", "main", locate, "auto", Settings()).decision
+    assert stock(decided).reason.code == "evidence.unreadable"
+    assert "KeyError" in stock(decided).reason.detail
+    assert "\n" not in stock(decided).reason.detail
+
+
+class Group:
+    """An engine's group as one of its processes sees it: what the first one says is what all get."""
+
+    def __init__(self, rank: int, said: list[Any]) -> None:
+        self.rank_in_group, self.said = rank, said
+
+    def broadcast_object(self, value: Any, src: int) -> Any:
+        assert src == 0
+        if self.rank_in_group == 0:
+            self.said.append(value)
+        return self.said[-1]
+
+
+def test_the_first_process_settles_for_all_stages() -> None:
+    tensor: dict[int, list[Any]] = {0: [], 1: []}
+    pipeline: list[Any] = []
+    calls: list[tuple[int, int]] = []
+    outcomes = []
+    # Two stages of two processes; the first of the first stage alone is asked.
+    for stage, rank in ((0, 0), (1, 0), (0, 1), (1, 1)):
+
+        def settle(place: tuple[int, int] = (stage, rank)) -> start.Settled:
+            calls.append(place)
+            return start.Settled(MADE)
+
+        groups = Group(rank, tensor[stage]), Group(stage, pipeline)
+        outcomes.append(start.first_of_replica(settle, *groups))
+    assert calls == [(0, 0)]
+    assert all(outcome is outcomes[0] for outcome in outcomes)
+    # A draft is in one stage alone, and its first process is asked.
+    assert start.first_of_replica(lambda: start.Settled(MADE), Group(0, []), None).decision == MADE
+
+
+def test_what_the_first_process_cannot_settle_ends_all_of_them() -> None:
+    said: list[Any] = []
+
+    def settle() -> start.Settled:
+        raise FsePatchError("a policy that is none")
+
+    for rank in (0, 1):
+        with pytest.raises(FsePatchError, match="a policy that is none"):
+            start.first_of_replica(settle, Group(rank, said), None)
 
 
 @pytest.fixture

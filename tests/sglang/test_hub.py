@@ -29,6 +29,16 @@ def test_cold_warm_offline_and_folder_are_one(starts: Starts) -> None:
 
 
 @pytest.mark.long
+def test_another_revision_is_another_decision(starts: Starts) -> None:
+    branch = starts.other_branch()
+    with starts.hub() as env:
+        (other,) = starts.by_name(env, arguments={"revision": branch})
+    # Routed and shared experts of that branch are stored in different ways.
+    assert "logprobs" in other
+    assert other["workers"][0]["roles"] == []
+
+
+@pytest.mark.long
 def test_two_processes_with_unequal_caches(starts: Starts, tmp_path: Path) -> None:
     starts = Starts(starts.run, starts.checkpoints, tmp_path, FOR_TWO)
     with starts.hub() as env:
