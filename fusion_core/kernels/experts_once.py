@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from .launch import begin, options
+from .experts_once_kernels import w2_kernel, w13_kernel
+from .launch import options
+from .token_factors import token_factors
 from .work_list import WorkList, work_list
 
 MOST_TOKENS = 16
@@ -60,8 +61,6 @@ def w2_tile(hidden: int, width: int) -> Tile:
     return Tile(rows, warps=4, depth=64, stages=10)
 
 
-# Factor on inner states of FP8 experts: float16 then holds them up to a million, in steps of a millionth.
-INNER = 2.0**-4
 Block = tuple[int, int]
 
 
@@ -124,7 +123,7 @@ def launch_w13(
 ) -> None:
     """Write weight · SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [pairs, I]."""
     hidden, width = states.shape[1], inner.shape[1]
-    _w13[(_processors(states.device) * tile.blocks,)](
+    w13_kernel[(_processors(states.device) * tile.blocks,)](
         states,
         states if factors is None else factors,
         w13,
@@ -157,7 +156,7 @@ def launch_w2(
 ) -> None:
     """Write the sum over a token's slots of w2 · inner into ``output`` [num_tokens, H]."""
     hidden, width = w2.shape[1:]
-    _w2[(triton.cdiv(hidden, tile.rows),)](
+    w2_kernel[(triton.cdiv(hidden, tile.rows),)](
         inner,
         w2,
         inner if scales is None else scales.w2,
@@ -204,205 +203,8 @@ def _common(
     }
 
 
-def token_factors(states: torch.Tensor) -> torch.Tensor:
-    """Return for each token a power of two by which its largest state fits float16: [num_tokens] float32."""
-    factors = torch.empty(len(states), dtype=torch.float32, device=states.device)
-    _factors[(len(states),)](
-        states,
-        factors,
-        HIDDEN=states.shape[1],
-        HIDDEN_P2=triton.next_power_of_2(states.shape[1]),
-        num_warps=4,
-        **options(states),
-    )
-    return factors
-
-
-@triton.jit
-def _factors(x_ptr, factors_ptr, HIDDEN: tl.constexpr, HIDDEN_P2: tl.constexpr, PDL: tl.constexpr):
-    begin(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    offs_k = tl.arange(0, HIDDEN_P2)
-    x = tl.load(x_ptr + token * HIDDEN + offs_k, mask=offs_k < HIDDEN, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), 0)
-    # Of 2^e <= largest < 2^(e + 1) the exponent alone: the product is below 2^14. 1 for 0, infinity and NaN.
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
-    factor = ((254 + 13 - exponent) << 23).to(tl.float32, bitcast=True)
-    fine = (exponent > 13) & (exponent < 255)
-    tl.store(factors_ptr + token, tl.where(fine, factor, 1.0))
-
-
 @cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-INNER_FACTOR = tl.constexpr(INNER)
-
-
-@triton.jit
-def _dot(weights, states, acc, WIDE: tl.constexpr):
-    if WIDE:
-        return tl.dot(weights.to(tl.float32), states.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(weights, states, acc)
-
-
-@triton.jit
-def _w13(
-    x_ptr,
-    factors_ptr,
-    w13_ptr,
-    scale_ptr,
-    count_ptr,
-    experts_ptr,
-    rows_ptr,
-    weights_ptr,
-    inner_ptr,
-    M,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    WARPS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SPAN: tl.constexpr,
-    STAGES: tl.constexpr,
-    FP8: tl.constexpr,
-    GROUP_N: tl.constexpr,
-    GROUP_K: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    begin(PDL)
-    TILES: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
-    # Each warp has a part of the columns of every row.
-    start = tl.arange(0, WARPS)[:, None, None] * SPAN
-    offs_t = tl.arange(0, COLUMNS)
-    offs_r = tl.arange(0, ROWS)
-    count = tl.load(count_ptr)
-    factor = tl.full([COLUMNS], 1.0, tl.float32)
-    if FP8:
-        factor = tl.load(factors_ptr + offs_t, mask=offs_t < M, other=1.0)
-    for task in range(tl.program_id(0), count * TILES, tl.num_programs(0)):
-        place = task // TILES
-        expert = tl.load(experts_ptr + place).to(tl.int64)
-        pair = tl.load(rows_ptr + place * COLUMNS + offs_t)
-        offs_n = task % TILES * ROWS + offs_r
-        mask_n = (offs_n < WIDTH)[None, :, None]
-        w1_ptr = w13_ptr + expert * (2 * WIDTH * HIDDEN) + offs_n[None, :, None] * HIDDEN
-        s1_ptr = scale_ptr + expert * (SCALE_N * SCALE_K)
-        if GROUP_K:
-            s1_ptr += task % TILES * ROWS // GROUP_N * SCALE_K
-        gate = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-        up = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-        for step in tl.range(0, SPAN, DEPTH, num_stages=STAGES):
-            offs_k = start + step + tl.arange(0, DEPTH)[None, None, :]
-            mask = mask_n & (offs_k < HIDDEN)
-            w1 = tl.load(w1_ptr + offs_k, mask=mask, other=0.0)
-            w3 = tl.load(w1_ptr + WIDTH * HIDDEN + offs_k, mask=mask, other=0.0)
-            down_k = start + step + tl.arange(0, DEPTH)[None, :, None]
-            chosen = (pair >= 0)[None, None, :] & (down_k < HIDDEN)
-            x = tl.load(x_ptr + offs_t[None, None, :] * HIDDEN + down_k, mask=chosen, other=0.0)
-            if FP8:
-                x = (x.to(tl.float32) * factor[None, None, :]).to(tl.float16)
-                w1, w3 = w1.to(tl.float16), w3.to(tl.float16)
-            if GROUP_K:
-                # A tile lies in one block of scales.
-                block = s1_ptr + (start + step) // GROUP_K
-                nothing = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-                gate += _dot(w1, x, nothing, WIDE) * tl.load(block)
-                up += _dot(w3, x, nothing, WIDE) * tl.load(block + SCALE_N // 2 * SCALE_K)
-            else:
-                gate = _dot(w1, x, gate, WIDE)
-                up = _dot(w3, x, up, WIDE)
-        g = tl.sum(gate, 0) / factor[None, :]
-        u = tl.sum(up, 0) / factor[None, :]
-        if FP8 and not GROUP_K:
-            row = tl.where(GROUP_N == 0, 0, offs_n)
-            one = tl.load(s1_ptr + row, mask=offs_n < WIDTH, other=0.0)
-            other = tl.load(s1_ptr + SCALE_N // 2 + row, mask=offs_n < WIDTH, other=0.0)
-            g, u = g * one[:, None], u * other[:, None]
-        weight = tl.load(weights_ptr + pair, mask=pair >= 0, other=0.0)
-        value = g / (1.0 + tl.exp(-g)) * u * weight[None, :]
-        if FP8:
-            value *= INNER_FACTOR
-        inner = inner_ptr + pair.to(tl.int64)[None, :] * WIDTH + offs_n[:, None]
-        kept = (pair >= 0)[None, :] & (offs_n < WIDTH)[:, None]
-        tl.store(inner, value.to(inner_ptr.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _w2(
-    inner_ptr,
-    w2_ptr,
-    scale_ptr,
-    count_ptr,
-    experts_ptr,
-    rows_ptr,
-    out_ptr,
-    M,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    WARPS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    STAGES: tl.constexpr,
-    FP8: tl.constexpr,
-    GROUP_N: tl.constexpr,
-    GROUP_K: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    begin(PDL)
-    offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask_n = (offs_n < HIDDEN)[None, :, None]
-    offs_t = tl.arange(0, COLUMNS)
-    # Each warp has an expert and a part of the columns of its rows.
-    warp = tl.arange(0, EXPERTS * WARPS)
-    start = (warp % WARPS * DEPTH)[:, None, None]
-    acc = tl.zeros([EXPERTS * WARPS, ROWS, COLUMNS], tl.float32)
-    count = tl.load(count_ptr)
-    for task in tl.range(0, tl.cdiv(count, EXPERTS) * CHUNKS, num_stages=STAGES):
-        place = task // CHUNKS * EXPERTS + warp // WARPS
-        first = task % CHUNKS * (WARPS * DEPTH)
-        there = place < count
-        expert = tl.load(experts_ptr + place, mask=there, other=0).to(tl.int64)
-        at = place[:, None] * COLUMNS + offs_t[None, :]
-        pair = tl.load(rows_ptr + at, mask=there[:, None], other=-1)[:, None, :]
-        offs_k = first + start + tl.arange(0, DEPTH)[None, None, :]
-        w2 = tl.load(
-            w2_ptr + expert[:, None, None] * (HIDDEN * WIDTH) + offs_n[None, :, None] * WIDTH + offs_k,
-            mask=there[:, None, None] & mask_n & (offs_k < WIDTH),
-            other=0.0,
-        )
-        down_k = first + start + tl.arange(0, DEPTH)[None, :, None]
-        h = tl.load(
-            inner_ptr + pair.to(tl.int64) * WIDTH + down_k, mask=(pair >= 0) & (down_k < WIDTH), other=0.0
-        )
-        if FP8:
-            w2 = w2.to(tl.float16)
-            s_ptr = scale_ptr + expert[:, None, None] * (SCALE_N * SCALE_K)
-            if GROUP_K:
-                # A warp's tile lies in one block of scales.
-                s_ptr += tl.program_id(0) * ROWS // GROUP_N * SCALE_K + (first + start) // GROUP_K
-            elif GROUP_N:
-                s_ptr += offs_n[None, :, None]
-            scale = tl.load(s_ptr, mask=there[:, None, None] & (first + start < WIDTH), other=0.0)
-            nothing = tl.zeros([EXPERTS * WARPS, ROWS, COLUMNS], tl.float32)
-            added = acc + _dot(w2, h, nothing, WIDE) * (scale * (1.0 / INNER_FACTOR))
-        else:
-            added = _dot(w2, h, acc, WIDE)
-        # What a broken expert gives must not reach tokens that did not choose it: 0 times NaN is NaN.
-        acc = tl.where(pair >= 0, added, acc)
-    out = out_ptr + offs_t[None, :] * HIDDEN + offs_n[:, None]
-    kept = (offs_t < M)[None, :] & (offs_n < HIDDEN)[:, None]
-    tl.store(out, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fse_patch.fusion_core.kernels import experts, work_list
+from fse_patch.fusion_core.kernels import experts, token_factors, work_list
 from fse_patch.fusion_core.kernels.experts_once import Scales, experts_once
 
 from .test_kernels import DEVICE, DTYPES, draw, off
@@ -125,6 +125,19 @@ def test_fp8(shape: tuple[int, ...], how: str, kind: str) -> None:
     s2[-1] *= 0.5
     expected = experts.reference(states, exact(w13, s13, block, 2), exact(w2, s2, block, 1), weights, ids)
     assert off(got, expected) > 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_factors(dtype: torch.dtype) -> None:
+    states = draw(9, 96, seed=1, dtype=dtype) * torch.logspace(-4, 4, 9, device=DEVICE)[:, None].to(dtype)
+    states[3], states[4, 0], states[5, 0] = 0.0, float("inf"), float("nan")
+    got = token_factors.token_factors(states)
+    assert torch.equal(got, token_factors.reference(states))
+    # A token with NaN stays NaN by any factor.
+    assert got[3:5].tolist() == [1.0, 1.0]
+    fits = (states.float() * got[:, None]).abs().amax(1)
+    fine = torch.tensor([0, 1, 2, 6, 7, 8], device=DEVICE)
+    assert ((fits[fine] >= 2**13) & (fits[fine] < 2**14)).all()
 
 
 def test_a_tile_in_two_blocks_of_scales_is_refused() -> None:
