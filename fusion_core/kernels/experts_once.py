@@ -32,7 +32,8 @@ class Tile:
     Args:
         rows: of weights that a block has at once.
         warps: that share the columns of a row.
-        depth: columns that a warp has at once.
+        depth: columns of a tile of one warp.
+        parts: tiles that a warp has at once.
         stages: of its pipeline of loads.
         blocks: of w13's kernel, for each multiprocessor.
         experts: that a block of w2's kernel has at once, each with warps of its own.
@@ -44,6 +45,7 @@ class Tile:
     stages: int
     blocks: int = 1
     experts: int = 1
+    parts: int = 1
 
 
 def w13_tile() -> Tile:
@@ -139,7 +141,8 @@ def launch_w13(
         ROWS=tile.rows,
         WARPS=tile.warps,
         DEPTH=tile.depth,
-        SPAN=triton.cdiv(hidden, tile.warps * tile.depth) * tile.depth,
+        PARTS=tile.parts,
+        SPAN=triton.cdiv(hidden, tile.warps * tile.depth * tile.parts) * tile.depth * tile.parts,
         STAGES=tile.stages,
         num_warps=tile.warps,
         **_common(states, listed, None if scales is None else scales.w13, scales, tile),
@@ -170,7 +173,8 @@ def launch_w2(
         ROWS=tile.rows,
         WARPS=tile.warps,
         DEPTH=tile.depth,
-        CHUNKS=triton.cdiv(width, tile.warps * tile.depth),
+        PARTS=tile.parts,
+        CHUNKS=triton.cdiv(width, tile.warps * tile.depth * tile.parts),
         EXPERTS=tile.experts,
         STAGES=tile.stages,
         num_warps=tile.warps * tile.experts,

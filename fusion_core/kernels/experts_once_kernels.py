@@ -36,6 +36,7 @@ def w13_kernel(
     ROWS: tl.constexpr,
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     STAGES: tl.constexpr,
     FP8: tl.constexpr,
@@ -69,26 +70,30 @@ def w13_kernel(
             s1_ptr += task % TILES * ROWS // GROUP_N * SCALE_K
         gate = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
         up = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-        for step in tl.range(0, SPAN, DEPTH, num_stages=STAGES):
-            offs_k = start + step + tl.arange(0, DEPTH)[None, None, :]
-            mask = mask_n & (offs_k < HIDDEN)
-            w1 = tl.load(w1_ptr + offs_k, mask=mask, other=0.0)
-            w3 = tl.load(w1_ptr + WIDTH * HIDDEN + offs_k, mask=mask, other=0.0)
-            down_k = start + step + tl.arange(0, DEPTH)[None, :, None]
-            chosen = (pair >= 0)[None, None, :] & (down_k < HIDDEN)
-            x = tl.load(x_ptr + offs_t[None, None, :] * HIDDEN + down_k, mask=chosen, other=0.0)
-            if FP8:
-                x = (x.to(tl.float32) * factor[None, None, :]).to(tl.float16)
-                w1, w3 = w1.to(tl.float16), w3.to(tl.float16)
-            if GROUP_K:
-                # A tile lies in one block of scales.
-                block = s1_ptr + (start + step) // GROUP_K
-                nothing = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-                gate += _dot(w1, x, nothing, WIDE) * tl.load(block)
-                up += _dot(w3, x, nothing, WIDE) * tl.load(block + SCALE_N // 2 * SCALE_K)
-            else:
-                gate = _dot(w1, x, gate, WIDE)
-                up = _dot(w3, x, up, WIDE)
+        for step in tl.range(0, SPAN, DEPTH * PARTS, num_stages=STAGES):
+            for part in tl.static_range(PARTS):
+                first = start + step + part * DEPTH
+                offs_k = first + tl.arange(0, DEPTH)[None, None, :]
+                mask = mask_n & (offs_k < HIDDEN)
+                w1 = tl.load(w1_ptr + offs_k, mask=mask, other=0.0)
+                w3 = tl.load(w1_ptr + WIDTH * HIDDEN + offs_k, mask=mask, other=0.0)
+                down_k = first + tl.arange(0, DEPTH)[None, :, None]
+                chosen = (pair >= 0)[None, None, :] & (down_k < HIDDEN)
+                x = tl.load(x_ptr + offs_t[None, None, :] * HIDDEN + down_k, mask=chosen, other=0.0)
+                if FP8:
+                    x = (x.to(tl.float32) * factor[None, None, :]).to(tl.float16)
+                    w1, w3 = w1.to(tl.float16), w3.to(tl.float16)
+                if GROUP_K:
+                    # A tile lies in one block of scales.
+                    block = s1_ptr + first // GROUP_K
+                    nothing = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
+                    there = first < HIDDEN
+                    gate += _dot(w1, x, nothing, WIDE) * tl.load(block, mask=there, other=0.0)
+                    above = block + SCALE_N // 2 * SCALE_K
+                    up += _dot(w3, x, nothing, WIDE) * tl.load(above, mask=there, other=0.0)
+                else:
+                    gate = _dot(w1, x, gate, WIDE)
+                    up = _dot(w3, x, up, WIDE)
         g = tl.sum(gate, 0) / factor[None, :]
         u = tl.sum(up, 0) / factor[None, :]
         if FP8 and not GROUP_K:
@@ -120,6 +125,7 @@ def w2_kernel(
     ROWS: tl.constexpr,
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     EXPERTS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -143,36 +149,39 @@ def w2_kernel(
     count = tl.load(count_ptr)
     for task in tl.range(0, tl.cdiv(count, EXPERTS) * CHUNKS, num_stages=STAGES):
         place = task // CHUNKS * EXPERTS + warp // WARPS
-        first = task % CHUNKS * (WARPS * DEPTH)
         there = place < count
         expert = tl.load(experts_ptr + place, mask=there, other=0).to(tl.int64)
         at = place[:, None] * COLUMNS + offs_t[None, :]
         pair = tl.load(rows_ptr + at, mask=there[:, None], other=-1)[:, None, :]
-        offs_k = first + start + tl.arange(0, DEPTH)[None, None, :]
-        w2 = tl.load(
-            w2_ptr + expert[:, None, None] * (HIDDEN * WIDTH) + offs_n[None, :, None] * WIDTH + offs_k,
-            mask=there[:, None, None] & mask_n & (offs_k < WIDTH),
-            other=0.0,
-        )
-        down_k = first + start + tl.arange(0, DEPTH)[None, :, None]
-        h = tl.load(
-            inner_ptr + pair.to(tl.int64) * WIDTH + down_k, mask=(pair >= 0) & (down_k < WIDTH), other=0.0
-        )
-        if FP8:
-            w2 = w2.to(tl.float16)
-            s_ptr = scale_ptr + expert[:, None, None] * (SCALE_N * SCALE_K)
-            if GROUP_K:
-                # A warp's tile lies in one block of scales.
-                s_ptr += tl.program_id(0) * ROWS // GROUP_N * SCALE_K + (first + start) // GROUP_K
-            elif GROUP_N:
-                s_ptr += offs_n[None, :, None]
-            scale = tl.load(s_ptr, mask=there[:, None, None] & (first + start < WIDTH), other=0.0)
-            nothing = tl.zeros([EXPERTS * WARPS, ROWS, COLUMNS], tl.float32)
-            added = acc + _dot(w2, h, nothing, WIDE) * (scale * (1.0 / INNER_FACTOR))
-        else:
-            added = _dot(w2, h, acc, WIDE)
-        # What a broken expert gives must not reach tokens that did not choose it: 0 times NaN is NaN.
-        acc = tl.where(pair >= 0, added, acc)
+        for part in tl.static_range(PARTS):
+            first = (task % CHUNKS * PARTS + part) * (WARPS * DEPTH) + start
+            offs_k = first + tl.arange(0, DEPTH)[None, None, :]
+            w2 = tl.load(
+                w2_ptr + expert[:, None, None] * (HIDDEN * WIDTH) + offs_n[None, :, None] * WIDTH + offs_k,
+                mask=there[:, None, None] & mask_n & (offs_k < WIDTH),
+                other=0.0,
+            )
+            down_k = first + tl.arange(0, DEPTH)[None, :, None]
+            h = tl.load(
+                inner_ptr + pair.to(tl.int64) * WIDTH + down_k,
+                mask=(pair >= 0) & (down_k < WIDTH),
+                other=0.0,
+            )
+            if FP8:
+                w2 = w2.to(tl.float16)
+                s_ptr = scale_ptr + expert[:, None, None] * (SCALE_N * SCALE_K)
+                if GROUP_K:
+                    # A warp's tile lies in one block of scales.
+                    s_ptr += tl.program_id(0) * ROWS // GROUP_N * SCALE_K + first // GROUP_K
+                elif GROUP_N:
+                    s_ptr += offs_n[None, :, None]
+                scale = tl.load(s_ptr, mask=there[:, None, None] & (first < WIDTH), other=0.0)
+                nothing = tl.zeros([EXPERTS * WARPS, ROWS, COLUMNS], tl.float32)
+                added = acc + _dot(w2, h, nothing, WIDE) * (scale * (1.0 / INNER_FACTOR))
+            else:
+                added = _dot(w2, h, acc, WIDE)
+            # What a broken expert gives must not reach tokens that did not choose it: 0 times NaN is NaN.
+            acc = tl.where(pair >= 0, added, acc)
     out = out_ptr + offs_t[None, :] * HIDDEN + offs_n[:, None]
     kept = (offs_t < M)[None, :] & (offs_n < HIDDEN)[:, None]
     tl.store(out, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=kept)
