@@ -34,6 +34,7 @@ class Tile:
         warps: that share the columns of a row.
         depth: columns of a tile of one warp.
         parts: tiles that a warp has at once.
+        tokens: that a block of w2's kernel has; 0: all.
         stages: of its pipeline of loads.
         blocks: of w13's kernel, for each multiprocessor.
         experts: that a block of w2's kernel has at once, each with warps of its own.
@@ -46,6 +47,7 @@ class Tile:
     blocks: int = 1
     experts: int = 1
     parts: int = 1
+    tokens: int = 0
 
 
 def w13_tile() -> Tile:
@@ -109,7 +111,8 @@ def experts_once(
     output = torch.empty_like(states)
     first, second = tiles or (w13_tile(), w2_tile(states.shape[1], width))
     launch_w13(states, factors, w13, scales, listed, topk_weights, inner, first)
-    launch_w2(inner, w2, scales, listed, output, second)
+    again = listed if second.tokens in (0, len(states)) else work_list(topk_ids, len(w2), second.tokens)
+    launch_w2(inner, w2, scales, again, output, second)
     return output
 
 
@@ -159,7 +162,7 @@ def launch_w2(
 ) -> None:
     """Write the sum over a token's slots of w2 · inner into ``output`` [num_tokens, H]."""
     hidden, width = w2.shape[1:]
-    w2_kernel[(triton.cdiv(hidden, tile.rows),)](
+    w2_kernel[(triton.cdiv(hidden, tile.rows), len(listed.count))](
         inner,
         w2,
         inner if scales is None else scales.w2,
@@ -176,6 +179,8 @@ def launch_w2(
         PARTS=tile.parts,
         CHUNKS=triton.cdiv(width, tile.warps * tile.depth * tile.parts),
         EXPERTS=tile.experts,
+        PLACES=listed.experts.shape[1],
+        TOKENS=listed.tokens,
         STAGES=tile.stages,
         num_warps=tile.warps * tile.experts,
         **_common(inner, listed, None if scales is None else scales.w2, scales, tile),

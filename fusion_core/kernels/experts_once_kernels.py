@@ -135,10 +135,16 @@ def w2_kernel(
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
+    TOKENS: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
+    # Each list of tokens has blocks of its own.
+    number = tl.program_id(1)
+    experts_ptr += number * PLACES
+    rows_ptr += number * PLACES * COLUMNS
     offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask_n = (offs_n < HIDDEN)[None, :, None]
     offs_t = tl.arange(0, COLUMNS)
@@ -146,7 +152,7 @@ def w2_kernel(
     warp = tl.arange(0, EXPERTS * WARPS)
     start = (warp % WARPS * DEPTH)[:, None, None]
     acc = tl.zeros([EXPERTS * WARPS, ROWS, COLUMNS], tl.float32)
-    count = tl.load(count_ptr)
+    count = tl.load(count_ptr + number)
     for task in tl.range(0, tl.cdiv(count, EXPERTS) * CHUNKS, num_stages=STAGES):
         place = task // CHUNKS * EXPERTS + warp // WARPS
         there = place < count
@@ -182,6 +188,7 @@ def w2_kernel(
                 added = _dot(w2, h, acc, WIDE)
             # What a broken expert gives must not reach tokens that did not choose it: 0 times NaN is NaN.
             acc = tl.where(pair >= 0, added, acc)
-    out = out_ptr + offs_t[None, :] * HIDDEN + offs_n[:, None]
-    kept = (offs_t < M)[None, :] & (offs_n < HIDDEN)[:, None]
+    token = number * TOKENS + offs_t
+    out = out_ptr + token[None, :] * HIDDEN + offs_n[:, None]
+    kept = ((offs_t < TOKENS) & (token < M))[None, :] & (offs_n < HIDDEN)[:, None]
     tl.store(out, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=kept)

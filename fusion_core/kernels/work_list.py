@@ -16,14 +16,17 @@ COLUMNS = (8, 16)
 
 @dataclass(frozen=True)
 class WorkList:
-    """Work of one pass.
+    """Work of one pass, in lists of so many tokens each.
 
     Args:
-        count: [1] int32, how many experts there are: D.
-        experts: [min(pairs, E + S)] int32; the first D are the experts, ascending: shared slots last.
-        rows: [min(pairs, E + S), columns] int32: of token t and expert i the number of the (token, slot)
-            pair, t * (k + S) + j; -1 where the token did not choose it.
+        tokens: in a list; the last one may have fewer.
+        count: [lists] int32, how many experts there are in each: D.
+        experts: [lists, places] int32; the first D are the experts, ascending: shared slots last.
+        rows: [lists, places, columns] int32: of an expert and a token of the list the number of the (token,
+            slot) pair, t * (k + S) + j; -1 where the token did not choose it.
     """
+
+    tokens: int
 
     count: torch.Tensor
     experts: torch.Tensor
@@ -32,7 +35,7 @@ class WorkList:
     @property
     def columns(self) -> int:
         """Return the number of tokens that there is room for."""
-        return self.rows.shape[1]
+        return self.rows.shape[2]
 
 
 def columns_for(tokens: int) -> int:
@@ -59,29 +62,33 @@ def reference(topk_ids: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch
     return experts.int(), rows
 
 
-def work_list(topk_ids: torch.Tensor, num_experts: int) -> WorkList:
+def work_list(topk_ids: torch.Tensor, num_experts: int, tokens: int = 0) -> WorkList:
     """List the experts that ``topk_ids`` name.
 
     Args:
         topk_ids: [num_tokens, k + S] int32; the ids of a token differ.
         num_experts: E + S.
+        tokens: of each list; 0: one list of all.
     """
-    tokens, slots = topk_ids.shape
-    columns, pairs = columns_for(tokens), tokens * slots
-    places = min(pairs, num_experts)
-    made = torch.empty(1 + places + places * columns, dtype=torch.int32, device=topk_ids.device)
-    listed = WorkList(made[:1], made[1 : 1 + places], made[1 + places :].view(places, columns))
-    _work_list[(1,)](
+    total, slots = topk_ids.shape
+    tokens = tokens or total
+    lists, columns = triton.cdiv(total, tokens), columns_for(tokens)
+    places = min(tokens * slots, num_experts)
+    made = torch.empty(lists * (1 + places * (1 + columns)), dtype=torch.int32, device=topk_ids.device)
+    count, experts, rows = made.split([lists, lists * places, lists * places * columns])
+    listed = WorkList(tokens, count, experts.view(lists, places), rows.view(lists, places, columns))
+    _work_list[(lists,)](
         topk_ids,
         listed.count,
         listed.experts,
         listed.rows,
-        PAIRS=pairs,
+        total * slots,
+        PAIRS=tokens * slots,
         SLOTS=slots,
         TOTAL=num_experts,
         COLUMNS=columns,
         PLACES=places,
-        PAIRS_P2=triton.next_power_of_2(pairs),
+        PAIRS_P2=triton.next_power_of_2(tokens * slots),
         # One place more than there are experts: pairs that only pad the block go there.
         TOTAL_P2=triton.next_power_of_2(num_experts + 1),
         ROWS_P2=triton.next_power_of_2(places * columns),
@@ -97,6 +104,7 @@ def _work_list(
     count_ptr,
     experts_ptr,
     rows_ptr,
+    ALL_PAIRS,
     PAIRS: tl.constexpr,
     SLOTS: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -108,17 +116,21 @@ def _work_list(
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    pair = tl.arange(0, PAIRS_P2)
-    mask_p = pair < PAIRS
+    number = tl.program_id(0)
+    experts_ptr += number * PLACES
+    rows_ptr += number * PLACES * COLUMNS
+    offs_p = tl.arange(0, PAIRS_P2)
+    pair = number * PAIRS + offs_p
+    mask_p = (offs_p < PAIRS) & (pair < ALL_PAIRS)
     expert = tl.load(ids_ptr + pair, mask=mask_p, other=TOTAL)
     offs_e = tl.arange(0, TOTAL_P2)
     used = (tl.histogram(expert, TOTAL_P2) > 0) & (offs_e < TOTAL)
     place = tl.cumsum(used.to(tl.int32), 0) - 1
     tl.store(experts_ptr + place, offs_e, mask=used)
-    tl.store(count_ptr, tl.sum(used.to(tl.int32), 0))
+    tl.store(count_ptr + number, tl.sum(used.to(tl.int32), 0))
     offs_r = tl.arange(0, ROWS_P2)
     tl.store(rows_ptr + offs_r, -1, mask=offs_r < PLACES * COLUMNS)
     # Rows are cleared by other threads than those that fill them.
     tl.debug_barrier()
     at = tl.gather(place, expert, 0)
-    tl.store(rows_ptr + at * COLUMNS + pair // SLOTS, pair, mask=mask_p)
+    tl.store(rows_ptr + at * COLUMNS + offs_p // SLOTS, pair, mask=mask_p)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fse_patch.fusion_core.kernels import experts, token_factors, work_list
-from fse_patch.fusion_core.kernels.experts_once import Scales, experts_once
+from fse_patch.fusion_core.kernels.experts_once import Scales, experts_once, w2_tile, w13_tile
 
 from .test_kernels import DEVICE, DTYPES, draw, off
 
@@ -31,17 +33,22 @@ def routed(kind: str, tokens: int, experts_: int, top_k: int, slots: int) -> tor
     return torch.cat([ids, shared], 1).int().to(DEVICE)
 
 
+@pytest.mark.parametrize("of", [0, 4, 8])
 @pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_work_list(shape: tuple[int, ...], kind: str) -> None:
+def test_the_work_list(shape: tuple[int, ...], kind: str, of: int) -> None:
     tokens, _, _, experts_, top_k, slots = shape
     ids = routed(kind, tokens, experts_, top_k, slots)
-    got = work_list.work_list(ids, experts_ + slots)
-    experts_wanted, rows = work_list.reference(ids, got.columns)
-    count = int(got.count)
-    assert count == len(experts_wanted)
-    assert torch.equal(got.experts[:count], experts_wanted)
-    assert torch.equal(got.rows[:count], rows)
+    got = work_list.work_list(ids, experts_ + slots, of)
+    each = of or tokens
+    assert len(got.count) == -(-tokens // each)
+    for number, part in enumerate(ids.split(each)):
+        expected, rows = work_list.reference(part, got.columns)
+        rows = torch.where(rows < 0, rows, rows + number * each * (top_k + slots))
+        count = int(got.count[number])
+        assert count == len(expected)
+        assert torch.equal(got.experts[number, :count], expected)
+        assert torch.equal(got.rows[number, :count], rows)
 
 
 def test_the_work_list_has_room_for_16() -> None:
@@ -52,14 +59,16 @@ def test_the_work_list_has_room_for_16() -> None:
 @pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("of", [0, 4])
+def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype, of: int) -> None:
     tokens, hidden, width, experts_, top_k, slots = shape
     states = draw(tokens, hidden, seed=4, dtype=dtype)
     w13 = draw(experts_ + slots, 2 * width, hidden, seed=5, dtype=dtype, scale=0.05)
     w2 = draw(experts_ + slots, hidden, width, seed=6, dtype=dtype, scale=0.05)
     ids = routed(kind, tokens, experts_, top_k, slots)
     weights = draw(tokens, top_k + slots, seed=7).sigmoid()
-    got = experts_once(states, w13, w2, weights, ids)
+    tiles = w13_tile(), replace(w2_tile(hidden, width), tokens=of)
+    got = experts_once(states, w13, w2, weights, ids, tiles=tiles)
     expected = experts.reference(states, w13, w2, weights, ids)
     # The interpreter cuts bfloat16 off instead of rounding it.
     assert off(got, expected) < (0.005 if DEVICE == "cuda" or dtype == torch.float16 else 0.01)
