@@ -84,6 +84,20 @@ def test_any_part_that_is_missing_twice_or_foreign_stops_the_load(data: st.DataO
     load(audit(), data.draw(st.permutations(keys)))  # control: the same parts, all of them once
 
 
+def test_every_error_says_that_the_model_is_not_served() -> None:
+    made = audit()
+    with pytest.raises(AuditError) as error:
+        load(made, keys_of(made)[1:])
+    assert str(error.value) == (
+        "main model: 1 shared slot tensors never written, first: layer 0 slot 4 w1_weight; "
+        "the model is not served"
+    )
+    for poisoned, unrouted in (([3], []), ([], [3])):
+        made.written.update(keys_of(made)[:1])
+        with pytest.raises(AuditError, match=r"; the model is not served$"):
+            made.finish(poisoned, unrouted_layers=unrouted)
+
+
 def test_the_first_of_several_is_named() -> None:
     with pytest.raises(
         AuditError, match=r"main model: 24 shared .*never written, first: layer 0 slot 4 w1_weight"

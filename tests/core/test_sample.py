@@ -129,3 +129,43 @@ def test_what_was_loaded_wrongly_is_not_served(fault: str) -> None:
 def test_another_layout_than_the_checkpoints_is_not_judged() -> None:
     slots = {name: tensor.transpose(1, 2) for name, tensor in loaded(checkpoint()).items()}
     assert compared(checkpoint(), slots) == 0
+
+
+def test_a_checkpoint_in_16_bit_is_compared() -> None:
+    tensors = checkpoint(torch.bfloat16)
+    assert compared(tensors, loaded(tensors)) == 3 * S * VALUES
+    fault = loaded(tensors)
+    scale_a_little(fault["w13_weight"])
+    with pytest.raises(AuditError):
+        compared(tensors, fault)
+
+
+def test_the_place_and_the_number_of_wrong_values_are_named() -> None:
+    slots = loaded(checkpoint())
+    slots["w13_weight"][E + 1, I:] += 1.0
+    with pytest.raises(AuditError) as error:
+        compared(checkpoint(), slots)
+    assert str(error.value) == (
+        f"main model: layer 0 slot {E + 1}: {VALUES} of {VALUES} sampled values of up_proj are not the "
+        "checkpoint's; the model is not served"
+    )
+
+
+Drop = Callable[[Slots], Slots]
+# Parameters that have no padding which could be cut: what they are is not known, so nothing is compared.
+NOT_PADDED: dict[str, Drop] = {
+    "no w2": lambda slots: {"w13_weight": slots["w13_weight"]},
+    "no w13": lambda slots: {"w2_weight": slots["w2_weight"].repeat(1, 1, 2)},
+    "w2 is flat": lambda slots: slots | {"w2_weight": slots["w2_weight"].flatten(1)},
+    "w2 alone is wider": lambda slots: (
+        slots | {"w2_weight": torch.nn.functional.pad(slots["w2_weight"], (0, 3))}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PADDED)
+def test_what_is_not_padded_is_not_cut(case: str) -> None:
+    sample = SlotSample(LAYOUT, "main", naming_of("qwen2_moe", 1), [0])
+    list(sample.tap(checkpoint().items()))
+    found = sample.compare(0, NOT_PADDED[case](loaded(checkpoint())), 0, 1)
+    assert (found.compared, found.not_compared) == (0, {"w13_weight", "w2_weight"})

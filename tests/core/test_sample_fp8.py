@@ -196,12 +196,22 @@ def dequantised(slots: Tensors) -> Tensors:
     return {n: t.bfloat16() for n, t in slots.items() if n.endswith("_weight")}
 
 
+def turned(slots: Tensors) -> Tensors:
+    """Scales with rows for columns, as DeepGEMM wants them."""
+    return slots | {n: t.transpose(1, 2) for n, t in slots.items() if n.endswith("_scale_inv")}
+
+
 OTHERWISE: dict[str, tuple[str, Callable[[Tensors], Tensors], set[str]]] = {
     "largest scale": ("tensor", max_scale, {"w13_weight", "w13_weight_scale"}),
     "packed": (
         "channel",
         packed,
         {"w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"},
+    ),
+    "turned scales": (
+        "block",
+        turned,
+        {"w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv"},
     ),
     "FNUZ": ("block", fnuz, {"w13_weight", "w2_weight"}),
     "dequantised": (
@@ -236,6 +246,43 @@ def test_two_input_scales_that_became_one_are_not_judged() -> None:
     tensors[name] = tensors[name] * 2
     found = compared(tensors, slots, LAYOUT)
     assert found.not_compared == {"w13_input_scale"}
+
+
+def test_one_input_scale_of_gate_and_up_is_compared() -> None:
+    tensors = stored(layer("tensor, static", LAYOUT), SCHEMES["tensor, static"], 0)
+    slots = loaded(tensors, "tensor, static", LAYOUT)
+    del tensors[f"{MLP}shared_expert.up_proj.input_scale"]
+    assert not compared(tensors, slots, LAYOUT).not_compared
+    stale(slots["w13_input_scale"])
+    with pytest.raises(AuditError, match=r"gate_proj\.input_scale"):
+        compared(tensors, slots, LAYOUT)
+
+
+def test_a_slot_of_one_block_has_its_scales() -> None:
+    layout = ExpertLayout(E, S, 2, H, BLOCK)
+    tensors = stored(layer("block", layout), SCHEMES["block"], 0)
+    slots = loaded(tensors, "block", layout)
+    assert not compared(tensors, slots, layout).not_compared
+    for name in ("w13_weight_scale_inv", "w2_weight_scale_inv"):
+        fault = {n: t.clone() for n, t in slots.items()}
+        other_slot(fault[name])
+        with pytest.raises(AuditError, match="slot 4: "):
+            compared(tensors, fault, layout)
+
+
+def test_a_last_block_that_is_not_full_is_compared_where_nothing_is_cut() -> None:
+    layout = ExpertLayout(E, 1, 2, H, 2 * BLOCK + 16)
+    tensors = stored(layer("block", layout), SCHEMES["block"], 0)
+    assert not compared(tensors, loaded(tensors, "block", layout), layout).not_compared
+
+
+def test_blocks_across_two_slots_are_not_judged() -> None:
+    """Four blocks on 110 rows: two slots would have two each, and they end at row 55."""
+    layout = ExpertLayout(E, 2, 2, H, 55)
+    tensors = stored(layer("block", layout), SCHEMES["block"], 0)
+    found = compared(tensors, loaded(tensors, "block", layout), layout)
+    names = {f"{w}_{suffix}" for w in ("w13", "w2") for suffix in ("weight", "weight_scale_inv")}
+    assert found == Comparison(0, names)
 
 
 def test_packed_integers_are_not_judged() -> None:
