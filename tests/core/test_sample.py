@@ -169,3 +169,43 @@ def test_what_is_not_padded_is_not_cut(case: str) -> None:
     list(sample.tap(checkpoint().items()))
     found = sample.compare(0, NOT_PADDED[case](loaded(checkpoint())), 0, 1)
     assert (found.compared, found.not_compared) == (0, {"w13_weight", "w2_weight"})
+
+
+def test_the_sample_is_drawn_on_the_host_and_the_same_in_every_process() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    slots, tensors = loaded(checkpoint()), checkpoint()
+    with torch.device("meta"):  # engines load with a device of their own as the default
+        assert compared(tensors, slots) == 3 * S * VALUES
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_padding_is_cut_where_the_number_of_parts_is_known() -> None:
+    slots = loaded(checkpoint())
+    w13 = torch.nn.functional.pad(slots["w13_weight"].unflatten(1, (2, I)), (0, 0, 0, 3)).flatten(1, 2)
+    wide = {"w13_weight": w13, "w2_weight": torch.nn.functional.pad(slots["w2_weight"], (0, 3))}
+    sample = SlotSample(LAYOUT, "main", naming_of("qwen2_moe", 1), [0])
+    list(sample.tap(checkpoint().items()))
+    assert sample.compare(0, wide, 0, 1).compared == 3 * S * VALUES
+    assert sample.compare(0, wide, 0).compared == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight[:, 1:],
+        lambda weight: weight[1:],
+        lambda weight: weight[None],
+        lambda weight: weight.to(torch.int8),
+        lambda weight: weight.flatten(),
+    ],
+)
+def test_a_weight_of_another_kind_is_the_remaps_to_refuse(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    tensors = checkpoint()
+    tensors[f"{PREFIX}down_proj.weight"] = change(tensors[f"{PREFIX}down_proj.weight"])
+    sample = SlotSample(LAYOUT, "main", naming_of("qwen2_moe", 1), [0])
+    list(sample.tap(tensors.items()))
+    found = sample.compare(0, loaded(checkpoint()), 0)
+    assert (found.compared, found.not_compared) == (2 * S * VALUES, {"w2_weight"})

@@ -290,6 +290,25 @@ def test_packed_integers_are_not_judged() -> None:
     tensors = {f"{prefix}qweight": torch.ones(12, 128).int(), f"{prefix}scales": torch.ones(3, 128)}
     found = compared(tensors, {"w2_weight": torch.ones(E + S, H, I)}, LAYOUT)
     assert found == Comparison(0, {"w13_qweight", "w13_scales"})
+    down = {name.replace("gate_proj", "down_proj"): tensor for name, tensor in tensors.items()}
+    found = compared(down, {"w2_weight": torch.ones(E + S, H, I)}, LAYOUT)
+    assert found == Comparison(0, {"w2_qweight", "w2_scales"})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7,)])
+def test_a_scale_of_another_kind_says_nothing_of_its_weight(shape: tuple[int, ...]) -> None:
+    tensors = stored(layer("tensor", LAYOUT), SCHEMES["tensor"], 0)
+    slots = loaded(tensors, "tensor", LAYOUT)
+    tensors[f"{MLP}shared_expert.down_proj.weight_scale"] = torch.ones(shape)
+    assert compared(tensors, slots, LAYOUT).not_compared == {"w2_weight_scale"}
+
+
+def test_scales_are_sampled_on_the_host() -> None:
+    tensors = stored(layer("block", LAYOUT), SCHEMES["block"], 0)
+    slots = loaded(tensors, "block", LAYOUT)
+    with torch.device("meta"):
+        found = compared(tensors, slots, LAYOUT)
+    assert found == Comparison(3 * S * VALUES + scales(tensors), set())
 
 
 def test_blocks_that_do_not_end_with_a_part_are_not_judged() -> None:
