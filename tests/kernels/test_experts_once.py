@@ -67,7 +67,7 @@ def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype, of:
     w2 = draw(experts_ + slots, hidden, width, seed=6, dtype=dtype, scale=0.05)
     ids = routed(kind, tokens, experts_, top_k, slots)
     weights = draw(tokens, top_k + slots, seed=7).sigmoid()
-    tiles = w13_tile(), replace(w2_tile(hidden, width), tokens=of)
+    tiles = w13_tile(tokens, False), replace(w2_tile(hidden, width, False), tokens=of)
     got = experts_once(states, w13, w2, weights, ids, tiles=tiles)
     expected = experts.reference(states, w13, w2, weights, ids)
     # The interpreter cuts bfloat16 off instead of rounding it.
