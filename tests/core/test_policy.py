@@ -201,10 +201,11 @@ def test_the_hash_follows_what_rules_decide() -> None:
         Policy((rule(id="b"),)),
         Policy((rule(when={"headers": True}),)),
         Policy((rule(fuse=False, reason="disabled"),)),
+        Policy((rule(fuse=False, reason="quant.mixed"),)),
         Policy((rule(), rule(id="b"))),
         Policy((rule(id="b"), rule())),
     ]
-    assert len({base.hash, *(other.hash for other in others)}) == 7
+    assert len({base.hash, *(other.hash for other in others)}) == 8
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,15 @@ def test_padding_is_cut_where_the_number_of_parts_is_known() -> None:
     assert sample.compare(0, wide, 0).compared == 0
 
 
+def test_parameters_of_other_sizes_are_none_of_the_experts() -> None:
+    sample = SlotSample(LAYOUT, "main", naming_of("qwen2_moe", 1), [0])
+    list(sample.tap(checkpoint().items()))
+    slots = loaded(checkpoint())
+    slots |= {"w13_scale": torch.ones(()), "w13_weight": slots["w13_weight"][1:]}
+    found = sample.compare(0, slots, 0)
+    assert (found.compared, found.not_compared) == (S * VALUES, {"w13_weight"})
+
+
 @pytest.mark.parametrize(
     "change",
     [

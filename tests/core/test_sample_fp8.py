@@ -322,3 +322,17 @@ def test_blocks_that_do_not_end_with_a_part_are_not_judged() -> None:
     assert "w13_weight_scale_inv" in found.not_compared
     assert "w2_weight_scale_inv" in found.not_compared
     assert found.compared == 0
+
+
+def test_scales_are_compared_where_weights_end_in_padding() -> None:
+    tensors = stored(layer("tensor", LAYOUT), SCHEMES["tensor"], 0)
+    slots = loaded(tensors, "tensor", LAYOUT)
+    halves = slots["w13_weight"].float().unflatten(1, (2, I))
+    wide = {
+        "w13_weight": torch.nn.functional.pad(halves, (0, 0, 0, 16)).flatten(1, 2).to(E4M3),
+        "w2_weight": torch.nn.functional.pad(slots["w2_weight"].float(), (0, 16)).to(E4M3),
+    }
+    sample = SlotSample(LAYOUT, "main", naming_of("qwen2_moe", 2), [1])
+    list(sample.tap(tensors.items()))
+    found = sample.compare(1, slots | wide, 0, 1)
+    assert found == Comparison(3 * S * VALUES + scales(tensors), set())
