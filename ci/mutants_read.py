@@ -94,7 +94,7 @@ def _of_file(made: Path, meta: Path, codes: dict[str, int | None]) -> Iterable[M
         before = _source(lines, spans[f"{mangled}__mutmut_orig"], f"{mangled}__mutmut_orig", plain)
         after = _source(lines, spans[made_name], made_name, plain)
         diff = "\n".join(list(unified_diff(before, after, lineterm="", n=1))[3:])
-        line, mutant = _changed(before, after)
+        line, mutant = changed(before, after)
         yield Mutant(name, file, function, line, mutant, diff, ENDED.get(code, CAUGHT))
 
 
@@ -105,13 +105,23 @@ def _source(lines: list[str], span: tuple[int, int], made_name: str, function: s
     return [line.replace(made_name, function) for line in part[start:]]
 
 
-def _changed(before: list[str], after: list[str]) -> tuple[str, str]:
-    """Return the lines that differ, each as one line."""
+def changed(before: list[str], after: list[str]) -> tuple[str, str]:
+    """Return the lines that differ, as one line; with the line above where they are there more than once."""
     shorter = min(len(before), len(after))
     first = next((i for i in range(shorter) if before[i] != after[i]), shorter)
     left = shorter - first
     last = next((i for i in range(left) if before[-1 - i] != after[-1 - i]), left)
+    while first and _times(before, before[first : len(before) - last]) > 1:
+        first -= 1
     return _one_line(before[first : len(before) - last]), _one_line(after[first : len(after) - last])
+
+
+def _times(lines: list[str], part: list[str]) -> int:
+    """Count where a part of a function stands in it, but for its indent."""
+    plain, looked_for = [line.strip() for line in lines], [line.strip() for line in part]
+    return (
+        sum(plain[i : i + len(part)] == looked_for for i in range(len(plain) - len(part) + 1)) if part else 0
+    )
 
 
 def _one_line(lines: Iterable[str]) -> str:

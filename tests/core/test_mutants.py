@@ -11,7 +11,7 @@ from typing import Any
 import mutants
 import pytest
 import yaml
-from mutants_read import BadEntryError, Mutant, forget_missed, read_explained, read_mutants, sample
+from mutants_read import BadEntryError, Mutant, changed, forget_missed, read_explained, read_mutants, sample
 from mutants_stage import EQUAL, plain_functions
 
 SETTINGS = yaml.safe_load(mutants.SETTINGS.read_text())
@@ -137,6 +137,20 @@ def test_mutants_are_read_with_their_change(made: Path) -> None:
     assert (first.line, first.mutant, first.state) == ("c = a + b", "c = a - b", "caught")
     assert (second.line, second.mutant, second.state) == ("c = a + b", "c = None", "survived")
     assert "-    c = a + b\n+    c = None" in second.diff
+
+
+def test_of_equal_lines_each_has_the_one_above() -> None:
+    before = ["def f():", "    if a:", "        break", "    else:", "      break", "    break"]
+    changes = []
+    for number in (2, 4, 5):
+        after = [line.replace("break", "return") if n == number else line for n, line in enumerate(before)]
+        changes.append(changed(before, after))
+    assert changes == [
+        ("if a: break", "if a: return"),
+        ("else: break", "else: return"),
+        ("break break", "break return"),
+    ]
+    assert changed(before, before[:1]) == ("if a: break else: break break", "")
 
 
 @pytest.mark.parametrize(
