@@ -40,7 +40,7 @@ from mutants_read import (
     sample,
     table,
 )
-from mutants_stage import EQUAL, MADE, STAGE, stage
+from mutants_stage import EQUAL, MADE, STAGE, left_out, stage
 
 SETTINGS = Path(__file__).with_name("mutants.yaml")
 LOG = STAGE / "log"
@@ -137,7 +137,10 @@ def run(options: argparse.Namespace, settings: dict[str, Any]) -> int:
         all_of_them = waiting == {m.name for m in everything if m.state == NOT_RUN}
         mutmut = [str(Path(sys.executable).with_name("mutmut")), "run", "--max-children", str(options.jobs)]
         if run_in_stage([*mutmut, *([] if all_of_them else sorted(waiting))], waiting):
-            return failed("mutmut failed; do the tests pass without a mutant?")
+            # It does not say which test failed.
+            tests = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "mutants_order", *settings["tests"]]
+            without = run_in_stage([*tests, *left_out(settings)], set())
+            return failed("a test fails without any mutant" if without else "mutmut failed")
     chosen = [m for m in read_mutants(MADE) if m.name in names]
     if any(m.state == NOT_RUN for m in chosen):
         return failed("not every mutant was run")

@@ -114,11 +114,16 @@ def _kept() -> Iterator[Path]:
     yield from MADE.rglob("*.py.meta")
 
 
+def left_out(settings: dict[str, Any]) -> list[str]:
+    """Return pytest's arguments for the tests that do not run."""
+    return [f"--deselect={test}" for group in settings["left_out"] for test in group["tests"]]
+
+
 def project(settings: dict[str, Any]) -> str:
     """Return pyproject.toml with the settings of mutmut, whose values are the same in JSON and TOML."""
     table = settings["mutmut"] | {"also_copy": settings["tests_read"], "preload_modules_file": "preloaded"}
-    left_out = [f"--deselect={test}" for group in settings["left_out"] for test in group["tests"]]
-    table["pytest_add_cli_args"] = [*PYTEST, *left_out]
+    table |= {"pytest_add_cli_args_test_selection": settings["tests"]}
+    table |= {"pytest_add_cli_args": [*PYTEST, *left_out(settings)]}
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     return (ROOT / "pyproject.toml").read_text(encoding="utf-8") + "\n".join(
         ["", "[tool.mutmut]", *lines, ""]
