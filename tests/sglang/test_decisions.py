@@ -51,7 +51,7 @@ def test_the_load_format_is_the_one_that_was_given(found: dict[str, dict[str, An
         for case in (name, f"draft {name}"):
             assert found[case]["load_format"] == "auto"  # what the loader has made of it
             assert found[case]["reason"] == "load.format"
-            assert f"--load-format is {name}" in found[case]["detail"]
+            assert f"load format of sglang is {name}" in found[case]["detail"]
     assert found["sharded_state"]["reason"] == "load.format"
     # The controls.
     for name in ("auto", "safetensors", "draft safetensors"):

@@ -74,7 +74,9 @@ def quantised(config: Any, method: str | None) -> str:
 
     def fp8(*args: Any) -> Any:
         outcome = made(*args)
-        decision = dataclasses.replace(outcome.decision, quant_method="fp8", formats=("fp8-block",))
+        decision = dataclasses.replace(
+            outcome.decision, quant_method="fp8", read_as="fp8", formats=("fp8-block",)
+        )
         return dataclasses.replace(outcome, decision=decision)
 
     with (
