@@ -15,7 +15,9 @@ from fse_patch.fusion_core.proof.compare import (
     NOISE_FACTOR,
     Difference,
     Tolerance,
+    answer_steps,
     difference,
+    noise_of,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -124,3 +126,58 @@ def test_a_control_within_the_tolerance_is_not_seen() -> None:
 
 def test_as_plain_data() -> None:
     assert FLOAT32.to_dict() == {"mean": MEAN_FLOAT32, "max": MAX_FLOAT32, "control": MEAN_FLOAT32}
+
+
+# One prompt of three tokens: its best tokens in each step, with their log-probabilities.
+ANSWER = {
+    "greedy": [[5, 6, 7]],
+    "greedy_best": [[[(5, -0.1)], [(6, -0.25), (9, -2.0)], [(7, -0.5), (8, -0.75)]]],
+}
+
+
+def answers(**changes: object) -> dict[str, object]:
+    return {**ANSWER, **changes}
+
+
+def test_steps_are_compared_as_far_as_the_context_is_the_same() -> None:
+    assert answer_steps(ANSWER, ANSWER) == [[0.0, 0.0]]
+    parted = answers(greedy=[[5, 6, 8]])
+    assert answer_steps(ANSWER, parted) == [[0.0, 0.0]]
+    assert answer_steps(ANSWER, answers(greedy=[[5, 9, 7]])) == [[0.0]]
+    assert answer_steps(ANSWER, answers(greedy=[[4, 6, 7]])) == [[]]
+    # A token that is none of the other's best is off by what it is above the last of them, at least.
+    others = [[[(5, -0.1)], [(9, -0.5), (2, -0.75)], [(7, -0.5)]]]
+    assert answer_steps(ANSWER, answers(greedy_best=others)) == [[0.5, 0.0]]
+    others = [[[(5, -0.1)], [(9, -0.125), (2, -0.125)], [(7, -0.5)]]]
+    assert answer_steps(ANSWER, answers(greedy_best=others)) == [[0.0, 0.0]]
+    others = [[[(5, -0.1)], [(9, NAN), (2, -0.75)], [(7, -0.5)]]]
+    assert math.isnan(answer_steps(ANSWER, answers(greedy_best=others))[0][0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"greedy": [[5, 6, 7], [1]]},
+        {"greedy": [[5, 6]]},
+        {"greedy_best": []},
+        {"greedy_best": [ANSWER["greedy_best"][0][:2]]},
+    ],
+    ids=str,
+)
+def test_answers_of_other_lengths_cannot_be_compared(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        answer_steps(ANSWER, answers(**changes))
+    with pytest.raises(ValueError, match="zip"):
+        answer_steps(answers(**changes), ANSWER)
+
+
+def test_the_noise_that_counts_is_the_larger_one() -> None:
+    stock = {"logprobs": [[-1.0, -2.0]], "rebatched": [[-1.0, -2.25]], "jittered": [[-1.5, -2.5]]}
+    noise, means = noise_of(stock)
+    # Half of the jitter's, which is 0.5; the other is 0.125.
+    assert noise == Difference(0.25, 0.5, 2)
+    assert means == {"rebatched": 0.125, "jittered": 0.5}
+    del stock["jittered"]
+    assert noise_of(stock) == (Difference(0.125, 0.25, 2), {"rebatched": 0.125})
+    stock["jittered"] = [[NAN, -2.0]]
+    assert math.isnan(noise_of(stock)[0].mean)

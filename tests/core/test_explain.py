@@ -11,7 +11,7 @@ import pytest
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.checkpoint.families import Role
 from fse_patch.fusion_core.decision.explain import explain
-from fse_patch.fusion_core.decision.policy import DEFAULT_DENY, Policy
+from fse_patch.fusion_core.decision.policy import DEFAULT_DENY, Policy, Rule
 from fse_patch.fusion_core.decision.policy_file import load_policy
 from fse_patch.fusion_core.evidence.gather import read_evidence
 
@@ -133,6 +133,23 @@ def test_a_layer_without_specs_or_claims_has_none_of_them(tmp_path: Path) -> Non
     assert explain(changed, "vllm", "main", POLICY)["layers"] == [
         {"layers": [0], "rule": None, "finding": "", "config": None, "config_detail": ""}
     ]
+
+
+def test_rules_see_the_engine_and_the_role(tmp_path: Path) -> None:
+    parts = {"fuse": False, "reason": "disabled", "why": "w", "source": "s"}
+    mine = [
+        Rule.model_validate({"id": "not-there", "when": {"engines": ["sglang"]}, **parts}),
+        Rule.model_validate({"id": "no-draft", "when": {"roles": ["draft"]}, **parts}),
+    ]
+    policy = Policy((*mine, *POLICY.rules))
+    name = "qwen3.6-35b-gptq-routed-only"
+    for number, (engine, role, fired) in enumerate(
+        [("sglang", "main", "not-there"), ("vllm", "draft", "no-draft"), ("vllm", "main", "mixed")]
+    ):
+        report = explained(
+            tmp_path / str(number), name, "draft" if role == "draft" else "main", policy, engine
+        )
+        assert {group["rule"] for group in report["layers"]} == {fired} == {report["rule"]["id"]}
 
 
 def test_an_unknown_family_has_no_layers(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 import yaml
 
 from fse_patch.errors import FsePatchError
+from fse_patch.fusion_core.decision.layout import ExpertLayout
+from fse_patch.fusion_core.forward import tuned
 from fse_patch.fusion_core.forward.gate_rows import GateRows
 from fse_patch.fusion_core.forward.plan import ModePlan, always
 from fse_patch.fusion_core.forward.tuned import Situation, Split, plan_for, shipped, split_places
@@ -141,6 +143,31 @@ def test_sglang_runs_by_the_table_that_is_shipped(file: str, backend: str, shape
     # The controls: another release, device and backend.
     for other in ({"release": "0.5.18"}, {"device": "NVIDIA H100"}, {"backend": "deep_gemm"}):
         assert plan_for(replace(here, **other), "cuda", places=()) is None, other
+
+
+def test_a_situation_is_said_in_a_line() -> None:
+    layout = ExpertLayout(512, 1, 10, 2048, 1024)
+    kinds = {"dtype": "bfloat16", "scoring": "softmax", "gated": True}
+    here = Situation.of(layout, 2, **HEAD, **kinds)
+    assert here == HERE
+    assert str(here) == (
+        "vllm 9.9.9 (triton) on Some GPU: bfloat16, softmax, gated, E=512+1, k=10, H=2048, I=512"
+    )
+    other = replace(here, quant="fp8-block 128x128", gated=False, scoring="sigmoid")
+    assert str(other) == (
+        "vllm 9.9.9 (triton) on Some GPU: bfloat16 with fp8-block 128x128, sigmoid, "
+        "E=512+1, k=10, H=2048, I=512"
+    )
+
+
+def test_a_malformed_allow_list_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "execution.yaml"
+    file.write_text("split: [{engine: vllm}]")
+    monkeypatch.setattr(tuned, "EXECUTION_FILE", file)
+    split_places.cache_clear()
+    with pytest.raises(FsePatchError) as error:
+        split_places()
+    assert str(error.value) == f"{file}: split.0.releases: Field required"
 
 
 class Gate(torch.nn.Module):

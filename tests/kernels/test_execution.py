@@ -220,6 +220,38 @@ def test_the_shared_expert_of_split_starts_where_stock_starts_it(
     assert events == (["logits", "shared may start"] if before_shared else ["shared may start", "logits"])
 
 
+def test_split_asks_the_engine_with_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, side = SimpleNamespace(waited=[]), SimpleNamespace(waited=[])
+    for one in (current, side):
+        one.wait_stream = one.waited.append
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
+    run, (_, logits) = build("logits given", always("split", "test"), side)
+    x = draw(5, LAYOUT.hidden_size, seed=8, dtype=DTYPE)
+    experts, asked = run.experts, []
+    choose, side_stream = experts.choose, experts.side_stream
+    monkeypatch.setattr(experts, "choose", lambda *of: asked.append(of) or choose(*of))
+    monkeypatch.setattr(experts, "side_stream", lambda number: asked.append(number) or side_stream(number))
+    given = logits(x)
+    run(x, given)
+    assert asked[0] == 5
+    assert asked[1][0] is x
+    assert asked[1][1] is given
+    # The side stream waits for the states, the shared expert runs there, and it is waited for.
+    assert (side.waited, entered, current.waited) == ([current], [side], [side])
+
+
+def test_the_quantised_shared_expert_of_split_is_the_engines() -> None:
+    run, (wanted, logits) = build("fp8", always("split", "test"))
+    x = clear(draw(40, LAYOUT.hidden_size, seed=8, dtype=DTYPE), logits)[:5].contiguous()
+    expected = wanted(x)
+    # What stands for plain weights of the slot is not looked at.
+    for weights in (run.experts.w13, run.experts.w2):
+        weights[LAYOUT.num_routed :] = float("nan")
+    assert off(run(x, x), expected) < ALLOWED
+
+
 def test_nothing_runs_before_it_was_proved() -> None:
     run, (_, logits) = build("glm", always("small", "test"))
     run.router.closed = "not proved"
