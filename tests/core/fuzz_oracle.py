@@ -137,8 +137,11 @@ def _layer(
         expected = {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
         if {n: h[1] for n, h in owners["all"].items()} != expected:
             return "tensors of all experts of another size"
-        kinds = {h[0] for h in (*owners["all"].values(), *shared.values())}
-        return "" if len(kinds) == 1 else f"stored as {sorted(kinds)}"
+        for projection, parts in (("gate_up_proj", ("gate_", "up_", "gate_up_")), ("down_proj", ("down_",))):
+            kinds = {owners["all"][projection][0]} | {h[0] for n, h in shared.items() if n.startswith(parts)}
+            if len(kinds) > 1:
+                return f"{projection} is stored as {sorted(kinds)}"
+        return ""
     routed = [owners.get(str(number)) for number in range(experts)]
     if set(owners) != {"shared", *map(str, range(experts))}:
         return f"experts {sorted(owners)}"
