@@ -153,8 +153,10 @@ class Runner:
         for name, place, byte in case.raw:
             path = self.folder / name
             with path.open("r+b") as file:
-                header = int.from_bytes(file.read(8), "little") + 8
-                length = header if name.endswith("safetensors") else path.stat().st_size
+                length = path.stat().st_size
+                if name.endswith("safetensors"):
+                    # A byte of the length itself may have been replaced before.
+                    length = min(length, int.from_bytes(file.read(8), "little") + 8)
                 file.seek(int(place * length))
                 file.write(bytes([byte]))
 
