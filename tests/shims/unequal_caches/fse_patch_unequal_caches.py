@@ -7,6 +7,7 @@ decides for itself: the control.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import wrapt
@@ -18,14 +19,14 @@ def install() -> None:
     """Change both engines' starts, whichever is imported."""
     if os.environ.get(OTHER_CACHE):
         for engine in ("vllm", "sglang"):
-            wrapt.register_post_import_hook(change, f"fse_patch.adapters.{engine}.start")
+            wrapt.register_post_import_hook(change, f"fse_patch.adapters.{engine}.build")
 
 
-def change(start: Any) -> None:
-    """Change the start of one engine."""
-    start_of = start.start_of
+def change(build: Any) -> None:
+    """Change the start of one engine, where it is called: an arm has imported it before any plugin comes."""
+    start_of = build.start_of
     if os.environ.get(ALONE):
-        start.first_of_replica = lambda settle, *_: settle()
+        sys.modules[start_of.__module__].first_of_replica = lambda settle, *_: settle()  # type: ignore[attr-defined]
 
     def elsewhere(*args: Any, **kwargs: Any) -> Any:
         from huggingface_hub import constants
@@ -40,4 +41,4 @@ def change(start: Any) -> None:
         finally:
             constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = before
 
-    start.start_of = elsewhere
+    build.start_of = elsewhere
