@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from fse_patch.cli import bench, tune
+from fse_patch.cli.bench import DEFAULT_ROUTINGS, Routings
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import MoeSpec, RoutingSpec
+from fse_patch.lab import plots
 from fse_patch.lab.routings import GROUP, ROUTINGS, Router, for_tokens, named
 
 EXPERTS, HIDDEN, TOP_K, TOKENS = 64, 256, 4, 512
@@ -124,9 +128,22 @@ def test_names() -> None:
     for text, wrong in (("even,odd", "odd"), ("", "")):
         with pytest.raises(FsePatchError, match=f"unknown routing '{wrong}'; use some of even, zipf"):
             named(text)
+    assert named(DEFAULT_ROUTINGS) == ["even", "alike"]
 
 
 def test_with_one_token_there_is_nothing_to_be_alike() -> None:
     for asked in (["even", "alike"], ["alike"], list(ROUTINGS)):
         assert for_tokens(asked, 1) == ["even"]
         assert for_tokens(asked, 2) == asked
+
+
+def test_the_option_names_every_routing() -> None:
+    (option,) = get_args(Routings)[1:]
+    assert option.help.endswith(f": {', '.join(ROUTINGS)}.")
+    for command in (bench.command, tune.command):
+        assert inspect.signature(command, eval_str=True).parameters["routings"].annotation == Routings
+
+
+def test_every_routing_has_a_line_of_its_own_in_pictures() -> None:
+    assert set(plots.LINES) == set(ROUTINGS)
+    assert len(set(plots.LINES.values())) == len(ROUTINGS)
