@@ -10,6 +10,7 @@ import pytest
 
 from fse_patch.fusion_core.forward.tuned import Row, Situation, read_table, split_is_stock
 from fse_patch.lab import tune
+from fse_patch.lab.kept_rows import from_csv
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -28,8 +29,8 @@ SHAPES = {
 SGLANG, NATIVE = list(FILES)[2:]
 # Measured, and out of the table: this shape's decode end to end ran with `split` there.
 HELD_BACK = {("patches/tuned/nvidia_h200_vllm.yaml", "qwen3_next_80b"): "fused"}
-# Tokens up to which `small` was not slower than stock with all tokens alike either, in bfloat16; see
-# benchmarks/README.md.
+# Tokens up to which `small` was not slower than stock with all tokens alike either, in bfloat16. That was
+# measured apart: the files have rows of even routing alone; see benchmarks/README.md.
 ALIKE = {"qwen3_next_80b": 8, "qwen3.5_35b": 8}
 SHAPES_OF = {SGLANG: {"qwen3.5_35b"}, NATIVE: {"qwen3_next_80b", "glm4.5_air"}}
 
@@ -37,12 +38,7 @@ SHAPES_OF = {SGLANG: {"qwen3.5_35b"}, NATIVE: {"qwen3_next_80b", "glm4.5_air"}}
 def measured(file: str, shape: str) -> list[dict[str, Any]]:
     with (ROOT / "benchmarks" / file).open(newline="") as source:
         rows = [row for row in csv.DictReader(source) if row["shape"].removesuffix("_text") == shape]
-    names = ("again", *(f"{mode}_{what}" for mode in tune.MODES for what in ("ratio", "lower")))
-    return [
-        {"tokens": int(row["tokens"]), "valid": row["valid"] == "True"}
-        | {name: float(row[name]) for name in names if row[name]}
-        for row in rows
-    ]
+    return [from_csv(row) for row in rows]
 
 
 def shape_of(row: Row) -> str:
@@ -59,7 +55,8 @@ def test_a_table_is_what_was_measured(file: str) -> None:
         as_stock = split_is_stock(here, "cuda")
         stored = [step.model_dump() for step in row.steps], row.otherwise
         rows = measured(FILES[file], shape_of(row))
-        alike = ALIKE.get(shape_of(row), tune.EVEN_ROUTING) if row.quant == "none" else tune.EVEN_ROUTING
+        assert {found["routing"] for found in rows} == {"even"}
+        alike = ALIKE.get(shape_of(row), tune.ALONE) if row.quant == "none" else tune.ALONE
         if held := HELD_BACK.get((file, shape_of(row))):
             assert tune.steps(rows, as_stock, alike) != stored, "nothing is held back"
             for found in rows:
