@@ -10,8 +10,9 @@ of two for each token, by which the largest of them fits. Inner states are kept 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -63,21 +64,38 @@ def w13_tile(tokens: int, fp8: bool) -> Tile:
 
 
 def w2_tile(tokens: int, hidden: int, width: int, fp8: bool) -> Tile:
-    """Return the tile for w2 [H, I]: the fastest one on an H200. Rows of 32 in FP8 with more
-    than 128 columns were not tried."""
+    """Return the tile for w2 [H, I]: the fastest one on an H200."""
     rows = max(16, hidden // 128)
     part = COLUMNS[0] if fp8 else 0
     if width <= 128:
         return Tile(rows, warps=1, depth=128, stages=7, experts=4, tokens=part)
+    if fp8:
+        several = 4 if tokens <= part and width <= 512 else 2
+        return Tile(16, warps=1, depth=128, parts=4, stages=7, experts=several, tokens=part)
     if rows > 16:
         return Tile(rows, warps=4, depth=64, stages=10, tokens=part)
-    if fp8:
-        several = 4 if tokens <= part else 2
-        return Tile(rows, warps=1, depth=128, parts=4, stages=7, experts=several, tokens=part)
     return Tile(rows, warps=4, depth=128, stages=7, experts=2)
 
 
 Block = tuple[int, int]
+# Rows and columns of the smallest tile.
+SMALLEST = 16
+
+
+def takes(block: Block) -> bool:
+    """Return whether `experts_once` takes scales in blocks of so many rows and columns; 0: one for all."""
+    rows, columns = block
+    return columns % SMALLEST == 0 and (rows <= 1 or rows % SMALLEST == 0)
+
+
+def within(tile: Tile, block: Block) -> Tile:
+    """Return a tile that lies in one block of scales."""
+    rows, columns = block
+    return replace(
+        tile,
+        rows=gcd(tile.rows, rows) if rows > 1 else tile.rows,
+        depth=gcd(tile.depth, columns) if columns else tile.depth,
+    )
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,8 @@ def experts_once(
     width, fp8 = w2.shape[2], scales is not None
     states = hidden_states.contiguous()
     first, second = tiles or (w13_tile(len(states), fp8), w2_tile(*states.shape, width, fp8))
+    if scales is not None:
+        first, second = (within(tile, scales.block) for tile in (first, second))
     work = work_list(topk_ids, second.tokens, states if fp8 else None)
     dtype = torch.float16 if fp8 else states.dtype
     inner = torch.empty(topk_ids.numel(), width, dtype=dtype, device=states.device)

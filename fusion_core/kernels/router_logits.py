@@ -12,7 +12,7 @@ from .launch import begin, dot, options
 BLOCK_N = 2
 BLOCK_K = 1024
 # Tokens from which on they are columns of a matrix product: so many at once, by rows of the gate.
-PRODUCT_FROM = 3
+PRODUCT_FROM = 8
 TOKENS, ROWS, WARPS, DEPTH = 16, 8, 8, 64
 
 

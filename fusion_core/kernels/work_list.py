@@ -17,6 +17,7 @@ from .launch import begin, options
 COLUMNS = (8, 16)
 # More pairs are too many to compare each with all.
 MOST_PAIRS = 256
+WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,6 @@ def work_list(topk_ids: torch.Tensor, part: int = 0, states: torch.Tensor | None
     return Work(whole, parts, factors)
 
 
-WARPS = 8
-
-
 def _room(topk_ids: torch.Tensor, tokens: int) -> WorkList:
     """Make room for lists of so many tokens each."""
     total, slots = topk_ids.shape
@@ -207,18 +205,24 @@ def _list(
     P2: tl.constexpr,
 ):
     """Make one list, of the pairs from ``first`` on and before ``beyond``."""
+    NOBODY: tl.constexpr = 1 << 30
+    CHUNK: tl.constexpr = 64 if P2 > 64 else P2
     offs = tl.arange(0, P2)
     pair = first + offs
     there = pair < beyond
-    # The same ids along both sides of a square; those that only pad it are larger than all others.
-    expert = tl.load(ids_ptr + pair, mask=there, other=1 << 30)
-    again = tl.load(ids_ptr + first + tl.arange(0, P2), mask=first + tl.arange(0, P2) < beyond, other=1 << 30)
-    before = (expert[None, :] == again[:, None]) & (offs[None, :] < tl.arange(0, P2)[:, None])
-    new = (tl.max(before.to(tl.int32), 1) == 0) & (again < (1 << 30))
-    # How many distinct experts are smaller: of each the first pair alone counts.
-    smaller = (again[:, None] < expert[None, :]) & new[:, None]
-    place = tl.sum(smaller.to(tl.int32), 0)
-    tl.store(count_ptr, tl.sum(new.to(tl.int32), 0))
+    expert = tl.load(ids_ptr + pair, mask=there, other=NOBODY)
+    place = tl.zeros([P2], tl.int32)
+    count = 0
+    # Some of the pairs at a time are compared with all: a whole square would not fit the registers.
+    for start in tl.static_range(0, P2, CHUNK):
+        some = first + start + tl.arange(0, CHUNK)
+        other = tl.load(ids_ptr + some, mask=some < beyond, other=NOBODY)
+        before = (expert[None, :] == other[:, None]) & (pair[None, :] < some[:, None])
+        # Of each expert the first pair counts alone.
+        new = (tl.max(before.to(tl.int32), 1) == 0) & (some < beyond)
+        count += tl.sum(new.to(tl.int32), 0)
+        place += tl.sum((new[:, None] & (other[:, None] < expert[None, :])).to(tl.int32), 0)
+    tl.store(count_ptr, count)
     # Pairs of the same expert all write the same.
     tl.store(experts_ptr + place, expert, mask=there)
     for start in tl.static_range(0, PLACES * COLUMNS, P2):

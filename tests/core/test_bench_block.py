@@ -13,6 +13,7 @@ from fse_patch.adapters import tuned_configs
 from fse_patch.cli.bench import wrong
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import MoeSpec, RoutingSpec
+from fse_patch.fusion_core.forward.mode_registry import MODES
 from fse_patch.lab import bench
 from fse_patch.lab.timing import floor_seconds
 
@@ -93,7 +94,7 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("doubled")
 def test_every_mode_is_compared_over_different_and_over_equal_tokens() -> None:
     off = bench.errors(pair_of(), seeds=3)
-    assert set(off) == {"tokens", "stock", "control", "small", "fused", "split"}
+    assert set(off) == {"tokens", "stock", "control", *MODES}
     assert off["tokens"] == [TOKENS] * 6
     assert {len(values) for values in off.values()} == {6}
     assert max(off["small"]) < min(off["stock"]) < 0.002 < 0.4 < min(off["control"])

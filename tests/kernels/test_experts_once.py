@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from fse_patch.fusion_core.kernels import experts, work_list
-from fse_patch.fusion_core.kernels.experts_once import Scales, experts_once, most_tokens, w2_tile, w13_tile
+from fse_patch.fusion_core.kernels.experts_once import (
+    Scales,
+    experts_once,
+    launch_w13,
+    most_tokens,
+    takes,
+    w2_tile,
+    w13_tile,
+    within,
+)
 
 from .test_kernels import DEVICE, DTYPES, draw, off
 
@@ -82,7 +91,7 @@ def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype, of:
 
 
 # Rows and columns that share a scale; 0 for all.
-BLOCKS = {"block": (128, 128), "channel": (1, 0), "tensor": (0, 0)}
+BLOCKS = {"block": (128, 128), "small block": (32, 64), "channel": (1, 0), "tensor": (0, 0)}
 
 
 def scaled(weights: torch.Tensor, block: tuple[int, int], halves: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,10 +166,23 @@ def test_factors(dtype: torch.dtype) -> None:
 
 def test_a_tile_in_two_blocks_of_scales_is_refused() -> None:
     states, w13, w2, weights, ids = made("even")
-    scales = Scales(w13.float(), w2.float(), (128, 96))
+    scales = Scales(w13.float(), w2.float(), (128, 24))
+    assert not takes(scales.block)
     w13, w2 = (tensor.to(torch.float8_e4m3fn) for tensor in (w13, w2))
-    with pytest.raises(ValueError, match="blocks of 128 x 96"):
-        experts_once(states, w13, w2, weights, ids, scales)
+    tiles = w13_tile(9, True), w2_tile(9, 128, 48, True)
+    with pytest.raises(ValueError, match="blocks of 128 x 24"):
+        launch_w13(states, states, w13, scales, work_list.work_list(ids).whole, weights, states, tiles[0])
+
+
+def test_tiles_lie_in_one_block_of_scales() -> None:
+    for block in ((128, 128), (16, 16), (48, 64), (1, 0), (0, 0)):
+        assert takes(block)
+        for tile in (w13_tile(9, True), w2_tile(4, 4096, 128, True)):
+            cut = within(tile, block)
+            assert block[0] <= 1 or block[0] % cut.rows == 0
+            assert block[1] % cut.depth == 0
+            assert min(cut.rows, cut.depth) >= 16
+    assert not takes((8, 128))
 
 
 def made(kind: str) -> tuple[torch.Tensor, ...]:
