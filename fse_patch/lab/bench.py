@@ -189,8 +189,9 @@ def errors(pair: Pair, seeds: int = SEEDS) -> dict[str, Any]:
     stock, fused = pair.stock[0], pair.fused[0]
     layer = pair.fused_role.layers[min(pair.fused_role.layers)]
     for seed in range(seeds):
-        different = reference(pair, seed)
-        equal = [part[:1].repeat(len(part), 1) for part in different]
+        *different, shares = reference(pair, seed)
+        # The token that shows the control best.
+        equal = [part[[int(shares.argmax())] * len(part)] for part in different]
         for states, expected in (different, equal):
             off["tokens"].append(len(states))
             with pair.forward_context(len(states)):
@@ -204,8 +205,10 @@ def errors(pair: Pair, seeds: int = SEEDS) -> dict[str, Any]:
     return off
 
 
-def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return states [tokens, H] and the first stock block's output for them, in bfloat16 and in float64."""
+def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return states [tokens, H] in bfloat16, the first stock block's output for them in float64, and for
+    each token how large the shared expert's part of that is, against all of it.
+    """
     layout, block = pair.layout, pair.stock[0]
     router = routings.Router.of(block, pair.decision.moe)
     draw = torch.Generator(router.gate.device).manual_seed(1000 + seed)
@@ -223,13 +226,16 @@ def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         gate = getattr(block, gate_name)
         share = (states.double() @ gate.weight.data.double().T).sigmoid()
     weights, ids = append_shared_slots(weights, ids, layout.shared_slots, share)
-    out = torch.zeros_like(states, dtype=torch.float64)
+    out, shared = torch.zeros_like(states, dtype=torch.float64), torch.zeros_like(states, dtype=torch.float64)
     for token in range(len(states)):
         for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
             one, up = (pair.exact(expert, "w13") @ states[token].double()).chunk(2)
             inner = torch.nn.functional.silu(one) * up
-            out[token] += weight * (pair.exact(expert, "w2") @ inner)
-    return states, out
+            part = weight * (pair.exact(expert, "w2") @ inner)
+            out[token] += part
+            if expert in layout.shared_slots:
+                shared[token] += part
+    return states, out, shared.norm(dim=1) / out.norm(dim=1)
 
 
 def _off(output: torch.Tensor, expected: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ import yaml
 from ..errors import FsePatchError
 from ..fusion_core.forward.mode_registry import MODES
 from ..fusion_core.forward.tuned import SLOWER, Situation, read_table, split_is_stock
-from .routings import ALIKE, EVEN
+from .routings import ALIKE, EVEN, ZIPF
 
 # Below this a mode counts as slower than stock.
 EQUAL = 0.985
@@ -22,6 +22,8 @@ EQUAL = 0.985
 FOR_FEW, BOTH = "small", {EVEN, ALIKE}
 # Tokens of which there is nothing to be alike.
 ALONE = 1
+# Requests that have nothing to do with each other route so: these say which mode is the fastest.
+UNRELATED = {EVEN, ZIPF}
 # How far stock may be off itself for a row to say anything.
 FARTHEST = 0.05
 HEAD = ("engine", "release", "backend", "device")
@@ -31,8 +33,8 @@ Rows = Sequence[dict[str, Any]]
 def best_mode(rows: Rows, split_is_stock: bool = False, small_up_to: int = ALONE) -> str:
     """Return the fastest mode that is not slower than stock under any routing; "slower" without one.
 
-    The fastest has the largest geometric mean of ratios. In a row that is not valid, bounds count for less by
-    what stock was off itself.
+    The fastest has the largest geometric mean of ratios under `UNRELATED`. In a row that is not valid, bounds
+    count for less by what stock was off itself.
 
     Args:
         rows: of one number of tokens, a row for each routing.
@@ -71,7 +73,8 @@ def _is_equal(rows: Rows, mode: str, what: str) -> bool:
 
 
 def _mean_ratio(rows: Rows, mode: str) -> float:
-    return statistics.geometric_mean(float(row[f"{mode}_ratio"]) for row in rows)
+    unrelated = [row for row in rows if row["routing"] in UNRELATED]
+    return statistics.geometric_mean(float(row[f"{mode}_ratio"]) for row in unrelated or rows)
 
 
 def steps(

@@ -84,9 +84,9 @@ def pair_of(broken: str = "") -> Any:
 
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reference(pair: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference(pair: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         states = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed))
-        return states, 2 * states.double()
+        return states, 2 * states.double(), torch.rand(TOKENS)
 
     monkeypatch.setattr(bench, "reference", reference)
 
@@ -117,16 +117,19 @@ def test_the_reference_is_the_sum_over_the_chosen_experts_and_the_shared_slot() 
         for name, shape in (("w13", (64, HIDDEN)), ("w2", (HIDDEN, 32)))
     }
     pair.exact = lambda expert, name: weights[expert, name]
-    states, expected = bench.reference(pair, 0)
+    states, expected, shares = bench.reference(pair, 0)
     assert (states.shape, states.dtype, expected.dtype) == ((TOKENS, HIDDEN), torch.bfloat16, torch.float64)
     state = states[3].double()
     best = (pair.stock[0].gate.weight.double() @ state).topk(TOP_K)
     share = [*best.values.softmax(0).tolist(), 1.0]
     out = torch.zeros(HIDDEN, dtype=torch.float64)
+    part = out
     for expert, weight in zip([*best.indices.tolist(), EXPERTS], share, strict=True):
         one, up = (weights[expert, "w13"] @ state).chunk(2)
-        out += weight * (weights[expert, "w2"] @ (torch.nn.functional.silu(one) * up))
+        part = weight * (weights[expert, "w2"] @ (torch.nn.functional.silu(one) * up))
+        out = out + part
     assert torch.allclose(expected[3], out)
+    assert torch.allclose(shares[3], part.norm() / out.norm())
 
 
 @pytest.mark.parametrize("name", ["even", "alike"])

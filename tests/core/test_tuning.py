@@ -69,10 +69,12 @@ def test_a_mode_that_is_slower_under_one_routing_falls_out() -> None:
     assert tune.best_mode([even, noisy]) == "fused"
 
 
-def test_among_good_modes_the_mean_over_the_routings_decides() -> None:
-    even = row(2, small=1.6, fused=1.2)
-    assert tune.best_mode([even, row(2, routing="alike", small=1.0, fused=1.4)]) == "fused"
-    assert tune.best_mode([even, row(2, routing="alike", small=1.0, fused=1.3)]) == "small"
+def test_among_good_modes_the_mean_of_unrelated_requests_decides() -> None:
+    even, alike = row(2, small=1.6, fused=1.2), row(2, routing="alike", small=1.0, fused=3.0)
+    assert tune.best_mode([even, alike, row(2, routing="zipf", small=1.0, fused=1.4)]) == "fused"
+    assert tune.best_mode([even, alike, row(2, routing="zipf", small=1.0, fused=1.3)]) == "small"
+    # Without any of their routings all that there is decides.
+    assert tune.best_mode([alike, row(2, routing="groups", once=1.1, fused=1.0)]) == "fused"
 
 
 def test_split_that_is_stock_needs_its_median_under_every_routing() -> None:
