@@ -16,7 +16,7 @@ from ..errors import FsePatchError
 from ..fusion_core.decision.outcome import MoeSpec, RoutingSpec
 from ..fusion_core.kernels.routing_reference import route
 
-EVEN, ALIKE = "even", "alike"
+EVEN, ZIPF, ALIKE = "even", "zipf", "alike"
 # Tokens in a row that have one state.
 GROUP = 4
 # Of how often an expert is drawn: 1 / rank to this power.
@@ -142,7 +142,7 @@ ROUTINGS = {
     for routing in (
         Routing(EVEN, _even, fewest=1),
         # Some experts are chosen often and most seldom, as in trained models.
-        Routing("zipf", _zipf),
+        Routing(ZIPF, _zipf),
         # As streams of one prompt, or tokens that a draft proposes.
         Routing("groups", _groups),
         Routing(ALIKE, _alike),
