@@ -93,6 +93,24 @@ class Fp8Experts:
             *top_k,
         )
 
+    def once(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
+        """Do the same, and read each expert once."""
+        from ...fusion_core.kernels import experts_once  # needs Triton
+
+        scales = [getattr(self.experts, f"{name}_{self.scale}") for name in ("w13", "w2")]
+        if self.block is None:
+            # One scale for all rows and columns of an expert.
+            scales = [scale.view(-1, 1, 1) for scale in scales]
+        elif not experts_once.takes(self.block):
+            return self.small(hidden_states, top_k)
+        return experts_once.experts_once(
+            hidden_states,
+            self.experts.w13_weight,
+            self.experts.w2_weight,
+            *top_k,
+            experts_once.Scales(*scales, self.block or (0, 0)),
+        )
+
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Multiply [num_tokens, H] with w13 of the shared slot: [num_tokens, 2 * I], in that dtype."""
         return self._apply(0, hidden_states)

@@ -22,9 +22,15 @@ DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 Checkpoint = Annotated[Path, typer.Argument(help="Folder with the model's config.json; weights are random.")]
 Engine = Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")]
 Tokens = Annotated[str, typer.Option(help="Numbers of tokens, with commas.")]
+DEFAULT_ROUTINGS = "even,alike"
+Routings = Annotated[
+    str, typer.Option(help="How tokens choose experts, with commas: even, zipf, groups, alike.")
+]
 Layers = Annotated[int, typer.Option(min=1, help="Blocks with weights of their own.")]
 Rounds = Annotated[int, typer.Option(min=5, help="Rounds of the arms in turn.")]
-Csv = Annotated[Path | None, typer.Option(help="Append what was measured to this file.")]
+Csv = Annotated[
+    Path | None, typer.Option(help="Append rows to this file; with --commit, take over those that it has.")
+]
 Commit = Annotated[str, typer.Option(help="Goes into the rows: which source this is.")]
 Quant = Annotated[
     str,
@@ -39,6 +45,7 @@ def command(
     checkpoint: Checkpoint,
     engine: Engine = "vllm",
     tokens: Tokens = DEFAULT_TOKENS,
+    routings: Routings = DEFAULT_ROUTINGS,
     layers: Layers = LAYERS,
     rounds: Rounds = 7,
     csv: Csv = None,
@@ -56,6 +63,7 @@ def command(
 ) -> None:
     """Run the command. Exit status: 0 measured, 1 too far from float64, 3 refused, 2 bad input."""
     others = {"tokens": tokens != DEFAULT_TOKENS, "layers": layers != LAYERS, "quant": bool(quant)}
+    others |= {"routings": routings != DEFAULT_ROUTINGS}
     theirs = {"streams": streams != whole.STREAMS, "sets": bool(sets), "seconds": bool(seconds)}
     theirs |= {
         "engine-args": engine_args != "{}",
@@ -72,20 +80,23 @@ def command(
         whole.run(checkpoint, engine, counted, sets, engine_args, limits, files)
         return
     from ..lab import bench, csv_file, plots
+    from ..lab.kept_rows import KeptRows
+    from ..lab.routings import named
 
     if plot is not None:
         plots.figure_class()
-    counts = numbers(tokens)
+    counts, names = numbers(tokens), named(routings)
     # Engines log to stdout, where the report goes.
     with redirect_stdout(sys.stderr):
         pair = bench.open_pair(checkpoint, engine, layers, quant)
+        columns = bench.csv_columns(engine)
         if csv is not None:
-            csv_file.check(csv, bench.csv_columns(engine))
-        rows = bench.measure(pair, counts, rounds, say)
+            csv_file.check(csv, columns)
+        # Before all rows: it makes known by which tables the GEMM runs.
         errors = bench.errors(pair)
-    tables = bench.tuned_tables(pair)
-    if csv is not None:
-        bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
+        tables = bench.tuned_tables(pair)
+        kept = KeptRows(csv, columns, bench.head(pair, checkpoint.resolve().name, rounds, commit))
+        rows = bench.measure(pair, counts, names, rounds, kept, say)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "situation": str(pair.situation),

@@ -12,6 +12,7 @@ import typer
 from ..errors import AuditError
 from ..settings import TUNED
 from .bench import (
+    DEFAULT_ROUTINGS,
     DEFAULT_TOKENS,
     Checkpoint,
     Commit,
@@ -21,6 +22,7 @@ from .bench import (
     Layers,
     Quant,
     Rounds,
+    Routings,
     Tokens,
     in_words,
     numbers,
@@ -35,6 +37,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Table file; rows of other shapes in it are kept.")],
     engine: Engine = "vllm",
     tokens: Tokens = DEFAULT_TOKENS,
+    routings: Routings = DEFAULT_ROUTINGS,
     layers: Layers = 4,
     rounds: Rounds = 7,
     csv: Csv = None,
@@ -46,21 +49,23 @@ def command(
     import torch
 
     from ..lab import bench, csv_file, tune
+    from ..lab.kept_rows import KeptRows
+    from ..lab.routings import named
 
-    counts = numbers(tokens)
+    counts, names = numbers(tokens), named(routings)
     # Engines log to stdout, where the report goes.
     with redirect_stdout(sys.stderr):
         pair = bench.open_pair(checkpoint, engine, layers, quant)
+        columns = bench.csv_columns(engine)
         if csv is not None:
-            csv_file.check(csv, bench.csv_columns(engine))
+            csv_file.check(csv, columns)
         errors = bench.errors(pair)
         say(f"off float64: {errors}")
         if failures := wrong(errors):
             raise AuditError("; ".join(failures))
-        rows = bench.measure(pair, counts, rounds, say)
         say(in_words(bench.tuned_tables(pair)))
-    if csv is not None:
-        bench.write_csv(csv, checkpoint.resolve().name, pair, rows, commit)
+        kept = KeptRows(csv, columns, bench.head(pair, checkpoint.resolve().name, rounds, commit))
+        rows = bench.measure(pair, counts, names, rounds, kept, say)
     row = tune.store(
         out,
         pair.situation,
@@ -75,5 +80,5 @@ def command(
     for step in row["steps"]:
         print(f"up to {step['up_to']} tokens: {step['mode']}")
     print(f"{'beyond' if row['steps'] else 'always'}: {row['otherwise']}")
-    print(f"with even routing alone measured, small is kept up to {tune.EVEN_ROUTING} token")
+    print(tune.routings_in_words(rows))
     print(f"stored in {out}; set {TUNED}={out} where the engine runs")

@@ -18,10 +18,11 @@ from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Stock
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.forward.mode_registry import MODES, Mode
-from ..fusion_core.kernels.routing_reference import append_shared_slots, route
+from ..fusion_core.kernels.routing_reference import append_shared_slots
 from ..patches import ENGINES
 from ..version import __version__
-from . import csv_file, tune
+from . import routings, tune
+from .kept_rows import COLUMNS, TABLES, KeptRows
 from .timing import capture, floor_seconds, in_turn, is_quiet, ratio
 from .verify import Progress
 
@@ -38,12 +39,6 @@ CONTROL = 0.5
 # fused_role, situation, forward_context.
 BLOCKS = "fse_patch.lab.{engine}.blocks"
 Pair = Any
-TABLES = ("stock_table", "fused_table")
-# Of a row of `measure`; those of a mode that does not run stay empty.
-COLUMNS = [
-    *("tokens", "stock_us", "again", "valid", "floor_us"),
-    *(f"{mode}_{what}" for mode in MODES for what in ("us", "ratio", "lower")),
-]
 
 
 def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
@@ -72,25 +67,49 @@ def open_pair(folder: Path, engine: str, layers: int, quant: str = "") -> Pair:
 
 
 def measure(
-    pair: Pair, tokens: Sequence[int], rounds: int, progress: Progress = lambda _: None
+    pair: Pair,
+    tokens: Sequence[int],
+    names: Sequence[str],
+    rounds: int,
+    kept: KeptRows,
+    progress: Progress = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Return a row for each number of tokens; times in microseconds a block.
+    """Return a row for each number of tokens under each routing; times in microseconds a block.
 
-    Keys: tokens, stock_us, again (stock over stock: a ratio), valid, floor_us; of each mode <mode>_us,
-    <mode>_ratio (stock over it, median) and <mode>_lower (of its 95 % bootstrap interval).
+    Keys: tokens, routing, stock_us, again (stock over stock: a ratio), valid, floor_us, those of `TABLES`;
+    of each mode <mode>_us, <mode>_ratio (stock over it, median) and <mode>_lower (of its 95 % interval).
+
+    Args:
+        names: routings, of `routings.ROUTINGS`; with one token `EVEN` alone is measured.
+        kept: rows in it are not measured again, and the others are added when those of their number of tokens
+            are decided.
     """
     rows = []
     # The largest first: the engine's workspace must not grow under a captured graph.
     for count in sorted(tokens, reverse=True):
-        row = _measure(pair, count, rounds)
-        for _ in range(ATTEMPTS - 1):
-            if row["valid"] and not tune.is_open(row):
-                break
-            progress(f"{line(row)}; once more")
-            row = _measure(pair, count, rounds * (MORE if tune.is_open(row) else 1))
-        progress(line(row))
-        rows.append(row)
-    return rows[::-1]
+        rows.append(_decided(pair, count, routings.for_tokens(names, count), rounds, kept, progress))
+    return [row for group in rows[::-1] for row in group]
+
+
+def _decided(
+    pair: Pair, tokens: int, names: Sequence[str], rounds: int, kept: KeptRows, progress: Progress
+) -> list[dict[str, Any]]:
+    """Return the rows of one number of tokens, measured again while they leave something open."""
+    found = {name: kept.find(tokens, name) for name in names}
+    fresh = [name for name, row in found.items() if row is None]
+    group = {name: row or _measure(pair, tokens, name, rounds) for name, row in found.items()}
+    for _ in range(ATTEMPTS - 1):
+        is_open = tune.is_open([*group.values()])
+        again = [name for name in fresh if is_open or not group[name]["valid"]]
+        for name in again:
+            progress(f"{line(group[name])}; once more")
+            group[name] = _measure(pair, tokens, name, rounds * (MORE if is_open else 1))
+        if not again:
+            break
+    for name, row in group.items():
+        progress(line(row) if name in fresh else f"{line(row)}, as kept")
+    kept.add([group[name] for name in fresh])
+    return [*group.values()]
 
 
 def modes_for(pair: Pair, tokens: int) -> list[Mode]:
@@ -101,13 +120,13 @@ def modes_for(pair: Pair, tokens: int) -> list[Mode]:
     return [mode.name for mode in MODES.values() if mode.runs(slots, tokens)]
 
 
-def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
+def _measure(pair: Pair, tokens: int, name: str, rounds: int) -> dict[str, Any]:
     layout, layers = pair.layout, len(pair.stock)
-    draw = torch.Generator("cuda").manual_seed(tokens)
-    states = [
-        torch.randn(tokens, layout.hidden_size, device="cuda", dtype=torch.bfloat16, generator=draw)
-        for _ in range(layers)
-    ]
+    routers = [routings.Router.of(block, pair.decision.moe) for block in pair.stock]
+    draw = torch.Generator(routers[0].gate.device).manual_seed(tokens)
+    states = [routings.ROUTINGS[name].states(router, tokens, draw) for router in routers]
+    # Those that the floor counts.
+    experts = statistics.mean(router.distinct(own) for router, own in zip(routers, states, strict=True))
 
     def run(blocks: list[Any], mode: Mode | None = None) -> Callable[[], object]:
         def call() -> object:
@@ -131,11 +150,13 @@ def _measure(pair: Pair, tokens: int, rounds: int) -> dict[str, Any]:
     gates = layout.num_routed + (pair.decision.moe.shared_weight == "sigmoid_gate")
     row: dict[str, Any] = {
         "tokens": tokens,
+        "routing": name,
         "stock_us": statistics.median(stock) / layers * 1e6,
         "again": self_ratio.median,
         "valid": is_quiet(self_ratio),
         # Gates stay in 16 bit.
-        "floor_us": floor_seconds(layout, 1, tokens, gates * 2 // pair.itemsize, pair.itemsize) * 1e6,
+        "floor_us": floor_seconds(layout, 1, experts, gates * 2 // pair.itemsize, pair.itemsize) * 1e6,
+        **tuned_tables(pair),
     }
     for mode, values in seconds.items():
         speed = ratio(stock, values)
@@ -153,60 +174,68 @@ def line(row: dict[str, Any]) -> str:
     parts = [f"{m} {row[f'{m}_us']:.1f} ({row[f'{m}_ratio']:.3f}x, >{row[f'{m}_lower']:.3f})" for m in modes]
     quiet = "" if row["valid"] else " NOT QUIET"
     return (
-        f"M={row['tokens']}: stock {row['stock_us']:.1f} us (again {row['again']:.4f}{quiet}), "
-        f"{', '.join(parts)}, floor {row['floor_us']:.1f}"
+        f"M={row['tokens']} {row['routing']}: stock {row['stock_us']:.1f} us "
+        f"(again {row['again']:.4f}{quiet}), {', '.join(parts)}, floor {row['floor_us']:.1f}"
     )
 
 
 def errors(pair: Pair, seeds: int = SEEDS) -> dict[str, Any]:
     """Return RMS errors against float64 of stock and of every mode, over tokens whose choice is clear.
 
-    Keys: tokens; stock, each mode and "control" (a mode with half the shared weight); an entry for each seed.
+    Keys: tokens; stock, each mode and "control" (a mode with half the shared weight). Two entries for each
+    seed: different tokens, and as many equal ones, for modes that read an expert once for several tokens.
     """
     off: dict[str, Any] = {"tokens": [], "stock": [], "control": []}
     stock, fused = pair.stock[0], pair.fused[0]
     layer = pair.fused_role.layers[min(pair.fused_role.layers)]
     for seed in range(seeds):
-        states, expected = reference(pair, seed)
-        off["tokens"].append(len(states))
-        with pair.forward_context(len(states)):
-            off["stock"].append(_off(stock(states.clone()), expected))
-            modes = modes_for(pair, len(states))
-            for mode in modes:
-                with layer.forced(mode):
-                    off.setdefault(mode, []).append(_off(fused(states.clone()), expected))
-            with layer.forced(modes[-1]), layer.weighted(CONTROL):
-                off["control"].append(_off(fused(states.clone()), expected))
+        *different, shares = reference(pair, seed)
+        # The token that shows the control best.
+        equal = [part[[int(shares.argmax())] * len(part)] for part in different]
+        for states, expected in (different, equal):
+            off["tokens"].append(len(states))
+            with pair.forward_context(len(states)):
+                off["stock"].append(_off(stock(states.clone()), expected))
+                modes = modes_for(pair, len(states))
+                for mode in modes:
+                    with layer.forced(mode):
+                        off.setdefault(mode, []).append(_off(fused(states.clone()), expected))
+                with layer.forced(modes[-1]), layer.weighted(CONTROL):
+                    off["control"].append(_off(fused(states.clone()), expected))
     return off
 
 
-def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return states [tokens, H] and the first stock block's output for them, in bfloat16 and in float64."""
-    routing, layout, block = pair.decision.moe.routing, pair.layout, pair.stock[0]
-    draw = torch.Generator("cuda").manual_seed(1000 + seed)
-    drawn = torch.randn(DRAWN, layout.hidden_size, device="cuda", dtype=torch.bfloat16, generator=draw)
-    logits = drawn.double() @ block.gate.weight.data.double().T
-    bias = getattr(block.gate, "e_score_correction_bias", None)
-    scores = logits if bias is None else logits.sigmoid() + bias.data.double()
+def reference(pair: Pair, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return states [tokens, H] in bfloat16, the first stock block's output for them in float64, and for
+    each token how large the shared expert's part of that is, against all of it.
+    """
+    layout, block = pair.layout, pair.stock[0]
+    router = routings.Router.of(block, pair.decision.moe)
+    draw = torch.Generator(router.gate.device).manual_seed(1000 + seed)
+    drawn = routings.ROUTINGS[routings.EVEN].states(router, DRAWN, draw)
+    scores = router.choice(router.logits(drawn))
     best = scores.topk(layout.top_k + 1, dim=1).values
     margin = (best[:, -2] - best[:, -1]) / scores.abs().amax(1)
     kept = margin.topk(ERROR_TOKENS).indices
     if float(margin[kept].min()) < CLEAR:
         raise FsePatchError("no tokens whose choice of experts is clear; another seed is needed")
-    states, logits = drawn[kept], logits[kept]
-    weights, ids = route(logits, layout.top_k, routing, None if bias is None else bias.data.double())
+    states = drawn[kept]
+    weights, ids = router.route(router.logits(states))
     share: torch.Tensor | float = 1.0
     if (gate_name := pair.fused_role.start.naming.family.shared_gate) is not None:
         gate = getattr(block, gate_name)
         share = (states.double() @ gate.weight.data.double().T).sigmoid()
     weights, ids = append_shared_slots(weights, ids, layout.shared_slots, share)
-    out = torch.zeros_like(states, dtype=torch.float64)
+    out, shared = torch.zeros_like(states, dtype=torch.float64), torch.zeros_like(states, dtype=torch.float64)
     for token in range(len(states)):
         for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
             one, up = (pair.exact(expert, "w13") @ states[token].double()).chunk(2)
             inner = torch.nn.functional.silu(one) * up
-            out[token] += weight * (pair.exact(expert, "w2") @ inner)
-    return states, out
+            part = weight * (pair.exact(expert, "w2") @ inner)
+            out[token] += part
+            if expert in layout.shared_slots:
+                shared[token] += part
+    return states, out, shared.norm(dim=1) / out.norm(dim=1)
 
 
 def _off(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -244,23 +273,22 @@ def tuned_tables(pair: Pair) -> dict[str, str]:
     return dict(zip(TABLES, (stock, fused), strict=True))
 
 
-def csv_columns(engine: str) -> list[str]:
-    """Return the columns of what `write_csv` writes."""
-    return ["shape", "device", "backend", *TABLES, "commit", *versions(engine), *COLUMNS]
-
-
-def write_csv(path: Path, name: str, pair: Pair, rows: Sequence[dict[str, Any]], commit: str) -> None:
-    """Append the rows of one shape.
-
-    Raises:
-        FsePatchError: the file cannot be written, or has other columns, as those of another engine.
-    """
-    head = {
+def head(pair: Pair, name: str, rounds: int, commit: str) -> dict[str, Any]:
+    """Return what all rows of a run have in common. The GEMM has run, for its tables to be known."""
+    return {
         "shape": name,
         "device": pair.situation.device,
         "backend": pair.situation.backend,
+        "quant": pair.situation.quant,
+        "layers": len(pair.stock),
+        "rounds": rounds,
         **tuned_tables(pair),
         "commit": commit,
         **versions(pair.situation.engine),
     }
-    csv_file.append(path, csv_columns(pair.situation.engine), [{**head, **row} for row in rows])
+
+
+def csv_columns(engine: str) -> list[str]:
+    """Return the columns of a file of rows."""
+    first = ("shape", "device", "backend", "quant", "layers", "rounds", *TABLES, "commit")
+    return [*first, *versions(engine), *COLUMNS]

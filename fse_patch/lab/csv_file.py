@@ -1,4 +1,4 @@
-"""CSV files that measurements are appended to."""
+"""CSV files that measurements are appended to, and read from again."""
 
 from __future__ import annotations
 
@@ -42,3 +42,18 @@ def append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
                 writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
     except OSError as error:
         raise FsePatchError(f"{path}: {error.strerror}") from error
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows; none where there is no file yet.
+
+    Raises:
+        FsePatchError: the file cannot be read.
+    """
+    try:
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FsePatchError(f"{path}: {error}") from error

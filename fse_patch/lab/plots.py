@@ -12,6 +12,9 @@ from ..fusion_core.forward.mode_registry import MODES
 COLUMNS = 2
 WIDTH, HEIGHT, DPI = 6.0, 4.0, 110
 Rows = Sequence[Mapping[str, Any]]
+# How the lines of a routing are drawn, in their mode's colour. Older files are of "even" and do not say so.
+EVEN = "even"
+LINES = {EVEN: "solid", "alike": "dashed", "groups": "dashdot", "zipf": "dotted"}
 
 
 def figure_class() -> Callable[..., Any]:
@@ -67,14 +70,23 @@ def draw(
 
 
 def _panel(panel: Any, name: str, rows: Rows) -> None:
-    tokens = [int(row["tokens"]) for row in rows]
     best = 1.0
-    for mode in MODES:
-        points = [(t, float(r[f"{mode}_ratio"])) for t, r in zip(tokens, rows, strict=True) if _has(r, mode)]
-        if points:
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=mode)
+    by_routing: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_routing.setdefault(row.get("routing", EVEN), []).append(row)
+    for routing, own in by_routing.items():
+        for number, mode in enumerate(MODES):
+            points = [(int(row["tokens"]), float(row[f"{mode}_ratio"])) for row in own if _has(row, mode)]
+            if not points:
+                continue
+            label = mode if routing == EVEN else f"{mode}, {routing}"
+            look = {"linestyle": LINES[routing], "color": f"C{number}", "label": label}
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, **look)
             best = max(best, *(ratio for _, ratio in points))
-    floor = [float(row["stock_us"]) / float(row["floor_us"]) for row in rows]
+    # That of even routing, if it was measured: others read fewer experts in less time.
+    first = by_routing.get(EVEN) or rows
+    floor = [float(row["stock_us"]) / float(row["floor_us"]) for row in first]
+    tokens = [int(row["tokens"]) for row in first]
     panel.plot(tokens, floor, linestyle=":", color="grey", label="memory floor")
     panel.axhline(1.0, color="black", linewidth=0.8)
     panel.set_xscale("log", base=2)

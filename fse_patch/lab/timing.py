@@ -83,9 +83,10 @@ def is_quiet(again: Ratio) -> bool:
     return abs(again.median - 1) <= STOCK_NOISE
 
 
-def floor_seconds(layout: ExpertLayout, parts: int, tokens: int, gate_rows: int, itemsize: int = 2) -> float:
-    """Return in how many seconds the weights of experts that ``tokens`` random tokens choose are read."""
-    width, experts = layout.moe_intermediate_size // parts, layout.num_routed
-    chosen = experts * (1 - (1 - layout.top_k / experts) ** tokens) + layout.num_shared_slots
-    weights = chosen * 3 * layout.hidden_size * width + gate_rows * layout.hidden_size
-    return weights * itemsize / H200_BYTES_PER_SECOND
+def floor_seconds(
+    layout: ExpertLayout, parts: int, experts: float, gate_rows: int, itemsize: int = 2
+) -> float:
+    """Return in how many seconds the weights of so many routed experts and of the shared slots are read."""
+    width = layout.moe_intermediate_size // parts
+    weights = (experts + layout.num_shared_slots) * 3 * layout.hidden_size * width
+    return (weights + gate_rows * layout.hidden_size) * itemsize / H200_BYTES_PER_SECOND

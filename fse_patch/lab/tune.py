@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,71 +13,109 @@ import yaml
 from ..errors import FsePatchError
 from ..fusion_core.forward.mode_registry import MODES
 from ..fusion_core.forward.tuned import SLOWER, Situation, read_table, split_is_stock
+from .routings import ALIKE, EVEN, ZIPF
 
 # Below this a mode counts as slower than stock.
 EQUAL = 0.985
-# Tokens up to which `small` may be kept where even routing alone was measured: it reads weights once for
-# every token that chose them, and is slower than stock where many choose the same.
-EVEN_ROUTING = 1
+# Where many tokens choose the same experts, the mode for few tokens may be slower than stock: it is no
+# candidate without rows of both routings.
+FOR_FEW, BOTH = "small", {EVEN, ALIKE}
+# Tokens of which there is nothing to be alike.
+ALONE = 1
+# Requests that have nothing to do with each other route so: these say which mode is the fastest.
+UNRELATED = {EVEN, ZIPF}
 # How far stock may be off itself for a row to say anything.
 FARTHEST = 0.05
 HEAD = ("engine", "release", "backend", "device")
+Rows = Sequence[dict[str, Any]]
 
 
-def best_mode(row: dict[str, Any], split_is_stock: bool = False) -> str:
-    """Return the mode with the best median ratio that is not slower than stock; "slower" without one.
+def best_mode(rows: Rows, split_is_stock: bool = False, small_up_to: int = ALONE) -> str:
+    """Return the fastest mode that is not slower than stock under any routing; "slower" without one.
 
-    In a row that is not valid, bounds count for less by what stock was off itself.
+    The fastest has the largest geometric mean of ratios under `UNRELATED`. In a row that is not valid, bounds
+    count for less by what stock was off itself.
 
     Args:
+        rows: of one number of tokens, a row for each routing.
         split_is_stock: `split` runs stock's kernels here, and would run without a table. Where nothing else
             is shown to be as fast, its median is enough.
+        small_up_to: as of `steps`.
     """
-    doubt = 0.0 if row["valid"] else abs(row["again"] - 1)
-    good = [m for m in MODES if row.get(f"{m}_lower", 0.0) - doubt >= EQUAL]
-    if not good and split_is_stock and row.get("split_ratio", 0.0) - doubt >= EQUAL:
+    good = [mode for mode in _candidates(rows, small_up_to) if _is_equal(rows, mode, "lower")]
+    if not good and split_is_stock and _is_equal(rows, "split", "ratio"):
         return "split"
-    return max(good, key=lambda m: float(row[f"{m}_ratio"]), default=SLOWER)
+    return max(good, key=lambda mode: _mean_ratio(rows, mode), default=SLOWER)
 
 
-def is_open(row: dict[str, Any]) -> bool:
-    """Return whether no mode is shown to be as fast as stock, though the median of one is."""
-    return best_mode(row) == SLOWER and any(row.get(f"{m}_ratio", 0.0) >= EQUAL for m in MODES)
+def is_open(rows: Rows) -> bool:
+    """Return whether no mode is shown to be as fast as stock, though the medians of one are."""
+    return best_mode(rows) == SLOWER and any(
+        all(row.get(f"{mode}_ratio", 0.0) >= EQUAL for row in rows) for mode in _candidates(rows, ALONE)
+    )
+
+
+def is_too_noisy(row: dict[str, Any]) -> bool:
+    """Return whether stock was so far off itself that the row says nothing."""
+    return bool(abs(row["again"] - 1) > FARTHEST)
+
+
+def _candidates(rows: Rows, small_up_to: int) -> list[str]:
+    known = rows[0]["tokens"] <= small_up_to or {row["routing"] for row in rows} >= BOTH
+    return [mode for mode in MODES if known or mode != FOR_FEW]
+
+
+def _is_equal(rows: Rows, mode: str, what: str) -> bool:
+    doubts = [0.0 if row["valid"] else abs(row["again"] - 1) for row in rows]
+    return all(
+        row.get(f"{mode}_{what}", 0.0) - doubt >= EQUAL for row, doubt in zip(rows, doubts, strict=True)
+    )
+
+
+def _mean_ratio(rows: Rows, mode: str) -> float:
+    unrelated = [row for row in rows if row["routing"] in UNRELATED]
+    return statistics.geometric_mean(float(row[f"{mode}_ratio"]) for row in unrelated or rows)
 
 
 def steps(
-    rows: Sequence[dict[str, Any]], split_is_stock: bool = False, small_up_to: int = EVEN_ROUTING
+    rows: Rows, split_is_stock: bool = False, small_up_to: int = ALONE
 ) -> tuple[list[dict[str, Any]], str]:
     """Return steps, and the mode beyond them. Between two numbers the mode of the larger one holds.
 
     Args:
-        small_up_to: tokens up to which `small` was also measured with all tokens alike.
+        small_up_to: tokens up to which `small` needs no row of `ALIKE`.
 
     Raises:
         FsePatchError: stock was so far off itself that nothing can be said.
     """
     if not rows:
         raise FsePatchError("nothing was measured")
-    if noisy := [row["tokens"] for row in rows if abs(row["again"] - 1) > FARTHEST]:
+    if noisy := sorted({row["tokens"] for row in rows if is_too_noisy(row)}):
         raise FsePatchError(
             f"stock was not as fast as stock at {noisy} tokens; measure again on a quiet device"
         )
     ranges: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda r: int(r["tokens"])):
-        safe = row["tokens"] <= small_up_to
-        known = row if safe else {k: v for k, v in row.items() if not k.startswith("small_")}
-        mode = best_mode(known, split_is_stock)
+    for tokens in sorted({int(row["tokens"]) for row in rows}):
+        mode = best_mode([row for row in rows if row["tokens"] == tokens], split_is_stock, small_up_to)
         if ranges and ranges[-1]["mode"] == mode:
-            ranges[-1]["up_to"] = row["tokens"]
+            ranges[-1]["up_to"] = tokens
         else:
-            ranges.append({"up_to": row["tokens"], "mode": mode})
+            ranges.append({"up_to": tokens, "mode": mode})
     return ranges[:-1], ranges[-1]["mode"]
+
+
+def routings_in_words(rows: Rows) -> str:
+    """Say under which routings the rows were measured, and what follows for `small`."""
+    names = list(dict.fromkeys(row["routing"] for row in rows))
+    known = {*names} >= BOTH or all(row["tokens"] <= ALONE for row in rows)
+    without = "" if known else f"; without {EVEN} and {ALIKE}, no {FOR_FEW} beyond {ALONE} token"
+    return f"measured with the routings {', '.join(names)}{without}"
 
 
 def store(
     path: Path,
     situation: Situation,
-    rows: Sequence[dict[str, Any]],
+    rows: Rows,
     versions: dict[str, str],
     measured: str,
     platform: str = "cuda",

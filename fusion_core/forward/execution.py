@@ -50,6 +50,9 @@ class QuantisedExperts(Protocol):
     def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
         """Run few tokens over k + S slots: [num_tokens, H]."""
 
+    def once(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
+        """Do the same, and read each expert once; as many tokens as `experts_once` takes."""
+
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Multiply by w13 of the one shared slot: [num_tokens, 2 * I]."""
 

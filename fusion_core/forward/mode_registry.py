@@ -44,8 +44,10 @@ class ExecutionMode:
 MODES: Mapping[Mode, ExecutionMode] = {
     mode.name: mode
     for mode in (
-        # Beyond 32 tokens its kernels read every expert many times over.
+        # Its kernels read an expert once for every token that chose it.
         ExecutionMode("small", most_tokens=32),
+        # So many tokens go through its kernels at once.
+        ExecutionMode("once", most_tokens=16),
         ExecutionMode("fused"),
         # More slots than one are no single dense MLP in w2 without a copy.
         ExecutionMode("split", most_slots=1),

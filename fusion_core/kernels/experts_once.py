@@ -10,8 +10,9 @@ of two for each token, by which the largest of them fits. Inner states are kept 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ import triton
 
 from .experts_once_kernels import w2_kernel, w13_kernel
 from .launch import options
-from .token_factors import token_factors
-from .work_list import WorkList, work_list
+from .work_list import COLUMNS, MOST_PAIRS, WorkList, work_list
 
-MOST_TOKENS = 16
+
+def most_tokens(slots: int) -> int:
+    """Return the most tokens that `experts_once` takes, of so many slots each."""
+    return min(COLUMNS[-1], MOST_PAIRS // slots)
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,39 @@ def w13_tile(tokens: int, fp8: bool) -> Tile:
     return Tile(rows=16, warps=1, depth=128, stages=3, blocks=8)
 
 
-def w2_tile(hidden: int, width: int, fp8: bool) -> Tile:
-    """Return the tile for w2 [H, I]: the fastest one on an H200. Rows of 32 in FP8 with more
-    than 128 columns were not tried."""
+def w2_tile(tokens: int, hidden: int, width: int, fp8: bool) -> Tile:
+    """Return the tile for w2 [H, I]: the fastest one on an H200."""
     rows = max(16, hidden // 128)
-    tokens = 8 if fp8 else 0
+    part = COLUMNS[0] if fp8 else 0
     if width <= 128:
-        return Tile(rows, warps=1, depth=128, stages=7, experts=4, tokens=tokens)
-    if rows > 16:
-        return Tile(rows, warps=4, depth=64, stages=10, tokens=tokens)
+        return Tile(rows, warps=1, depth=128, stages=7, experts=4, tokens=part)
     if fp8:
-        return Tile(rows, warps=1, depth=128, parts=4, stages=7, experts=2, tokens=tokens)
+        several = 4 if tokens <= part and width <= 512 else 2
+        return Tile(16, warps=1, depth=128, parts=4, stages=7, experts=several, tokens=part)
+    if rows > 16:
+        return Tile(rows, warps=4, depth=64, stages=10, tokens=part)
     return Tile(rows, warps=4, depth=128, stages=7, experts=2)
 
 
 Block = tuple[int, int]
+# Rows and columns of the smallest tile.
+SMALLEST = 16
+
+
+def takes(block: Block) -> bool:
+    """Return whether `experts_once` takes scales in blocks of so many rows and columns; 0: one for all."""
+    rows, columns = block
+    return columns % SMALLEST == 0 and (rows <= 1 or rows % SMALLEST == 0)
+
+
+def within(tile: Tile, block: Block) -> Tile:
+    """Return a tile that lies in one block of scales."""
+    rows, columns = block
+    return replace(
+        tile,
+        rows=gcd(tile.rows, rows) if rows > 1 else tile.rows,
+        depth=gcd(tile.depth, columns) if columns else tile.depth,
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,7 @@ def experts_once(
     """Compute the fused layer's output: sum over j of weight_j · w2_j (SiLU(w1_j x) · (w3_j x)).
 
     Args:
-        hidden_states: [num_tokens, H], bfloat16 or float16; at most `MOST_TOKENS` rows.
+        hidden_states: [num_tokens, H], bfloat16 or float16; at most `most_tokens` rows.
         w13: [E + S, 2 * I, H], rows of w1 before those of w3; w2: [E + S, H, I]. Both contiguous, of the
             states' dtype, or float8_e4m3fn with ``scales``.
         topk_weights: [num_tokens, k + S] float32; topk_ids: the same shape, int32, the ids of a token differ.
@@ -111,18 +132,17 @@ def experts_once(
     Returns:
         [num_tokens, H] in the dtype of ``hidden_states``.
     """
-    width = w2.shape[2]
+    width, fp8 = w2.shape[2], scales is not None
     states = hidden_states.contiguous()
-    listed = work_list(topk_ids, len(w2))
-    factors = None if scales is None else token_factors(states)
-    dtype = states.dtype if scales is None else torch.float16
+    first, second = tiles or (w13_tile(len(states), fp8), w2_tile(*states.shape, width, fp8))
+    if scales is not None:
+        first, second = (within(tile, scales.block) for tile in (first, second))
+    work = work_list(topk_ids, second.tokens, states if fp8 else None)
+    dtype = torch.float16 if fp8 else states.dtype
     inner = torch.empty(topk_ids.numel(), width, dtype=dtype, device=states.device)
     output = torch.empty_like(states)
-    fp8 = scales is not None
-    first, second = tiles or (w13_tile(len(states), fp8), w2_tile(states.shape[1], width, fp8))
-    launch_w13(states, factors, w13, scales, listed, topk_weights, inner, first)
-    again = listed if second.tokens in (0, len(states)) else work_list(topk_ids, len(w2), second.tokens)
-    launch_w2(inner, w2, scales, again, output, second)
+    launch_w13(states, work.factors, w13, scales, work.whole, topk_weights, inner, first)
+    launch_w2(inner, w2, scales, work.parts, output, second)
     return output
 
 

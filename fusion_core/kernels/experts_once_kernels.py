@@ -5,18 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import begin
+from .launch import begin, dot
 
 # Factor on inner states of FP8 experts: float16 then holds them up to a million, in steps of a millionth.
 INNER = 2.0**-4
 INNER_FACTOR = tl.constexpr(INNER)
-
-
-@triton.jit
-def _dot(weights, states, acc, WIDE: tl.constexpr):
-    if WIDE:
-        return tl.dot(weights.to(tl.float32), states.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(weights, states, acc)
 
 
 @triton.jit
@@ -88,12 +81,12 @@ def w13_kernel(
                     block = s1_ptr + first // GROUP_K
                     nothing = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
                     there = first < HIDDEN
-                    gate += _dot(w1, x, nothing, WIDE) * tl.load(block, mask=there, other=0.0)
+                    gate += dot(w1, x, nothing, WIDE) * tl.load(block, mask=there, other=0.0)
                     above = block + SCALE_N // 2 * SCALE_K
-                    up += _dot(w3, x, nothing, WIDE) * tl.load(above, mask=there, other=0.0)
+                    up += dot(w3, x, nothing, WIDE) * tl.load(above, mask=there, other=0.0)
                 else:
-                    gate = _dot(w1, x, gate, WIDE)
-                    up = _dot(w3, x, up, WIDE)
+                    gate = dot(w1, x, gate, WIDE)
+                    up = dot(w3, x, up, WIDE)
         g = tl.sum(gate, 0) / factor[None, :]
         u = tl.sum(up, 0) / factor[None, :]
         if FP8 and not GROUP_K:
@@ -183,9 +176,9 @@ def w2_kernel(
                     s_ptr += offs_n[None, :, None]
                 scale = tl.load(s_ptr, mask=there[:, None, None] & (first < WIDTH), other=0.0)
                 nothing = tl.zeros([EXPERTS * WARPS, ROWS, COLUMNS], tl.float32)
-                added = acc + _dot(w2, h, nothing, WIDE) * (scale * (1.0 / INNER_FACTOR))
+                added = acc + dot(w2, h, nothing, WIDE) * (scale * (1.0 / INNER_FACTOR))
             else:
-                added = _dot(w2, h, acc, WIDE)
+                added = dot(w2, h, acc, WIDE)
             # What a broken expert gives must not reach tokens that did not choose it: 0 times NaN is NaN.
             acc = tl.where(pair >= 0, added, acc)
     token = number * TOKENS + offs_t

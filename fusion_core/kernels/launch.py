@@ -38,3 +38,11 @@ def begin(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def dot(left, right, acc, WIDE: tl.constexpr):
+    """Multiply matrices in 16 bit into float32; ``WIDE``: as Triton's interpreter needs it for bfloat16."""
+    if WIDE:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(left, right, acc)

@@ -6,11 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import begin, options
+from .launch import begin, dot, options
 
 # Rows of the gate, and most columns, of a tile.
 BLOCK_N = 2
 BLOCK_K = 1024
+# Tokens from which on they are columns of a matrix product: so many at once, by rows of the gate.
+PRODUCT_FROM = 8
+TOKENS, ROWS, WARPS, DEPTH = 16, 8, 8, 64
 
 
 def reference(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -21,7 +24,7 @@ def reference(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 def router_logits(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Compute the router's logits: hidden_states @ gate.T in float32.
 
-    Meant for up to about 16 tokens: every token reads the gate anew, from the cache.
+    Meant for few tokens: each, or each 16 of them, reads the gate anew, from the cache.
 
     Args:
         hidden_states: [num_tokens, H]; gate: [E + G, H], contiguous. Any float dtype.
@@ -31,6 +34,25 @@ def router_logits(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tens
     """
     tokens, hidden = hidden_states.shape
     logits = torch.empty(tokens, gate.shape[0], dtype=torch.float32, device=hidden_states.device)
+    if tokens >= PRODUCT_FROM and gate.dtype == hidden_states.dtype and gate.itemsize == 2:
+        _product[(triton.cdiv(gate.shape[0], ROWS), triton.cdiv(tokens, TOKENS))](
+            hidden_states,
+            gate,
+            logits,
+            tokens,
+            gate.shape[0],
+            hidden_states.stride(0),
+            HIDDEN=hidden,
+            SPAN=triton.cdiv(hidden, WARPS * DEPTH) * DEPTH,
+            TOKENS=TOKENS,
+            ROWS=ROWS,
+            WARPS=WARPS,
+            DEPTH=DEPTH,
+            WIDE=not logits.is_cuda,
+            num_warps=WARPS,
+            **options(hidden_states),
+        )
+        return logits
     _router_logits[(triton.cdiv(gate.shape[0], BLOCK_N), tokens)](
         hidden_states,
         gate,
@@ -71,3 +93,38 @@ def _router_logits(
         gate = tl.load(tile_ptr, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
         acc += gate.to(tl.float32) * x[None, :]
     tl.store(logits_ptr + token * N + offs_n, tl.sum(acc, 1), mask=mask_n)
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    gate_ptr,
+    logits_ptr,
+    M,
+    N,
+    stride_xm,
+    HIDDEN: tl.constexpr,
+    SPAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    offs_t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # Each warp has a part of the columns.
+    first = tl.arange(0, WARPS)[:, None, None] * SPAN
+    across_k = first + tl.arange(0, DEPTH)[None, None, :]
+    down_k = first + tl.arange(0, DEPTH)[None, :, None]
+    x_ptrs = x_ptr + offs_t.to(tl.int64)[None, :, None] * stride_xm + across_k
+    gate_ptrs = gate_ptr + offs_n[None, None, :] * HIDDEN + down_k
+    acc = tl.zeros([WARPS, TOKENS, ROWS], tl.float32)
+    for start in tl.range(0, SPAN, DEPTH, num_stages=4):
+        x = tl.load(x_ptrs + start, mask=(offs_t < M)[None, :, None] & (across_k + start < HIDDEN), other=0.0)
+        mask = (offs_n < N)[None, None, :] & (down_k + start < HIDDEN)
+        acc = dot(x, tl.load(gate_ptrs + start, mask=mask, other=0.0), acc, WIDE)
+    there = (offs_t < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(logits_ptr + offs_t[:, None] * N + offs_n[None, :], tl.sum(acc, 0), mask=there)

@@ -1,4 +1,7 @@
-"""The distinct experts that some tokens chose, and which of the tokens chose each: one launch, one block."""
+"""What kernels/experts_once.py walks: the experts that some tokens chose, and who chose each. One launch.
+
+Beside it, for FP8 weights, a power of two for each token by which its states fit float16.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,17 @@ from .launch import begin, options
 
 # Tokens that a list has room for: columns of a matrix product, which come in eights.
 COLUMNS = (8, 16)
+# More pairs are too many to compare each with all.
+MOST_PAIRS = 256
+WARPS = 8
 
 
 @dataclass(frozen=True)
 class WorkList:
-    """Work of one pass, in lists of so many tokens each.
+    """Lists of experts, one for so many tokens each.
 
     Args:
-        tokens: in a list; the last one may have fewer.
+        tokens: of a list; the last one may have fewer.
         count: [lists] int32, how many experts there are in each: D.
         experts: [lists, places] int32; the first D are the experts, ascending: shared slots last.
         rows: [lists, places, columns] int32: of an expert and a token of the list the number of the (token,
@@ -27,7 +33,6 @@ class WorkList:
     """
 
     tokens: int
-
     count: torch.Tensor
     experts: torch.Tensor
     rows: torch.Tensor
@@ -36,6 +41,21 @@ class WorkList:
     def columns(self) -> int:
         """Return the number of tokens that there is room for."""
         return self.rows.shape[2]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of one pass.
+
+    Args:
+        whole: one list, of all tokens.
+        parts: lists for some of the tokens each; ``whole`` where they are no more than that.
+        factors: [num_tokens] float32, a power of two each; None where nobody asked.
+    """
+
+    whole: WorkList
+    parts: WorkList
+    factors: torch.Tensor | None
 
 
 def columns_for(tokens: int) -> int:
@@ -51,7 +71,7 @@ def columns_for(tokens: int) -> int:
 
 
 def reference(topk_ids: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute experts [D] and rows [D, columns] of `work_list`, in torch."""
+    """Compute experts [D] and rows [D, columns] of one list, in torch."""
     experts = topk_ids.unique()
     rows = torch.full((len(experts), columns), -1, dtype=torch.int32, device=topk_ids.device)
     tokens, slots = topk_ids.shape
@@ -62,75 +82,164 @@ def reference(topk_ids: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch
     return experts.int(), rows
 
 
-def work_list(topk_ids: torch.Tensor, num_experts: int, tokens: int = 0) -> WorkList:
+def factors_reference(states: torch.Tensor) -> torch.Tensor:
+    """Compute `Work.factors`, in torch."""
+    largest = states.float().abs().nan_to_num(0.0, float("inf")).amax(1)
+    _, exponent = torch.frexp(largest)
+    fine = (largest >= 2.0**-113) & largest.isfinite()
+    return torch.where(fine, torch.exp2((14 - exponent).double()), 1.0).float()
+
+
+def work_list(topk_ids: torch.Tensor, part: int = 0, states: torch.Tensor | None = None) -> Work:
     """List the experts that ``topk_ids`` name.
 
     Args:
         topk_ids: [num_tokens, k + S] int32; the ids of a token differ.
-        num_experts: E + S.
-        tokens: of each list; 0: one list of all.
+        part: tokens of each of the smaller lists; 0: none are wanted.
+        states: [num_tokens, H], contiguous: make factors of these.
+
+    Raises:
+        ValueError: there are too many tokens or pairs.
     """
-    total, slots = topk_ids.shape
-    tokens = tokens or total
-    lists, columns = triton.cdiv(total, tokens), columns_for(tokens)
-    places = min(tokens * slots, num_experts)
-    made = torch.empty(lists * (1 + places * (1 + columns)), dtype=torch.int32, device=topk_ids.device)
-    count, experts, rows = made.split([lists, lists * places, lists * places * columns])
-    listed = WorkList(tokens, count, experts.view(lists, places), rows.view(lists, places, columns))
-    _work_list[(lists,)](
+    tokens, slots = topk_ids.shape
+    if tokens * slots > MOST_PAIRS:
+        raise ValueError(f"{tokens} tokens of {slots} slots; a work list has room for {MOST_PAIRS} pairs")
+    whole = _room(topk_ids, tokens)
+    parts = _room(topk_ids, part) if 0 < part < tokens else whole
+    factors = None if states is None else torch.empty(tokens, dtype=torch.float32, device=topk_ids.device)
+    lists = 0 if parts is whole else len(parts.count)
+    hidden = 0 if states is None else states.shape[1]
+    _work[(1 + lists + (0 if states is None else tokens),)](
         topk_ids,
-        listed.count,
-        listed.experts,
-        listed.rows,
-        total * slots,
-        PAIRS=tokens * slots,
+        *(whole.count, whole.experts, whole.rows),
+        *(parts.count, parts.experts, parts.rows),
+        topk_ids if states is None else states,
+        topk_ids if factors is None else factors,
+        tokens * slots,
         SLOTS=slots,
-        TOTAL=num_experts,
-        COLUMNS=columns,
-        PLACES=places,
-        PAIRS_P2=triton.next_power_of_2(tokens * slots),
-        # One place more than there are experts: pairs that only pad the block go there.
-        TOTAL_P2=triton.next_power_of_2(num_experts + 1),
-        ROWS_P2=triton.next_power_of_2(places * columns),
-        num_warps=4,
+        **_sizes(whole, slots, "WHOLE"),
+        **_sizes(parts, slots, "PART"),
+        PART_PAIRS=parts.tokens * slots,
+        LISTS=lists,
+        HIDDEN=hidden,
+        HIDDEN_P2=triton.next_power_of_2(max(hidden, 1)),
+        num_warps=WARPS,
         **options(topk_ids),
     )
-    return listed
+    return Work(whole, parts, factors)
+
+
+def _room(topk_ids: torch.Tensor, tokens: int) -> WorkList:
+    """Make room for lists of so many tokens each."""
+    total, slots = topk_ids.shape
+    lists, columns, places = triton.cdiv(total, tokens), columns_for(tokens), tokens * slots
+    count, experts, rows = topk_ids.new_empty(lists * (1 + places * (1 + columns))).split(
+        [lists, lists * places, lists * places * columns]
+    )
+    return WorkList(tokens, count, experts.view(lists, places), rows.view(lists, places, columns))
+
+
+def _sizes(lists: WorkList, slots: int, name: str) -> dict[str, int]:
+    return {
+        f"{name}_COLUMNS": lists.columns,
+        f"{name}_PLACES": lists.experts.shape[1],
+        f"{name}_P2": triton.next_power_of_2(lists.tokens * slots),
+    }
 
 
 @triton.jit
-def _work_list(
+def _work(
     ids_ptr,
     count_ptr,
     experts_ptr,
     rows_ptr,
+    part_count_ptr,
+    part_experts_ptr,
+    part_rows_ptr,
+    x_ptr,
+    factors_ptr,
     ALL_PAIRS,
-    PAIRS: tl.constexpr,
     SLOTS: tl.constexpr,
-    TOTAL: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PLACES: tl.constexpr,
-    PAIRS_P2: tl.constexpr,
-    TOTAL_P2: tl.constexpr,
-    ROWS_P2: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
+    WHOLE_PLACES: tl.constexpr,
+    WHOLE_P2: tl.constexpr,
+    PART_COLUMNS: tl.constexpr,
+    PART_PLACES: tl.constexpr,
+    PART_P2: tl.constexpr,
+    PART_PAIRS: tl.constexpr,
+    LISTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_P2: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
     number = tl.program_id(0)
-    experts_ptr += number * PLACES
-    rows_ptr += number * PLACES * COLUMNS
-    offs_p = tl.arange(0, PAIRS_P2)
-    pair = number * PAIRS + offs_p
-    mask_p = (offs_p < PAIRS) & (pair < ALL_PAIRS)
-    expert = tl.load(ids_ptr + pair, mask=mask_p, other=TOTAL)
-    offs_e = tl.arange(0, TOTAL_P2)
-    used = (tl.histogram(expert, TOTAL_P2) > 0) & (offs_e < TOTAL)
-    place = tl.cumsum(used.to(tl.int32), 0) - 1
-    tl.store(experts_ptr + place, offs_e, mask=used)
-    tl.store(count_ptr + number, tl.sum(used.to(tl.int32), 0))
-    offs_r = tl.arange(0, ROWS_P2)
-    tl.store(rows_ptr + offs_r, -1, mask=offs_r < PLACES * COLUMNS)
+    if number == 0:
+        _list(
+            ids_ptr, count_ptr, experts_ptr, rows_ptr, 0, ALL_PAIRS, SLOTS, WHOLE_COLUMNS, WHOLE_PLACES,
+            WHOLE_P2,
+        )  # fmt: skip
+    elif number <= LISTS:
+        part = number - 1
+        first = part * PART_PAIRS
+        _list(
+            ids_ptr, part_count_ptr + part, part_experts_ptr + part * PART_PLACES,
+            part_rows_ptr + part * PART_PLACES * PART_COLUMNS, first,
+            tl.minimum(ALL_PAIRS, first + PART_PAIRS), SLOTS, PART_COLUMNS, PART_PLACES, PART_P2,
+        )  # fmt: skip
+    elif HIDDEN:
+        _factor(x_ptr, factors_ptr, number - LISTS - 1, HIDDEN, HIDDEN_P2)
+
+
+@triton.jit
+def _list(
+    ids_ptr,
+    count_ptr,
+    experts_ptr,
+    rows_ptr,
+    first,
+    beyond,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
+    P2: tl.constexpr,
+):
+    """Make one list, of the pairs from ``first`` on and before ``beyond``."""
+    NOBODY: tl.constexpr = 1 << 30
+    CHUNK: tl.constexpr = 64 if P2 > 64 else P2
+    offs = tl.arange(0, P2)
+    pair = first + offs
+    there = pair < beyond
+    expert = tl.load(ids_ptr + pair, mask=there, other=NOBODY)
+    place = tl.zeros([P2], tl.int32)
+    count = 0
+    # Some of the pairs at a time are compared with all: a whole square would not fit the registers.
+    for start in tl.static_range(0, P2, CHUNK):
+        some = first + start + tl.arange(0, CHUNK)
+        other = tl.load(ids_ptr + some, mask=some < beyond, other=NOBODY)
+        before = (expert[None, :] == other[:, None]) & (pair[None, :] < some[:, None])
+        # Of each expert the first pair counts alone.
+        new = (tl.max(before.to(tl.int32), 1) == 0) & (some < beyond)
+        count += tl.sum(new.to(tl.int32), 0)
+        place += tl.sum((new[:, None] & (other[:, None] < expert[None, :])).to(tl.int32), 0)
+    tl.store(count_ptr, count)
+    # Pairs of the same expert all write the same.
+    tl.store(experts_ptr + place, expert, mask=there)
+    for start in tl.static_range(0, PLACES * COLUMNS, P2):
+        offs_r = start + offs
+        tl.store(rows_ptr + offs_r, -1, mask=offs_r < PLACES * COLUMNS)
     # Rows are cleared by other threads than those that fill them.
     tl.debug_barrier()
-    at = tl.gather(place, expert, 0)
-    tl.store(rows_ptr + at * COLUMNS + offs_p // SLOTS, pair, mask=mask_p)
+    tl.store(rows_ptr + place * COLUMNS + offs // SLOTS, pair, mask=there)
+
+
+@triton.jit
+def _factor(x_ptr, factors_ptr, token, HIDDEN: tl.constexpr, HIDDEN_P2: tl.constexpr):
+    """Write the factor of one token."""
+    offs_k = tl.arange(0, HIDDEN_P2)
+    x = tl.load(x_ptr + token.to(tl.int64) * HIDDEN + offs_k, mask=offs_k < HIDDEN, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(x), 0)
+    # Of 2^e <= largest < 2^(e + 1) the exponent alone: the product is below 2^14. 1 for 0, infinity and NaN.
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    factor = ((254 + 13 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(factors_ptr + token, tl.where((exponent > 13) & (exponent < 255), factor, 1.0))

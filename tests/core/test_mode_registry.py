@@ -54,6 +54,8 @@ def test_control_what_lacks_its_other_half_is_seen(tmp_path: Path) -> None:
         ("small", 1, 32, True),
         ("small", 1, 33, False),
         ("small", 4, 1, True),
+        ("once", 8, 16, True),
+        ("once", 1, 17, False),
         ("fused", 8, 8192, True),
         ("split", 1, 8192, True),
         ("split", 2, 1, False),

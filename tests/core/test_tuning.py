@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.forward.plan import ModePlan
 from fse_patch.fusion_core.forward.tuned import plan_for
 from fse_patch.lab import bench, tune
+from fse_patch.lab.kept_rows import KeptRows
 from fse_patch.lab.timing import Ratio, floor_seconds, is_quiet, ratio
 
 from .test_mode_plans import HERE
@@ -25,8 +25,9 @@ from .test_mode_plans import HERE
 SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
 
 
-def row(tokens: int, again: float = 1.0, **ratios: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"tokens": tokens, "again": again, "valid": abs(again - 1) <= 0.005}
+def row(tokens: int, again: float = 1.0, routing: str = "even", **ratios: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"tokens": tokens, "routing": routing, "again": again}
+    found["valid"] = abs(again - 1) <= 0.005
     for mode, value in ratios.items():
         found |= {f"{mode}_ratio": value, f"{mode}_lower": value - 0.004}
     return found
@@ -39,65 +40,147 @@ def test_the_fastest_mode_by_number_of_tokens() -> None:
         row(2, small=1.5, fused=1.2, split=1.04),
         row(64, fused=0.9, split=1.0),
     ]
-    assert tune.steps(rows, small_up_to=16) == ([{"up_to": 2, "mode": "small"}], "split")
+    few: list[dict[str, Any]] = [{"up_to": 2, "mode": "small"}]
+    assert tune.steps(rows, small_up_to=16) == (few, "split")
+    assert tune.steps(rows) == ([{"up_to": 1, "mode": "small"}, {"up_to": 2, "mode": "fused"}], "split")
 
 
-def test_small_is_kept_only_where_tokens_may_be_alike() -> None:
-    rows = [row(1, small=1.8, split=1.05), row(2, small=1.5, fused=1.2), row(4, small=1.5, split=1.1)]
-    ones: list[dict[str, Any]] = [{"up_to": 1, "mode": "small"}, {"up_to": 2, "mode": "fused"}]
-    assert tune.steps(rows) == (ones, "split")
-    # The control: where it was measured with all tokens alike too, its ratio counts.
-    assert tune.steps(rows, small_up_to=4) == ([], "small")
+def test_small_needs_a_row_of_tokens_that_are_alike() -> None:
+    even = [row(1, small=1.8, split=1.05), row(2, small=1.5, split=1.1)]
+    assert tune.steps([*even, row(2, routing="alike", small=1.2, split=1.1)]) == ([], "small")
+    # The controls: no such row, another routing in its place, and alike without even.
+    first: list[dict[str, Any]] = [{"up_to": 1, "mode": "small"}]
+    for other in ([], [row(2, routing="groups", small=1.2, split=1.1)]):
+        assert tune.steps([*even, *other]) == (first, "split")
+    assert tune.best_mode([row(2, routing="alike", small=1.2, split=1.1)]) == "split"
+
+
+def test_a_mode_that_is_slower_under_one_routing_falls_out() -> None:
+    even, alike = row(4, small=1.5, fused=1.1, split=1.02), {"routing": "alike"}
+    assert tune.best_mode([even, row(4, **alike, small=0.9, fused=1.1, split=1.02)]) == "fused"
+    assert tune.best_mode([even, row(4, **alike, small=0.9, fused=0.9, split=1.02)]) == "split"
+    assert tune.best_mode([even, row(4, **alike, small=0.9, fused=0.9, split=0.9)]) == "slower"
+    # The control: where it is as fast as stock there too, the mode is taken.
+    assert tune.best_mode([even, row(4, **alike, small=0.99, fused=1.1, split=1.02)]) == "small"
+    # A third routing counts as much; a mode without a row under it falls out.
+    assert tune.best_mode([even, row(4, **alike, small=1.2), row(4, routing="zipf", small=0.9)]) == "slower"
+    # What stock is off itself counts against the row that is not valid, and no other.
+    noisy = row(4, again=1.02, **alike, small=1.0, fused=1.1)
+    assert tune.best_mode([even, noisy]) == "fused"
+
+
+def test_among_good_modes_the_mean_of_unrelated_requests_decides() -> None:
+    even, alike = row(2, small=1.6, fused=1.2), row(2, routing="alike", small=1.0, fused=3.0)
+    assert tune.best_mode([even, alike, row(2, routing="zipf", small=1.0, fused=1.4)]) == "fused"
+    assert tune.best_mode([even, alike, row(2, routing="zipf", small=1.0, fused=1.3)]) == "small"
+    # Without any of their routings all that there is decides.
+    assert tune.best_mode([alike, row(2, routing="groups", once=1.1, fused=1.0)]) == "fused"
+
+
+def test_split_that_is_stock_needs_its_median_under_every_routing() -> None:
+    open_rows = [
+        {**row(64, routing=name, fused=0.9), "split_ratio": 1.003, "split_lower": 0.97}
+        for name in ("even", "alike")
+    ]
+    assert tune.best_mode(open_rows, split_is_stock=True) == "split"
+    open_rows[1]["split_ratio"] = 0.98
+    assert tune.best_mode(open_rows, split_is_stock=True) == "slower"
+    assert not tune.is_open(open_rows)
+
+
+def test_words_say_which_routings_were_measured() -> None:
+    both = [row(1), row(2), row(2, routing="alike")]
+    assert tune.routings_in_words(both) == "measured with the routings even, alike"
+    assert tune.routings_in_words(both[:2]).endswith("even; without even and alike, no small beyond 1 token")
+    assert tune.routings_in_words(both[:1]) == "measured with the routings even"
 
 
 def test_no_mode_that_is_slower_than_stock() -> None:
-    assert tune.best_mode(row(1, small=0.98, fused=0.9)) == "slower"
-    assert tune.best_mode(row(1, small=0.98, fused=0.99)) == "fused"
+    assert tune.best_mode([row(1, small=0.98, fused=0.9)]) == "slower"
+    assert tune.best_mode([row(1, small=0.98, fused=0.99)]) == "fused"
     # The median of one may be better; its lower bound counts.
-    assert tune.best_mode({**row(1, split=0.99), "fused_ratio": 1.2, "fused_lower": 0.97}) == "split"
+    assert tune.best_mode([{**row(1, split=0.99), "fused_ratio": 1.2, "fused_lower": 0.97}]) == "split"
 
 
 def test_a_row_in_which_stock_was_not_stock_is_refused() -> None:
     with pytest.raises(FsePatchError, match=r"\[2\] tokens"):
         tune.steps([row(1, split=1.1), row(2, again=0.94, split=1.1)])
+    with pytest.raises(FsePatchError, match=r"\[2\] tokens"):
+        tune.steps([row(2, split=1.1), row(2, again=1.06, routing="alike", split=1.1)])
     with pytest.raises(FsePatchError, match="nothing"):
         tune.steps([])
 
 
 def test_a_row_that_decides_nothing_is_split_where_that_is_stock() -> None:
     wide = {**row(8192, fused=0.97), "split_ratio": 1.003, "split_lower": 0.97}
-    assert tune.is_open(wide)
-    assert tune.best_mode(wide) == "slower"
-    assert tune.best_mode(wide, split_is_stock=True) == "split"
+    assert tune.is_open([wide])
+    assert tune.best_mode([wide]) == "slower"
+    assert tune.best_mode([wide], split_is_stock=True) == "split"
     # The controls: a split that is slower, another mode that is fast, and rows that leave nothing open.
-    assert tune.best_mode({**wide, "split_ratio": 0.98}, split_is_stock=True) == "slower"
-    assert tune.best_mode({**wide, "small_ratio": 1.1, "small_lower": 1.09}, split_is_stock=True) == "small"
-    assert not tune.is_open(row(8192, fused=0.97, split=1.0))
-    assert not tune.is_open(row(8192, fused=0.97, split=0.97))
+    assert tune.best_mode([{**wide, "split_ratio": 0.98}], split_is_stock=True) == "slower"
+    assert tune.best_mode([{**wide, "fused_ratio": 1.1, "fused_lower": 1.09}], split_is_stock=True) == "fused"
+    assert not tune.is_open([row(8192, fused=0.97, split=1.0)])
+    assert not tune.is_open([row(8192, fused=0.97, split=0.97)])
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *found: dict[str, Any]) -> list[tuple[str, int]]:
+    """Let rows be measured as given, in turn; returns what will have been asked for: routing, rounds."""
+    asked: list[tuple[str, int]] = []
+    waiting = iter(found)
+
+    def measure(pair: Any, tokens: int, name: str, rounds: int) -> dict[str, Any]:
+        asked.append((name, rounds))
+        us = {f"{mode}_us": 1.0 for mode in tune.MODES}
+        made = {**next(waiting), "stock_us": 1.0, "floor_us": 1.0}
+        assert (made["tokens"], made["routing"]) == (tokens, name)
+        return made | {key: value for key, value in us.items() if key.replace("_us", "_ratio") in made}
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    return asked
+
+
+NOWHERE = KeptRows(None, [], {})
 
 
 def test_open_rows_are_measured_in_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = {**row(8, fused=0.9), "split_ratio": 1.003, "split_lower": 0.97, "stock_us": 1.0, "floor_us": 1.0}
-    wide |= {"fused_us": 1.0, "split_us": 1.0}
-    found = iter([wide, wide, {**wide, "split_lower": 0.99}])
-    asked = []
-
-    def measure(pair: Any, tokens: int, rounds: int) -> dict[str, Any]:
-        asked.append(rounds)
-        return next(found)
-
-    monkeypatch.setattr(bench, "_measure", measure)
-    (kept,) = bench.measure(None, [8], 7)
-    assert asked == [7, 28, 28]
+    wide = {**row(8, fused=0.9), "split_ratio": 1.003, "split_lower": 0.97}
+    asked = script(monkeypatch, wide, wide, {**wide, "split_lower": 0.99})
+    (kept,) = bench.measure(None, [8], ["even"], 7, NOWHERE)
+    assert asked == [("even", 7), ("even", 28), ("even", 28)]
     assert kept["split_lower"] == 0.99
 
 
+def test_rows_of_all_routings_are_measured_again_where_together_they_are_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Each has a mode that is good, and it is not the same one; split alone may be good under both.
+    wide = {"split_ratio": 1.003, "split_lower": 0.97}
+    even, alike = {**row(8, fused=1.1), **wide}, row(8, routing="alike", fused=0.5, split=1.0)
+    asked = script(monkeypatch, even, alike, {**even, "split_lower": 0.99}, alike)
+    rows = bench.measure(None, [8], ["even", "alike"], 7, NOWHERE)
+    assert asked == [("even", 7), ("alike", 7), ("even", 28), ("alike", 28)]
+    assert tune.best_mode(rows) == "split"
+    # A row that is not valid is measured again alone.
+    asked = script(monkeypatch, row(8, split=1.0), row(8, 1.01, "alike", split=1.1), alike)
+    assert len(bench.measure(None, [8], ["even", "alike"], 7, NOWHERE)) == 2
+    assert asked == [("even", 7), ("alike", 7), ("alike", 7)]
+
+
+def test_one_token_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [row(2, split=1.0), row(2, routing="alike", split=1.0), row(1, split=1.0)]
+    asked = script(monkeypatch, *found)
+    rows = bench.measure(None, [1, 2], ["even", "alike"], 7, NOWHERE)
+    # The larger number first, and the rows in order.
+    assert [name for name, _ in asked] == ["even", "alike", "even"]
+    assert [(r["tokens"], r["routing"]) for r in rows] == [(1, "even"), (2, "even"), (2, "alike")]
+
+
 def test_where_stock_was_off_itself_a_mode_must_win_by_as_much() -> None:
-    assert tune.best_mode(row(2, again=0.98, small=1.6, split=1.0)) == "small"
-    assert tune.best_mode(row(2, again=1.02, split=1.0)) == "slower"
+    assert tune.best_mode([row(1, again=0.98, small=1.6, split=1.0)]) == "small"
+    assert tune.best_mode([row(2, again=1.02, split=1.0)]) == "slower"
     # The controls: by a little less it is not enough, and a valid row asks for nothing more.
-    assert tune.best_mode(row(2, again=1.02, small=1.004)) == "slower"
-    assert tune.best_mode(row(2, again=1.005, split=0.99)) == "split"
+    assert tune.best_mode([row(1, again=1.02, small=1.004)]) == "slower"
+    assert tune.best_mode([row(2, again=1.005, split=0.99)]) == "split"
 
 
 def test_a_table_keeps_the_rows_of_other_shapes(tmp_path: Path) -> None:
@@ -115,7 +198,7 @@ def test_a_table_keeps_the_rows_of_other_shapes(tmp_path: Path) -> None:
 
 def pair_of(native: bool = False) -> Any:
     layout = ExpertLayout(512, 1, 10, 2048, 512)
-    return SimpleNamespace(layout=layout, native=native, situation=HERE)
+    return SimpleNamespace(layout=layout, native=native, situation=HERE, stock=[None] * 4)
 
 
 def test_the_tables_in_use_are_those_that_were_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,28 +216,6 @@ def test_the_tables_in_use_are_those_that_were_looked_up(monkeypatch: pytest.Mon
     # The control: fused blocks that stand without the table that the engine would give them.
     with pytest.raises(FsePatchError, match=r"without the table of stock \(E=512,N=512\)"):
         found(False, e512="E=512,N=512", e513="none")
-
-
-def test_rows_of_many_tokens_have_the_columns_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "versions", lambda engine: {"fse_patch": "0", engine: "1"})
-    monkeypatch.setattr(tuned_configs, "LOOKED_UP", {512: "none", 513: "none"})
-    path = tmp_path / "rows.csv"
-    many = [{"tokens": 64, "stock_us": 1.23456, "split_us": 1.0}]
-    bench.write_csv(path, "a", pair_of(), many, "abc")
-    bench.write_csv(path, "b", pair_of(), [{"tokens": 1, "stock_us": 1.0, "small_us": 0.5}], "abc")
-    with path.open(newline="") as file:
-        held = list(csv.DictReader(file))
-    assert [(r["shape"], r["tokens"], r["small_us"], r["split_us"]) for r in held] == [
-        ("a", "64", "", "1.0"),
-        ("b", "1", "0.5", ""),
-    ]
-    assert (held[0]["stock_us"], held[0]["stock_table"], held[0]["fused_table"]) == ("1.2346", "none", "none")
-    before = path.read_text()
-    # The control: a file with other columns is left as it is.
-    monkeypatch.setattr(bench, "versions", lambda engine: {"fse_patch": "0", "sglang": "1"})
-    with pytest.raises(FsePatchError, match="has other columns"):
-        bench.write_csv(path, "b", pair_of(), many, "abc")
-    assert path.read_text() == before
 
 
 @pytest.mark.parametrize("command", ["bench", "tune"])
@@ -194,10 +255,10 @@ def test_ratios() -> None:
 
 def test_the_floor_counts_every_chosen_expert_once() -> None:
     layout = ExpertLayout(512, 1, 10, 2048, 512)
-    one = floor_seconds(layout, 1, 1, 513)
+    one = floor_seconds(layout, 1, 10, 513)
     assert one == pytest.approx((11 * 3 * 2048 * 512 + 513 * 2048) * 2 / 4.3e12)
-    all_of_them = (513 * 3 * 2048 * 512 + 513 * 2048) * 2 / 4.3e12
-    assert floor_seconds(layout, 1, 100_000, 513) == pytest.approx(all_of_them)
+    mean = (201.5 * 3 * 2048 * 256 + 513 * 2048) * 1 / 4.3e12
+    assert floor_seconds(layout, 2, 200.5, 513, itemsize=1) == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("command", ["bench", "tune"])
@@ -210,7 +271,11 @@ def test_without_a_gpu_nothing_is_measured(
     for arguments, words in (
         ([], "no CUDA device"),
         (["--engine", "sglang"], "no CUDA device"),
-        (["--tokens", "1,x"], ""),
+        (["--tokens", "1,x"], "--tokens '1,x'"),
+        (
+            ["--routings", "even,odd"],
+            "--routings: unknown routing 'odd'; use some of even, zipf, groups, alike",
+        ),
     ):
         result = CliRunner().invoke(app, [command, folder, *extra, *arguments])
         assert isinstance(result.exception, FsePatchError)

@@ -7,8 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fse_patch.fusion_core.kernels import experts, token_factors, work_list
-from fse_patch.fusion_core.kernels.experts_once import Scales, experts_once, w2_tile, w13_tile
+from fse_patch.fusion_core.kernels import experts, work_list
+from fse_patch.fusion_core.kernels.experts_once import (
+    Scales,
+    experts_once,
+    launch_w13,
+    most_tokens,
+    takes,
+    w2_tile,
+    w13_tile,
+    within,
+)
 
 from .test_kernels import DEVICE, DTYPES, draw, off
 
@@ -39,21 +48,25 @@ def routed(kind: str, tokens: int, experts_: int, top_k: int, slots: int) -> tor
 def test_the_work_list(shape: tuple[int, ...], kind: str, of: int) -> None:
     tokens, _, _, experts_, top_k, slots = shape
     ids = routed(kind, tokens, experts_, top_k, slots)
-    got = work_list.work_list(ids, experts_ + slots, of)
-    each = of or tokens
-    assert len(got.count) == -(-tokens // each)
-    for number, part in enumerate(ids.split(each)):
-        expected, rows = work_list.reference(part, got.columns)
-        rows = torch.where(rows < 0, rows, rows + number * each * (top_k + slots))
-        count = int(got.count[number])
-        assert count == len(expected)
-        assert torch.equal(got.experts[number, :count], expected)
-        assert torch.equal(got.rows[number, :count], rows)
+    work = work_list.work_list(ids, of)
+    assert (work.parts is work.whole) == (of == 0 or of >= tokens)
+    for got in (work.whole, work.parts):
+        assert len(got.count) == -(-tokens // got.tokens)
+        for number, part in enumerate(ids.split(got.tokens)):
+            expected, rows = work_list.reference(part, got.columns)
+            rows = torch.where(rows < 0, rows, rows + number * got.tokens * (top_k + slots))
+            count = int(got.count[number])
+            assert count == len(expected)
+            assert torch.equal(got.experts[number, :count], expected)
+            assert torch.equal(got.rows[number, :count], rows)
 
 
-def test_the_work_list_has_room_for_16() -> None:
+def test_the_work_list_has_room_for_16_tokens_and_256_pairs() -> None:
     with pytest.raises(ValueError, match="17 tokens"):
         work_list.columns_for(17)
+    with pytest.raises(ValueError, match="15 tokens of 18 slots"):
+        work_list.work_list(torch.zeros(15, 18, dtype=torch.int32))
+    assert [most_tokens(slots) for slots in (11, 16, 18)] == [16, 16, 14]
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)
@@ -67,7 +80,7 @@ def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype, of:
     w2 = draw(experts_ + slots, hidden, width, seed=6, dtype=dtype, scale=0.05)
     ids = routed(kind, tokens, experts_, top_k, slots)
     weights = draw(tokens, top_k + slots, seed=7).sigmoid()
-    tiles = w13_tile(tokens, False), replace(w2_tile(hidden, width, False), tokens=of)
+    tiles = w13_tile(tokens, False), replace(w2_tile(tokens, hidden, width, False), tokens=of)
     got = experts_once(states, w13, w2, weights, ids, tiles=tiles)
     expected = experts.reference(states, w13, w2, weights, ids)
     # The interpreter cuts bfloat16 off instead of rounding it.
@@ -78,7 +91,7 @@ def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype, of:
 
 
 # Rows and columns that share a scale; 0 for all.
-BLOCKS = {"block": (128, 128), "channel": (1, 0), "tensor": (0, 0)}
+BLOCKS = {"block": (128, 128), "small block": (32, 64), "channel": (1, 0), "tensor": (0, 0)}
 
 
 def scaled(weights: torch.Tensor, block: tuple[int, int], halves: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,11 +150,13 @@ def test_fp8(shape: tuple[int, ...], how: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_token_factors(dtype: torch.dtype) -> None:
+def test_factors(dtype: torch.dtype) -> None:
     states = draw(9, 96, seed=1, dtype=dtype) * torch.logspace(-4, 4, 9, device=DEVICE)[:, None].to(dtype)
     states[3], states[4, 0], states[5, 0] = 0.0, float("inf"), float("nan")
-    got = token_factors.token_factors(states)
-    assert torch.equal(got, token_factors.reference(states))
+    ids = routed("even", 9, 12, 3, 1)
+    got = work_list.work_list(ids, 4, states).factors
+    assert got is not None
+    assert torch.equal(got, work_list.factors_reference(states))
     # A token with NaN stays NaN by any factor.
     assert got[3:5].tolist() == [1.0, 1.0]
     fits = (states.float() * got[:, None]).abs().amax(1)
@@ -151,10 +166,23 @@ def test_token_factors(dtype: torch.dtype) -> None:
 
 def test_a_tile_in_two_blocks_of_scales_is_refused() -> None:
     states, w13, w2, weights, ids = made("even")
-    scales = Scales(w13.float(), w2.float(), (128, 96))
+    scales = Scales(w13.float(), w2.float(), (128, 24))
+    assert not takes(scales.block)
     w13, w2 = (tensor.to(torch.float8_e4m3fn) for tensor in (w13, w2))
-    with pytest.raises(ValueError, match="blocks of 128 x 96"):
-        experts_once(states, w13, w2, weights, ids, scales)
+    tiles = w13_tile(9, True), w2_tile(9, 128, 48, True)
+    with pytest.raises(ValueError, match="blocks of 128 x 24"):
+        launch_w13(states, states, w13, scales, work_list.work_list(ids).whole, weights, states, tiles[0])
+
+
+def test_tiles_lie_in_one_block_of_scales() -> None:
+    for block in ((128, 128), (16, 16), (48, 64), (1, 0), (0, 0)):
+        assert takes(block)
+        for tile in (w13_tile(9, True), w2_tile(4, 4096, 128, True)):
+            cut = within(tile, block)
+            assert block[0] <= 1 or block[0] % cut.rows == 0
+            assert block[1] % cut.depth == 0
+            assert min(cut.rows, cut.depth) >= 16
+    assert not takes((8, 128))
 
 
 def made(kind: str) -> tuple[torch.Tensor, ...]:

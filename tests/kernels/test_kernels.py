@@ -84,7 +84,7 @@ def test_route_takes_16_at_most() -> None:
         route.route(draw(1, 40, seed=0), 17, range(39, 40), QWEN)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (19, 1000, 0, 12, 0, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_router_logits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, hidden, _, experts_, _, _ = shape
