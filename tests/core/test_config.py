@@ -235,7 +235,8 @@ def test_a_gguf_file_is_taken_whatever_is_declared(tmp_path: Path) -> None:
     config = config_of("qwen2_moe", quantization_config={"quant_method": "fp8"})
     write_checkpoint(tmp_path, config, None)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert [quant.method for quant in ConfigFile(tmp_path).quantisations()] == ["fp8", "gguf"]
+    found = [(quant.method, quant.source) for quant in ConfigFile(tmp_path).quantisations()]
+    assert found == [("fp8", "config.json: quantization_config"), ("gguf", "*.gguf")]
     write_checkpoint(tmp_path, config, {})
     assert [quant.method for quant in ConfigFile(tmp_path).quantisations()] == ["fp8"]
 

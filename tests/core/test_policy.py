@@ -1,4 +1,4 @@
-"""The policy: golden decisions by quantisation, overlay, hash, schema, errors by file, line and field."""
+"""The policy: golden decisions by quantisation, overlay, schema, errors by file, line and field."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.decision import policy_file
 from fse_patch.fusion_core.decision.decide import decide
-from fse_patch.fusion_core.decision.policy import DEFAULT_DENY, Policy, PolicyFacts, Rule, When
+from fse_patch.fusion_core.decision.policy import DEFAULT_DENY, Policy, PolicyFacts, When
 from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY, load_policy, read_rules
 from fse_patch.fusion_core.evidence.specs import MlpSpec, TensorSpec
 
@@ -186,26 +186,6 @@ def test_a_users_rules_come_first(tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "d", config_of("qwen2_moe"), model_tensors("qwen2_moe"))
     assert merged(decide(other, "vllm", policy=policy))
     assert decide(other, "vllm", policy=policy).policy_hash != decide(other, "vllm").policy_hash
-
-
-def rule(**changes: Any) -> Rule:
-    fields: dict[str, Any] = {"id": "a", "when": {}, "fuse": True, "why": "w", "source": "s"}
-    return Rule.model_validate(fields | changes)
-
-
-def test_the_hash_follows_what_rules_decide() -> None:
-    base = Policy((rule(),))
-    assert base.hash == Policy((rule(why="said otherwise", source="elsewhere"),)).hash
-    others = [
-        Policy(()),
-        Policy((rule(id="b"),)),
-        Policy((rule(when={"headers": True}),)),
-        Policy((rule(fuse=False, reason="disabled"),)),
-        Policy((rule(fuse=False, reason="quant.mixed"),)),
-        Policy((rule(), rule(id="b"))),
-        Policy((rule(id="b"), rule())),
-    ]
-    assert len({base.hash, *(other.hash for other in others)}) == 8
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,13 @@ def claim(method: str, name: str = ROUTED, /, **section: Any) -> Claim:
     return resolver_for([quant])(name)
 
 
+def doubt_of(method: str, section: dict[str, Any]) -> str:
+    """The words of the doubt that a config leads to, less the file's name."""
+    with pytest.raises(Doubt) as doubt:
+        claim(method, **section)
+    return str(doubt.value).removeprefix("config.json: ")
+
+
 def ct(weights: dict[str, Any], form: str, name: str = ROUTED, **rest: Any) -> Claim:
     group = {"targets": ["Linear"], "weights": weights, **rest.pop("group", {})}
     return claim("compressed-tensors", name, format=form, config_groups={"group_0": group}, **rest)
@@ -157,95 +164,8 @@ def test_defaults_of_packed_integers() -> None:
     assert claim("inc", bits=4) == claim("inc", bits=4, sym=True, data_type="int", act_bits=16)
 
 
-@pytest.mark.parametrize(
-    ("method", "section"),
-    [
-        ("brand-new", {}),
-        ("fp8", {"new_key": 1}),
-        ("fp8", {"fmt": "e5m2"}),
-        ("fp8", {"activation_scheme": "sometimes"}),
-        ("fp8", {"ignored_layers": [3]}),
-        ("fp8", {"weight_block_size": [128, 128], "weight_per_tensor": True}),
-        ("awq", {"bits": 4, "version": "gemv"}),
-        ("awq", {"bits": 3}),
-        ("awq", {"bits": 4, "group_size": 0}),
-        ("awq", {"bits": 4, "group_size": "128"}),
-        ("gptq", {"bits": 4, "checkpoint_format": "marlin"}),
-        ("gptq", {"bits": 4, "pack_dtype": "int16"}),
-        ("gptq", {"bits": 4, "dynamic": {"+:.*": {"colour": 1}}}),
-        ("gptq", {"bits": 4, "dynamic": {"+:.*": 3}}),
-        ("gptq", {"bits": 4, "dynamic": {"+:(a+)+$": {}}}),
-        ("gptq", {"bits": 4, "sym": "yes"}),
-        ("inc", {"bits": 4, "data_type": "mx_fp"}),
-        ("inc", {"bits": 4, "act_bits": 8}),
-        ("inc", {"bits": 4, "packing_format": "auto_round:llm_compressor"}),
-        ("inc", {"bits": 4, "extra_config": {"x": {"rotation": 1}}}),
-        ("gptq", {"bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"}),
-        ("gptq", {"bits": 4, "format": "marlin"}),
-        ("gptq", {"bits": 4, "format": 3}),
-        ("gptq", {"bits": 4, "is_marlin_format": True}),
-        ("gptq", {"bits": 4, "method": "awq"}),
-        ("gptq", {"bits": 4, "method": 4}),
-        ("gptq", {"bits": 4, "activation": {"mode": "w4afp8"}}),
-        ("gptq", {"bits": 4, "rotation": "hadamard"}),
-        ("gptq", {"bits": 4, "rotation_config": {"type": "hadamard"}}),
-        ("gptq", {"bits": 4, "data_type": "mx_fp"}),
-        ("gptq", {"bits": 4, "act_bits": 8}),
-        ("awq", {"bits": 4, "format": "gemv"}),
-        ("awq", {"bits": 4, "checkpoint_format": "gemv_fast"}),
-        ("awq", {"bits": 4, "backend": "llm-awq"}),
-        ("awq", {"bits": 4, "desc_act": True}),
-        ("awq", {"bits": 4, "pack_dtype": "int16"}),
-        ("awq", {"bits": 4, "method": "gptq"}),
-        ("awq", {"bits": 4, "modules_in_block_to_quantize": [["mlp.gate_proj"]]}),
-        ("awq", {"bits": 4, "dynamic": {"+:.*": {"zero_point": False}}}),
-        ("fp8", {"expert_dtype": "fp4"}),
-        ("fp8", {"modules_to_convert": ["up_proj"], "ignored_layers": ["up_proj"]}),
-        ("fp8", {"bits": 4}),
-        ("fp8", {"sym": False}),
-        ("fp8", {"act_bits": 16}),
-        ("fp8", {"data_type": "int"}),
-        ("fp8", {"group_size": 32, "weight_block_size": [32, 32]}),
-        ("fp8", {"static_kv_granularity": "expert"}),
-        ("fp8", {"extra_config": {"x": {"act_dynamic": False}}}),
-        ("inc", {"bits": 4, "static_attention_granularity": "expert"}),
-        ("inc", {"bits": 4, "rotation_config": {"type": "hadamard"}}),
-        ("inc", {"bits": 4, "extra_config": {"x": {"act_bits": 8}}}),
-        ("inc", {"bits": 16, "act_bits": 8}),
-        ("compressed-tensors", {"config_groups": {"a": {"weights": {"num_bits": 2}}}}),
-        ("compressed-tensors", linear({"num_bits": 2})),
-        ("compressed-tensors", linear({**WEIGHTS, "actorder": "odd"})),
-        ("compressed-tensors", linear({**WEIGHTS, "new_key": 1})),
-        ("compressed-tensors", linear(None, input_activations={"num_bits": 8})),
-        ("compressed-tensors", linear(WEIGHTS, output_activations={"num_bits": 8})),
-        ("compressed-tensors", linear(WEIGHTS) | {"quantization_status": "calibration"}),
-        ("compressed-tensors", linear(WEIGHTS) | {"moe_sparsity_config": {"method": "prune"}}),
-        ("compressed-tensors", {"config_groups": {"a": {"weights": {**WEIGHTS, "actorder": "odd"}}}}),
-        ("compressed-tensors", {"transform_config": {"a": 1}}),
-        ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}),
-        ("modelopt", {"quant_algo": "W4A8_AWQ"}),
-        ("modelopt", {"quant_algo": "FP8", "pre_quant_scale": True}),
-        ("modelopt", {"quant_algo": "MIXED_PRECISION"}),
-        ("modelopt", {"quant_algo": "FP8", "exclude_modules": ["*a*b*c*d"]}),
-        ("quark", {"layer_type_quant_config": {"a": 1}}),
-    ],
-)
-def test_what_is_not_understood_is_a_doubt(method: str, section: dict[str, Any]) -> None:
-    with pytest.raises(Doubt):
-        claim(method, **section)
-
-
 def test_null_values_say_nothing() -> None:
     assert claim("fp8", weight_block_size=None, new_key=None, fmt=None) == claim("fp8")
-
-
-def test_declarations_must_agree() -> None:
-    one = QuantConfig("modelopt", source="a", section={"quant_algo": "FP8", "ignore": ["lm_head"]})
-    other = QuantConfig("modelopt", source="b", section={"quant_algo": "FP8", "exclude_modules": [SHARED]})
-    resolve = resolver_for([one, other])
-    assert resolve(ROUTED).format == "fp8-tensor"
-    with pytest.raises(Doubt, match=r"a says fp8-tensor.*b plain"):
-        resolve(SHARED)
 
 
 def test_tables() -> None:

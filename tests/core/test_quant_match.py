@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -127,6 +128,34 @@ def test_a_search_costs_more_than_a_match() -> None:
     assert match.regexes(["a.*b"], search=True)
     with pytest.raises(Doubt, match="too long"):
         match.regexes([".*a.*b.*"] * 2, search=True)
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (lambda: match.globs(["*a*b*c*"]), "the pattern '*a*b*c*' has too many wildcards"),
+        (lambda: match.regexes([".*a.*b"] * 1000), "the regexes from '.*a.*b' on could take too long"),
+        (lambda: match.regexes(["(a+)+$"]), "the regex '(a+)+$' could take too long"),
+        (lambda: match.regexes(["(a|aa)+$"]), "the regex '(a|aa)+$' could take too long"),
+        (lambda: match.regexes([r"(a)\1"]), r"the regex '(a)\\1' could take too long"),
+        (lambda: match.mixed(["re:("], match.exact), "'(' is no regex (missing ), unterminated subpattern"),
+        (lambda: match.regexes(["("]), "'(' is no regex (missing ), unterminated subpattern at position 0)"),
+    ],
+)
+def test_the_words_of_a_doubt(refused: Callable[[], object], words: str) -> None:
+    with pytest.raises(Doubt) as doubt:
+        refused()
+    assert str(doubt.value).startswith(words)
+
+
+def test_three_wildcards_are_taken() -> None:
+    assert match.globs(["*.mlp.*expert.*"])(SHARED)
+
+
+def test_what_no_release_of_python_reads_as_a_glob(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(match.fnmatch, "translate", lambda _: "(")
+    with pytest.raises(Doubt, match=r"a pattern in \['a\*', 'b\?'\] is none \(missing \), unterminated"):
+        match.globs(["a*", "b?"])
 
 
 def test_a_glob_that_is_none() -> None:

@@ -151,6 +151,18 @@ def test_the_place_and_the_number_of_wrong_values_are_named() -> None:
     )
 
 
+def test_gate_and_up_in_one_tensor_are_two() -> None:
+    tensors = checkpoint()
+    gate, up = (tensors.pop(f"{PREFIX}{p}_proj.weight") for p in ("gate", "up"))
+    tensors[f"{PREFIX}gate_up_proj.weight"] = torch.cat([gate, up])
+    assert compared(tensors, loaded(checkpoint())) == 3 * S * VALUES
+    for rows, name in ((slice(I), "gate_proj"), (slice(I, None), "up_proj")):
+        slots = loaded(checkpoint())
+        slots["w13_weight"][E, rows] += 1.0
+        with pytest.raises(AuditError, match=f"{VALUES} of {VALUES} sampled values of {name} are not"):
+            compared(tensors, slots)
+
+
 Drop = Callable[[Slots], Slots]
 # Parameters that have no padding which could be cut: what they are is not known, so nothing is compared.
 NOT_PADDED: dict[str, Drop] = {
