@@ -97,19 +97,15 @@ class Fp8Experts:
         """Do the same, and read each expert once."""
         from ...fusion_core.kernels import experts_once  # needs Triton
 
-        scales = [getattr(self.experts, f"{name}_{self.scale}") for name in ("w13", "w2")]
+        if self.block is not None and not experts_once.takes(self.block):
+            return self.small(hidden_states, top_k)
+        first, second = (getattr(self.experts, f"{name}_{self.scale}") for name in ("w13", "w2"))
         if self.block is None:
             # One scale for all rows and columns of an expert.
-            scales = [scale.view(-1, 1, 1) for scale in scales]
-        elif not experts_once.takes(self.block):
-            return self.small(hidden_states, top_k)
-        return experts_once.experts_once(
-            hidden_states,
-            self.experts.w13_weight,
-            self.experts.w2_weight,
-            *top_k,
-            experts_once.Scales(*scales, self.block or (0, 0)),
-        )
+            first, second = first.view(-1, 1, 1), second.view(-1, 1, 1)
+        scales = experts_once.Scales(first, second, self.block or (0, 0))
+        experts = self.experts
+        return experts_once.experts_once(hidden_states, experts.w13_weight, experts.w2_weight, *top_k, scales)
 
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Multiply [num_tokens, H] with w13 of the shared slot: [num_tokens, 2 * I], in that dtype."""

@@ -134,7 +134,7 @@ def experts_once(
     """
     width, fp8 = w2.shape[2], scales is not None
     states = hidden_states.contiguous()
-    first, second = tiles or (w13_tile(len(states), fp8), w2_tile(*states.shape, width, fp8))
+    first, second = tiles or (w13_tile(len(states), fp8), w2_tile(len(states), states.shape[1], width, fp8))
     if scales is not None:
         first, second = (within(tile, scales.block) for tile in (first, second))
     work = work_list(topk_ids, second.tokens, states if fp8 else None)

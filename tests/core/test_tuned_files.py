@@ -36,7 +36,7 @@ SHAPES = {
 SGLANG, NATIVE = list(FILES)[2:]
 # Measured, and out of the table: this shape's decode end to end ran with `split` there.
 HELD_BACK = {("patches/tuned/nvidia_h200_vllm.yaml", "qwen3_next_80b"): "fused"}
-# Tokens up to which `small` was not slower than stock with all tokens alike either, in bfloat16, where that was
+# Tokens up to which `small` was not slower than stock with all tokens alike either, in bfloat16, where it was
 # measured apart: SGLang's file has rows of even routing alone; see benchmarks/README.md.
 ALIKE = {"qwen3_next_80b": 8, "qwen3.5_35b": 8}
 # Under which every row of few tokens was measured, elsewhere.

@@ -170,6 +170,18 @@ def test_every_mode_gives_the_layer(kind: str, mode: Any) -> None:
     assert off(run(x, given), wanted(x, 0.5)) < ALLOWED
 
 
+@pytest.mark.parametrize("kind", ["own gates", "fp8"])
+def test_more_tokens_than_the_kernels_of_once_take_go_in_turn(kind: str) -> None:
+    run, (_, logits) = build(kind, always("once", "test"))
+    x = clear(draw(60, LAYOUT.hidden_size, seed=8, dtype=DTYPE), logits)[:5].repeat(4, 1)[:19]
+    assert len(x) == 19
+    got = run(x, logits(x))
+    first = run(x[:5].contiguous(), logits(x[:5]))
+    assert off(got[15:], first[:4]) < ALLOWED
+    # The control: the tokens differ.
+    assert off(got[14:18], first[:4]) > 5 * ALLOWED
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["own gates", "fp8", "glm"])
 def test_a_factor_in_the_weights_is_one_on_the_slot(kind: str, mode: Any) -> None:

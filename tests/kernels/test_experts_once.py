@@ -149,6 +149,17 @@ def test_fp8(shape: tuple[int, ...], how: str, kind: str) -> None:
     assert off(got, expected) > 0.01
 
 
+def test_one_scale_for_all_of_w13() -> None:
+    states, w13, w2, weights, ids = made("even")
+    (w13, s13), (w2, s2) = scaled(w13, (0, 0), 2), scaled(w2, (0, 0), 1)
+    alone = s13[:, :1].contiguous()
+    got = experts_once(states, w13, w2, weights, ids, Scales(alone, s2, (0, 0)))
+    both = alone.expand(-1, 2, -1).contiguous()
+    assert torch.equal(got, experts_once(states, w13, w2, weights, ids, Scales(both, s2, (0, 0))))
+    # The control: w3 has a scale of its own.
+    assert not torch.equal(got, experts_once(states, w13, w2, weights, ids, Scales(s13, s2, (0, 0))))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_factors(dtype: torch.dtype) -> None:
     states = draw(9, 96, seed=1, dtype=dtype) * torch.logspace(-4, 4, 9, device=DEVICE)[:, None].to(dtype)

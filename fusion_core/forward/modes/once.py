@@ -16,10 +16,10 @@ def run(execution: Execution, hidden_states: torch.Tensor, logits: torch.Tensor)
     weights, ids = execution.route(hidden_states, logits)
     # More tokens than the kernels take go through them in turn.
     at_once = most_tokens(ids.shape[1])
-    parts = [
-        _experts(execution, *part)
-        for part in zip(hidden_states.split(at_once), weights.split(at_once), ids.split(at_once), strict=True)
-    ]
+    parts = []
+    for first in range(0, len(ids), at_once):
+        some = slice(first, first + at_once)
+        parts.append(_experts(execution, hidden_states[some], weights[some], ids[some]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
