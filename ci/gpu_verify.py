@@ -31,17 +31,17 @@ from fse_patch.fusion_core.decision.outcome import Merged, Stock
 from fse_patch.fusion_core.forward.tuned import Situation
 from fse_patch.lab import decode_arm, tune, verify
 
-# Prompts of 186 tokens run as 128 and 58, then 4 tokens a step: one run has all three modes.
+# Prompts of 186 tokens run as 128 and 58, then 4 tokens a step: one run has all modes but `once`.
 CHUNK = 128
-# Prompts too run by the mode of few tokens.
+# Prompts too run by a mode of few tokens: `once`.
 FEW = 16
 # Graphs of prompts: one for each mode, 58 tokens padded to the second.
 PROMPT_GRAPHS = [FEW, 64, CHUNK]
-THREE_MODES = {
-    "steps": [{"up_to": 16, "mode": "small"}, {"up_to": 80, "mode": "fused"}],
+ALL_MODES = {
+    "steps": [{"up_to": 4, "mode": "small"}, {"up_to": FEW, "mode": "once"}, {"up_to": 80, "mode": "fused"}],
     "otherwise": "split",
 }
-ONLY_FUSED: dict[str, Any] = {"steps": [], "otherwise": "fused"}
+ONCE_AND_FUSED = {"steps": [{"up_to": FEW, "mode": "once"}], "otherwise": "fused"}
 SMALL_AND_SPLIT = {"steps": [{"up_to": 16, "mode": "small"}], "otherwise": "split"}
 VLLM = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, "max_num_batched_tokens": CHUNK}
 GDN = {"gdn_prefill_backend": "triton"}
@@ -84,7 +84,7 @@ class Group:
 
     jobs: Mapping[str, tuple[str, Mapping[str, Any]]]
     backend: str = "triton"
-    choice: Mapping[str, Any] = field(default_factory=lambda: THREE_MODES)
+    choice: Mapping[str, Any] = field(default_factory=lambda: ALL_MODES)
     quant: str = "none"
     dtype: str = "bfloat16"
     env: Mapping[str, str] = field(default_factory=dict)
@@ -131,7 +131,7 @@ GROUPS: dict[str, dict[str, Group]] = {
             dtype="float16",
         ),
         "fp8": fp8(SMALL_AND_SPLIT),
-        "fp8_fused": fp8(ONLY_FUSED),
+        "fp8_fused": fp8(ONCE_AND_FUSED),
     },
     "sglang": {
         "ours": Group(

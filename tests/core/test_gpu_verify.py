@@ -35,14 +35,14 @@ def test_a_table_leads_to_the_modes_of_its_group(tmp_path: Path, engine: str, na
     )  # fmt: skip
     plan = plan_for(here, "cuda", file, places=())
     assert isinstance(plan, ModePlan)
-    wanted = set(MODES) if group.choice is gpu_verify.THREE_MODES else plan.modes
+    wanted = set(MODES) if group.choice is gpu_verify.ALL_MODES else plan.modes
     assert plan.modes == wanted
     if wanted == set(MODES):
         prompts = sum(gpu_verify.verify.PROMPT_LENGTHS)
         assert [plan.mode_of(n) for n in (gpu_verify.CHUNK, prompts - gpu_verify.CHUNK, 4)] == [
             "split", "fused", "small",
         ]  # fmt: skip
-        assert [plan.mode_of(n) for n in gpu_verify.PROMPT_GRAPHS] == ["small", "fused", "split"]
+        assert [plan.mode_of(n) for n in gpu_verify.PROMPT_GRAPHS] == ["once", "fused", "split"]
     # The control: another device has no plan.
     assert plan_for(replace(here, device="Another"), "cuda", file, places=()) is None
 
