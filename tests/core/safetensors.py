@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
+NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int32: "I32",
+}
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:

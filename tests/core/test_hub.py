@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.checkpoint.hub import HubSource, hub_error, is_repository, locate
+from fse_patch.fusion_core.checkpoint.hub import HubSource, is_repository, locate
 from fse_patch.fusion_core.checkpoint.sources import Source
 from fse_patch.fusion_core.checkpoint.tensors import CheckpointTensors
 from fse_patch.fusion_core.checkpoint.weight_files import weight_files
@@ -236,6 +236,29 @@ def test_what_was_loaded_is_compared_with_what_was_decided_on(hub: Hub, root: Pa
     assert CheckpointTensors(files.source.loaded(), files.names).digest != files.digest
 
 
+def test_what_was_loaded_lies_in_the_first_cache_that_has_the_revision(
+    hub: Hub, root: Path, tmp_path: Path
+) -> None:
+    weights = str(tmp_path / "weights")
+    source = locate(REPO, download_dir=weights)
+    before = hub.commit(REPO)
+    (root / REPO / "README.md").write_text("moved on")
+    download(cache=weights)
+    after = hub.commit(REPO)
+    loaded = source.loaded()
+    assert isinstance(loaded, HubSource)
+    assert (loaded.commit, loaded.listed) == (after, None)
+    assert loaded.local(SECOND) is not None
+    # Where no cache has it, it is what was decided on.
+    elsewhere = locate(REPO, download_dir=str(tmp_path / "none")).loaded()
+    assert isinstance(elsewhere, HubSource)
+    assert elsewhere.commit == after != before
+    shutil.rmtree(weights)
+    still = source.loaded()
+    assert isinstance(still, HubSource)
+    assert still.commit == before
+
+
 def test_a_source_travels_without_its_token(hub: Hub) -> None:
     source = locate(REPO, token="secret")
     assert isinstance(source, HubSource)
@@ -266,7 +289,3 @@ def test_sixty_shards_take_seconds(hub: Hub, root: Path) -> None:
     shards = len(list((root / REPO).glob("*.safetensors")))
     # The last ones are empty, and the index does not name them.
     assert 50 < sum(n for asked, n in hub.asked.items() if asked.startswith("GET model-000")) <= shards
-
-
-def test_any_other_error_is_one_line() -> None:
-    assert str(hub_error("x", OSError("a\nb"))) == "x: the hub does not answer (OSError: a)"

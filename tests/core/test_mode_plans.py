@@ -86,6 +86,8 @@ def test_without_a_table_split_stands_in_where_it_is_stock(place: Split) -> None
     plan = plan_for(known, "cuda")
     assert isinstance(plan, ModePlan)
     assert plan.modes == {"split"}
+    assert plan_for(known, "cuda", places=[place]) == plan
+    assert plan_for(known, "cuda", places=()) is None
     # The controls: anything else than the place is refused.
     assert plan_for(known, "rocm") is None
     assert plan_for(replace(known, num_shared_slots=2), "cuda") is None
