@@ -13,7 +13,7 @@ from fse_patch.fusion_core.checkpoint.config import ConfigFile
 from fse_patch.fusion_core.checkpoint.families import family_of
 from fse_patch.fusion_core.checkpoint.headers import TensorHeader
 from fse_patch.fusion_core.decision.decide import decide
-from fse_patch.fusion_core.evidence.agreement import Agreement, MlpClaim, agreement
+from fse_patch.fusion_core.evidence.agreement import Agreement, MlpClaim, agreement, cut_across
 from fse_patch.fusion_core.evidence.specs import ALL_EXPERTS
 from fse_patch.fusion_core.quant.claims import PLAIN, Claim, Doubt
 
@@ -106,6 +106,23 @@ def test_what_the_config_says_of_one_part_alone(moe: Any) -> None:
     assert (wrong.state, wrong.alike) == ("contradicts", None)
     both = compared(moe, lambda _: PLAIN)
     assert (both.state, both.alike) == ("contradicts", True)
+
+
+def test_what_differs_in_size_too_says_so(moe: Any) -> None:
+    wide = parts()
+    wide["shared"] = parts(f"int4-gptq:{GROUP // 2}")["shared"]
+    names = [f"{LAYER}.shared_expert.{p}" for p in PROJECTIONS]
+    found = agreement(wide, MODULES, but(*names, claim=replace(INT4, group=(1, GROUP // 2))), moe)
+    assert found.state == "differs"
+    assert found.sizes != ""
+    assert compared(moe, but()).sizes == ""
+
+
+def test_slots_end_where_blocks_of_gate_and_up_end_by_rows_and_of_down_by_columns() -> None:
+    tall, flat = Claim("fp8-block", group=(32, 64)), Claim("fp8-block", group=(64, 32))
+    assert cut_across(MlpClaim(tall, flat), 96) == ""
+    assert cut_across(MlpClaim(flat, flat), 96).startswith("gate_up: fp8-block, block 64x32 does not end")
+    assert cut_across(MlpClaim(tall, tall), 96).startswith("down: fp8-block, block 32x64 does not end")
 
 
 def test_a_doubt_has_its_words(moe: Any) -> None:

@@ -198,6 +198,8 @@ def test_routing_comes_from_the_config(tmp_path: Path) -> None:
     assert (glm.routing.num_expert_group, glm.routing.topk_group) == (2, 1)
     assert glm.routing.has_correction_bias
     assert glm.shared_weight == "constant"
+    two = merged(made(tmp_path, "glm4_moe", None, n_group=4, topk_group=2)).moe
+    assert (two.routing.num_expert_group, two.routing.topk_group) == (4, 2)
     qwen = merged(made(tmp_path / "q", "qwen2_moe", None, norm_topk_prob=True)).moe
     assert (qwen.routing.renormalize, qwen.routing.has_correction_bias) == (True, False)
     assert qwen.shared_weight == "sigmoid_gate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,3 +89,18 @@ def test_every_file_of_the_hub_has_its_name_in_the_error(monkeypatch: pytest.Mon
         with pytest.raises(FsePatchError) as error:
             asked()
         assert str(error.value) == f"{REPO}/a: the hub does not answer (OSError: no way)"
+
+
+def test_files_are_fetched_with_the_token_and_at_the_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, object] = {}
+
+    def fetched(repository: str, name: str, **rest: object) -> str:
+        asked.update({"repository": repository, "name": name, **rest})
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    source = replace(LISTED, token="secret")
+    assert source.fetch("a") == tmp_path / "a"
+    assert asked == {"repository": REPO, "name": "a", "revision": source.commit, "token": "secret"}

@@ -189,3 +189,10 @@ def test_what_is_taken_is_fast_and_matches_as_re_does(parts: list[str]) -> None:
     found = matches(name)
     assert time.process_time() - start < 0.25
     assert found == bool(re.match(pattern, name))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ways"), [("a.*", 1), (".*.*.*", 1), ("a.*b.*", 61), ("(?:ab)*", 61), ("a.*b", 61)]
+)
+def test_what_repeats_at_the_end_has_one_way_if_it_is_one_character(pattern: str, ways: int) -> None:
+    assert match.ways(pattern) == ways
