@@ -121,6 +121,9 @@ def test_gptq_overrides_are_tried_in_order() -> None:
     assert claim("gptq", bits=4, group_size=32, dynamic=other_way) == PLAIN
     # GPTQModel's files name plain modules too, with nothing to change.
     assert claim("gptq", bits=4, group_size=32, dynamic={"lm_head": {}}).group == (1, 32)
+    # How the weights came about changes nothing.
+    history = {"mse": 2.4, "damp_percent": 0.05}
+    assert claim("gptq", bits=4, group_size=32, dynamic={"+:.*": history}).group == (1, 32)
 
 
 def test_inputs_of_fbgemm_share_a_scale_by_tokens() -> None:
