@@ -13,6 +13,7 @@ import torch
 
 from ..kernels.append import append
 from ..kernels.route import route
+from ..kernels.router_logits import router_logits
 from .gate_rows import GateRows
 from .mode_registry import MODES, Mode
 from .plan import ModePlan
@@ -157,6 +158,12 @@ class Execution:
         if (factor := router.control_factor) != 1.0:
             weights[:, layout.top_k] *= factor
         return weights, ids
+
+    def route_few(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
+        """Do the same for few tokens, by a kernel, where the layer computes its own logits."""
+        if self.gate is not None:
+            logits = router_logits(hidden_states, self.gate.rows)
+        return self.route(hidden_states, logits)
 
     def gate_row(self) -> torch.Tensor:
         """Return the shared gate's weight [1, H]. Asked for anew: an engine may put another in its place."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 
 from ...kernels.experts_once import experts_once, most_tokens
-from ...kernels.router_logits import router_logits
 from ..execution import Execution
 
 
 def run(execution: Execution, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Compute the layer's output [num_tokens, H] from ``hidden_states`` and ``logits`` [num_tokens, E]."""
-    if execution.gate is not None:
-        logits = router_logits(hidden_states, execution.gate.rows)
-    weights, ids = execution.route(hidden_states, logits)
+    weights, ids = execution.route_few(hidden_states, logits)
     # More tokens than the kernels take go through them in turn.
     at_once = most_tokens(ids.shape[1])
     parts = []

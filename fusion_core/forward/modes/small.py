@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 
 from ...kernels.experts import small_experts
-from ...kernels.router_logits import router_logits
 from ..execution import Execution
 
 
 def run(execution: Execution, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Compute the layer's output [num_tokens, H] from ``hidden_states`` and ``logits`` [num_tokens, E]."""
-    if execution.gate is not None:
-        logits = router_logits(hidden_states, execution.gate.rows)
-    weights, ids = execution.route(hidden_states, logits)
+    weights, ids = execution.route_few(hidden_states, logits)
     if execution.quantised is not None:
         return execution.quantised.small(hidden_states, (weights, ids))
     return small_experts(hidden_states, execution.experts.w13, execution.experts.w2, weights, ids)
