@@ -10,6 +10,7 @@ from ..role import FusedRole
 
 if TYPE_CHECKING:
     from ...fusion_core.forward.execution import TopK
+    from ...fusion_core.kernels.expert_weights import ExpertWeights
 
 
 class Slot:
@@ -93,19 +94,19 @@ class Fp8Experts:
             *top_k,
         )
 
-    def once(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """Do the same, and read each expert once."""
+    def weights(self) -> ExpertWeights | None:
+        """Return the experts as the kernels for few tokens read them; None for blocks that they do not take."""
         from ...fusion_core.kernels import experts_once  # needs Triton
+        from ...fusion_core.kernels.expert_weights import ExpertWeights, Scales
 
         if self.block is not None and not experts_once.takes(self.block):
-            return self.small(hidden_states, top_k)
+            return None
         first, second = (getattr(self.experts, f"{name}_{self.scale}") for name in ("w13", "w2"))
         if self.block is None:
             # One scale for all rows and columns of an expert.
             first, second = first.view(-1, 1, 1), second.view(-1, 1, 1)
-        scales = experts_once.Scales(first, second, self.block or (0, 0))
-        experts = self.experts
-        return experts_once.experts_once(hidden_states, experts.w13_weight, experts.w2_weight, *top_k, scales)
+        scales = Scales(first, second, self.block or (0, 0))
+        return ExpertWeights(self.experts.w13_weight, self.experts.w2_weight, scales)
 
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Multiply [num_tokens, H] with w13 of the shared slot: [num_tokens, 2 * I], in that dtype."""

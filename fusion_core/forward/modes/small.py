@@ -10,7 +10,7 @@ from ..execution import Execution
 
 def run(execution: Execution, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Compute the layer's output [num_tokens, H] from ``hidden_states`` and ``logits`` [num_tokens, E]."""
-    weights, ids = execution.route_few(hidden_states, logits)
+    weights, ids = execution.route(hidden_states, execution.few_logits(hidden_states, logits))
     if execution.quantised is not None:
         return execution.quantised.small(hidden_states, (weights, ids))
     return small_experts(hidden_states, execution.experts.w13, execution.experts.w2, weights, ids)
