@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ...fusion_core.kernels.expert_weights import ExpertWeights, Scales
 from ..role import FusedRole
-
-if TYPE_CHECKING:
-    from ...fusion_core.forward.execution import TopK
-    from ...fusion_core.kernels.expert_weights import ExpertWeights
 
 
 class Slot:
@@ -79,28 +76,8 @@ class Fp8Experts:
             for kernel, layer in self.dense:
                 kernel.process_weights_after_loading(layer)  # notes the size, and changes nothing of it
 
-    def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """Run few tokens [num_tokens, H] over k + S slots: [num_tokens, H], both in the states' dtype."""
-        from ...fusion_core.kernels import experts_fp8  # needs Triton
-
-        experts = self.experts
-        return experts_fp8.small_experts(
-            hidden_states,
-            experts.w13_weight,
-            getattr(experts, f"w13_{self.scale}"),
-            experts.w2_weight,
-            getattr(experts, f"w2_{self.scale}"),
-            self.block,
-            *top_k,
-        )
-
-    def weights(self) -> ExpertWeights | None:
-        """Return the experts as the kernels for few tokens read them; None for blocks that they do not take."""
-        from ...fusion_core.kernels import experts_once  # needs Triton
-        from ...fusion_core.kernels.expert_weights import ExpertWeights, Scales
-
-        if self.block is not None and not experts_once.takes(self.block):
-            return None
+    def weights(self) -> ExpertWeights:
+        """Return the experts as the kernels for few tokens read them."""
         first, second = (getattr(self.experts, f"{name}_{self.scale}") for name in ("w13", "w2"))
         if self.block is None:
             # One scale for all rows and columns of an expert.

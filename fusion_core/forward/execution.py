@@ -11,12 +11,10 @@ from typing import Protocol, cast
 
 import torch
 
-from ..kernels import route_list
 from ..kernels.append import append
 from ..kernels.expert_weights import ExpertWeights
 from ..kernels.route import route
 from ..kernels.router_logits import router_logits
-from ..kernels.work_list import Work, work_list
 from .gate_rows import GateRows
 from .mode_registry import MODES, Mode
 from .plan import ModePlan
@@ -51,11 +49,8 @@ class GroupedExperts(Protocol):
 class QuantisedExperts(Protocol):
     """Products with w13 and w2 where these are quantised; results have the states' dtype."""
 
-    def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """Run few tokens over k + S slots: [num_tokens, H]."""
-
-    def weights(self) -> ExpertWeights | None:
-        """Return w13 and w2 as `experts_once` reads them; None where it cannot."""
+    def weights(self) -> ExpertWeights:
+        """Return the weights of experts and slots."""
 
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Multiply by w13 of the one shared slot: [num_tokens, 2 * I]."""
@@ -151,50 +146,28 @@ class Execution:
         """
         layout, router = self.layout, self.router
         spec, bias, slots = router.routing, router.correction_bias, layout.shared_slots
-        if self.routes_slots:
+        if self.gate is not None or self.shared_gate is None:
             weights, ids = route(logits, layout.top_k, slots, spec, bias)
         else:
             none = range(layout.num_routed, layout.num_routed)
             weights, ids = route(logits, layout.top_k, none, spec, bias)
             gate = torch.nn.functional.linear(hidden_states, self.gate_row())
             weights, ids = append(weights, ids, slots, gate)
-        return self._weighed(weights), ids
+        if (factor := router.control_factor) != 1.0:
+            weights[:, layout.top_k] *= factor
+        return weights, ids
 
-    @property
-    def routes_slots(self) -> bool:
-        """Return whether the logits that routing gets tell the weight of the shared slots too."""
-        return self.gate is not None or self.shared_gate is None
+    def route_few(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:
+        """Do the same for few tokens, by a kernel, where the layer computes its own logits."""
+        if self.gate is not None:
+            logits = router_logits(hidden_states, self.gate.rows)
+        return self.route(hidden_states, logits)
 
-    def few_logits(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return router logits for few tokens: by a kernel where the layer computes its own, else as given."""
-        return logits if self.gate is None else router_logits(hidden_states, self.gate.rows)
-
-    def route_list(
-        self, hidden_states: torch.Tensor, logits: torch.Tensor, part: int, fitted: torch.Tensor | None
-    ) -> tuple[TopK, Work]:
-        """Do what `route` does for few tokens, and list the experts; ``part``, ``fitted``: as of `work_list`."""
-        layout, router = self.layout, self.router
-        slots, spec = layout.shared_slots, router.routing
-        if self.routes_slots and route_list.takes(len(logits), layout.top_k, len(slots), spec):
-            bias = router.correction_bias
-            (weights, ids), work = route_list.route_list(
-                logits, layout.top_k, slots, spec, bias, part=part, states=fitted
-            )
-            return (self._weighed(weights), ids), work
-        weights, ids = self.route(hidden_states, logits)
-        return (weights, ids), work_list(ids, slots.stop, part, fitted)
-
-    def expert_weights(self) -> ExpertWeights | None:
-        """Return the experts' weights as `experts_once` reads them; None where it cannot."""
+    def expert_weights(self) -> ExpertWeights:
+        """Return the weights of experts and slots, as the kernels for few tokens read them."""
         if self.quantised is not None:
             return self.quantised.weights()
         return ExpertWeights(self.experts.w13, self.experts.w2)
-
-    def _weighed(self, weights: torch.Tensor) -> torch.Tensor:
-        """Put the fault of a control in."""
-        if (factor := self.router.control_factor) != 1.0:
-            weights[:, self.layout.top_k] *= factor
-        return weights
 
     def gate_row(self) -> torch.Tensor:
         """Return the shared gate's weight [1, H]. Asked for anew: an engine may put another in its place."""

@@ -1,4 +1,4 @@
-"""Weights of experts, as the kernels for few tokens read them: where the engine keeps them, in their format."""
+"""Weights of experts for the kernels of few tokens: where the engine keeps them, in their format."""
 
 from __future__ import annotations
 

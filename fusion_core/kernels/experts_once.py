@@ -56,9 +56,9 @@ def w13_tile(tokens: int, fp8: bool) -> Tile:
     if not fp8:
         return Tile(rows=16, warps=2, depth=128, stages=3, blocks=3)
     # In FP8 the states in shared memory are the limit: fewer warps load them less often.
-    if tokens <= 8:
-        return Tile(rows=16, warps=2, depth=128, stages=3, blocks=6)
-    return Tile(rows=16, warps=1, depth=128, stages=3, blocks=8)
+    if tokens <= COLUMNS[0]:
+        return Tile(rows=16, warps=1, depth=128, stages=3, blocks=10)
+    return Tile(rows=16, warps=1, depth=128, stages=4, blocks=6)
 
 
 def w2_tile(tokens: int, hidden: int, width: int, fp8: bool) -> Tile:
@@ -66,22 +66,28 @@ def w2_tile(tokens: int, hidden: int, width: int, fp8: bool) -> Tile:
     rows = max(16, hidden // 128)
     part = COLUMNS[0] if fp8 else 0
     if width <= 128:
-        return Tile(rows, warps=1, depth=128, stages=7, experts=4, tokens=part)
+        several = 8 if fp8 and tokens <= part else 4
+        return Tile(rows, warps=1, depth=128, stages=7, experts=several, tokens=part)
+    if fp8 and tokens <= part and width <= 512:
+        return Tile(16, warps=1, depth=128, parts=4, stages=5, experts=4, tokens=part)
     if fp8:
-        several = 4 if tokens <= part and width <= 512 else 2
-        return Tile(16, warps=1, depth=128, parts=4, stages=7, experts=several, tokens=part)
+        return Tile(16, warps=1, depth=128, parts=4, stages=7, experts=2, tokens=part)
     if rows > 16:
         return Tile(rows, warps=4, depth=64, stages=10, tokens=part)
-    return Tile(rows, warps=4, depth=128, stages=7, experts=2)
+    if tokens <= COLUMNS[0]:
+        return Tile(rows, warps=4, depth=128, stages=7, experts=2)
+    return Tile(rows, warps=2, depth=128, parts=2, stages=7, experts=2)
 
 
 # Rows and columns of the smallest tile.
 SMALLEST = 16
 
 
-def takes(block: Block) -> bool:
-    """Return whether `experts_once` takes scales in blocks of so many rows and columns; 0: one for all."""
-    rows, columns = block
+def takes(weights: ExpertWeights) -> bool:
+    """Return whether `experts_once` takes their scales: blocks are as large as the smallest tile."""
+    if weights.scales is None:
+        return True
+    rows, columns = weights.scales.block
     return columns % SMALLEST == 0 and (rows <= 1 or rows % SMALLEST == 0)
 
 
@@ -95,18 +101,12 @@ def within(tile: Tile, block: Block) -> Tile:
     )
 
 
-def part_tokens(tokens: int, routed: ExpertWeights) -> int:
-    """Return the tokens of each of the smaller lists that w2's kernel takes; 0: none."""
-    return w2_tile(tokens, routed.w2.shape[1], routed.width, routed.scales is not None).tokens
-
-
 def experts_once(
     hidden_states: torch.Tensor,
     routed: ExpertWeights,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     shared: ExpertWeights | None = None,
-    work: Work | None = None,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> torch.Tensor:
     """Compute the fused layer's output: sum over j of weight_j · w2_j (SiLU(w1_j x) · (w3_j x)).
@@ -119,8 +119,6 @@ def experts_once(
             below 0 there is no expert. Ids from E on are slots of the shared expert.
         shared: the shared expert by itself, E = 1, in a format of its own; each token has all its slots,
             I of its columns each: `slots_of`.
-        work: lists of ``topk_ids``, with parts of `part_tokens`, and for FP8 with the states fitted; None:
-            they are made here.
 
     Returns:
         [num_tokens, H] in the dtype of ``hidden_states``.
@@ -131,8 +129,7 @@ def experts_once(
     states = hidden_states.contiguous()
     passed = _Pass(routed, shared, topk_weights)
     first, second = tiles or passed.tiles(len(states))
-    if work is None:
-        work = work_list(topk_ids, passed.experts, second.tokens, states if passed.fp8 else None)
+    work = work_list(topk_ids, passed.experts, second.tokens, states if passed.fp8 else None)
     inner = torch.empty(topk_ids.numel(), routed.width, dtype=torch.int16, device=states.device)
     output = torch.empty_like(states)
     passed.launch_w13(states, work, inner, first)
@@ -146,8 +143,8 @@ class _Pass:
     def __init__(
         self, routed: ExpertWeights, shared: ExpertWeights | None, topk_weights: torch.Tensor
     ) -> None:
-        if shared is not None and (len(shared.w2) != 1 or shared.w2.shape[1] != routed.w2.shape[1]):
-            raise ValueError(f"w2 of the shared expert is {list(shared.w2.shape)}, {list(routed.w2.shape)} routed")
+        if shared is not None and shared.w2.shape[:2] != (1, routed.w2.shape[1]):
+            raise ValueError(f"w2 of the shared expert is {list(shared.w2.shape)}")
         self.routed, self.shared, self.topk_weights = routed, shared, topk_weights
         self.width, self.hidden = routed.width, routed.w2.shape[1]
         self.slots = 0 if shared is None else slots_of(shared, self.width)

@@ -39,8 +39,8 @@ def w13_kernel(
         first = task % TILES * ROWS
         if SHARED == MERGED:
             g, u = _gate_up(
-                x_ptr, fitted_ptr, w13_ptr, scale_ptr, factor, pair, expert, first, HIDDEN, WIDTH, ROWS, WARPS,
-                DEPTH, PARTS, SPAN, STAGES, FORMAT, COLUMNS, WIDE,
+                x_ptr, fitted_ptr, w13_ptr, scale_ptr, factor, pair, expert, first, HIDDEN, WIDTH, ROWS,
+                WARPS, DEPTH, PARTS, SPAN, STAGES, FORMAT, COLUMNS, WIDE,
             )  # fmt: skip
         else:
             if expert < E:
@@ -51,8 +51,8 @@ def w13_kernel(
             else:
                 g, u = _gate_up(
                     x_ptr, fitted_ptr, shared_ptr, shared_scale_ptr, factor, pair, 0,
-                    (expert - E).to(tl.int32) * WIDTH + first, HIDDEN, SHARED_WIDTH, ROWS, WARPS, DEPTH, PARTS,
-                    SPAN, STAGES, SHARED_FORMAT, COLUMNS, WIDE,
+                    (expert - E).to(tl.int32) * WIDTH + first, HIDDEN, SHARED_WIDTH, ROWS, WARPS, DEPTH,
+                    PARTS, SPAN, STAGES, SHARED_FORMAT, COLUMNS, WIDE,
                 )  # fmt: skip
         offs_n = first + tl.arange(0, ROWS)
         weight = tl.load(weights_ptr + pair, mask=pair >= 0, other=0.0)
@@ -84,7 +84,7 @@ def _gate_up(
     ROWS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr,
     STAGES: tl.constexpr, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows from ``row`` on of w1 and of w3 with all tokens of ``pair``: [ROWS, COLUMNS] float32 each.
+    """Multiply rows from ``row`` on of w1 and w3 with the tokens of ``pair``: [ROWS, COLUMNS] float32 each.
 
     `FORMAT`: whether FP8, rows and columns of a block, strides of the scales (expert, row, column), scales
     of w1, strides of the weights (expert, row).
@@ -163,8 +163,8 @@ def w2_kernel(
         routed = count - (SHARED_WIDTH + WIDTH - 1) // WIDTH
         acc = _down(
             acc, inner_ptr, w2_ptr, scale_ptr, shared_ptr, shared_scale_ptr, experts_ptr, rows_ptr, 0, routed,
-            first_n, E, dtype, HIDDEN, WIDTH, SHARED_WIDTH, ROWS, WARPS, DEPTH, PARTS, CHUNKS, EXPERTS, STAGES,
-            MERGED, FORMAT, FORMAT, COLUMNS, WIDE,
+            first_n, E, dtype, HIDDEN, WIDTH, SHARED_WIDTH, ROWS, WARPS, DEPTH, PARTS, CHUNKS, EXPERTS,
+            STAGES, MERGED, FORMAT, FORMAT, COLUMNS, WIDE,
         )  # fmt: skip
         acc = _down(
             acc, inner_ptr, w2_ptr, scale_ptr, shared_ptr, shared_scale_ptr, experts_ptr, rows_ptr, routed,
@@ -174,8 +174,8 @@ def w2_kernel(
     else:
         acc = _down(
             acc, inner_ptr, w2_ptr, scale_ptr, shared_ptr, shared_scale_ptr, experts_ptr, rows_ptr, 0, count,
-            first_n, E, dtype, HIDDEN, WIDTH, SHARED_WIDTH, ROWS, WARPS, DEPTH, PARTS, CHUNKS, EXPERTS, STAGES,
-            SHARED, FORMAT, SHARED_FORMAT, COLUMNS, WIDE,
+            first_n, E, dtype, HIDDEN, WIDTH, SHARED_WIDTH, ROWS, WARPS, DEPTH, PARTS, CHUNKS, EXPERTS,
+            STAGES, SHARED, FORMAT, SHARED_FORMAT, COLUMNS, WIDE,
         )  # fmt: skip
     offs_t = tl.arange(0, COLUMNS)
     offs_n = first_n + tl.arange(0, ROWS)

@@ -135,7 +135,7 @@ def _route(
         choice = _keep_groups(choice, GROUPS, TOP_GROUPS, GROUPS_P2, IN_GROUP_P2, BIASED)
     # Reductions of 32-bit integers are one instruction. Of equal values the first place wins; no choice falls
     # beyond the experts.
-    key = tl.where(mask_e, ordered(choice), NONE)
+    key = tl.where(mask_e, _ordered(choice), NONE)
     offs_n = tl.arange(0, OUT_P2)
     expert = tl.zeros([OUT_P2], tl.int32)
     for k in tl.static_range(TOP_K):
@@ -144,11 +144,16 @@ def _route(
         expert = tl.where(offs_n == k, won // IN_GROUP_P2 * IN_GROUP + won % IN_GROUP_P2, expert)
         key = tl.where(place == won, NONE, key)
     routed = offs_n < TOP_K
-    chosen = tl.load(row_ptr + expert, mask=routed, other=float("-inf")).to(tl.float32)
-    gate = float("inf")
+    weight = tl.load(row_ptr + expert, mask=routed, other=float("-inf")).to(tl.float32)
+    weight = 1.0 / (1.0 + tl.exp(-weight)) if SIGMOID else tl.exp(weight - peak)
+    if RENORMALIZE:
+        total = tl.sum(weight, 0)
+    weight = weight / total * scale
+    shared = slot_weight
     if GATED:
         gate = tl.load(row_ptr + EXPERTS).to(tl.float32)
-    weight = weigh(chosen, routed, peak, total, gate, scale, slot_weight, SIGMOID, RENORMALIZE)
+        shared = slot_weight / (1.0 + tl.exp(-gate))
+    weight = tl.where(routed, weight, shared)
     expert = tl.where(routed, expert, EXPERTS + offs_n - TOP_K)
     offs_out = token * (TOP_K + SLOTS) + offs_n
     mask = offs_n < TOP_K + SLOTS
@@ -157,21 +162,7 @@ def _route(
 
 
 @triton.jit
-def weigh(
-    chosen, routed, peak, total, gate, scale, slot_weight, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr
-):  # fmt: skip
-    """Return weights of what was chosen, by its logits; ``gate``: the shared gate's logit, infinite: none.
-
-    The last dimension has a token's choices, then, where ``routed`` is not, its shared slots.
-    """
-    weight = 1.0 / (1.0 + tl.exp(-chosen)) if SIGMOID else tl.exp(chosen - peak)
-    if RENORMALIZE:
-        total = tl.sum(weight, len(weight.shape) - 1, keep_dims=True)
-    return tl.where(routed, weight / total * scale, slot_weight / (1.0 + tl.exp(-gate)))
-
-
-@triton.jit
-def ordered(value):
+def _ordered(value):
     """Map float32 to int32 of the same order, all above the least one; both zeros are one."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -6,7 +6,6 @@ Beside it, for FP8 weights, the states of each token as float16, times a power o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -70,11 +69,6 @@ class Work:
     parts: WorkList
     fitted: Fitted | None
 
-    @property
-    def lists(self) -> int:
-        """Return the number of lists for some of the tokens."""
-        return 0 if self.parts is self.whole else len(self.parts.count)
-
 
 def columns_for(tokens: int) -> int:
     """Return the columns of a list for so many tokens.
@@ -110,7 +104,9 @@ def fitted_reference(states: torch.Tensor) -> Fitted:
     return Fitted((states.float() * factors[:, None]).half(), factors)
 
 
-def work_list(topk_ids: torch.Tensor, experts: int, part: int = 0, states: torch.Tensor | None = None) -> Work:
+def work_list(
+    topk_ids: torch.Tensor, experts: int, part: int = 0, states: torch.Tensor | None = None
+) -> Work:
     """List the experts that ``topk_ids`` name, in one launch.
 
     Args:
@@ -123,29 +119,36 @@ def work_list(topk_ids: torch.Tensor, experts: int, part: int = 0, states: torch
         ValueError: there are too many tokens.
     """
     tokens, slots = topk_ids.shape
-    work = room(topk_ids, part, states)
-    _work[(1 + work.lists + (0 if states is None else tokens),)](
-        topk_ids,
-        *pointers(work, states, topk_ids),
-        tokens,
-        SLOTS=slots,
-        SLOTS_P2=triton.next_power_of_2(slots),
-        **sizes(work, experts, states),
-        num_warps=WARPS,
-        **options(topk_ids),
-    )
-    return work
-
-
-def room(topk_ids: torch.Tensor, part: int, states: torch.Tensor | None) -> Work:
-    """Make room for what `work_list` returns; arguments as there, of ``topk_ids`` the shape alone."""
-    tokens = topk_ids.shape[0]
     whole = _room(topk_ids, tokens)
     parts = _room(topk_ids, part) if 0 < part < tokens else whole
-    fitted = None
+    lists = 0 if parts is whole else len(parts.count)
+    fitted, hidden, tensors = None, 0, (topk_ids, topk_ids, topk_ids)
     if states is not None:
         factors = torch.empty(tokens, dtype=torch.float32, device=states.device)
         fitted = Fitted(torch.empty_like(states, dtype=torch.float16), factors)
+        hidden, tensors = states.shape[1], (states, fitted.states, factors)
+    _work[(1 + lists + (tokens if hidden else 0),)](
+        topk_ids,
+        *(whole.count, whole.experts, whole.rows),
+        *(parts.count, parts.experts, parts.rows),
+        *tensors,
+        tokens,
+        SLOTS=slots,
+        SLOTS_P2=triton.next_power_of_2(slots),
+        TOKENS_P2=triton.next_power_of_2(tokens),
+        PART_P2=triton.next_power_of_2(parts.tokens),
+        PART=parts.tokens,
+        WHOLE_COLUMNS=whole.columns,
+        WHOLE_PLACES=whole.experts.shape[1],
+        PART_COLUMNS=parts.columns,
+        PART_PLACES=parts.experts.shape[1],
+        LISTS=lists,
+        WORDS=triton.next_power_of_2(triton.cdiv(experts, 32)),
+        HIDDEN=hidden,
+        HIDDEN_P2=triton.next_power_of_2(max(hidden, 1)),
+        num_warps=WARPS,
+        **options(topk_ids),
+    )
     return Work(whole, parts, fitted)
 
 
@@ -159,117 +162,60 @@ def _room(topk_ids: torch.Tensor, tokens: int) -> WorkList:
     return WorkList(tokens, count, experts.view(lists, places), rows.view(lists, places, columns))
 
 
-def pointers(work: Work, states: torch.Tensor | None, other: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the tensors that `one_of_the_blocks` takes; ``other`` stands where there is none."""
-    fitted = (other, other, other)
-    if states is not None and work.fitted is not None:
-        fitted = (states, work.fitted.states, work.fitted.factors)
-    whole, parts = work.whole, work.parts
-    return (
-        *(whole.count, whole.experts, whole.rows),
-        *(parts.count, parts.experts, parts.rows),
-        *fitted,
-    )
-
-
-def sizes(work: Work, experts: int, states: torch.Tensor | None) -> dict[str, Any]:
-    """Return the sizes that kernels which make lists are told."""
-    hidden = 0 if states is None else states.shape[1]
-    return {
-        "TOKENS_P2": triton.next_power_of_2(work.whole.tokens),
-        "PART": work.parts.tokens,
-        "WHOLE_COLUMNS": work.whole.columns,
-        "WHOLE_PLACES": work.whole.experts.shape[1],
-        "PART_COLUMNS": work.parts.columns,
-        "PART_PLACES": work.parts.experts.shape[1],
-        "LISTS": work.lists,
-        "WORDS": triton.next_power_of_2(triton.cdiv(experts, 32)),
-        "HIDDEN": hidden,
-        "HIDDEN_P2": triton.next_power_of_2(max(hidden, 1)),
-    }
-
-
 @triton.jit
 def _work(
     ids_ptr, count_ptr, experts_ptr, rows_ptr, part_count_ptr, part_experts_ptr, part_rows_ptr, x_ptr,
     fitted_ptr, factors_ptr, M, SLOTS: tl.constexpr, SLOTS_P2: tl.constexpr, TOKENS_P2: tl.constexpr,
-    PART: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, WHOLE_PLACES: tl.constexpr, PART_COLUMNS: tl.constexpr,
-    PART_PLACES: tl.constexpr, LISTS: tl.constexpr, WORDS: tl.constexpr, HIDDEN: tl.constexpr,
-    HIDDEN_P2: tl.constexpr, PDL: tl.constexpr,
+    PART_P2: tl.constexpr, PART: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, WHOLE_PLACES: tl.constexpr,
+    PART_COLUMNS: tl.constexpr, PART_PLACES: tl.constexpr, LISTS: tl.constexpr, WORDS: tl.constexpr,
+    HIDDEN: tl.constexpr, HIDDEN_P2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     number = tl.program_id(0)
-    if number <= LISTS:
-        first = tl.maximum(number - 1, 0) * PART
-        clear(rows_ptr, part_rows_ptr, number, WHOLE_COLUMNS, WHOLE_PLACES, PART_COLUMNS, PART_PLACES)
-        offs_t = tl.arange(0, TOKENS_P2)[:, None]
-        offs_s = tl.arange(0, SLOTS_P2)[None, :]
-        size = tl.where(number == 0, M, tl.minimum(PART, M - first))
-        pair = (first + offs_t) * SLOTS + offs_s
-        expert = tl.load(ids_ptr + pair, mask=(offs_t < size) & (offs_s < SLOTS), other=-1)
-        write_list(
-            expert, number, first, count_ptr, experts_ptr, rows_ptr, part_count_ptr, part_experts_ptr,
-            part_rows_ptr, SLOTS, WHOLE_COLUMNS, PART_COLUMNS, PART_PLACES, WORDS,
+    if number == 0:
+        _list(
+            ids_ptr, count_ptr, experts_ptr, rows_ptr, 0, M, SLOTS, SLOTS_P2, TOKENS_P2, WHOLE_COLUMNS,
+            WHOLE_PLACES, WORDS,
+        )  # fmt: skip
+    elif number <= LISTS:
+        part = number - 1
+        _list(
+            ids_ptr, part_count_ptr + part, part_experts_ptr + part * PART_PLACES,
+            part_rows_ptr + part * PART_PLACES * PART_COLUMNS, part * PART, tl.minimum(PART, M - part * PART),
+            SLOTS, SLOTS_P2, PART_P2, PART_COLUMNS, PART_PLACES, WORDS,
         )  # fmt: skip
     elif HIDDEN:
-        fit(x_ptr, fitted_ptr, factors_ptr, number - LISTS - 1, HIDDEN, HIDDEN_P2)
+        _fit(x_ptr, fitted_ptr, factors_ptr, number - LISTS - 1, HIDDEN, HIDDEN_P2)
 
 
 @triton.jit
-def clear(
-    rows_ptr, part_rows_ptr, number, WHOLE_COLUMNS: tl.constexpr, WHOLE_PLACES: tl.constexpr,
-    PART_COLUMNS: tl.constexpr, PART_PLACES: tl.constexpr,
+def _list(
+    ids_ptr, count_ptr, experts_ptr, rows_ptr, first, size, SLOTS: tl.constexpr, SLOTS_P2: tl.constexpr,
+    TOKENS_P2: tl.constexpr, COLUMNS: tl.constexpr, PLACES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Put -1 into the rows of list ``number``; 0 is the one of all tokens."""
-    AT_ONCE: tl.constexpr = 512
-    offs = tl.arange(0, AT_ONCE)
-    if number == 0:
-        for start in tl.static_range(0, WHOLE_PLACES * WHOLE_COLUMNS, AT_ONCE):
-            tl.store(rows_ptr + start + offs, -1, mask=start + offs < WHOLE_PLACES * WHOLE_COLUMNS)
-    else:
-        rows_ptr = part_rows_ptr + (number - 1) * (PART_PLACES * PART_COLUMNS)
-        for start in tl.static_range(0, PART_PLACES * PART_COLUMNS, AT_ONCE):
-            tl.store(rows_ptr + start + offs, -1, mask=start + offs < PART_PLACES * PART_COLUMNS)
-
-
-@triton.jit
-def write_list(
-    expert, number, first, count_ptr, experts_ptr, rows_ptr, part_count_ptr, part_experts_ptr, part_rows_ptr,
-    SLOTS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, PART_COLUMNS: tl.constexpr, PART_PLACES: tl.constexpr,
-    WORDS: tl.constexpr,
-):  # fmt: skip
-    """Write list ``number`` of the tokens from ``first`` on.
-
-    ``expert`` [tokens, slots] has their ids, below 0 where there is none. `clear` was called before.
-    """
-    TOKENS: tl.constexpr = expert.shape[0]
-    ACROSS: tl.constexpr = expert.shape[1]
-    expert = tl.reshape(expert, [TOKENS * ACROSS])
+    """Make one list, of ``size`` tokens from ``first`` on."""
+    P2: tl.constexpr = TOKENS_P2 * SLOTS_P2
+    offs = tl.arange(0, P2)
+    for start in tl.static_range(0, PLACES * COLUMNS, P2):
+        tl.store(rows_ptr + start + offs, -1, mask=start + offs < PLACES * COLUMNS)
+    column = offs // SLOTS_P2
+    pair = (first + column) * SLOTS + offs % SLOTS_P2
+    expert = tl.load(ids_ptr + pair, mask=(column < size) & (offs % SLOTS_P2 < SLOTS), other=-1)
     there = expert >= 0
-    offs = tl.arange(0, TOKENS * ACROSS)
-    column = offs // ACROSS
     # A bit for each expert, 32 in a word: those below an expert's bit are the experts before it.
     at = tl.where(there, expert, 0) >> 5
-    bit = tl.where(there, tl.full([TOKENS * ACROSS], 1, tl.uint32) << (expert & 31).to(tl.uint32), 0)
+    bit = tl.where(there, tl.full([P2], 1, tl.uint32) << (expert & 31).to(tl.uint32), 0)
     word = tl.arange(0, WORDS)
     words = tl.reduce(tl.where(at[:, None] == word[None, :], bit[:, None], 0), 0, _or)
     ones = _ones(words)
     before = tl.cumsum(ones, 0) - ones
     place = tl.gather(before, at, 0) + _ones(tl.gather(words, at, 0) & (bit - 1))
-    pair = (first + column) * SLOTS + offs % ACROSS
+    tl.store(count_ptr, tl.sum(ones, 0))
+    # Pairs of the same expert all write the same.
+    tl.store(experts_ptr + place, expert, mask=there)
     # Rows were cleared by other threads than those that fill them.
     tl.debug_barrier()
-    # Pairs of the same expert all write the same.
-    if number == 0:
-        tl.store(count_ptr, tl.sum(ones, 0))
-        tl.store(experts_ptr + place, expert, mask=there)
-        tl.store(rows_ptr + place * WHOLE_COLUMNS + column, pair, mask=there)
-    else:
-        part = number - 1
-        tl.store(part_count_ptr + part, tl.sum(ones, 0))
-        tl.store(part_experts_ptr + part * PART_PLACES + place, expert, mask=there)
-        row = part * PART_PLACES + place
-        tl.store(part_rows_ptr + row * PART_COLUMNS + column, pair, mask=there)
+    tl.store(rows_ptr + place * COLUMNS + column, pair, mask=there)
 
 
 @triton.jit
@@ -287,7 +233,7 @@ def _ones(word):
 
 
 @triton.jit
-def fit(x_ptr, fitted_ptr, factors_ptr, token, HIDDEN: tl.constexpr, HIDDEN_P2: tl.constexpr):
+def _fit(x_ptr, fitted_ptr, factors_ptr, token, HIDDEN: tl.constexpr, HIDDEN_P2: tl.constexpr):
     """Write one token's states as float16, times the factor by which they fit, and the factor."""
     offs_k = tl.arange(0, HIDDEN_P2)
     offs = token.to(tl.int64) * HIDDEN + offs_k

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fse_patch.fusion_core.kernels import experts, route, route_list, work_list
-from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights, Scales, slots_of
+from fse_patch.fusion_core.kernels import experts, work_list
+from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights, Scales
 from fse_patch.fusion_core.kernels.experts_once import experts_once, takes, w2_tile, w13_tile, within
 
-from .test_kernels import DEVICE, DTYPES, QWEN, SPECS, draw, off
+from .test_kernels import DEVICE, DTYPES, draw, off
 
 # Tokens, H, I, E, k, S: sizes with rests in every tile.
 SHAPES = [(3, 96, 40, 7, 2, 1), (9, 128, 48, 12, 3, 4)]
@@ -68,35 +68,6 @@ def test_the_work_list(shape: tuple[int, ...], kind: str, of: int) -> None:
 def test_the_work_list_has_room_for_16_tokens() -> None:
     with pytest.raises(ValueError, match="17 tokens"):
         work_list.work_list(torch.zeros(17, 2, dtype=torch.int32), 2)
-
-
-@pytest.mark.parametrize("spec", [name for name in SPECS if "groups" not in name])
-@pytest.mark.parametrize("tokens", [1, 3, 9, 16])
-@pytest.mark.parametrize(("experts_", "top_k", "slots"), [(12, 3, 2), (128, 8, 4), (512, 10, 1), (64, 16, 8)])
-def test_routing_with_lists(spec: str, tokens: int, experts_: int, top_k: int, slots: int) -> None:
-    how = SPECS[spec]
-    assert route_list.takes(tokens, top_k, slots, how)
-    logits = draw(tokens, experts_ + (how.scoring == "softmax"), seed=experts_, scale=2.0)
-    if tokens > 2:
-        logits[2] = logits[0]
-    bias = draw(experts_, seed=1, scale=0.1) if how.has_correction_bias else None
-    ids = range(experts_, experts_ + slots)
-    states = draw(tokens, 40, seed=3)
-    got, work = route_list.route_list(logits, top_k, ids, how, bias, 0.4, 8, states)
-    expected = route.route(logits, top_k, ids, how, bias, 0.4)
-    assert torch.equal(got[1], expected[1])
-    assert off(got[0], expected[0]) < 1e-6
-    assert lists_are(work, got[1])
-    assert work.fitted is not None
-    assert torch.equal(work.fitted.states, work_list.fitted_reference(states).states)
-    # The control: other lists, other weights.
-    assert not lists_are(work, got[1].roll(1, 1))
-    assert off(got[0], route.route(logits, top_k, ids, how, bias, 0.404)[0]) > 1e-5
-
-
-def test_routing_with_lists_takes_no_groups_and_not_more_tokens() -> None:
-    assert not route_list.takes(4, 8, 1, SPECS["glm_groups"])
-    assert not route_list.takes(17, 8, 1, QWEN)
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)
@@ -229,22 +200,28 @@ def test_factors(dtype: torch.dtype) -> None:
 def test_a_tile_in_two_blocks_of_scales_is_refused() -> None:
     states, w13, w2, weights, ids = made("even")
     scales = Scales(w13.float(), w2.float(), (128, 24))
-    assert not takes(scales.block)
     w13, w2 = (tensor.to(torch.float8_e4m3fn) for tensor in (w13, w2))
+    assert not takes(ExpertWeights(w13, w2, scales))
     tiles = w13_tile(9, True), w2_tile(9, 128, 48, True)
     with pytest.raises(ValueError, match="blocks of 128 x 24"):
         experts_once(states, ExpertWeights(w13, w2, scales), weights, ids, tiles=tiles)
 
 
 def test_tiles_lie_in_one_block_of_scales() -> None:
+    _, w13, w2, _, _ = made("even")
+
+    def taken(block: tuple[int, int]) -> bool:
+        return takes(ExpertWeights(w13, w2, Scales(w13, w2, block)))
+
     for block in ((128, 128), (16, 16), (48, 64), (1, 0), (0, 0)):
-        assert takes(block)
+        assert taken(block)
         for tile in (w13_tile(9, True), w2_tile(4, 4096, 128, True)):
             cut = within(tile, block)
             assert block[0] <= 1 or block[0] % cut.rows == 0
             assert block[1] % cut.depth == 0
             assert min(cut.rows, cut.depth) >= 16
-    assert not takes((8, 128))
+    assert not taken((8, 128))
+    assert takes(ExpertWeights(w13, w2))
 
 
 def made(kind: str) -> tuple[torch.Tensor, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from fse_patch.fusion_core.kernels import experts
+from fse_patch.fusion_core.kernels import experts, experts_fp8
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights, Scales, slots_of
 from fse_patch.fusion_core.kernels.experts_once import experts_once
 
@@ -17,9 +19,16 @@ SHAPES = [(2, 256, 128, 5, 2, 128), (9, 128, 64, 6, 2, 256), (3, 128, 128, 6, 2,
 if DEVICE == "cuda":
     SHAPES += [(1, 2048, 512, 512, 10, 512), (8, 2048, 512, 512, 10, 512), (16, 2048, 1408, 60, 4, 5632)]
 FORMATS = ("plain", *BLOCKS)
+# By whether routed and shared experts are plain; the pass that reads each expert once takes all others.
+KERNELS: dict[str, dict[tuple[bool, bool], Any]] = {
+    "once": {},
+    "small": {(True, True): experts.small_experts, (False, False): experts_fp8.small_experts},
+}
 
 
-def weights_in(how: str, count: int, hidden: int, width: int, seed: int) -> tuple[ExpertWeights, ExpertWeights]:
+def weights_in(
+    how: str, count: int, hidden: int, width: int, seed: int
+) -> tuple[ExpertWeights, ExpertWeights]:
     """Weights in a format, strided as engines leave them, and the same exactly, in float64."""
     w13 = draw(count, 2 * width, hidden, seed=seed, scale=0.05)
     w2 = draw(count, hidden, width, seed=seed + 1, scale=0.05)
@@ -36,7 +45,11 @@ def weights_in(how: str, count: int, hidden: int, width: int, seed: int) -> tupl
 
 
 def expected(
-    states: torch.Tensor, routed_: ExpertWeights, shared: ExpertWeights, weights: torch.Tensor, ids: torch.Tensor
+    states: torch.Tensor,
+    routed_: ExpertWeights,
+    shared: ExpertWeights,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
 ) -> torch.Tensor:
     """The layer's output in float64, the shared expert whole."""
     count = len(routed_.w2)
@@ -49,14 +62,14 @@ def expected(
     return out + experts.reference(states, shared.w13, shared.w2, weights[:, top_k : top_k + 1], none)
 
 
-@pytest.mark.parametrize("kind", ["even", "alike"])
+@pytest.mark.parametrize(("kind", "how"), [("even", "once"), ("alike", "once"), ("even", "small")])
 @pytest.mark.parametrize(
     ("routed_format", "shared_format"),
     [(how, how) for how in FORMATS] + [("block", "plain"), ("plain", "block"), ("channel", "block")],
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_shared_expert_apart(
-    shape: tuple[int, ...], routed_format: str, shared_format: str, kind: str
+    shape: tuple[int, ...], routed_format: str, shared_format: str, kind: str, how: str
 ) -> None:
     tokens, hidden, width, count, top_k, shared_width = shape
     states = draw(tokens, hidden, seed=4, dtype=torch.bfloat16)
@@ -69,7 +82,8 @@ def test_the_shared_expert_apart(
     weights[:, top_k:] = weights[:, top_k : top_k + 1]
     # An expert of the last token is elsewhere.
     ids[-1, 0] = -1
-    got = experts_once(states, routed_, weights, ids, shared)
+    kernel = KERNELS[how].get((routed_format == "plain", shared_format == "plain"), experts_once)
+    got = kernel(states, routed_, weights, ids, shared)
     limit = 0.005 if DEVICE == "cuda" else 0.012
     assert off(got, expected(states, exactly, shared_exactly, weights, ids)) < limit
     # The control: the shared expert weighs a little more in one token.

@@ -1,10 +1,10 @@
-"""Mode `once`, for few tokens: reads each expert that any of them chose once. Four launches that overlap."""
+"""Mode `once`, for few tokens: reads each expert that any of them chose once. Five launches that overlap."""
 
 from __future__ import annotations
 
 import torch
 
-from ...kernels.experts_once import experts_once, part_tokens
+from ...kernels.experts_once import experts_once, takes
 from ...kernels.work_list import MOST_TOKENS
 from ..execution import Execution
 from . import small
@@ -13,14 +13,12 @@ from . import small
 def run(execution: Execution, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Compute the layer's output [num_tokens, H] from ``hidden_states`` and ``logits`` [num_tokens, E]."""
     weights = execution.expert_weights()
-    if weights is None:
+    if not takes(weights):
         return small.run(execution, hidden_states, logits)
-    logits = execution.few_logits(hidden_states, logits)
+    topk_weights, topk_ids = execution.route_few(hidden_states, logits)
     # More tokens than the kernels take go through them in turn.
     parts = []
-    for states, some in zip(hidden_states.split(MOST_TOKENS), logits.split(MOST_TOKENS), strict=True):
-        part = part_tokens(len(states), weights)
-        fitted = states.contiguous() if weights.scales is not None else None
-        (topk_weights, topk_ids), work = execution.route_list(states, some, part, fitted)
-        parts.append(experts_once(states, weights, topk_weights, topk_ids, work=work))
+    for first in range(0, len(hidden_states), MOST_TOKENS):
+        some = slice(first, first + MOST_TOKENS)
+        parts.append(experts_once(hidden_states[some], weights, topk_weights[some], topk_ids[some]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
