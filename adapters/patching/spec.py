@@ -42,6 +42,7 @@ class PatchSpec:
         upstream: a link, or "none: " and the reason.
         remove_when: what makes it unnecessary.
         setting: environment variable that asks for it; without one it is always put in.
+        families: model families that it is for; none: all of them.
     """
 
     id: str
@@ -55,6 +56,7 @@ class PatchSpec:
     upstream: str
     remove_when: str
     setting: str | None = None
+    families: frozenset[str] = frozenset()
 
     @property
     def module(self) -> str:

@@ -31,7 +31,6 @@ VLLM, SGLANG, RUNNER = "vllm.model_executor", "sglang.srt", "sglang.srt.model_ex
 
 # Names that others build on too: they stay, and say in their own words when they go.
 PUBLIC = {
-    "vllm:__version__": "the release, as every package has it",
     "vllm:envs": "environment variables, by the names that users set",
     "vllm.platforms:current_platform": "every plugin of vLLM asks it what runs here",
     "vllm.config:set_current_vllm_config": "whoever builds or runs a layer outside of the engine needs it",
