@@ -23,6 +23,7 @@ Code = Literal[
     "quant.online",
     "backend.routing",
     "backend.topk_format",
+    "backend.layout",
     "parallel.ep",
     "parallel.eplb",
     "parallel.dp",
@@ -110,6 +111,11 @@ REASONS: Mapping[Code, Meaning] = {
     "backend.topk_format": Meaning(
         "The engine passes routing results in a form without room for the shared slots.",
         "choose another MoE runner",
+        asked_for=True,
+    ),
+    "backend.layout": Meaning(
+        "The engine lays experts out, or shares them out, in a way that the slots are not written for.",
+        "run without it",
         asked_for=True,
     ),
     "parallel.ep": Meaning("Experts are spread over ranks.", "run without it", asked_for=True),

@@ -26,7 +26,7 @@ from .engine_names import EngineName, engine_names, is_covered
 from .test_engine_ledgers import installed
 
 BOOKS = {engine: ledger.load(engine) for engine in ENGINES}
-TESTED = [(engine, release) for engine in ENGINES for release in BOOKS[engine].tested]
+LISTED = [(engine, release) for engine in ENGINES for release in BOOKS[engine].listed]
 VLLM, SGLANG, RUNNER = "vllm.model_executor", "sglang.srt", "sglang.srt.model_executor"
 
 # Names that others build on too: they stay, and say in their own words when they go.
@@ -49,6 +49,7 @@ DEFINED_IN = {
     f"{SGLANG}.layers.moe.get_moe_runner_backend": f"{SGLANG}.layers.moe.utils",
     f"{RUNNER}.runner.get_is_capture_mode": f"{RUNNER}.runner_utils.capture_mode",
     f"{SGLANG}.models.glm4_moe.should_skip_post_experts_all_reduce": f"{SGLANG}.layers.moe.utils",
+    f"{SGLANG}.models.glm4_moe.reduce_moe_output": f"{SGLANG}.layers.moe.utils",
     f"{SGLANG}.models.glm4_moe.tensor_model_parallel_all_reduce": f"{SGLANG}.distributed.communication_op",
 }
 # Private names of objects: whose they are, None where they are no engine's; and why the tree cannot tell.
@@ -56,6 +57,10 @@ PRIVATE = {
     "._allocate_buffers": (
         f"{VLLM}.layers.fused_moe.modular_kernel.FusedMoEKernelModularImpl._allocate_buffers",
         "the kernel comes out of a layer's quantisation method",
+    ),
+    "._defer_moe_finalize": (
+        f"{VLLM}.layers.fused_moe.config.FusedMoEConfig._defer_moe_finalize",
+        "the experts come out of a layer's quantisation method",
     ),
     "._weight_fp32": (f"{SGLANG}.models.glm4_moe.Glm4MoeGate._weight_fp32", "the gate comes out of a block"),
     "._forward_router_experts": (
@@ -87,8 +92,9 @@ ONLY_IN = {
     "._weight_fp32": MODES,
     # Classes of later releases are asked by a method.
     f"{SGLANG}.runtime_context.get_exec": SpecifierSet("<0.5.18"),
-    # The mode that needs it was measured in an earlier release.
-    f"{VLLM}.warmup.deep_gemm_warmup._is_deep_gemm_backed_kernel": SpecifierSet("<0.30"),
+    # How the GLM block sums over processes, which is asked of its forward.
+    f"{SGLANG}.models.glm4_moe.should_skip_post_experts_all_reduce": SpecifierSet("<0.5.21"),
+    f"{SGLANG}.models.glm4_moe.reduce_moe_output": SpecifierSet(">=0.5.21,<0.5.22"),
 }
 
 
@@ -134,12 +140,12 @@ def missing(book: ledger.Ledger, release: str, names: Iterable[EngineName]) -> l
     ]
 
 
-@pytest.mark.parametrize(("engine", "release"), TESTED)
+@pytest.mark.parametrize(("engine", "release"), LISTED)
 def test_every_name_is_guarded_or_public(engine: str, release: str) -> None:
     assert missing(BOOKS[engine], release, serving_path()) == [], "add them to patches/, or to a table here"
 
 
-@pytest.mark.parametrize("release", BOOKS["vllm"].tested)
+@pytest.mark.parametrize("release", BOOKS["vllm"].listed)
 def test_kernels_that_are_known_by_the_names_of_their_classes(release: str) -> None:
     patches = BOOKS["vllm"].patches_for(Version(release))
     classes = {split(source.reference)[1] for patch in patches for source in patch.relies_on}
@@ -214,7 +220,6 @@ def without(engine: str, tmp_path: Path, row: str, instead: str = "") -> ledger.
         ("vllm", "fused_moe.layer:make_parallel_config", "vllm/plan.py"),
         ("vllm", "fused_moe.config:FusedMoEConfig", "vllm/plan.py"),
         ("vllm", "deep_gemm_warmup:_deepgemm_fp8_gemm_nt_warmup", "vllm/fp8.py"),
-        ("vllm", "deep_gemm_warmup:_is_deep_gemm_backed_kernel", "vllm/fp8.py"),
         ("vllm", "modular_kernel:FusedMoEKernelModularImpl", "._allocate_buffers"),
         ("vllm", "moe_runner:MoERunner._forward_impl", "vllm/run.py"),
         ("vllm", "_aiter_ops:rocm_aiter_ops", "vllm/native.py"),

@@ -92,8 +92,7 @@ def start(folder: str, **server: Any) -> Any:
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
-    from sglang.srt.distributed import bootstrap, parallel_state
-    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+    from sglang.srt.distributed import parallel_state
     from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
@@ -106,10 +105,7 @@ def start(folder: str, **server: Any) -> Any:
     initialize_moe_config(*[args][: len(signature(initialize_moe_config).parameters)])
     config = ModelConfig.from_server_args(args)
     if not parallel_state.model_parallel_is_initialized():
-        bootstrap.init_torch_distributed(
-            server_args=args, model_config=config, device="cpu", ps=ParallelState.trivial(),
-            dist_port=standalone.free_port(), is_draft_worker=False, local_omp_cpuid=None,
-        )  # fmt: skip
+        standalone.start_groups(args, config, "cpu")
     # As SGLang's own runner does on a CPU.
     return adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), 1)
 

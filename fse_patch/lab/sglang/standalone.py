@@ -39,8 +39,6 @@ def start_sglang(folder: Path, dtype: str) -> Any:
     """
     import torch
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import bootstrap
-    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
     from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
@@ -58,13 +56,33 @@ def start_sglang(folder: Path, dtype: str) -> Any:
     initialize_moe_config(args)
     config = ModelConfig.from_server_args(args)
     torch.cuda.set_device(0)
+    start_groups(args, config, "cuda")
+    return config
+
+
+def start_groups(args: Any, config: Any, device: str) -> None:
+    """Make the process groups of one process, as the installed release makes them.
+
+    Args:
+        args: SGLang's ServerArgs, published.
+        config: its ModelConfig.
+        device: "cuda" or "cpu".
+    """
+    from sglang.srt.distributed import bootstrap
+
+    if (init := getattr(bootstrap, "init_parallel_runtime", None)) is not None:
+        init(server_args=args, device=device, dist_port=free_port())
+        bootstrap.init_layer_runtime(model_config=config)
+        return
+    # Up to 0.5.20.
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+
     bootstrap.init_torch_distributed(
         server_args=args,
         model_config=config,
-        device="cuda",
+        device=device,
         ps=ParallelState.trivial(),
         dist_port=free_port(),
         is_draft_worker=False,
         local_omp_cpuid=None,
     )
-    return config
