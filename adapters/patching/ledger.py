@@ -32,7 +32,7 @@ from .engine_families import (
     engine_families,
 )
 from .source import split
-from .spec import PatchSpec, Source
+from .spec import PatchSpec, Source, Unneeded
 
 # Start of a target that stands for one attribute of every entry class.
 EVERY_ENTRY_CLASS = "*."
@@ -71,6 +71,7 @@ class Entry(Strict):
     why: Text
     upstream: Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*|\{upstream\})$")]
     remove_when: Text
+    unneeded: Unneeded | None = None
     setting: Annotated[str, AfterValidator(_switch)] | None = None
 
 
@@ -249,6 +250,7 @@ def _patch(
         why=entry.why,
         upstream=entry.upstream,
         remove_when=entry.remove_when,
+        unneeded=entry.unneeded,
         setting=entry.setting,
         families=families,
     )

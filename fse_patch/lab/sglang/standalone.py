@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,6 @@ def start_sglang(folder: Path, dtype: str) -> Any:
     """
     import torch
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.layers.moe import initialize_moe_config
-    from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
 
     args = ServerArgs(
@@ -52,12 +51,23 @@ def start_sglang(folder: Path, dtype: str) -> Any:
         attention_backend="triton",
         sampling_backend="pytorch",
     )
-    publish(args, role="scheduler")
-    initialize_moe_config(args)
+    publish_alone(args)
     config = ModelConfig.from_server_args(args)
     torch.cuda.set_device(0)
     start_groups(args, config, "cuda")
     return config
+
+
+def publish_alone(args: Any) -> None:
+    """Tell SGLang of its ServerArgs, as of the only process of a server."""
+    from sglang.srt import runtime_context
+    from sglang.srt.layers.moe import initialize_moe_config
+
+    # Newer releases want to know which process it is; they take no arguments for the rest.
+    spawned = getattr(runtime_context, "SpawnRanks", None)
+    ranks = {} if spawned is None else {"ranks": spawned(world_rank=0, dp_rank=None, gpu_id=0)}
+    runtime_context.publish(args, role="scheduler", **ranks)
+    initialize_moe_config(*[args][: len(signature(initialize_moe_config).parameters)])
 
 
 def start_groups(args: Any, config: Any, device: str) -> None:
