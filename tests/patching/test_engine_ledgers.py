@@ -5,6 +5,7 @@ Engines come from ENGINE_SITES (site-packages folders) and from the environment 
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from packaging.version import Version
 
 from fse_patch import table_coverage
 from fse_patch.adapters.patching import guards, ledger, standing
+from fse_patch.adapters.patching.source import nodes
 from fse_patch.errors import FsePatchError
 from fse_patch.patches import ENGINES
 
@@ -115,3 +117,17 @@ def test_guards_notice_another_release(engine: str, version: str, site: tuple[st
         known.clear()
         known.update(known_before)
     assert any(problems)
+
+
+@pytest.mark.parametrize(("engine", "version", "site"), installed() or [pytest.param("", "", (), id="none")])
+def test_workspaces_are_the_first_two_buffers(engine: str, version: str, site: tuple[str, ...]) -> None:
+    """A layer's modes take these two of what an installed vLLM allocates, and leave the rest."""
+    if engine != "vllm":
+        pytest.skip("a matter of vLLM")
+    module = "vllm.model_executor.layers.fused_moe.modular_kernel"
+    (function,) = nodes(f"{module}:FusedMoEKernelModularImpl._allocate_buffers", site)
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    assert returned
+    for value in returned:
+        assert isinstance(value, ast.Tuple)
+        assert [ast.unparse(item) for item in value.elts[:2]] == ["workspace13", "workspace2"]
