@@ -20,7 +20,7 @@ PART ?=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-envs: ## build every environment of ci/matrix.yaml under .venvs/ (resumes where it stopped)
+envs: ## build the environments of `make test` under .venvs/ (resumes where it stopped)
 	@$(PYTHON) ci/envs.py
 
 demo: ## tiny models of four families, stock against fused, in both engines (or ENGINE=vllm, ENGINE=sglang)
@@ -33,7 +33,8 @@ releases: ## every listed release, and the newest, as the package index has them
 test: envs ## lint, core tests, one release of each engine in whole, the others in short: about half an hour
 	@$(PYTHON) ci/testing.py
 
-test-all: envs ## every test on every release, in parts; what passed on the same tree is not run again (or PART=NAME)
+test-all: ## every test on every release, in parts; what passed on the same tree is not run again (or PART=NAME)
+	@$(PYTHON) ci/envs.py --all
 	@$(PYTHON) ci/test_all.py $(PART)
 
 test-core: ## the tests that need no engine
