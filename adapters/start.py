@@ -224,4 +224,4 @@ def announce_other(engine: str, cls: type, effective: Settings) -> None:
     if refused := _refused(engine, cls):
         reason = Reason(cast(Code, refused.reason), refused.detail)
     _stop_if_asked_to(engine, reason, effective)
-    announce(Stock(role="main", engine=engine, reason=reason))
+    announce(Stock(role=_book(engine).roles.get(_name(cls), "main"), engine=engine, reason=reason))
