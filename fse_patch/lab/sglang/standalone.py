@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,27 @@ def publish_alone(args: Any) -> None:
     ranks = {} if spawned is None else {"ranks": spawned(world_rank=0, dp_rank=None, gpu_id=0)}
     runtime_context.publish(args, role="scheduler", **ranks)
     initialize_moe_config(*[args][: len(signature(initialize_moe_config).parameters)])
+
+
+@contextmanager
+def native_fusion_decided(config: Any) -> Iterator[None]:
+    """Build blocks as SGLang's loader has them built: it decides on its own fusion before any layer exists.
+
+    Args:
+        config: SGLang's ModelConfig, of an unquantised model.
+    """
+    from sglang.srt.layers.moe import utils
+    from sglang.srt.model_loader.utils import get_model_architecture
+    from sglang.srt.runtime_context import get_model
+
+    asked = get_model_architecture(config)[0], config.hf_config, None
+    if (resolve := getattr(utils, "resolve_shared_experts_config", None)) is not None:  # from 0.5.23 on
+        with get_model().override(shared_experts=resolve(*asked)):
+            yield
+        return
+    # In 0.5.17 the blocks decide.
+    getattr(utils, "install_shared_experts_fusion_decision", lambda *_: None)(*asked)
+    yield
 
 
 def start_groups(args: Any, config: Any, device: str) -> None:
