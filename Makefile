@@ -10,24 +10,31 @@ SAMPLE ?=
 SEED ?= 1
 ONLY ?=
 KEEP ?=
+# Of `make releases`: write what it finds.
+WRITE ?=
 # Parts of `make test-all`, or nothing for all that have not passed; python3 ci/test_all.py --list names them.
 PART ?=
 
-.PHONY: help envs demo test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz mutants lint format
+.PHONY: help envs demo releases test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz mutants lint format
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-envs: ## build every environment of ci/matrix.yaml under .venvs/ (resumes where it stopped)
+envs: ## build the environments of `make test` under .venvs/ (resumes where it stopped)
 	@$(PYTHON) ci/envs.py
 
 demo: ## tiny models of four families, stock against fused, in both engines (or ENGINE=vllm, ENGINE=sglang)
 	@$(PYTHON) ci/demo.py $(ENGINE)
 
+releases: ## every listed release, and the newest, as the package index has them, against patches/ (WRITE=1 writes)
+	@$(PYTHON) ci/envs.py core
+	@.venvs/core/bin/python ci/releases.py $(if $(WRITE),--write)
+
 test: envs ## lint, core tests, one release of each engine in whole, the others in short: about half an hour
 	@$(PYTHON) ci/testing.py
 
-test-all: envs ## every test on every release, in parts; what passed on the same tree is not run again (or PART=NAME)
+test-all: ## every test on every release, in parts; what passed on the same tree is not run again (or PART=NAME)
+	@$(PYTHON) ci/envs.py --all
 	@$(PYTHON) ci/test_all.py $(PART)
 
 test-core: ## the tests that need no engine

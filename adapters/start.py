@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from .. import runtime
 from ..errors import FsePatchError, RefusedError
@@ -21,10 +21,12 @@ from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, rem
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.evidence.gather import read_evidence
 from ..fusion_core.forward.plan import ModePlan
-from ..fusion_core.reasons import CONTRADICTIONS, Reason
+from ..fusion_core.reasons import CONTRADICTIONS, Code, Reason
 from ..settings import Settings
-from .patching import ledger
+from .patching import ledger, standing
 
+# Codes of patches that some families do without.
+CANNOT_BE_APPLIED: frozenset[Code] = frozenset({"fingerprint", "release.seam"})
 log = logging.getLogger("fse_patch")
 
 
@@ -114,8 +116,9 @@ def begin(settled: Settled, layers: int, settings: Settings, expert_format: Any 
     """
     decision, plan, files = settled.decision, settled.plan, settled.files
     if isinstance(decision, Stock):
-        _stop_if_asked_to(decision, settings)
-    announce(decision, settled.remark)
+        _stop_if_asked_to(decision.engine, decision.reason, settings)
+    new = "" if plan is None else standing.remark_here(decision.engine)
+    announce(decision, settled.remark + (f"; {new}" if new else ""))
     family, moe = family_of(decision.model_type), decision.moe
     if plan is None or files is None or family is None or moe is None:
         return Unfused(settled.native_off)
@@ -123,10 +126,9 @@ def begin(settled: Settled, layers: int, settings: Settings, expert_format: Any 
     return Start(decision, moe, naming, files, plan, settings, expert_format, settled.native_off)
 
 
-def _stop_if_asked_to(decision: Stock, settings: Settings) -> None:
-    reason = decision.reason
-    if reason.code in CONTRADICTIONS and settings.strict_arguments:
-        print(f"fse_patch: {decision.engine}: {reason.code}: {reason.detail}", file=sys.stderr, flush=True)
+def _stop_if_asked_to(engine: str, reason: Reason, settings: Settings) -> None:
+    if settings.strict and reason.code in CONTRADICTIONS | CANNOT_BE_APPLIED:
+        print(f"fse_patch: {engine}: {reason.code}: {reason.detail}", file=sys.stderr, flush=True)
         raise SystemExit(RefusedError.exit_status)
 
 
@@ -192,18 +194,34 @@ def announce(decision: Decision, remark: str = "") -> None:
 
 
 @cache
-def _entry_roles(engine: str) -> dict[str, Role]:
-    """Return the role of each entry class of an engine, by ``module:class``."""
-    return dict(ledger.load(engine).roles)
+def _book(engine: str) -> ledger.Ledger:
+    return ledger.load(engine)
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _refused(engine: str, cls: type) -> RefusedError | None:
+    """Return why models of an entry class stay as the engine builds them here; None where nothing says so."""
+    return standing.refused_here(engine).get(_book(engine).families.get(_name(cls), ""))
 
 
 def role_of(engine: str, cls: type) -> Role | None:
-    """Return the role of an entry class; None for every other class."""
-    return _entry_roles(engine).get(f"{cls.__module__}:{cls.__qualname__}")
+    """Return the role of an entry class; None for every other class, and where its patches are not in."""
+    return None if _refused(engine, cls) else _book(engine).roles.get(_name(cls))
 
 
-def announce_other(engine: str, cls: type) -> None:
-    """Say of a model that is not an entry class that it stays stock: silence never means on."""
-    if role_of(engine, cls) is None:
-        detail = f"{cls.__name__} is not a model class that fse_patch knows"
-        announce(Stock(role="main", engine=engine, reason=Reason("family.unknown", detail)))
+def announce_other(engine: str, cls: type, effective: Settings) -> None:
+    """Say of a model that nothing decides for that it stays stock: silence never means on.
+
+    Raises:
+        SystemExit: its patches could not be put in, and FSE_PATCH_STRICT is set.
+    """
+    if role_of(engine, cls) is not None:
+        return
+    reason = Reason("family.unknown", f"{cls.__name__} is not a model class that fse_patch knows")
+    if refused := _refused(engine, cls):
+        reason = Reason(cast(Code, refused.reason), refused.detail)
+    _stop_if_asked_to(engine, reason, effective)
+    announce(Stock(role=_book(engine).roles.get(_name(cls), "main"), engine=engine, reason=reason))

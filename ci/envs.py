@@ -1,6 +1,7 @@
 """Builds the environments of ci/matrix.yaml under .venvs/, resumably.
 
-    python3 ci/envs.py [NAME ...]        all of them, or the named ones
+    python3 ci/envs.py [NAME ...]        those of `make test`, or the named ones
+    python3 ci/envs.py --all             those of `make test-all` too
     python3 ci/envs.py --list            their names, one a line
 
 Every step looks at what the environment really holds and does only what is missing, so a build that was cut
@@ -223,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the names and build nothing")
     parser.add_argument("--engine", help="only the environments of this engine")
+    parser.add_argument("--all", action="store_true", help="also those that `make test-all` alone needs")
     args = parser.parse_args(argv)
     spec = matrix()
     names = [] if args.engine else ["core"]
@@ -232,7 +234,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if unknown := [n for n in args.names if n not in names]:
         parser.error(f"no environment {unknown[0]!r}; there are {', '.join(names)}")
-    return build(args.names or names, spec)
+    short = {row["name"] for row in spec["engines"] if row.get("short")}
+    return build(args.names or [name for name in names if args.all or name not in short], spec)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 `make test` runs all tests but those marked `long` on one release of each engine, which has ``whole`` in the
 matrix; on the other releases, of these, the tests marked `every_release`. `make test-all` runs all tests on
-all releases, but for those marked `one_release` where a release stands on the packages of another.
+all releases, but for those marked `one_release` where a release stands on the packages of another. What is
+``short`` in the matrix is in `make test-all` alone: a model of each block is built, loaded and verified.
 """
 
 from __future__ import annotations
@@ -90,6 +91,11 @@ def engine(row: Row) -> Step:
     """Run what `make test` runs on a release."""
     marks = "not long" if row.get("whole") else "every_release and not long"
     return of_engine(row, "tests", [f"tests/{row['engine']}"], marks)
+
+
+def short(row: Row) -> Step:
+    """Build, load and verify a model of each block in a release, and a fault."""
+    return of_engine(row, "short", [f"tests/{row['engine']}/test_verify.py"], "every_release and not long")
 
 
 def faults(row: Row) -> Step:

@@ -135,7 +135,8 @@ def chosen(names: list[str], rows: list[steps.Row]) -> list[Step]:
     rows = sorted(rows, key=lambda row: not row.get("whole"))
     there = {"lint": steps.lint(), "core": [steps.core(rows)], "kernels": [steps.kernels(rows)]}
     there |= {
-        kind: [steps.engine(row) for row in rows if row["engine"] == kind] for kind in steps.engines(rows)
+        kind: [steps.engine(row) for row in rows if row["engine"] == kind and not row.get("short")]
+        for kind in steps.engines(rows)
     }
     there["faults"] = [steps.faults(row) for row in rows if row.get("whole")]
     return [step for name in names for step in there[name]]

@@ -14,15 +14,16 @@ __all__ = ["__version__", "apply", "remove", "status"]
 # The functions import what they need when called: importing fse_patch must cost nothing.
 
 
-def apply(engine: str, *, strict: bool | None = None, allow_untested: bool | None = None) -> Report:
+def apply(engine: str, *, strict: bool | None = None) -> Report:
     """Patch an installed engine in this process and in its child processes, before or after it is imported.
+
+    A release that is not listed is patched where all that the patches need of it reads as in one that is.
 
     Args:
         engine: "vllm" or "sglang".
         strict: raise when a patch cannot be applied; otherwise the report says what was refused, and the
-            engine is untouched. Default: FSE_PATCH_STRICT, which is on unless set to 0.
-        allow_untested: try a release outside the tested list; fingerprints are still compared. Default:
-            FSE_PATCH_ALLOW_UNTESTED, which is off.
+            engine is untouched, or its models of those families that the patch is for. Default:
+            FSE_PATCH_STRICT, and to raise where it is not set.
 
     Returns:
         What was patched, what waits for its module to be imported, and what was refused and why.
@@ -33,7 +34,7 @@ def apply(engine: str, *, strict: bool | None = None, allow_untested: bool | Non
     """
     from . import session
 
-    return session.apply(engine, strict=strict, allow_untested=allow_untested)
+    return session.apply(engine, strict=strict)
 
 
 def remove(engine: str) -> None:

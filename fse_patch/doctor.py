@@ -14,8 +14,8 @@ from typing import Any
 from packaging.version import Version
 
 from . import settings, table_coverage
-from .adapters.patching import guards, ledger
-from .errors import FsePatchError
+from .adapters.patching import guards, ledger, standing
+from .errors import FsePatchError, RefusedError
 from .fusion_core.checkpoint.families import families
 from .fusion_core.decision.native import fusing
 from .fusion_core.decision.policy_file import load_policy
@@ -102,12 +102,10 @@ def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
         problems.append(str(error))
         return settings.Settings()
     weakened = {
-        f"{settings.STRICT}=0: what cannot be patched is served stock, with a warning": not effective.strict,
         f"{settings.VERIFY}=off: what is loaded is not compared with its checkpoint": effective.verify
         == "off",
         f"{settings.ALLOW_UNPROVEN}=1: quantised formats are fused that nobody ran, or nothing proves "
         "after loading": effective.allow_unproven,
-        f"{settings.ALLOW_UNTESTED}=1: releases that no test has seen are patched": effective.allow_untested,
     }
     hazards += [words for words, holds in weakened.items() if holds]
     return effective
@@ -156,6 +154,8 @@ def _engine(
         "switched_on": on,
         "tested": list(book.tested),
         "is_tested": None,
+        "seams_of": None,
+        "remark": "",
         "entry_points": [],
         "guards": {},
         "native_fusion": [],
@@ -169,15 +169,14 @@ def _engine(
         return report
     release = Version(version)
     report |= {"installed": version, "is_tested": book.facts.is_tested(release)}
-    if not report["is_tested"] and not effective.allow_untested:
-        problems.append(f"{engine} {version} is not a tested release ({', '.join(book.tested)})")
-    chosen = book.patches_for(release)
-    report["guards"] = {patch.id: guards.guard(patch) or "ok" for patch in chosen}
-    problems += [
-        f"{engine}: patch {name}: {state}" for name, state in report["guards"].items() if state != "ok"
-    ]
-    if not chosen:
-        problems.append(f"{engine} {version}: no patch is for this release")
+    try:
+        found = standing.standing_of(book, version, effective.switches)
+    except RefusedError as error:
+        problems.append(str(error))
+        return report
+    report |= {"seams_of": found.seams_of, "remark": found.remark}
+    report["guards"] = {p.id: str(found.problems.get(p.id, "ok")) for p in found.patches}
+    problems += [str(problem) for problem in found.problems.values()]
     plugins = book.facts.plugins
     points = list(entry_points(group=plugins.group))
     report["entry_points"] = [f"{point.name} = {point.value}" for point in points]

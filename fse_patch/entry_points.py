@@ -28,7 +28,7 @@ def sglang() -> None:
 def _run(engine: str) -> None:
     if not os.environ.get(ENABLE):
         return
-    strict = True
+    strict: bool | None = True
     try:
         if engine not in engines_in(os.environ[ENABLE]):
             return
@@ -36,14 +36,16 @@ def _run(engine: str) -> None:
         from . import session
 
         report = session.apply(engine, serving=True)
-    except Exception as error:  # also a bug of ours must not leave a server that looks patched
+    except Exception as error:
+        # What comes out of `apply` unasked is bad input, such as a malformed policy; or a bug of ours, which
+        # must not keep a server from its work: nothing is patched, nothing is built.
         known = isinstance(error, FsePatchError)
         line = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if strict:
+        if strict or known:
             # SGLang catches Exception around plugins and would serve unpatched.
             print(f"fse_patch: {line}", file=sys.stderr, flush=True)
             raise SystemExit(getattr(error, "exit_status", FsePatchError.exit_status)) from error
-        _announce(engine, logging.WARNING, f"{engine}: off: {line}")
+        _announce(engine, logging.WARNING, f"{engine}: off: {line}; please report it")
         return
     if not report.on:
         _announce(engine, logging.WARNING, report.summary())

@@ -24,12 +24,14 @@ class Report:
 
     Args:
         reason: why nothing was patched, in one line; "" if the patches are on.
+        remark: whose seams a release has that is not listed; "" for one that is.
     """
 
     engine: str
     engine_version: str
     patches: tuple[PatchReport, ...]
     reason: str = ""
+    remark: str = ""
 
     @property
     def on(self) -> bool:
@@ -43,6 +45,7 @@ class Report:
             "engine_version": self.engine_version,
             "on": self.on,
             "reason": self.reason,
+            "remark": self.remark,
             "patches": [asdict(p) for p in self.patches],
         }
 
@@ -53,7 +56,7 @@ class Report:
             return f"{name}: off: {self.reason}"
         states = [p.state for p in self.patches]
         counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-        return f"{name}: on: {counts or 'no patches'}"
+        return "; ".join(filter(None, (f"{name}: on: {counts or 'no patches'}", self.remark)))
 
     def __str__(self) -> str:
         width = max((len(p.id) for p in self.patches), default=0)

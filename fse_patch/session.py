@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from . import child_environment, metrics, runtime, settings
-from .adapters.patching import guards, ledger
+from .adapters.patching import guards, ledger, standing
 from .adapters.patching.spec import PatchSpec
 from .adapters.patching.transaction import NOT_APPLIED, PatchSet, lock
 from .errors import FsePatchError
@@ -24,13 +24,14 @@ log = logging.getLogger("fse_patch")
 @dataclass(frozen=True)
 class _Active:
     engine: str
-    version: str
+    here: standing.Standing
     patches: PatchSet
 
     def report(self) -> Report:
         failure = self.patches.failure
-        states = tuple(PatchReport(p.id, p.target, self.patches.state(p)) for p in self.patches.patches)
-        return Report(self.engine, self.version, states, "" if failure is None else str(failure))
+        states = _states(self.here, self.patches.state, {p.id for p in self.patches.patches})
+        reason = "" if failure is None else str(failure)
+        return Report(self.engine, self.here.version, states, reason, self.here.remark)
 
 
 _active: dict[str, _Active] = {}
@@ -42,32 +43,35 @@ def _known(engine: str) -> None:
         raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(ENGINES)}")
 
 
-def _guard(book: ledger.Ledger, patches: tuple[PatchSpec, ...]) -> dict[str, FsePatchError]:
-    """Return what is wrong, by patch."""
-    errors: dict[str, FsePatchError] = {}
-    for patch in patches:
-        try:
-            guards.check_source(book, patch)
-            guards.check_factory(patch)
-        except FsePatchError as error:
-            errors[patch.id] = error
-    return errors
+def _standing(book: ledger.Ledger, version: str, effective: settings.Settings) -> standing.Standing:
+    """Compare the installed release with the listed ones.
+
+    Raises:
+        FsePatchError: it is older than them, or our own package is incomplete.
+    """
+    here = standing.standing_of(book, version, effective.switches)
+    for patch in here.patches:
+        guards.check_factory(patch)
+    return here
 
 
-def _declined(
-    engine: str,
-    version: str,
-    patches: tuple[PatchSpec, ...],
-    error: FsePatchError,
-    errors: Mapping[str, FsePatchError],
-) -> Report:
-    reports = tuple(
-        PatchReport(p.id, p.target, REFUSED, str(errors[p.id]))
-        if p.id in errors
-        else PatchReport(p.id, p.target, NOT_APPLIED)
-        for p in patches
-    )
-    return Report(engine, version, reports, str(error))
+def _states(
+    here: standing.Standing | None, state: Callable[[PatchSpec], str], usable: Collection[str]
+) -> tuple[PatchReport, ...]:
+    """Report every patch: what is wrong with it; that its families are left alone; or its state."""
+    reports = []
+    for patch in () if here is None else here.patches:
+        problem = here.problems.get(patch.id) if here is not None else None
+        if problem is not None:
+            reports.append(PatchReport(patch.id, patch.target, REFUSED, str(problem)))
+        else:
+            now = state(patch) if patch.id in usable else NOT_APPLIED
+            reports.append(PatchReport(patch.id, patch.target, now))
+    return tuple(reports)
+
+
+def _off(engine: str, version: str, here: standing.Standing | None, error: FsePatchError) -> Report:
+    return Report(engine, version, _states(here, lambda _: NOT_APPLIED, ()), str(error))
 
 
 def _failed(engine: str, failure: FsePatchError) -> None:
@@ -76,13 +80,22 @@ def _failed(engine: str, failure: FsePatchError) -> None:
         log.warning("%s: off: %s", engine, failure)
 
 
-def apply(
-    engine: str, *, strict: bool | None = None, allow_untested: bool | None = None, serving: bool = False
-) -> Report:
+def _building() -> bool:
+    """Return whether a model was built here with patches in, or is being built: there is no way back then."""
+    models = sys.modules.get(f"{__package__}.adapters.role")
+    return models is not None and bool(models.ACTIVE.get() or models.constructed())
+
+
+def apply(engine: str, *, strict: bool | None = None, serving: bool = False) -> Report:
     """Patch an engine as `fse_patch.apply` says.
 
-    ``serving``: called by the engine itself. In strict mode, a patch that fails later, while a module is
-    imported, then ends the process: engines catch exceptions there.
+    ``serving``: called by the engine itself. What cannot be patched is served stock then, unless
+    FSE_PATCH_STRICT is set; where that is some families alone, it is said when a model of one is built. A
+    patch that fails later, while a module is imported, ends the process in strict mode, and where a model was
+    built before: engines catch exceptions there.
+
+    Raises:
+        FsePatchError: as `fse_patch.apply`; a malformed policy, whoever calls.
     """
     _known(engine)
     with lock:
@@ -92,38 +105,38 @@ def apply(
                 return _active[engine].report()
             _active.pop(engine).patches.revert()
         effective = settings.load()
-        stop = effective.strict if strict is None else strict
+        stop = next((s for s in (strict, effective.strict) if s is not None), not serving)
         load_policy(effective.policy_file)  # a malformed one must stop here, not in a worker
         book = ledger.load(engine)
-        version = guards.engine_version(book)
-        chosen = book.patches
-        errors: dict[str, FsePatchError] = {}
+        version, here = "", None
         try:
-            chosen = guards.check_version(
-                book, version, effective.allow_untested if allow_untested is None else allow_untested
-            )
-            chosen = tuple(p for p in chosen if p.setting is None or p.setting in effective.switches)
-            if errors := _guard(book, chosen):
-                raise next(iter(errors.values()))
+            version = guards.engine_version(book)
+            here = _standing(book, version, effective)
+            problem = here.blocking
+            # Which family a server serves shows when it builds a model; see `adapters.start`.
+            if problem is None and stop and not serving:
+                problem = next(iter(here.refused.values()), None)
+            if problem is not None:
+                raise problem
             patches = PatchSet(
                 book.facts.import_name,
-                chosen,
+                here.usable,
                 stop,
                 on_failure=lambda failure: _failed(engine, failure),
+                building=_building,
             )
             patches.exits = serving
             patches.apply()
         except FsePatchError as error:
-            _refused[engine] = _declined(engine, version, chosen, error, errors)
-            if stop:
+            _refused[engine] = _off(engine, version, here, error)
+            if stop or not (version or serving):
                 raise
             return _refused[engine]
         _refused.pop(engine, None)
+        standing.note(here)
         runtime.on_change(_publish)
-        _active[engine] = _Active(engine, version, patches)
-        child_environment.switch_on(
-            engine, {settings.STRICT: strict, settings.ALLOW_UNTESTED: allow_untested}
-        )
+        _active[engine] = _Active(engine, here, patches)
+        child_environment.switch_on(engine, {settings.STRICT: strict})
         return _active[engine].report()
 
 
@@ -134,6 +147,7 @@ def remove(engine: str) -> None:
         _refused.pop(engine, None)
         if (active := _active.pop(engine, None)) is not None:
             child_environment.switch_off(engine)
+            standing.forget(engine)
             active.patches.revert()
 
 

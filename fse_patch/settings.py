@@ -12,7 +12,6 @@ from .patches import ENGINES
 
 ENABLE = "FSE_PATCH"
 STRICT = "FSE_PATCH_STRICT"
-ALLOW_UNTESTED = "FSE_PATCH_ALLOW_UNTESTED"
 ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
 ALLOW_UNPROVEN = "FSE_PATCH_ALLOW_UNPROVEN"
 VERIFY = "FSE_PATCH_VERIFY"
@@ -25,10 +24,9 @@ SWITCHES = (GATE_KERNEL,)
 # Of every variable, what holds where it is not set.
 DEFAULTS = {
     ENABLE: "0",
-    STRICT: "1",
+    STRICT: "",
     POLICY: "",
     VERIFY: "sample",
-    ALLOW_UNTESTED: "0",
     ALLOW_UNMEASURED: "0",
     ALLOW_UNPROVEN: "0",
     TUNED: "",
@@ -44,10 +42,9 @@ class Settings:
 
     Args:
         engines: engines that FSE_PATCH switches on ("1" means all, or a comma list of names).
-        strict: FSE_PATCH_STRICT, default on: a patch that cannot be applied stops the process.
-        strict_arguments: FSE_PATCH_STRICT is set and on: engine arguments that forbid to fuse stop it too.
+        strict: FSE_PATCH_STRICT: a patch that cannot be applied stops a server, and so do engine arguments
+            that forbid to fuse. None where it is not set: a server runs unfused, `fse_patch.apply` raises.
         policy: FSE_PATCH_POLICY, path of the user's own policy file, or None.
-        allow_untested: FSE_PATCH_ALLOW_UNTESTED: try releases outside the tested list (guards stay).
         allow_unmeasured: FSE_PATCH_ALLOW_UNMEASURED: fuse where nothing shows that it is not slower.
         allow_unproven: FSE_PATCH_ALLOW_UNPROVEN: fuse quantised formats that were never compared there, or
             that the canary cannot read.
@@ -58,10 +55,8 @@ class Settings:
     """
 
     engines: frozenset[str] = frozenset()
-    strict: bool = True
-    strict_arguments: bool = False
+    strict: bool | None = None
     policy: str | None = None
-    allow_untested: bool = False
     allow_unmeasured: bool = False
     allow_unproven: bool = False
     verify: str = "sample"
@@ -132,10 +127,8 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
     env = os.environ if env is None else env
     return Settings(
         engines=engines_in(env.get(ENABLE, "")),
-        strict=_flag(env, STRICT, True),
-        strict_arguments=_flag(env, STRICT, False),
+        strict=_flag(env, STRICT, False) if env.get(STRICT) else None,
         policy=env.get(POLICY) or None,
-        allow_untested=_flag(env, ALLOW_UNTESTED, False),
         allow_unmeasured=_flag(env, ALLOW_UNMEASURED, False),
         allow_unproven=_flag(env, ALLOW_UNPROVEN, False),
         verify=_choice(env, VERIFY, "sample", VERIFY_CHOICES),

@@ -16,7 +16,7 @@ from .data_file import Release, Specifier, Strict, Text, check, parse
 
 
 class ReleaseRow(Strict):
-    """One release, and where fusing was run in it.
+    """One release whose seams were reviewed, and where fusing was run in it.
 
     Args:
         cpu: by the test-suite, on a CPU.
@@ -100,7 +100,7 @@ class EngineFacts(Strict):
         engine: its name here.
         import_name: of its package.
         distributions: names under which it is installed; the first one that is there counts.
-        releases: those in which fusing was run.
+        releases: those whose seams were reviewed: every text that patches replace or rely on.
         read: releases whose source was read.
         backends: platform -> stock's MoE backend for unquantised weights, where it is known.
         load_formats: those whose loaders pass every tensor by its name, and the files that they read.
@@ -120,6 +120,11 @@ class EngineFacts(Strict):
     load_formats: dict[Text, LoadFormat]
     dropped_beside: dict[Text, Text] = Field(default_factory=dict)
     added_files: dict[Text, AddedFile] = Field(default_factory=dict)
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """List the releases whose seams were reviewed."""
+        return tuple(row.release for row in self.releases)
 
     @property
     def tested(self) -> tuple[str, ...]:

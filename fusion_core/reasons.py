@@ -23,6 +23,7 @@ Code = Literal[
     "quant.online",
     "backend.routing",
     "backend.topk_format",
+    "backend.layout",
     "parallel.ep",
     "parallel.eplb",
     "parallel.dp",
@@ -35,6 +36,7 @@ Code = Literal[
     "evidence.unreadable",
     "version.untested",
     "fingerprint",
+    "release.seam",
     "upstream.already",
     "upstream.wrong",
     "slower.measured",
@@ -111,6 +113,11 @@ REASONS: Mapping[Code, Meaning] = {
         "choose another MoE runner",
         asked_for=True,
     ),
+    "backend.layout": Meaning(
+        "The engine lays experts out, or shares them out, in a way that the slots are not written for.",
+        "run without it",
+        asked_for=True,
+    ),
     "parallel.ep": Meaning("Experts are spread over ranks.", "run without it", asked_for=True),
     "parallel.eplb": Meaning("The expert load balancer moves experts.", "run without it", asked_for=True),
     "parallel.dp": Meaning("Attention is data parallel, which is not proven yet.", asked_for=True),
@@ -131,10 +138,13 @@ REASONS: Mapping[Code, Meaning] = {
     ),
     "evidence.unreadable": Meaning("`config.json` or the headers of the checkpoint could not be read."),
     "version.untested": Meaning(
-        "This release of the engine is not on the list of tested ones.",
-        "install one of them; FSE_PATCH_ALLOW_UNTESTED=1 relies on the fingerprints alone",
+        "This release of the engine is older than every listed one.", "install one of docs/releases.md"
     ),
     "fingerprint": Meaning("The engine's source is not the one that the patches were written for."),
+    "release.seam": Meaning(
+        "The release is newer than the listed ones, and a definition that the patches need reads otherwise.",
+        "wait for a version of fse_patch that lists it, or install one of docs/releases.md",
+    ),
     "upstream.already": Meaning("This release fuses the model by itself, and rightly."),
     "upstream.wrong": Meaning(
         "The engine itself builds other layers than the checkpoint has: its own answers are wrong.",

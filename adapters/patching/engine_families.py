@@ -145,13 +145,26 @@ class EngineFamilies:
 
     Args:
         entry_classes: in the order of their files.
+        families: entry class -> its family.
         blocks: those that stand with their class in a file.
         used: family -> the block that its models build, with their arguments.
     """
 
     entry_classes: tuple[EntryClass, ...]
+    families: Mapping[str, str]
     blocks: tuple[Block, ...]
     used: Mapping[str, Block]
+
+    def of_target(self, target: str) -> frozenset[str]:
+        """Return the families that an attribute of an entry class or of a block is for; none: all of them."""
+        owner = target.rpartition(".")[0]
+        if owner in self.families:
+            return frozenset({self.families[owner]})
+        return frozenset(f for f, block in self.used.items() if block.reference == owner)
+
+    def of_block(self, block: Block) -> frozenset[str]:
+        """Return the families whose models build a block."""
+        return frozenset(f for f, used in self.used.items() if used.family == block.family)
 
 
 def engine_families(engine: str, files: Iterable[FamilyFile]) -> EngineFamilies:
@@ -161,11 +174,13 @@ def engine_families(engine: str, files: Iterable[FamilyFile]) -> EngineFamilies:
         FsePatchError: a file is malformed, or refers to a block that no file has.
     """
     entries: list[EntryClass] = []
+    owners: dict[str, str] = {}
     written: dict[str, tuple[FamilyFile, BlockEntry]] = {}
     for file in files:
         if engine in file.engines:
             here = check(file.path, _Engines, {"engines": {engine: file.engines[engine]}}).engines[engine]
             entries += here.entry_classes
+            owners |= {entry.model: file.spec.name for entry in here.entry_classes}
             written[file.spec.name] = file, here.block
     blocks = {name: _block(name, block, block) for name, (_, block) in written.items() if block.class_}
     used = dict(blocks)
@@ -176,7 +191,7 @@ def engine_families(engine: str, files: Iterable[FamilyFile]) -> EngineFamilies:
                 raise FsePatchError(f"{file.path}: {place}: {other!r} has no block of its own here")
         if block.same_as is not None:
             used[name] = _block(block.same_as, written[block.same_as][1], block)
-    return EngineFamilies(tuple(entries), tuple(blocks.values()), used)
+    return EngineFamilies(tuple(entries), owners, tuple(blocks.values()), used)
 
 
 def _block(family: str, entry: BlockEntry, borrower: BlockEntry) -> Block:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from ...errors import FsePatchError, RefusedError
+from ...errors import FsePatchError
 from .ledger import Ledger
 from .source import SCOPES, fingerprint, nodes, nodes_in, source_file, split
 from .spec import PatchSpec, Source
 
-_WHAT_TO_DO = "run `fse-patch patches --engine {engine}`, and use a tested release: {tested}"
+_WHAT_TO_DO = "run `fse-patch patches --engine {engine}`, and use a listed release: {listed}"
 
 
 def engine_version(ledger: Ledger, site_packages: Sequence[str] | None = None) -> str:
@@ -40,27 +40,8 @@ def engine_version(ledger: Ledger, site_packages: Sequence[str] | None = None) -
     return version
 
 
-def check_version(ledger: Ledger, version: str, allow_untested: bool = False) -> tuple[PatchSpec, ...]:
-    """Return the patches for this release.
-
-    Raises:
-        RefusedError: ``version.untested``: the release is not on the list, or no patch is for it.
-    """
-    tested = ", ".join(ledger.tested) or "none"
-    if not ledger.facts.is_tested(Version(version)) and not allow_untested:
-        raise RefusedError(
-            "version.untested",
-            f"{ledger.engine} {version} is not a tested release ({tested}); install one of them, "
-            "or set FSE_PATCH_ALLOW_UNTESTED=1 to rely on the fingerprints alone",
-        )
-    patches = ledger.patches_for(Version(version))
-    if not patches:
-        raise RefusedError("version.untested", f"no patch is for {ledger.engine} {version} ({tested} tested)")
-    return patches
-
-
-def _problem(source: Source, site_packages: Sequence[str] | None) -> str:
-    seen = fingerprint(source.reference, site_packages)
+def _problem(source: Source, read: Callable[[str], str | None]) -> str:
+    seen = read(source.reference)
     if seen is None:
         return f"{source.reference} is not defined in the installed source"
     if seen not in source.fingerprints.values():
@@ -81,21 +62,25 @@ def _binding_problem(patch: PatchSpec, site_packages: Sequence[str] | None) -> s
     return ""
 
 
-def guard(patch: PatchSpec, site_packages: Sequence[str] | None = None) -> str:
-    """Say what is wrong with the installed source of a patch, in a line, or "" if it is as expected."""
-    problems = (_problem(s, site_packages) for s in (patch.source, *patch.relies_on))
+def guard(
+    patch: PatchSpec,
+    site_packages: Sequence[str] | None = None,
+    read: Callable[[str], str | None] | None = None,
+) -> str:
+    """Say what is wrong with the installed source of a patch, in a line, or "" if it is as expected.
+
+    Args:
+        read: gives the fingerprint of a definition there, or None; by default it is read anew.
+    """
+    read = read or (lambda reference: fingerprint(reference, site_packages))
+    problems = (_problem(s, read) for s in (patch.source, *patch.relies_on))
     return next((p for p in problems if p), "") or _binding_problem(patch, site_packages)
 
 
-def check_source(ledger: Ledger, patch: PatchSpec, site_packages: Sequence[str] | None = None) -> None:
-    """Refuse a patch whose installed source is not one that was read.
-
-    Raises:
-        RefusedError: ``fingerprint``.
-    """
-    if problem := guard(patch, site_packages):
-        advice = _WHAT_TO_DO.format(engine=ledger.engine, tested=", ".join(ledger.tested) or "none")
-        raise RefusedError("fingerprint", f"patch {patch.id} of {patch.target}: {problem}; {advice}")
+def worded(ledger: Ledger, version: str, patch: PatchSpec, problem: str) -> str:
+    """Say in a line which patch a problem is with, and what to do about it."""
+    where = f"{ledger.engine} {version}: patch {patch.id} of {patch.target}"
+    return f"{where}: {problem}; {_WHAT_TO_DO.format(engine=ledger.engine, listed=', '.join(ledger.listed))}"
 
 
 def check_factory(patch: PatchSpec) -> None:

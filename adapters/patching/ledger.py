@@ -32,7 +32,7 @@ from .engine_families import (
     engine_families,
 )
 from .source import split
-from .spec import PatchSpec, Source
+from .spec import PatchSpec, Source, Unneeded
 
 # Start of a target that stands for one attribute of every entry class.
 EVERY_ENTRY_CLASS = "*."
@@ -71,6 +71,7 @@ class Entry(Strict):
     why: Text
     upstream: Annotated[str, Field(pattern=r"^(https://\S+|none: \S.*|\{upstream\})$")]
     remove_when: Text
+    unneeded: Unneeded | None = None
     setting: Annotated[str, AfterValidator(_switch)] | None = None
 
 
@@ -89,11 +90,16 @@ class _Patches(Strict):
 
 @dataclass(frozen=True)
 class Ledger:
-    """Everything known about patching one engine. ``roles`` names the role of each entry class."""
+    """Everything known about patching one engine.
+
+    Args:
+        roles, families: role and family of each entry class.
+    """
 
     facts: EngineFacts
     patches: tuple[PatchSpec, ...]
     roles: Mapping[str, Role]
+    families: Mapping[str, str]
 
     @property
     def engine(self) -> str:
@@ -104,6 +110,11 @@ class Ledger:
     def tested(self) -> tuple[str, ...]:
         """List the releases in which fusing was run."""
         return self.facts.tested
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """List the releases whose seams were reviewed."""
+        return self.facts.listed
 
     def patches_for(self, version: Version) -> tuple[PatchSpec, ...]:
         """Return the patches for a release, with what they rely on in it."""
@@ -150,7 +161,7 @@ def load(engine: str, folder: Path | None = None) -> Ledger:
     except FsePatchError as error:
         raise FsePatchError(f"{path}: {error}") from error
     roles: dict[str, Role] = {owner.model: owner.role for owner in families.entry_classes}
-    return Ledger(facts, patches, roles)
+    return Ledger(facts, patches, roles, families.families)
 
 
 def _expanded(
@@ -159,18 +170,20 @@ def _expanded(
     """Make every patch, those for each entry class and for each block among them."""
     taken: set[str] = set()
     for entry in written.patches:
+        made: list[tuple[Entry, frozenset[str]]]
         if entry.target.startswith(EVERY_ENTRY_CLASS):
-            made = [_for_class(entry, owner) for owner in families.entry_classes]
+            classes = [_for_class(entry, owner) for owner in families.entry_classes]
+            made = [(patch, families.of_target(patch.target)) for patch in classes]
         elif EVERY_BLOCK in entry.id:
             blocks = (b for b in families.blocks if entry.blocks_like in (None, b.like))
-            made = [_for_block(entry, block) for block in blocks]
+            made = [(_for_block(entry, block), families.of_block(block)) for block in blocks]
         else:
-            made = [entry]
-        for patch in made:
+            made = [(entry, families.of_target(entry.target))]
+        for patch, owners in made:
             if patch.id in taken:
                 raise FsePatchError(f"patch id {patch.id!r} occurs twice")
             taken.add(patch.id)
-            yield _patch(patch, written.groups, hashes)
+            yield _patch(patch, owners, written.groups, hashes)
 
 
 def _for_class(entry: Entry, owner: EntryClass) -> Entry:
@@ -212,7 +225,10 @@ def _members(rows: Iterable[ReliedOn], groups: Mapping[str, Sequence[ReliedOn]])
 
 
 def _patch(
-    entry: Entry, groups: Mapping[str, list[Definition]], hashes: Mapping[str, dict[str, str]]
+    entry: Entry,
+    families: frozenset[str],
+    groups: Mapping[str, list[Definition]],
+    hashes: Mapping[str, dict[str, str]],
 ) -> PatchSpec:
     def source(reference: str, versions: str = "") -> Source:
         split(reference)
@@ -234,5 +250,7 @@ def _patch(
         why=entry.why,
         upstream=entry.upstream,
         remove_when=entry.remove_when,
+        unneeded=entry.unneeded,
         setting=entry.setting,
+        families=families,
     )

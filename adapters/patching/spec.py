@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from .source import split
+
+Unneeded = Literal["native", "tables"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,11 @@ class PatchSpec:
         why: what breaks without it.
         upstream: a link, or "none: " and the reason.
         remove_when: what makes it unnecessary.
+        unneeded: how that can be seen of a release: "native", it fuses the patch's families by itself and
+            rightly, on every platform and by default; "tables", it ships a table for E+S wherever it has one
+            for E. None where somebody has to read it.
         setting: environment variable that asks for it; without one it is always put in.
+        families: model families that it is for; none: all of them.
     """
 
     id: str
@@ -55,6 +62,8 @@ class PatchSpec:
     upstream: str
     remove_when: str
     setting: str | None = None
+    unneeded: Unneeded | None = None
+    families: frozenset[str] = frozenset()
 
     @property
     def module(self) -> str:

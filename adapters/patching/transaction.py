@@ -115,6 +115,7 @@ class PatchSet:
         import_name: top-level package of the engine.
         patches: those for the installed release, guards passed, in order.
         strict: an import during which a patch cannot be put in fails; otherwise the engine stays stock.
+        building: says whether something was built on the patches: then such an import fails in any case.
         on_failure: told of a failure, after everything was taken out.
 
     Attributes:
@@ -129,6 +130,7 @@ class PatchSet:
         patches: Sequence[PatchSpec],
         strict: bool = True,
         on_failure: Callable[[FsePatchError], None] | None = None,
+        building: Callable[[], bool] = lambda: False,
     ) -> None:
         self.import_name = import_name
         self.patches = tuple(patches)
@@ -136,6 +138,7 @@ class PatchSet:
         self.exits = False
         self.failure: FsePatchError | None = None
         self._on_failure = on_failure
+        self._building = building
         self._changes: dict[str, Change] = {}
         self._imported: set[str] = set()
         self._busy = False
@@ -161,7 +164,8 @@ class PatchSet:
         """Put in what waited for ``module``; called by its import.
 
         Raises:
-            FsePatchError: in strict mode, a patch could not be put in, now or earlier.
+            FsePatchError: a patch could not be put in, now or earlier: in strict mode, or where something was
+                built.
         """
         with lock:
             if all(p.module != module for p in self.patches):
@@ -172,11 +176,12 @@ class PatchSet:
                     raise self.failure
                 self._put()
             except FsePatchError as error:
-                if self.strict and self.exits:
+                if not (self.strict or self._building()):
+                    return
+                if self.exits:
                     print(f"fse_patch: {error}", file=sys.stderr, flush=True)
                     raise SystemExit(error.exit_status) from error
-                if self.strict:
-                    raise
+                raise
 
     def revert(self) -> None:
         """Put every original back, last patch first, and wait for no more imports.

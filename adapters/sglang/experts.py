@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,10 @@ from ...fusion_core.decision.outcome import MoeSpec
 
 if TYPE_CHECKING:
     from ...fusion_core.forward.execution import TopK  # needs Triton
+
+
+# Fields of a TopKConfig that are about shared slots, as they are without any.
+NO_SLOTS: dict[str, Any] = {"num_fused_shared_experts": 0, "fused_shared_experts_scaling_factor": None}
 
 
 class Experts:
@@ -66,15 +71,38 @@ def routed_topk(block: Any, moe: MoeSpec) -> Any:
     routing, layout = moe.routing, moe.layout
     if routing.scoring == "softmax":
         return block.topk
-    from sglang.srt.layers.moe.topk import TopK
-
-    return TopK(
+    return RoutedTopK(
+        block.topk.topk_config,
         top_k=layout.top_k,
         renormalize=routing.renormalize,
         use_grouped_topk=True,
         num_expert_group=routing.num_expert_group,
         topk_group=routing.topk_group,
-        correction_bias=block.topk.topk_config.correction_bias,
         routed_scaling_factor=routing.routed_scaling_factor,
         apply_routed_scaling_factor_on_output=True,
     )
+
+
+class RoutedTopK:
+    """SGLang's choice of experts by a configuration alone, without what its TopK class adds to that.
+
+    Args:
+        config: the TopKConfig of a block, which may count shared slots.
+        changes: of its fields.
+    """
+
+    def __init__(self, config: Any, **changes: Any) -> None:
+        from sglang.srt.layers.moe.topk import select_experts
+
+        # Releases have a number, or a record that has one.
+        alone = {name: value for name, value in NO_SLOTS.items() if hasattr(config, name)}
+        if (record := getattr(config, "shared_experts", None)) is not None:
+            alone["shared_experts"] = type(record)()
+        self.topk_config = replace(config, **alone, **changes)
+        self._select = select_experts
+
+    def __call__(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> Any:
+        """Choose for states [num_tokens, H] by logits [num_tokens, E]; SGLang's standard top-k output."""
+        return self._select(
+            hidden_states=hidden_states, router_logits=router_logits, topk_config=self.topk_config
+        )

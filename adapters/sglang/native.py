@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ...fusion_core.decision.native import fusing
-from ..patching import guards, ledger
+from ..patching import ledger, standing
 
 ENGINE = "sglang"
 # Releases from 0.5.18 on ask this of the class before they build a layer; a text is a no.
@@ -36,7 +36,7 @@ def live(cls: type, family: str, model_config: Any, quantised: object) -> dict[s
 
     if get_server_args().disable_shared_experts_fusion:
         return None
-    version = guards.engine_version(ledger.load(ENGINE))
+    version = standing.release_here(ledger.load(ENGINE))
     here = fusing(ENGINE, family, platform(), version, cls.__name__)
     entry = next((e for e in here if e["by_default"] or qwen2_moe._use_aiter), None)
     if entry is None or _is_declined(cls, model_config.hf_config, quantised):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from packaging.version import Version
-
 from ...fusion_core.checkpoint.config import UNQUANTISED
 from ...fusion_core.decision.outcome import Decision, Merged, MoeSpec
 from ...fusion_core.forward.plan import ModePlan, always
 from ...fusion_core.forward.tuned import Situation, plan_for
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
-from ..patching import guards, ledger
+from ..patching import ledger, standing
 from ..refusals import SHARED_GATE, measured, unmeasured
 from . import native
 
@@ -65,7 +63,7 @@ def situation(engine: str, moe: MoeSpec, model_config: Any, backend: str) -> Sit
         moe.layout,
         get_server_args().tp_size,
         engine=engine,
-        release=Version(guards.engine_version(ledger.load(engine))).public,
+        release=standing.release_here(ledger.load(engine)),
         backend=backend,
         device=get_device_name(),
         dtype=str(model_config.dtype).removeprefix("torch."),

@@ -16,6 +16,9 @@ from . import native
 UPSTREAM: Final = "upstream.already"
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
 RUNNERS = {"auto", "triton"}
+# Options of newer releases: experts that are paged in, that join later, or whose tokens are balanced.
+LAYOUTS = ("enable_paged_experts", "enable_waterfill", "ep_join_mode")
+INTERLEAVED = "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
 # Switches of its TopK, which not every mode asks.
 SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
 
@@ -65,6 +68,12 @@ def refusals(
         yield Reason(
             "backend.routing", "KTransformers runs experts by their number; run without --kt-weight-path"
         )
+    if options := [name for name in LAYOUTS if getattr(server, name, None)]:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in options)
+        yield Reason("backend.layout", f"experts lie, or are shared out, in another way; run without {flags}")
+    interleaved = getattr(envs, INTERLEAVED, None)
+    if interleaved is not None and interleaved.get():
+        yield Reason("backend.layout", f"{INTERLEAVED} mixes the rows of gate and up; unset it")
     if server.enable_return_routed_experts or server.expert_distribution_recorder_mode:
         yield Reason(
             "routing.capture",

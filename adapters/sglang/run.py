@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -58,6 +58,18 @@ def _run(modes: BlockModes, hidden_states: torch.Tensor) -> torch.Tensor:
     return modes(hidden_states)
 
 
+def check_finished(kwargs: Mapping[str, Any]) -> None:
+    """Stop where SGLang wants the sum of the experts' outputs to be done later, which no mode can.
+
+    It asks for that with a shared expert beside the routed ones alone, and there is none.
+
+    Raises:
+        FsePatchError: it asks all the same.
+    """
+    if kwargs.get("defer_finalize"):
+        raise FsePatchError("SGLang asks fused experts to leave their sum to a later layer")
+
+
 def router_experts(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace ``_forward_router_experts`` of the Qwen block: all of a layer but the sum over processes."""
 
@@ -66,6 +78,7 @@ def router_experts(original: Callable[..., Any]) -> Callable[..., Any]:
         modes: BlockModes | None = getattr(self, ATTRIBUTE, None)
         if modes is None:
             return original(self, hidden_states, **kwargs)
+        check_finished(kwargs)
         if modes.is_left(hidden_states):
             modes.note_left()
             return original(self, hidden_states, **kwargs)
@@ -83,13 +96,15 @@ def dual_stream(original: Callable[..., Any]) -> Callable[..., Any]:
         modes: BlockModes | None = getattr(self, ATTRIBUTE, None)
         if modes is None or modes.is_left(hidden_states):
             return original(self, hidden_states, *args, **kwargs)
+        check_finished(kwargs)
         return self._forward_router_experts(hidden_states), None
 
     return forward_normal_dual_stream
 
 
 def glm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``forward_normal`` of the GLM block, which sums over processes by itself."""
+    """Replace ``forward_normal`` of the GLM block, which sums over processes as the release's own does."""
+    summed = sum_of(original)
 
     @functools.wraps(original)
     def forward_normal(self: Any, hidden_states: torch.Tensor) -> Any:
@@ -99,15 +114,41 @@ def glm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if modes.is_left(hidden_states):
             modes.note_left()
             return original(self, hidden_states)
-        output = _run(modes, hidden_states)
-        from sglang.srt.models import glm4_moe
-
-        if self.tp_size > 1 and not glm4_moe.should_skip_post_experts_all_reduce(is_tp_path=True):
-            output = glm4_moe.tensor_model_parallel_all_reduce(output)
-        return output
+        return summed(self, _run(modes, hidden_states))
 
     setattr(forward_normal, MARK, True)
     return forward_normal
+
+
+def sum_of(forward: Callable[..., Any]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Return how a block's ``forward`` sums its output [num_tokens, H] over processes, by what it calls.
+
+    Raises:
+        FsePatchError: it calls what nobody has read.
+    """
+    names = set(forward.__code__.co_names)
+    if "should_skip_post_experts_all_reduce" in names:  # up to 0.5.20
+        return _sum_of_tensor_parallel
+    if "reduce_moe_output" in names:  # 0.5.21
+        return _sum_by_its_function
+    if any("reduce" in name for name in names):
+        raise FsePatchError(f"{forward.__qualname__} sums its output in a way that nobody has read")
+    return lambda block, output: output  # the layer around it sums
+
+
+def _sum_of_tensor_parallel(block: Any, output: torch.Tensor) -> torch.Tensor:
+    from sglang.srt.models import glm4_moe
+
+    if block.tp_size > 1 and not glm4_moe.should_skip_post_experts_all_reduce(is_tp_path=True):
+        output = glm4_moe.tensor_model_parallel_all_reduce(output)
+    return output
+
+
+def _sum_by_its_function(block: Any, output: torch.Tensor) -> torch.Tensor:
+    from sglang.srt.models import glm4_moe
+
+    total: torch.Tensor = glm4_moe.reduce_moe_output(output)
+    return total
 
 
 class BlockModes:

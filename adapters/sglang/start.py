@@ -41,11 +41,11 @@ def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) 
     Args:
         quantised: SGLang's quantisation of the model, None where it has none.
     """
+    effective = settings.load()
     role = role_of(ENGINE, cls)
     if role is None:
-        announce_other(ENGINE, cls)
+        announce_other(ENGINE, cls, effective)
         return None
-    effective = settings.load()
 
     def settle() -> Settled:
         return settle_role(role, cls, model_config, load_config, quantised, effective)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ... import settings
 from ...fusion_core.forward.aiter_router import router_class
 from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.forward.router import FusedRouter
@@ -53,7 +54,7 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         model = original(*args, **kwargs)
         # Parts of a model are initialised through here as well, with a prefix.
         if not kwargs.get("prefix"):
-            announce_other(native.ENGINE, type(model))
+            announce_other(native.ENGINE, type(model), settings.load())
         return model
 
     return build

@@ -6,8 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...errors import FsePatchError
+
 if TYPE_CHECKING:
     from ...fusion_core.forward.execution import TopK  # needs Triton
+
+
+def check_output(fused_experts: Any) -> None:
+    """Stop where vLLM's experts do not give the sum of their outputs, weighed: all modes give that.
+
+    Raises:
+        FsePatchError: somebody takes the outputs before the sum, or does it later; for this model alone.
+    """
+    if getattr(fused_experts, "post_gemm2_hook", None) is not None:
+        raise FsePatchError("vLLM's experts have a post_gemm2_hook, which the modes of a layer would bypass")
+    if getattr(fused_experts.moe_config, "_defer_moe_finalize", False):
+        raise FsePatchError("vLLM's experts are asked to leave their sum to a later layer")
 
 
 class Experts:
@@ -48,7 +62,8 @@ class Experts:
             defer_input_quant=kernel.fused_experts.expects_unquantized_inputs,
         )
         experts, tokens, rows, hidden, slots = kernel.fused_experts.moe_problem_size(states, w13, w2, ids)
-        workspace13, workspace2, _ = kernel._allocate_buffers(
+        # Newer releases return more than the third, which is the output.
+        workspace13, workspace2, *_ = kernel._allocate_buffers(
             hidden_states.dtype,
             hidden_states.device,
             tokens,
@@ -62,7 +77,7 @@ class Experts:
             layer.activation,
         )
         output = torch.empty_like(hidden_states)
-        kernel.fused_experts.apply(
+        unfinished = kernel.fused_experts.apply(
             output=output,
             hidden_states=states,
             w1=w13,
@@ -79,6 +94,8 @@ class Experts:
             expert_tokens_meta=None,
             apply_router_weight_on_input=False,
         )
+        if unfinished is not None:
+            raise FsePatchError("vLLM's experts left the sum of their outputs to be done later")
         return output
 
     def choose(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> TopK:

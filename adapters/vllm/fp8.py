@@ -8,6 +8,7 @@ import torch
 
 from ...fusion_core.kernels.expert_weights import ExpertWeights, Scales
 from ..role import FusedRole
+from .formats import DENSE
 
 
 class Slot:
@@ -115,6 +116,7 @@ def warm_up(fused_role: FusedRole, vllm_config: Any) -> None:
     from vllm.model_executor.warmup import deep_gemm_warmup
 
     for kernel, slot in quantised.dense:
-        if deep_gemm_warmup._is_deep_gemm_backed_kernel(kernel):
+        # By the name of its class: how vLLM tells is another function in each release.
+        if "deepgemm" in DENSE.get(type(kernel).__name__, ""):
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
             deep_gemm_warmup._deepgemm_fp8_gemm_nt_warmup(slot.weight, slot.weight_scale_inv, tokens)

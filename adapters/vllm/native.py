@@ -9,7 +9,7 @@ from typing import Any
 
 from ...fusion_core.decision.native import fusing
 from .. import load as loading
-from ..patching import guards, ledger
+from ..patching import ledger, standing
 
 ENGINE = "vllm"
 # On the class `rocm_aiter_ops`. Blocks ask it when they are built; loaders up to 0.28 ask it again.
@@ -26,7 +26,7 @@ def live(family: str) -> dict[str, Any] | None:
 
     if not getattr(rocm_aiter_ops, GATE)():
         return None
-    version = guards.engine_version(ledger.load(ENGINE))
+    version = standing.release_here(ledger.load(ENGINE))
     return next(iter(fusing(ENGINE, family, PLATFORM, version)), None)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from packaging.version import Version
-
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import ModePlan, always
 from ...fusion_core.forward.tuned import Situation
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
+from ..patching import ledger, standing
 from ..refusals import SHARED_GATE, measured, unmeasured
 from .formats import UNKNOWN, ExpertFormat, dense_word
 
@@ -57,7 +56,6 @@ def plan_of(
 
 def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_name: str) -> Situation:
     """Return what a table is asked for. Stock's kernel for the shared expert is a part of the backend."""
-    from vllm import __version__
     from vllm.platforms import current_platform
 
     layout, parts = decision.moe.layout, vllm_config.parallel_config.tensor_parallel_size
@@ -66,7 +64,7 @@ def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_na
         layout,
         parts,
         engine=decision.engine,
-        release=Version(__version__).public,
+        release=standing.release_here(ledger.load(decision.engine)),
         backend=f"{backend_name}+{dense}" if dense else backend_name,
         device=current_platform.get_device_name(),
         dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),

@@ -10,6 +10,7 @@ import torch
 
 from .. import prove
 from ..load import ROLE
+from .experts import check_output
 from .fp8 import warm_up
 
 
@@ -54,6 +55,9 @@ def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = original(self, vllm_config, model_config, *args, **kwargs)
         if (fused_role := getattr(model, ROLE, None)) is not None:
+            for layer in fused_role.layers.values():
+                if layer.execution is not None:
+                    check_output(layer.experts.quant_method.moe_kernel.impl.fused_experts)
             prove.prove(fused_role, model_config.dtype, Prover(vllm_config))
             warm_up(fused_role, vllm_config)
         return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...fusion_core.decision.outcome import Merged
@@ -46,6 +46,10 @@ def refusals(
         yield Reason("parallel.dp", "prefill context parallelism is on; run without it")
     if vllm_config.lora_config is not None:
         yield Reason("lora", "LoRA is enabled; run without --enable-lora")
+    if _substituted(model):
+        yield Reason(
+            "backend.routing", "config.json has constants stand in for some experts (approximate_experts)"
+        )
     outputs = getattr(vllm_config, "aux_output_config", model)
     if getattr(outputs, "enable_return_routed_experts", False):
         yield Reason(
@@ -61,3 +65,14 @@ def refusals(
     known = ("cpu", platform.is_cpu), ("cuda", platform.is_cuda), ("rocm", platform.is_rocm)
     here = next((name for name, is_here in known if is_here()), "this platform")
     yield from without_proof(decision, here, effective)
+
+
+def _substituted(model_config: Any) -> bool:
+    """Return whether experts are left out of the tensors, and constants stand in for them; from 0.33 on."""
+    configs = [getattr(model_config, name, None) for name in ("hf_text_config", "hf_config")]
+    if any(getattr(config, "approximate_experts", None) is not None for config in configs):
+        return True
+    declared: Any = getattr(configs[1], "compression_config", None)
+    for key in ("transform_config", "expert_substitution"):
+        declared = declared.get(key) if isinstance(declared, Mapping) else None
+    return declared is not None

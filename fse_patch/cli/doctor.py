@@ -50,9 +50,10 @@ def table(report: Mapping[str, Any]) -> dict[str, Any]:
 def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
     if engine["installed"] is None:
         return {"installed": False, "switched on": engine["switched_on"]}
+    standing = engine["remark"] or ("tested" if engine["is_tested"] else "not run")
     sound = sum(state == "ok" for state in engine["guards"].values())
     return {
-        "installed": f"{engine['installed']} ({'tested' if engine['is_tested'] else 'not tested'})",
+        "installed": f"{engine['installed']} ({standing})",
         "switched on": engine["switched_on"],
         "entry points": ", ".join(engine["entry_points"]),
         "guards": f"{sound} of {len(engine['guards'])} hold",

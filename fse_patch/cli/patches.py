@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import FsePatchError
+from ..errors import FsePatchError, RefusedError
 from ..patches import ENGINES
+from ..settings import SWITCHES
 from .output import print_json
 
 
@@ -26,26 +27,31 @@ def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
 
 
 def _describe(book: Any) -> dict[str, Any]:
-    from packaging.version import Version
-
-    from ..adapters.patching import guards
+    from ..adapters.patching import guards, standing
 
     try:
         installed: str | None = guards.engine_version(book)
     except FsePatchError:
         installed = None
+    here, why = None, "not installed"
+    if installed is not None:
+        try:
+            here = standing.standing_of(book, installed, SWITCHES)
+        except RefusedError as error:
+            why = error.reason
 
     def state(patch: Any) -> str:
-        if installed is None:
-            return "not installed"
-        if not patch.is_for(Version(installed)):
-            return f"not for {installed}"
-        return guards.guard(patch.at(Version(installed))) or "ok"
+        if here is None:
+            return why
+        if all(patch.id != p.id for p in here.patches):
+            return f"not for {here.seams_of}"
+        return str(here.problems.get(patch.id, "ok"))
 
     return {
         "engine": book.engine,
         "installed": installed,
         "tested": list(book.tested),
+        "remark": "" if here is None else here.remark,
         "patches": [
             {
                 "id": p.id,
@@ -79,6 +85,8 @@ def command(
     for book in books:
         installed = f"{book['installed']} installed" if book["installed"] else "not installed"
         typer.echo(f"{book['engine']}: {installed}; tested: {', '.join(book['tested'])}")
+        if book["remark"]:
+            typer.echo(f"  {book['remark']}")
         for patch in book["patches"]:
             typer.echo(f"\n  {patch['id']}: {patch['guard']}")
             for key in ("target", "versions", "why", "upstream", "remove_when"):

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapters.patching import guards, ledger
+from ..adapters.patching import guards, ledger, standing
 from ..errors import FsePatchError, RefusedError
-from ..fusion_core.checkpoint.families import Role
+from ..fusion_core.checkpoint.families import Role, family_of
 from ..fusion_core.checkpoint.sources import read_json
 from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Merged, Stock
@@ -74,7 +74,7 @@ def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, Decision], Merged
         The decisions, that of the main model, and the installed engine's version.
 
     Raises:
-        RefusedError: it does not fuse, or the version is not one that was tested.
+        RefusedError: it does not fuse, or its patches are not for the installed release.
         FsePatchError: the checkpoint cannot be read, or the engine is not installed.
     """
     settings = load_settings()
@@ -84,7 +84,10 @@ def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, Decision], Merged
     main = decisions["main"]
     if isinstance(main, Stock):
         raise RefusedError(main.reason.code, main.reason.detail)
-    guards.check_version(book, version, settings.allow_untested)
+    family = family_of(main.model_type)
+    assert family is not None, "it would not fuse"
+    if problem := standing.standing_of(book, version, settings.switches).problem_of(family.name):
+        raise problem
     return decisions, main, version
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from fse_patch.adapters.role import FusedRole
 from fse_patch.adapters.sglang import build, run
+from fse_patch.adapters.vllm.experts import Experts, check_output
 from fse_patch.adapters.vllm.fp8 import warm_up
+from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.reasons import Reason
 
@@ -66,3 +69,79 @@ def test_another_block_of_the_same_layer_stays_sglangs_own(
 def test_no_kernel_is_warmed_up_where_none_is_in_8_bits() -> None:
     # Nothing is asked of vLLM, which is not here.
     warm_up(FusedRole(start_of(MADE), Slots()), None)
+
+
+def sums(name: str) -> Any:
+    """A forward that calls a function of this name, behind a branch that is not taken."""
+    space: dict[str, Any] = {}
+    exec(f"def forward(self, x):\n    if 0 > 1:\n        {name}(x)\n    if self:\n        {name}(x)\n", space)
+    return space["forward"]
+
+
+def test_how_a_block_sums_over_processes_is_seen_in_its_forward() -> None:
+    assert run.sum_of(sums("should_skip_post_experts_all_reduce")) is run._sum_of_tensor_parallel
+    assert run.sum_of(sums("reduce_moe_output")) is run._sum_by_its_function
+    states = torch.ones(1, 2)
+    assert run.sum_of(sums("other"))(None, states) is states
+    with pytest.raises(FsePatchError, match="in a way that nobody has read"):
+        run.sum_of(sums("reduce_in_another_way"))
+
+
+def test_a_sum_that_is_asked_for_later_stops() -> None:
+    run.check_finished({})
+    run.check_finished({"defer_finalize": False})
+    with pytest.raises(FsePatchError, match="leave their sum to a later layer"):
+        run.check_finished({"defer_finalize": True})
+
+
+class Allocated:
+    """vLLM's kernel of a release, whose buffers are so many, and what its experts are called with."""
+
+    def __init__(self, buffers: int, unfinished: Any = None) -> None:
+        self.buffers, self.unfinished, self.given = buffers, unfinished, {}
+        self.prepare_finalize = SimpleNamespace(prepare=lambda states, *_, **__: (states, None))
+        self.fused_experts = SimpleNamespace(
+            quant_config=None,
+            expects_unquantized_inputs=True,
+            a2_scale=None,
+            moe_problem_size=lambda states, w13, w2, ids: (4, 1, 8, 2, 2),
+            apply=self.apply,
+        )
+
+    def _allocate_buffers(self, *_: Any) -> tuple[Any, ...]:
+        return ("workspace13", "workspace2", "output", False)[: self.buffers]
+
+    def apply(self, **given: Any) -> Any:
+        self.given = given
+        return self.unfinished
+
+
+@pytest.mark.parametrize("buffers", [3, 4])
+def test_experts_get_their_workspaces_whatever_else_a_release_allocates(buffers: int) -> None:
+    kernel = Allocated(buffers)
+    gemm(kernel)
+    assert (kernel.given["workspace13"], kernel.given["workspace2"]) == ("workspace13", "workspace2")
+    with pytest.raises(FsePatchError, match="left the sum of their outputs"):
+        gemm(Allocated(buffers, unfinished=object()))
+
+
+def gemm(kernel: Allocated) -> torch.Tensor:
+    method = SimpleNamespace(moe_kernel=SimpleNamespace(impl=kernel))
+    experts = Experts(SimpleNamespace(quant_method=method, activation="silu"), None)
+    return experts.gemm(
+        torch.ones(1, 2), torch.ones(4, 4, 2), torch.ones(4, 2, 2), (torch.ones(1, 2), torch.ones(1, 2))
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [
+        ({"moe_config": SimpleNamespace()}, ""),
+        ({"moe_config": SimpleNamespace(_defer_moe_finalize=False), "post_gemm2_hook": None}, ""),
+        ({"moe_config": SimpleNamespace(_defer_moe_finalize=True)}, "leave their sum to a later layer"),
+        ({"moe_config": SimpleNamespace(), "post_gemm2_hook": print}, "have a post_gemm2_hook"),
+    ],
+)
+def test_outputs_that_somebody_takes_before_the_sum(experts: dict[str, Any], words: str) -> None:
+    with pytest.raises(FsePatchError, match=words) if words else nullcontext():
+        check_output(SimpleNamespace(**experts))

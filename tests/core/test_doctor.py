@@ -10,6 +10,7 @@ import pytest
 
 from fse_patch import doctor, metrics, settings
 from fse_patch.adapters.patching import guards
+from fse_patch.fusion_core.engines import facts_of
 
 from .test_cli_plan import fse_patch
 
@@ -33,7 +34,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         return "0.32.0" if book.engine == "vllm" else version(book, site_packages)
 
     monkeypatch.setattr(guards, "engine_version", vllm_alone)
-    monkeypatch.setattr(guards, "guard", lambda patch: "")
+    monkeypatch.setattr(guards, "guard", lambda *_: "")
     monkeypatch.setattr(doctor, "entry_points", lambda group: [Ours()])
     return monkeypatch
 
@@ -77,26 +78,33 @@ def test_what_is_wrong_with_variables(
 
 
 def test_what_is_wrong_with_an_engine(installed: pytest.MonkeyPatch) -> None:
-    installed.setattr(guards, "guard", lambda patch: "reads other" if patch.id == "load-model" else "")
-    assert problems() == "vllm: patch load-model: reads other"
-    installed.setattr(guards, "guard", lambda patch: "")
+    installed.setattr(guards, "guard", lambda patch, *_: "reads other" if patch.id == "load-model" else "")
+    assert problems().startswith(
+        "fingerprint: vllm 0.32.0: patch load-model of vllm.model_executor.model_loader"
+    )
+    assert ": reads other; run `fse-patch patches --engine vllm`" in problems()
+    installed.setattr(guards, "guard", lambda *_: "")
     installed.setattr(doctor, "entry_points", lambda group: [])
     assert "vllm does not see fse_patch: no entry point in vllm.general_plugins" in problems()
     installed.setattr(doctor, "entry_points", lambda group: [Ours()])
-    installed.setattr(guards, "engine_version", lambda book: "0.31.9")
-    assert "vllm 0.31.9 is not a tested release" in problems()
-    installed.setenv("FSE_PATCH_ALLOW_UNTESTED", "1")
-    assert "not a tested release" not in problems()
-    assert any("FSE_PATCH_ALLOW_UNTESTED=1" in hazard for hazard in doctor.examine()["hazards"])
+    installed.setattr(guards, "engine_version", lambda book: "0.1.0")
+    assert "vllm 0.1.0 is older than every listed release" in problems()
+
+
+def test_a_new_release_is_as_the_listed_one_whose_seams_it_has(installed: pytest.MonkeyPatch) -> None:
+    installed.setattr(guards, "engine_version", lambda book: "0.99.0")
+    vllm = next(engine for engine in doctor.examine()["engines"] if engine["engine"] == "vllm")
+    newest = facts_of("vllm").listed[-1]
+    assert (vllm["is_tested"], vllm["seams_of"]) == (False, newest)
+    assert vllm["remark"].startswith(f"release 0.99.0 is new, its seams are those of {newest}")
 
 
 def test_what_weakens_a_guard_is_a_hazard(installed: pytest.MonkeyPatch) -> None:
     installed.setenv("FSE_PATCH_VERIFY", "off")
-    installed.setenv("FSE_PATCH_STRICT", "0")
     installed.setenv("FSE_PATCH_ALLOW_UNPROVEN", "1")
     report = doctor.examine()
     assert report["ok"]
-    assert len(report["hazards"]) == 3
+    assert len(report["hazards"]) == 2
 
 
 def test_native_fusion_that_is_wrong_is_a_hazard(installed: pytest.MonkeyPatch) -> None:
@@ -125,8 +133,7 @@ def test_verify_setting(value: str, seen: str) -> None:
 
 
 def test_every_variable_has_its_default_in_force() -> None:
-    # That strictness was asked for is no value of its own: it is so where the variable is set.
-    assert settings.load(settings.DEFAULTS) == settings.Settings(strict_arguments=True)
+    assert settings.load(settings.DEFAULTS) == settings.Settings()
     commands = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
     assert [name for name in settings.DEFAULTS if f"`{name}`" not in commands] == []
 

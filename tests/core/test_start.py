@@ -11,12 +11,14 @@ import pytest
 
 from fse_patch import runtime
 from fse_patch.adapters import start
+from fse_patch.adapters.patching import ledger, standing
 from fse_patch.adapters.refusals import measured, unmeasured
-from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.checkpoint.sources import Source
+from fse_patch.errors import FsePatchError, RefusedError
+from fse_patch.fusion_core.checkpoint.sources import FolderSource, Source
+from fse_patch.fusion_core.checkpoint.weight_files import CheckpointFiles
 from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.decision.outcome import RoutingSpec
-from fse_patch.fusion_core.forward.plan import ModePlan
+from fse_patch.fusion_core.forward.plan import ModePlan, always
 from fse_patch.fusion_core.reasons import CONTRADICTIONS, Reason
 from fse_patch.settings import Settings
 
@@ -26,6 +28,7 @@ from .test_mode_plans import HERE, table
 
 LAYOUT = ExpertLayout(num_routed=8, num_shared_slots=1, top_k=2, hidden_size=16, moe_intermediate_size=4)
 MADE = decision(LAYOUT, RoutingSpec("softmax", True), layers=(0, 1))
+FILES = CheckpointFiles(FolderSource(Path()), (), "")
 LORA = Reason("lora", "LoRA is enabled; run without --enable-lora")
 
 
@@ -39,7 +42,7 @@ def test_a_start_is_merged_where_its_decision_is() -> None:
 def test_arguments_that_contradict_stop_the_process_where_strictness_was_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    strict = Settings(strict_arguments=True)
+    strict = Settings(strict=True)
     with pytest.raises(SystemExit) as caught:
         start.begin(start.Settled(MADE.refused(LORA)), 2, strict)
     assert caught.value.code == 3
@@ -171,3 +174,60 @@ def test_what_was_not_measured_is_a_plan_on_request_alone(tmp_path: Path) -> Non
     assert isinstance(nowhere, Reason)
     assert nowhere.code == "slower.unmeasured"
     assert isinstance(measured(HERE, Settings(allow_unmeasured=True)), ModePlan)
+
+
+REFUSED = RefusedError("release.seam", "vllm 0.99: patch entry-load of it reads another text")
+
+
+@pytest.fixture
+def entry() -> type:
+    """A class with the name of an entry class of Qwen2-MoE in vLLM."""
+    return type("Qwen2MoeForCausalLM", (), {"__module__": "vllm.model_executor.models.qwen2_moe"})
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    patch = next(p for p in ledger.load("vllm").patches if p.id == "entry-load.Qwen2MoeForCausalLM")
+    here = standing.Standing("vllm", "0.99", "0.32.0", patches=(patch,), **changes)
+    monkeypatch.setattr(standing, "_here", {"vllm": here})
+
+
+def test_a_family_whose_patches_are_not_in_is_named_and_stays_stock(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, entry: type
+) -> None:
+    assert start.role_of("vllm", entry) == "main"
+    noted(monkeypatch, problems={"entry-load.Qwen2MoeForCausalLM": REFUSED})
+    assert start.role_of("vllm", entry) is None
+    start.announce_other("vllm", entry, Settings())
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", f"vllm, main model: not fused: release.seam: {REFUSED.detail}")
+    ]
+    # The control: the others are decided on.
+    other = type("Glm4MoeForCausalLM", (), {"__module__": "vllm.model_executor.models.glm4_moe"})
+    assert start.role_of("vllm", other) == "main"
+    start.announce_other("vllm", other, Settings())
+    assert len(caplog.records) == 1
+
+
+def test_it_stops_a_server_where_strictness_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], entry: type
+) -> None:
+    noted(monkeypatch, problems={"entry-load.Qwen2MoeForCausalLM": REFUSED})
+    with pytest.raises(SystemExit) as caught:
+        start.announce_other("vllm", entry, Settings(strict=True))
+    assert caught.value.code == 3
+    assert capsys.readouterr().err == f"fse_patch: vllm: release.seam: {REFUSED.detail}\n"
+    # The control: a model that nobody knows stops nothing.
+    start.announce_other("vllm", object, Settings(strict=True))
+
+
+@pytest.mark.parametrize(("version", "said"), [("0.99", True), ("0.32.0+cpu", False)])
+def test_the_line_of_a_fused_model_says_that_the_release_is_new(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, said: bool
+) -> None:
+    monkeypatch.setattr(standing, "_here", {"vllm": standing.Standing("vllm", version, "0.32.0")})
+    with caplog.at_level("INFO", "fse_patch"):
+        start.begin(start.Settled(MADE, FILES, always("fused", "test")), 2, Settings())
+        start.begin(start.Settled(MADE.refused(LORA)), 2, Settings())
+    on, off = (record.getMessage() for record in caplog.records)
+    assert on.endswith("; release 0.99 is new, its seams are those of 0.32.0") == said
+    assert "is new" not in off

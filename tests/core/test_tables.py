@@ -120,7 +120,7 @@ def test_the_doctor_says_it(packages: str, tmp_path: Path, monkeypatch: pytest.M
     shipped = table_coverage.shipped
     monkeypatch.setattr(table_coverage, "shipped", lambda engine: shipped(engine, [packages]))
     monkeypatch.setattr(guards, "engine_version", lambda book: "0.32.0")
-    monkeypatch.setattr(guards, "guard", lambda patch: "")
+    monkeypatch.setattr(guards, "guard", lambda *_: "")
     here = doctor._environment()
     monkeypatch.setattr(doctor, "_environment", lambda: here | {"devices": ["NVIDIA H200"]})
     # A shipped patch looks for the table of E; the control is a ledger without it.

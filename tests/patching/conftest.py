@@ -137,7 +137,7 @@ class Toy:
             {
                 "id": target,
                 "target": f"{self.name}.{target}",
-                "versions": [">=1"],
+                "versions": [">=0.5"],
                 "factory": f"{self.factories}:louder",
                 "why": "a test",
                 "upstream": "none: a test",
@@ -175,7 +175,7 @@ def engine(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
     """An installed toy that fse_patch takes for "vllm", with one patch: core:greet."""
     import fse_patch
 
-    for name in ("FSE_PATCH", "FSE_PATCH_STRICT", "FSE_PATCH_ALLOW_UNTESTED"):
+    for name in ("FSE_PATCH", "FSE_PATCH_STRICT"):
         monkeypatch.delenv(name, raising=False)
     toy.write("core.py", "def greet():\n    return 'hello'\n")
     toy.install()

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from fse_patch.adapters.patching import guards, ledger
+from fse_patch.adapters.patching import guards, ledger, standing
+from fse_patch.adapters.patching.spec import PatchSpec
 from fse_patch.errors import FsePatchError, RefusedError
 
 from .conftest import Toy
@@ -25,23 +26,31 @@ def book(toy: Toy) -> ledger.Ledger:
     return ledger.load("vllm", toy.ledger("core:greet"))
 
 
+def check(book: ledger.Ledger, version: str = "1.0") -> tuple[PatchSpec, ...]:
+    """The patches for a release, all of them as expected."""
+    here = standing.standing_of(book, version)
+    for error in here.problems.values():
+        raise error
+    return here.patches
+
+
 class TestVersion:
     @pytest.mark.parametrize("version", ["1.0", "1.0+cpu", "1.0+cu129"])
-    def test_tested(self, book: ledger.Ledger, version: str) -> None:
-        assert guards.check_version(book, version) == book.patches
+    def test_listed(self, book: ledger.Ledger, version: str) -> None:
+        assert check(book, version) == book.patches
+        assert standing.standing_of(book, version).remark == ""
 
-    @pytest.mark.parametrize("version", ["1.1", "0.9", "1.0rc1", "1.0.post1", "1.1.dev3+gabc"])
-    def test_untested(self, book: ledger.Ledger, version: str) -> None:
-        with pytest.raises(RefusedError, match="FSE_PATCH_ALLOW_UNTESTED") as caught:
-            guards.check_version(book, version)
+    @pytest.mark.parametrize("version", ["1.1", "1.0.post1", "1.1.dev3+gabc"])
+    def test_new(self, book: ledger.Ledger, version: str) -> None:
+        assert check(book, version) == book.patches
+        here = standing.standing_of(book, version)
+        assert here.remark == f"release {version} is new, its seams are those of 1.0"
+
+    @pytest.mark.parametrize("version", ["0.9", "1.0rc1", "1.0.dev3+gabc"])
+    def test_older(self, book: ledger.Ledger, version: str) -> None:
+        with pytest.raises(RefusedError, match="older than every listed release") as caught:
+            standing.standing_of(book, version)
         assert caught.value.reason == "version.untested"
-
-    def test_untested_but_allowed(self, book: ledger.Ledger) -> None:
-        assert guards.check_version(book, "1.1.dev3+gabc", allow_untested=True) == book.patches
-
-    def test_no_patch_is_for_it_even_if_allowed(self, book: ledger.Ledger) -> None:
-        with pytest.raises(RefusedError, match=r"version\.untested"):
-            guards.check_version(book, "0.9", allow_untested=True)
 
     def test_any_specifier_may_match(self, toy: Toy) -> None:
         assert toy.spec("core:greet").is_for(Version("2.0.dev1"))
@@ -58,19 +67,19 @@ class TestVersion:
 
 class TestFingerprint:
     def test_untouched_source_passes(self, book: ledger.Ledger) -> None:
-        guards.check_source(book, book.patches[0])
+        check(book)
 
     @pytest.mark.parametrize(("old", "new"), [("politely", "rudely"), ("():\n", '():\n    """Greet."""\n')])
     def test_comments_and_docstrings_do_not_count(
         self, toy: Toy, book: ledger.Ledger, old: str, new: str
     ) -> None:
         toy.write("core.py", SOURCE.replace(old, new))
-        guards.check_source(book, book.patches[0])
+        check(book)
 
     def test_one_token_is_refused(self, toy: Toy, book: ledger.Ledger) -> None:
         toy.write("core.py", SOURCE.replace("'hello'", "'hallo'"))
         with pytest.raises(RefusedError) as caught:
-            guards.check_source(book, book.patches[0])
+            check(book)
         assert caught.value.reason == "fingerprint"
         for part in ("core:greet", f"{toy.name}.core:greet", "fse-patch patches", "1.0"):
             assert part in str(caught.value)
@@ -83,10 +92,10 @@ class TestFingerprint:
         book = ledger.load("vllm", folder)
         greet, helper = book.patches
         object.__setattr__(greet, "relies_on", (helper.source,))
-        guards.check_source(book, greet)
+        check(book)
         toy.write("core.py", SOURCE + "\n\ndef helper():\n    return 2\n")
         with pytest.raises(RefusedError, match="helper"):
-            guards.check_source(book, greet)
+            check(book)
 
     @pytest.mark.parametrize(("versions", "passes"), [("<1.0", True), ("<=1.0", False)])
     def test_what_is_gone_counts_where_it_is_relied_on(
@@ -97,18 +106,17 @@ class TestFingerprint:
         data["patches"][0]["relies_on"] = [{"name": f"{toy.name}.core:gone", "versions": versions}]
         (folder / "vllm.yaml").write_text(yaml.safe_dump(data))
         book = ledger.load("vllm", folder)
-        (patch,) = guards.check_version(book, "1.0+cpu")
         if passes:
-            guards.check_source(book, patch)
+            assert len(check(book, "1.0+cpu")) == 1
         else:
             with pytest.raises(RefusedError, match="core:gone is not defined"):
-                guards.check_source(book, patch)
+                check(book, "1.0+cpu")
 
     def test_no_known_fingerprint_is_refused(self, toy: Toy, book: ledger.Ledger) -> None:
         (toy.root / "ledger" / "vllm.fingerprints.json").unlink()
         book = ledger.load("vllm", toy.root / "ledger")
         with pytest.raises(RefusedError, match="fingerprint"):
-            guards.check_source(book, book.patches[0])
+            check(book)
 
 
 class TestTargetThatIsNotItsSource:

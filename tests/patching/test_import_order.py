@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from fse_patch.adapters.patching.transaction import PatchSet
 from fse_patch.errors import FsePatchError
 
 from .conftest import Toy
@@ -102,6 +103,22 @@ class TestFailureDuringImport:
             importlib.import_module(f"{pair.name}.model")
         assert caught.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+        patches.revert()
+
+    @pytest.mark.parametrize("exits", [True, False])
+    def test_once_something_is_built_it_stops_in_any_case(
+        self, pair: Toy, capsys: pytest.CaptureFixture[str], exits: bool
+    ) -> None:
+        layer = pair.load("layer")
+        original, built = layer.make, []
+        specs = (pair.spec("layer:make"), pair.spec("model:use", "failing"))
+        patches = PatchSet(pair.name, specs, strict=False, building=lambda: bool(built))
+        patches.exits = exits
+        patches.apply()
+        built.append(layer.make())
+        with pytest.raises(SystemExit if exits else FsePatchError):
+            importlib.import_module(f"{pair.name}.model")
+        assert layer.make is original
         patches.revert()
 
 

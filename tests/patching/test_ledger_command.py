@@ -37,7 +37,7 @@ def test_text(engine: Toy) -> None:
 
 @pytest.mark.parametrize(
     ("change", "state"),
-    [("'hallo'", "none of 1 known sources"), (None, "not for 0.5"), ("", "not installed")],
+    [("'hallo'", "none of 1 known sources"), (None, "version.untested"), ("", "not installed")],
 )
 def test_guard_state(engine: Toy, change: str | None, state: str) -> None:
     if change:

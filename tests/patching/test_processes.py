@@ -118,27 +118,41 @@ class TestCannotBeApplied:
         return served
 
     def test_strict_stops_the_process_though_the_engine_swallows(self, changed: Toy) -> None:
-        done = child(changed, FSE_PATCH="vllm")
+        done = child(changed, FSE_PATCH="vllm", FSE_PATCH_STRICT="1")
         assert (done.stdout, done.returncode) == ("", 3)
         assert done.stderr.startswith("fse_patch: fingerprint: ")
         assert done.stderr.count("\n") == 1
 
-    def test_not_strict_warns_and_stays_stock(self, changed: Toy) -> None:
-        done = child(changed, FSE_PATCH="vllm", FSE_PATCH_STRICT="0")
+    @pytest.mark.parametrize("env", [{}, {"FSE_PATCH_STRICT": "0"}])
+    def test_otherwise_it_warns_and_stays_stock(self, changed: Toy, env: dict[str, str]) -> None:
+        done = child(changed, FSE_PATCH="vllm", **env)
         assert done.stdout.startswith("hallo ")
         assert done.returncode == 0
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("WARNING ")
+        assert (
+            f"vllm 1.0: off: fingerprint: vllm 1.0: patch core:greet of {changed.name}.core:greet"
+            in done.stderr
+        )
 
-    def test_strict_stops_the_process_when_an_import_fails_it(self, served: Toy) -> None:
+    @pytest.mark.parametrize("strict", ["", "1"])
+    def test_an_import_that_fails(self, served: Toy, strict: str) -> None:
         (served.root / f"{served.factories}.py").write_text(
             "def louder(original):\n    raise ValueError('boom')\n"
         )
         code = SERVE.replace("from {name} import core", SWALLOWING)
-        done = child(served, code, FSE_PATCH="vllm")
-        assert (done.stdout, done.returncode) == ("", 2)
+        done = child(served, code, FSE_PATCH="vllm", FSE_PATCH_STRICT=strict)
+        assert (done.stdout, done.returncode) == (("", 2) if strict else ("hello True\n", 0))
         assert "boom" in done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_a_bug_of_ours_is_reported_and_the_server_stays_stock(self, served: Toy) -> None:
+        bug = "from fse_patch import session\nsession.apply = lambda *_, **__: 1 / 0\n"
+        done = child(served, bug + SERVE, FSE_PATCH="vllm")
+        assert done.stdout.startswith("hello ")
+        assert "vllm: off: ZeroDivisionError: division by zero; please report it" in done.stderr
+        strict = child(served, bug + SERVE, FSE_PATCH="vllm", FSE_PATCH_STRICT="1")
+        assert (strict.stdout, strict.returncode) == ("", 2)
 
     @pytest.mark.parametrize("env", [{"FSE_PATCH": "vlm"}, {"FSE_PATCH": "1", "FSE_PATCH_STRICT": "perhaps"}])
     def test_malformed_setting_stops_the_process(self, served: Toy, env: dict[str, str]) -> None:

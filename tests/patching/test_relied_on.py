@@ -26,12 +26,11 @@ from .engine_names import EngineName, engine_names, is_covered
 from .test_engine_ledgers import installed
 
 BOOKS = {engine: ledger.load(engine) for engine in ENGINES}
-TESTED = [(engine, release) for engine in ENGINES for release in BOOKS[engine].tested]
+LISTED = [(engine, release) for engine in ENGINES for release in BOOKS[engine].listed]
 VLLM, SGLANG, RUNNER = "vllm.model_executor", "sglang.srt", "sglang.srt.model_executor"
 
 # Names that others build on too: they stay, and say in their own words when they go.
 PUBLIC = {
-    "vllm:__version__": "the release, as every package has it",
     "vllm:envs": "environment variables, by the names that users set",
     "vllm.platforms:current_platform": "every plugin of vLLM asks it what runs here",
     "vllm.config:set_current_vllm_config": "whoever builds or runs a layer outside of the engine needs it",
@@ -50,6 +49,7 @@ DEFINED_IN = {
     f"{SGLANG}.layers.moe.get_moe_runner_backend": f"{SGLANG}.layers.moe.utils",
     f"{RUNNER}.runner.get_is_capture_mode": f"{RUNNER}.runner_utils.capture_mode",
     f"{SGLANG}.models.glm4_moe.should_skip_post_experts_all_reduce": f"{SGLANG}.layers.moe.utils",
+    f"{SGLANG}.models.glm4_moe.reduce_moe_output": f"{SGLANG}.layers.moe.utils",
     f"{SGLANG}.models.glm4_moe.tensor_model_parallel_all_reduce": f"{SGLANG}.distributed.communication_op",
 }
 # Private names of objects: whose they are, None where they are no engine's; and why the tree cannot tell.
@@ -57,6 +57,10 @@ PRIVATE = {
     "._allocate_buffers": (
         f"{VLLM}.layers.fused_moe.modular_kernel.FusedMoEKernelModularImpl._allocate_buffers",
         "the kernel comes out of a layer's quantisation method",
+    ),
+    "._defer_moe_finalize": (
+        f"{VLLM}.layers.fused_moe.config.FusedMoEConfig._defer_moe_finalize",
+        "the experts come out of a layer's quantisation method",
     ),
     "._weight_fp32": (f"{SGLANG}.models.glm4_moe.Glm4MoeGate._weight_fp32", "the gate comes out of a block"),
     "._forward_router_experts": (
@@ -88,8 +92,10 @@ ONLY_IN = {
     "._weight_fp32": MODES,
     # Classes of later releases are asked by a method.
     f"{SGLANG}.runtime_context.get_exec": SpecifierSet("<0.5.18"),
-    # The mode that needs it was measured in an earlier release.
-    f"{VLLM}.warmup.deep_gemm_warmup._is_deep_gemm_backed_kernel": SpecifierSet("<0.30"),
+    # How the GLM block sums over processes, which is asked of its forward.
+    f"{SGLANG}.models.glm4_moe.should_skip_post_experts_all_reduce": SpecifierSet("<0.5.21"),
+    f"{SGLANG}.models.glm4_moe.tensor_model_parallel_all_reduce": SpecifierSet("<0.5.21"),
+    f"{SGLANG}.models.glm4_moe.reduce_moe_output": SpecifierSet(">=0.5.21,<0.5.22"),
 }
 
 
@@ -135,12 +141,12 @@ def missing(book: ledger.Ledger, release: str, names: Iterable[EngineName]) -> l
     ]
 
 
-@pytest.mark.parametrize(("engine", "release"), TESTED)
+@pytest.mark.parametrize(("engine", "release"), LISTED)
 def test_every_name_is_guarded_or_public(engine: str, release: str) -> None:
     assert missing(BOOKS[engine], release, serving_path()) == [], "add them to patches/, or to a table here"
 
 
-@pytest.mark.parametrize("release", BOOKS["vllm"].tested)
+@pytest.mark.parametrize("release", BOOKS["vllm"].listed)
 def test_kernels_that_are_known_by_the_names_of_their_classes(release: str) -> None:
     patches = BOOKS["vllm"].patches_for(Version(release))
     classes = {split(source.reference)[1] for patch in patches for source in patch.relies_on}
@@ -215,7 +221,6 @@ def without(engine: str, tmp_path: Path, row: str, instead: str = "") -> ledger.
         ("vllm", "fused_moe.layer:make_parallel_config", "vllm/plan.py"),
         ("vllm", "fused_moe.config:FusedMoEConfig", "vllm/plan.py"),
         ("vllm", "deep_gemm_warmup:_deepgemm_fp8_gemm_nt_warmup", "vllm/fp8.py"),
-        ("vllm", "deep_gemm_warmup:_is_deep_gemm_backed_kernel", "vllm/fp8.py"),
         ("vllm", "modular_kernel:FusedMoEKernelModularImpl", "._allocate_buffers"),
         ("vllm", "moe_runner:MoERunner._forward_impl", "vllm/run.py"),
         ("vllm", "_aiter_ops:rocm_aiter_ops", "vllm/native.py"),
@@ -238,9 +243,9 @@ def test_control_a_definition_is_left_out(engine: str, row: str, reported: str, 
 
 
 def test_control_a_definition_is_left_out_for_one_release(tmp_path: Path) -> None:
-    book = without("vllm", tmp_path, 'versions: "<0.30"', 'versions: "<0.28"')
-    reports = {release: missing(book, release, serving_path()) for release in book.tested}
-    assert [release for release, report in reports.items() if report] == ["0.28.0"]
+    book = without("sglang", tmp_path, 'versions: ">=0.5.21,<0.5.22"', 'versions: ">=0.5.22,<0.5.23"')
+    reports = {release: missing(book, release, serving_path()) for release in book.listed}
+    assert [release for release, report in reports.items() if report] == ["0.5.21"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from fse_patch import session
 from fse_patch.adapters.load import RoleLoader
-from fse_patch.adapters.patching import guards
+from fse_patch.adapters.patching import guards, standing
 
 from . import building
 from .plant import adapter, plant
@@ -106,29 +106,29 @@ def patched_anew(engine: str, cause: Context) -> Any:
 
 @plant
 def source_of_another_fingerprint(engine: str) -> Context:
-    honest = guards.fingerprint
+    honest = standing.fingerprint
     block = f"{building.MODELS[engine]}.{building.QWEN[0]}:{building.QWEN[1]}.__init__"
 
     def fingerprint(reference: str, *args: Any) -> Any:
         return "0123456789abcdef" if reference == block else honest(reference, *args)
 
-    return patched_anew(engine, patch.object(guards, "fingerprint", fingerprint))
+    return patched_anew(engine, patch.object(standing, "fingerprint", fingerprint))
 
 
 @plant
 def source_that_is_gone(engine: str) -> Context:
-    honest = guards.fingerprint
+    honest = standing.fingerprint
     block = f"{building.MODELS[engine]}.{building.QWEN[0]}:{building.QWEN[1]}.__init__"
 
     def fingerprint(reference: str, *args: Any) -> Any:
         return None if reference == block else honest(reference, *args)
 
-    return patched_anew(engine, patch.object(guards, "fingerprint", fingerprint))
+    return patched_anew(engine, patch.object(standing, "fingerprint", fingerprint))
 
 
 @plant
 def release_that_nobody_tested(engine: str) -> Context:
-    return patched_anew(engine, patch.object(guards, "engine_version", lambda *_: "99.0"))
+    return patched_anew(engine, patch.object(guards, "engine_version", lambda *_: "0.0.1"))
 
 
 @plant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import signature
@@ -52,6 +53,8 @@ def decided(
     load_format: str = "auto",
     draft_format: str = "",
     capability: list[int] | None = None,
+    options: dict[str, Any] | None = None,
+    env: dict[str, str] | None = None,
     **server: Any,
 ) -> dict[str, Any]:
     """The decision when the loader of ``load_format`` is about to build the model.
@@ -59,6 +62,8 @@ def decided(
     Args:
         draft_format: a draft's own format, as in the scope of its load; the main model's is ``load_format``.
         capability: of a GPU, for `as_in_0_5_17`; None: a CPU, and the release that is there.
+        options: values that the server's arguments have when it is asked; a release may lack them.
+        env: of the process, while it decides.
         server: arguments of the server.
     """
     from sglang.srt.configs.load_config import LoadConfig
@@ -66,7 +71,7 @@ def decided(
     from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.model_loader import get_model_loader
     from sglang.srt.model_loader.utils import get_model_architecture
-    from sglang.srt.runtime_context import get_exec, get_model, publish
+    from sglang.srt.runtime_context import get_exec, get_model, get_server_args, publish
     from sglang.srt.server_args import ServerArgs
 
     from fse_patch import runtime
@@ -86,6 +91,9 @@ def decided(
             stack.enter_context(get_model().override(load_format=draft_format))
         if capability:
             stack.enter_context(as_in_0_5_17(capability))
+        for name, value in (options or {}).items():
+            object.__setattr__(get_server_args(), name, value)
+        stack.enter_context(patch.dict(os.environ, env or {}))
         get_model_loader(load_config, config)
         start_of(get_model_architecture(config)[0], config, load_config, None)
         disabled = get_exec().moe.disable_shared_experts_fusion

@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -92,24 +91,17 @@ def start(folder: str, **server: Any) -> Any:
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
-    from sglang.srt.distributed import bootstrap, parallel_state
-    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
-    from sglang.srt.layers.moe import initialize_moe_config
-    from sglang.srt.runtime_context import publish
+    from sglang.srt.distributed import parallel_state
     from sglang.srt.server_args import ServerArgs
 
     args = ServerArgs(
         model_path=folder, dtype="bfloat16", device="cpu", skip_tokenizer_init=True,
         disable_radix_cache=True, attention_backend="torch_native", sampling_backend="pytorch", **server,
     )  # fmt: skip
-    publish(args, role="scheduler")
-    initialize_moe_config(*[args][: len(signature(initialize_moe_config).parameters)])
+    standalone.publish_alone(args)
     config = ModelConfig.from_server_args(args)
     if not parallel_state.model_parallel_is_initialized():
-        bootstrap.init_torch_distributed(
-            server_args=args, model_config=config, device="cpu", ps=ParallelState.trivial(),
-            dist_port=standalone.free_port(), is_draft_worker=False, local_omp_cpuid=None,
-        )  # fmt: skip
+        standalone.start_groups(args, config, "cpu")
     # As SGLang's own runner does on a CPU.
     return adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), 1)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -130,6 +131,7 @@ def compiled(fused_role: Any) -> dict[str, Any]:
 
 def all_reduce(fused_role: Any) -> dict[str, Any]:
     """How often a layer of two processes sums, and what of: by who runs it and whether SGLang skips it."""
+    from sglang.srt.layers.moe import utils
     from sglang.srt.models import glm4_moe
 
     block = first_block(fused_role)
@@ -139,8 +141,15 @@ def all_reduce(fused_role: Any) -> dict[str, Any]:
         summed.append(part.clone())
         return part * 2
 
+    # Up to 0.5.20 the block asks and sums by itself; later one function does both.
+    inline = hasattr(glm4_moe, "should_skip_post_experts_all_reduce")
+    module = glm4_moe if inline else utils
     found = {}
-    with torch.no_grad(), patch.object(glm4_moe, "tensor_model_parallel_all_reduce", total):
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for place in (glm4_moe, communication_op()):
+            if hasattr(place, "tensor_model_parallel_all_reduce"):
+                stack.enter_context(patch.object(place, "tensor_model_parallel_all_reduce", total))
         # By the table one token runs in small mode; what is closed is left to SGLang.
         for name, parts, skip, closed in (
             ("one process", 1, False, ""),
@@ -150,15 +159,23 @@ def all_reduce(fused_role: Any) -> dict[str, Any]:
         ):
             summed.clear()
             x = states(fused_role, 1)
-            skips = patch.object(glm4_moe, "should_skip_post_experts_all_reduce", lambda skip=skip, **_: skip)
             router = getattr(block, ATTRIBUTE).execution.router
             if closed and fused_role.start.merged:
                 continue
-            with skips, patch.object(block, "tp_size", parts), patch.object(router, "closed", closed):
+            asked = patch.object(module, "should_skip_post_experts_all_reduce", lambda skip=skip, **_: skip)
+            width = patch.object(utils, "get_parallel", lambda parts=parts: SimpleNamespace(tp_size=parts))
+            size = patch.object(block, "tp_size", parts) if inline else width
+            with asked, size, patch.object(router, "closed", closed):
                 output = block(x.clone())
             doubled = distance(output, summed[0]) if summed else 0.0
             found[name] = {"sums": len(summed), "factor": 1 + round(doubled, 3)}
-    return found
+    return {**found, "sums itself": inline or hasattr(glm4_moe, "reduce_moe_output")}
+
+
+def communication_op() -> Any:
+    from sglang.srt.distributed import communication_op
+
+    return communication_op
 
 
 def chosen(execution: Any, x: torch.Tensor) -> torch.Tensor:

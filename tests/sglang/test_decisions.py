@@ -25,6 +25,13 @@ OLD_GATE: dict[str, dict[str, Any]] = {
     "native, experts spread": {"capability": [9, 0], "ep_size": 2, "tp_size": 2},
     "native, old device": {"capability": [7, 5]},
 }
+# What lays experts out in another way, as a release has it or not.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "paged": {"options": {"enable_paged_experts": True}},
+    "balanced": {"options": {"enable_waterfill": True}},
+    "joined": {"options": {"ep_join_mode": "scale"}},
+    "interleaved": {"env": {"SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED": "1"}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     }
     cases |= {name: {"load_format": name} for name in ("auto", "safetensors", "sharded_state", *REWRITTEN)}
     cases |= {f"draft {name}": {"draft_format": name} for name in ("safetensors", *REWRITTEN)}
+    cases |= LAYOUTS
     given = {name: {"folder": str(folder), **case} for name, case in cases.items()}
     given["dense layer"] = {"folder": str(dense)}
     glm = str(checkpoints.path("glm4_moe_scale"))
@@ -64,6 +72,14 @@ def test_overrides_are_refused(found: dict[str, dict[str, Any]]) -> None:
     for name, override in OVERRIDES.items():
         assert min(override) in found[name]["detail"]
     assert found["auto"]["reason"] == "ok"
+
+
+@pytest.mark.every_release
+def test_other_layouts_of_experts_are_refused(found: dict[str, dict[str, Any]]) -> None:
+    assert {name: found[name]["reason"] for name in LAYOUTS} == dict.fromkeys(LAYOUTS, "backend.layout")
+    assert "--enable-paged-experts" in found["paged"]["detail"]
+    # The control: nothing of it is left for what comes next.
+    assert found["dense layer"]["reason"] != "backend.layout"
 
 
 @pytest.mark.every_release

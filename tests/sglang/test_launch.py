@@ -160,10 +160,11 @@ def test_sglangs_own_switch_is_respected(runs: Runs, tmp_path: Path, case: Case)
 
 
 @pytest.mark.every_release
-def test_a_patch_that_fails_in_a_child_stops_the_server(runs: Runs, tmp_path: Path) -> None:
+def test_a_patch_that_fails_in_a_child_stops_a_strict_server(runs: Runs, tmp_path: Path) -> None:
     """SGLang itself logs what a plugin raises, and serves."""
     args = arguments(runs.checkpoints.path("qwen2_moe"))
-    status, log = ended("tests.sglang.broken_child", args, tmp_path / "log", PYTHONPATH=str(ROOT))
+    env = {"PYTHONPATH": str(ROOT), "FSE_PATCH_STRICT": "1"}
+    status, log = ended("tests.sglang.broken_child", args, tmp_path / "log", **env)
     assert status != 0
     assert re.search(
         "^fse_patch: patch initialize-model .*: a factory that fails in the child alone$", log, re.M

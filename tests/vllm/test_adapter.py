@@ -38,6 +38,13 @@ REFUSED: list[tuple[str, str, Any]] = [
 ]
 CAPTURE = ("aux_output_config.enable_return_routed_experts", "model_config.enable_return_routed_experts")
 
+# How config.json says that constants stand in for some experts, and another thing that looks like it.
+SUBSTITUTED: list[tuple[str, Any]] = [
+    ("approximate_experts", {"0": [1]}),
+    ("compression_config", {"transform_config": {"expert_substitution": {"0": [1]}}}),
+    ("compression_config", {"transform_config": {}}),
+]
+
 
 @contextmanager
 def put(config: Any, path: str, value: Any) -> Iterator[None]:
@@ -64,6 +71,15 @@ def reason(config: Any) -> str:
     (recorded,) = runtime.decisions()
     assert isinstance(start, Start) == recorded["fuse"]
     return str(recorded["reason"])
+
+
+def substituted(config: Any, name: str, value: Any) -> str:
+    """The code for a config.json with one more key."""
+    setattr(config.model_config.hf_config, name, value)
+    try:
+        return reason(config)
+    finally:
+        delattr(config.model_config.hf_config, name)
 
 
 def quantised(config: Any, method: str | None) -> str:
@@ -102,6 +118,7 @@ def probe_refusals(checkpoint: str) -> dict[str, Any]:
             found["capture"] = reason(config)
         with patch.dict(os.environ, VLLM_MOE_ROUTING_SIMULATION_STRATEGY="uniform_random"):
             found["simulator"] = reason(config)
+        found["experts replaced by constants"] = [substituted(config, *way) for way in SUBSTITUTED]
         with patch.object(type(current_platform), "is_cpu", lambda self: False):
             found["other device"] = reason(config)
             with patch.dict(os.environ, FSE_PATCH_ALLOW_UNMEASURED="1"):
@@ -209,6 +226,7 @@ def test_what_is_not_proven_is_refused_before_it_is_built(checkpoint: str) -> No
     assert {path: found[path] for _, path, _ in REFUSED} == {path: code for code, path, _ in REFUSED}
     assert found["capture"] == "routing.capture"
     assert found["simulator"] == "routing.simulator"
+    assert found["experts replaced by constants"] == ["backend.routing"] * 2 + ["ok"]
     assert found["other device"] == "slower.unmeasured"
     assert found["other device, allowed"] == "ok"
     assert found["fp8 as fp8"] == "ok"

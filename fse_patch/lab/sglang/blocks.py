@@ -24,7 +24,7 @@ from ...fusion_core.forward.plan import always
 from ...fusion_core.reasons import Reason
 from ..model_block import build_block
 from ..random_weights import as_slots, fill
-from .standalone import start_sglang
+from .standalone import native_fusion_decided, start_sglang
 
 EXPERTS = ("w13_weight", "w2_weight")
 DEVICE = "cuda"
@@ -56,7 +56,7 @@ class Pair:
         self.layout = moe.layout
         family = decision.family
         naming = TensorNaming(family, len(moe.layers))
-        with self._engine():
+        with self._engine(), native_fusion_decided(self.config):
             self.stock = [self._build(family.name, layer) for layer in moe.layers[:layers]]
             self.native = self.stock[0].num_fused_shared_experts > 0
             backend = NATIVE if self.native else "triton"
