@@ -1,0 +1,190 @@
+"""The paired forward of one layer: few tokens in one pass over weights that stay where the engine keeps them.
+
+Nothing is copied or moved. Tensors are asked for at every call, because an engine may put others in their
+place; only a captured graph keeps addresses, and those are compared after each update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import linear
+
+from ..decision.outcome import MoeSpec
+from ..kernels import pass_reference, routing_reference
+from ..kernels.expert_weights import ExpertWeights, slots_of
+from .plan import ModeCounter
+from .router import capturing, on_gpu
+
+# Names of the two ways in counts and reports.
+PAIRED, STOCK = "paired", "stock"
+
+
+@dataclass(frozen=True)
+class PairedWeights:
+    """What the pass reads of one layer, as it is in memory now.
+
+    Args:
+        gate: [E, H] where the layer computes its own router logits; None where it is handed them.
+        shared_gate: [1, H], or None where the shared expert weighs 1.
+        correction_bias: [E], where the family has one.
+        expert_map: [E] -> number among the experts of this process, -1 for one that is not here; None: all are.
+        merged_slots: how many slots of ``routed`` hold the shared expert already; ``shared`` is None then.
+    """
+
+    routed: ExpertWeights
+    shared: ExpertWeights | None
+    gate: torch.Tensor | None = None
+    shared_gate: torch.Tensor | None = None
+    correction_bias: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    merged_slots: int = 0
+
+    @property
+    def slots(self) -> range:
+        """Return the ids that stand for the shared expert."""
+        first = self.routed.w13.shape[0] - self.merged_slots
+        return range(first, first + (self.merged_slots or slots_of(self.routed, self.shared)))
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Return where everything begins that a captured graph would hold."""
+        others = (self.gate, self.shared_gate, self.correction_bias, self.expert_map)
+        held = (0 if tensor is None else tensor.data_ptr() for tensor in others)
+        shared = () if self.shared is None else self.shared.addresses
+        return (*self.routed.addresses, *shared, *held)
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Name how routed and shared experts are stored, "" where the shared ones are among the routed."""
+        return self.routed.format, "" if self.shared is None else self.shared.format
+
+
+@dataclass(frozen=True)
+class OutputScale:
+    """Factors of the sum, so that what the engine multiplies afterwards comes out right.
+
+    Args:
+        routed: of the weights of the routed experts.
+        shared: of the weight of the shared expert.
+    """
+
+    routed: float = 1.0
+    shared: float = 1.0
+
+
+class PairedLayer:
+    """One layer that runs paired for up to ``threshold`` tokens; 0, until it is proved: the engine runs all.
+
+    Args:
+        number: of the checkpoint.
+        read: returns what is in memory now.
+    """
+
+    def __init__(
+        self, number: int, moe: MoeSpec, read: Callable[[], PairedWeights], counter: ModeCounter
+    ) -> None:
+        self.number = number
+        self.moe = moe
+        self.read = read
+        self.counter = counter
+        self.threshold = 0
+        # Addresses of the first call that a graph has captured.
+        self.captured: tuple[int, ...] | None = None
+        # Logits that stand in for those of the gate, and the factor of the shared weight: for proofs.
+        self.given_logits: torch.Tensor | None = None
+        self.control_factor = 1.0
+
+    def takes(self, hidden_states: torch.Tensor) -> bool:
+        """Return whether these states [num_tokens, H] run paired; counts the call.
+
+        The number of tokens is the host's: it is known when a graph is captured. Where Dynamo traces, it is a
+        symbol, and the engine's own forward is traced.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        here = 0 < hidden_states.shape[0] <= self.threshold
+        self.counter.add(self.number, PAIRED if here else STOCK, capturing())
+        return here
+
+    def __call__(
+        self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale
+    ) -> torch.Tensor:
+        """Compute routed and shared experts of this process, summed: [num_tokens, H], before any reduction.
+
+        Args:
+            hidden_states: [num_tokens, H].
+            logits: [num_tokens, E]; not looked at where the layer computes its own.
+        """
+        held = self.read()
+        if capturing() and self.captured is None:
+            self.captured = held.addresses
+        weights, ids = self._route(held, hidden_states, self.logits(held, hidden_states, logits), scale)
+        if not on_gpu(hidden_states):
+            return pass_reference.experts_once(hidden_states, held.routed, weights, ids, held.shared)
+        from ..kernels.experts_once import experts_once, most_tokens  # needs Triton
+
+        parts, at_once = [], most_tokens(ids.shape[1])
+        for first in range(0, len(ids), at_once):
+            some = slice(first, first + at_once)
+            parts.append(
+                experts_once(hidden_states[some], held.routed, weights[some], ids[some], held.shared)
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def logits(
+        self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Return router logits [num_tokens, E], as the pass uses them; arguments as of a call."""
+        if held.gate is not None:
+            logits = own_logits(held.gate, hidden_states)
+        return logits if self.given_logits is None else self.given_logits
+
+    def _route(
+        self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, k + S]."""
+        layout = self.moe.layout
+        spec = replace(self.moe.routing, routed_scaling_factor=scale.routed)
+        gate = None if held.shared_gate is None else linear(hidden_states, held.shared_gate)
+        if on_gpu(hidden_states):
+            from ..kernels.append import append
+            from ..kernels.route import route
+
+            weights, ids = route(logits, layout.top_k, range(layout.num_routed, layout.num_routed), spec, held.correction_bias)
+            ids = _local(ids, held.expert_map)
+            weights, ids = append(weights, ids, held.slots, gate, scale.shared)
+            if self.control_factor != 1.0:
+                weights[:, layout.top_k] *= self.control_factor
+            return weights, ids
+        weights, ids = routing_reference.route(logits, layout.top_k, spec, held.correction_bias)
+        factor = scale.shared * self.control_factor
+        slot_weight = factor if gate is None else gate.to(weights.dtype).sigmoid() * factor
+        return routing_reference.append_shared_slots(
+            weights, _local(ids, held.expert_map), held.slots, slot_weight
+        )
+
+    @contextmanager
+    def given(self, logits: torch.Tensor) -> Iterator[None]:
+        """Route by ``logits`` [num_tokens, E] in place of the gate's, which are computed all the same."""
+        before, self.given_logits = self.given_logits, logits
+        try:
+            yield
+        finally:
+            self.given_logits = before
+
+
+def own_logits(gate: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return router logits [num_tokens, E] of a gate [E, H], in the gate's dtype."""
+    if on_gpu(hidden_states) and gate.dtype == hidden_states.dtype:
+        from ..kernels.router_logits import router_logits  # needs Triton
+
+        return router_logits(hidden_states, gate)
+    return linear(hidden_states.to(gate.dtype), gate)
+
+
+def _local(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    return ids if expert_map is None else expert_map[ids.long()].to(ids.dtype)
