@@ -167,6 +167,21 @@ class PairedLayer:
             weights, _local(ids, held.expert_map), held.slots, slot_weight
         )
 
+    def exact(
+        self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale
+    ) -> torch.Tensor:
+        """Compute the same in torch and at least in float32, routed by ``logits``: what proofs compare with."""
+        held = self.read()
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        states, spec = hidden_states.to(dtype), replace(self.moe.routing, routed_scaling_factor=scale.routed)
+        weights, ids = routing_reference.route(logits, self.moe.layout.top_k, spec, held.correction_bias)
+        gate = None if held.shared_gate is None else linear(states, held.shared_gate.to(dtype))
+        slot_weight = scale.shared if gate is None else gate.sigmoid() * scale.shared
+        weights, ids = routing_reference.append_shared_slots(
+            weights, _local(ids, held.expert_map), held.slots, slot_weight
+        )
+        return pass_reference.experts_once(states, held.routed, weights, ids, held.shared)
+
     @contextmanager
     def given(self, logits: torch.Tensor) -> Iterator[None]:
         """Route by ``logits`` [num_tokens, E] in place of the gate's, which are computed all the same."""

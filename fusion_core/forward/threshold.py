@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .plan import ModePlan
+
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 # How tokens choose experts while it is measured: unrelated ones, and all the same.
 ROUTINGS = ("even", "alike")
@@ -30,6 +32,12 @@ class Threshold:
 
     tokens: int
     bounds: Mapping[tuple[int, str], float]
+
+
+def merged_gains(plan: ModePlan) -> bool:
+    """Tell whether merged weights gain where a pass for few tokens does not reach: ``plan`` fuses beyond it."""
+    beyond = [mode for limit, mode in plan.steps if limit > SIZES[-1]]
+    return "fused" in (*beyond, plan.otherwise)
 
 
 def lower_bound(ratios: Sequence[float]) -> float:

@@ -109,12 +109,14 @@ def shut_down(llm: Any) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from ... import runtime
+    from ...adapters.paired import PAIRED_ROLES
     from ...adapters.role import CONSTRUCTED
 
     if llm is not None:
         llm.llm_engine.engine_core.shutdown()
     del llm
     CONSTRUCTED.clear()
+    PAIRED_ROLES.clear()
     runtime.clear()
     cleanup_dist_env_and_memory()  # collects what is left of it
 
