@@ -56,7 +56,8 @@ class RunnerLayer(EngineLayer):
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Run in place of the runner's ``_forward_impl``: few tokens paired, all others untouched."""
-        if self.layer.takes(hidden_states):
+        self.layer.count(hidden_states)
+        if self.layer.runs(hidden_states):
             return self._paired(hidden_states, router_logits)
         return self.stock_forward(hidden_states, router_logits, *args, **kwargs)
 

@@ -98,17 +98,19 @@ class PairedLayer:
         self.given_logits: torch.Tensor | None = None
         self.control_factor = 1.0
 
-    def takes(self, hidden_states: torch.Tensor) -> bool:
-        """Return whether these states [num_tokens, H] run paired; counts the call.
+    def runs(self, hidden_states: torch.Tensor) -> bool:
+        """Return whether these states [num_tokens, H] run paired.
 
         The number of tokens is the host's: it is known when a graph is captured. Where Dynamo traces, it is a
         symbol, and the engine's own forward is traced.
         """
-        if torch.compiler.is_compiling():
-            return False
-        here = 0 < hidden_states.shape[0] <= self.threshold
-        self.counter.add(self.number, PAIRED if here else STOCK, capturing())
-        return here
+        return not torch.compiler.is_compiling() and 0 < hidden_states.shape[0] <= self.threshold
+
+    def count(self, hidden_states: torch.Tensor) -> None:
+        """Count a call of the layer, in the way that it runs."""
+        if not torch.compiler.is_compiling():
+            way = PAIRED if self.runs(hidden_states) else STOCK
+            self.counter.add(self.number, way, capturing())
 
     def __call__(
         self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale
