@@ -94,7 +94,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             "rebatched": score(llm, job["prompts"], 1, batched=False)["logprobs"],
         }
         llm.collective_rpc("fse_control", args=(job["control_factor"],))
-        result["control"] = score(llm, job["prompts"], 1, batched=True)["logprobs"]
+        result["control_answers"] = score(llm, job["prompts"], job["new_tokens"], batched=True)
+        result["control"] = result["control_answers"].pop("logprobs")
         if config.dtype.itemsize == 2:
             llm.collective_rpc("fse_control", args=(1.0,))
             llm.collective_rpc("fse_jitter", args=(0,))
