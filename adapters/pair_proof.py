@@ -1,7 +1,7 @@
 """The start of paired roles, before anything is served: proof, threshold, and the line that says both.
 
-Both arms of proof and measurement end below the reduction over processes, so none waits for another. What they
-found is shared at two points that every process reaches, whatever failed in it.
+Both arms of proof and measurement end below the reduction over processes, so none waits for another. What
+they found is shared at two points that every process reaches, whatever failed in it.
 """
 
 from __future__ import annotations

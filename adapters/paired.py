@@ -46,11 +46,11 @@ class EngineLayer(ABC):
 
     @abstractmethod
     def copy(self) -> None:
-        """Copy the weights that have just been loaded: for tests on a CPU, where engines pack them next."""
+        """Copy the weights that were just loaded: for tests on a CPU, where engines pack them next."""
 
     @abstractmethod
     def stock(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Run the engine's own forward [num_tokens, H], routed by ``logits``; its gate is computed as well."""
+        """Run the engine's own forward [num_tokens, H], routed by ``logits``; its gate runs as well."""
 
     @abstractmethod
     def ours(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class EngineLayer(ABC):
 
     @abstractmethod
     def gates(self, hidden_states: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield logits as the pass computes them, and by the engine's gate: of the router, of the shared one."""
+        """Yield logits as the pass computes them, and by the engine's gates: router, then shared."""
 
     @property
     @abstractmethod
@@ -164,14 +164,16 @@ class PairedRole:
             if captured is not None and captured != held[number].addresses:
                 raise FsePatchError(
                     f"{self.name} model: layer {number}: the update has put weights at other addresses, and "
-                    "captured CUDA graphs read the old ones; capture again, or start again with the new weights"
+                    "captured CUDA graphs read the old ones; capture again, or start again"
                 )
         proof = self.prove_again()
         reason, threshold = self.loaded.reason, self.loaded.threshold
         if proof.state == "failed":
             reason, threshold = Reason("proof.failed", f"after an update: {proof.detail}"), 0
             if any(layer.layer.captured for layer in self.layers.values()):
-                raise FsePatchError(f"{self.name} model: {reason.detail}; captured CUDA graphs would serve it")
+                raise FsePatchError(
+                    f"{self.name} model: {reason.detail}; captured CUDA graphs would serve it"
+                )
             log.warning("%s model: %s: %s; the engine's own layers serve", self.name, *_words(reason))
         self.set_threshold(threshold)
         self.loaded = LoadedPairs(held, proof, threshold, self.loaded.source, reason, self.loads)

@@ -113,9 +113,7 @@ def decision_of(
     return Settled(Stock(role=role, engine=engine, reason=Reason("evidence.unreadable", why)))
 
 
-def laid_out(
-    settled: Settled, settings: Settings, refusals: Callable[[Paired], Iterator[Reason]]
-) -> Settled:
+def laid_out(settled: Settled, settings: Settings, refusals: Callable[[Paired], Iterator[Reason]]) -> Settled:
     """Return what was settled, under the layout that FSE_PATCH_LAYOUT asks for or lets be picked.
 
     Args:

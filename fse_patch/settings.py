@@ -64,11 +64,11 @@ class Settings:
         verify: FSE_PATCH_VERIFY: layers that the canary proves before serving: "off", "sample" (one), "all".
         tuned: FSE_PATCH_TUNED, path of a table that `fse-patch tune` has written, or None.
         layout: FSE_PATCH_LAYOUT: "merged", "paired", or "auto", which picks.
-        measure: FSE_PATCH_MEASURE: thresholds of paired layers are measured where the cache has none ("auto"),
-            at each start ("always"), or never ("off").
-        cache: FSE_PATCH_CACHE, folder of what was measured on this machine, or None: the user's cache folder.
-        cpu_threshold: FSE_PATCH_CPU_THRESHOLD, for tests: pairs on a CPU, from copies of the weights, for up to
-            so many tokens; 0: not.
+        measure: FSE_PATCH_MEASURE: thresholds of paired layers are measured where the cache has none
+            ("auto"), at each start ("always"), or never ("off").
+        cache: FSE_PATCH_CACHE, folder of what was measured on this machine; None: the user's cache folder.
+        cpu_threshold: FSE_PATCH_CPU_THRESHOLD, for tests: pairs on a CPU for up to so many tokens, from
+            copies of the weights; 0: not.
         switches: those of `SWITCHES` that are on. FSE_PATCH_GATE_KERNEL: shared experts that stay unfused get
             their gate in one launch.
     """

@@ -116,7 +116,7 @@ REASONS: Mapping[Code, Meaning] = {
         asked_for=True,
     ),
     "backend.layout": Meaning(
-        "The engine keeps weights in a layout that a pass by pointer does not read: packed, shuffled or emptied."
+        "The engine keeps weights in a layout that a pass by pointer does not read, or has packed them."
     ),
     "device.unrun": Meaning(
         "No device of this kind has run the paired layout yet.", "FSE_PATCH_LAYOUT=paired takes it anyway"

@@ -1,7 +1,7 @@
 """A layer of SGLang that runs paired: parts of its block answer for few tokens, weights as SGLang keeps them.
 
-SGLang's own forward of the block stays, with its streams and its sum over processes. For few tokens the shared
-experts' part gives nothing, and the routed experts' part gives the sum of both.
+SGLang's own forward of the block stays, with its streams and its sum over processes. For few tokens the
+shared experts' part gives nothing, and the routed experts' part gives the sum of both.
 """
 
 from __future__ import annotations
@@ -73,10 +73,14 @@ class BlockLayer(EngineLayer):
             return answer
         return (self.given, *answer[1:]) if isinstance(answer, tuple) else self.given
 
-    def _shared_experts(self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def _shared_experts(
+        self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any
+    ) -> Any:
         return None if self.runs(hidden_states) else original(hidden_states, *args, **kw)
 
-    def _dual_stream(self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def _dual_stream(
+        self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any
+    ) -> Any:
         raise NotImplementedError
 
     def total(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -204,7 +208,9 @@ class QwenBlock(BlockLayer):
         """Return whether these states run paired."""
         return not self.deferred and super().runs(hidden_states)
 
-    def _forward(self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward(
+        self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         # forward(hidden_states, forward_batch, defer_finalize)
         self.deferred = bool(kwargs.get("defer_finalize", args[1] if len(args) > 1 else False))
         try:
@@ -212,19 +218,23 @@ class QwenBlock(BlockLayer):
         finally:
             self.deferred = False
 
-    def _router_experts(self, original: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+    def _router_experts(
+        self, original: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
+    ) -> Any:
         if not self.arm:
             self.layer.count(hidden_states)
         return self.total(hidden_states) if self.runs(hidden_states) else original(hidden_states, **kwargs)
 
-    def _dual_stream(self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def _dual_stream(
+        self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any
+    ) -> Any:
         if self.runs(hidden_states):
             return self.block._forward_router_experts(hidden_states), None
         return original(hidden_states, *args, **kw)
 
 
 class GlmBlock(BlockLayer):
-    """The block of GLM-4, which has its parts in one forward: its gate and top-k have nothing to do for few."""
+    """The block of GLM-4: one forward, in which gate and top-k have nothing to do for few tokens."""
 
     def __init__(self, number: int, role: PairedRole, block: Any) -> None:
         super().__init__(number, role, block)
@@ -245,9 +255,13 @@ class GlmBlock(BlockLayer):
             return self.total(hidden_states)
         return self.experts(hidden_states, topk_output, *args, **kwargs)
 
-    def _dual_stream(self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def _dual_stream(
+        self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any
+    ) -> Any:
         # Its last line adds a shared part that is not there.
-        return self.block.forward_normal(hidden_states) if self.runs(hidden_states) else original(hidden_states)
+        return (
+            self.block.forward_normal(hidden_states) if self.runs(hidden_states) else original(hidden_states)
+        )
 
 
 @contextmanager

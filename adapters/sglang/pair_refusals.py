@@ -30,9 +30,8 @@ def pair_refusals(decision: Paired, model_config: Any, effective: Settings) -> I
     if platform == "cpu":
         if not effective.cpu_threshold:
             yield Reason("backend.layout", f"a CPU pairs for tests alone; set {CPU_THRESHOLD} for one")
-    elif effective.layout != "paired":
-        if (reason := unrun(decision.engine, platform, get_device_name())) is not None:
-            yield Reason(reason.code, f"{reason.detail}; {LAYOUT}=paired takes it anyway")
+    elif effective.layout != "paired" and (reason := unrun(decision.engine, platform, get_device_name())):
+        yield Reason(reason.code, f"{reason.detail}; {LAYOUT}=paired takes it anyway")
     if server.enable_eplb or server.ep_num_redundant_experts:
         yield Reason("parallel.eplb", "the expert load balancer is on; run without --enable-eplb")
     if not get_moe_a2a_backend().is_none():
@@ -50,9 +49,13 @@ def pair_refusals(decision: Paired, model_config: Any, effective: Settings) -> I
             yield Reason("lora", why)
     runner = get_moe_runner_backend().value
     if runner not in RUNNERS:
-        yield Reason("backend.layout", f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}")
+        yield Reason(
+            "backend.layout", f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}"
+        )
     if server.kt_weight_path is not None:
-        yield Reason("backend.routing", "KTransformers runs experts by their number; run without --kt-weight-path")
+        yield Reason(
+            "backend.routing", "KTransformers runs experts by their number; run without --kt-weight-path"
+        )
     if server.enable_return_routed_experts or server.expert_distribution_recorder_mode:
         yield Reason("routing.capture", "routed experts are recorded; run without that")
     if any(setting is not None and setting.get() for setting in (getattr(envs, n, None) for n in SIMULATORS)):

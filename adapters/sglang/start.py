@@ -38,7 +38,9 @@ from .refusals import UPSTREAM, load_format_given, refusals
 log = logging.getLogger("fse_patch")
 
 
-def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) -> Start | PairedStart | Unfused | None:
+def start_of(
+    cls: type, model_config: Any, load_config: Any, quantised: object
+) -> Start | PairedStart | Unfused | None:
     """Decide for a model of ``cls``, record it and say it in a line; None where it is no entry class.
 
     Args:

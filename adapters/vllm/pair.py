@@ -1,4 +1,4 @@
-"""A layer of vLLM that runs paired: its runner's forward below the opaque operator, weights as vLLM keeps them.
+"""A layer of vLLM that runs paired: its runner's forward below the opaque operator, weights where they lie.
 
 That operator returns a pair, of the shared and of the routed experts. The sum of both goes into the one that
 vLLM does not scale afterwards, zeros into the other.
@@ -206,7 +206,9 @@ def _routed(experts: Any) -> ExpertWeights:
 def _shared(mlp: Any) -> ExpertWeights:
     up, down = mlp.gate_up_proj, mlp.down_proj
     width, hidden = int(down.input_size_per_partition), int(down.output_size)
-    scales = [next((getattr(m, n) for n in SCALES if getattr(m, n, None) is not None), None) for m in (up, down)]
+    scales = [
+        next((getattr(m, n) for n in SCALES if getattr(m, n, None) is not None), None) for m in (up, down)
+    ]
     w13, w2 = _rows(up.weight, 2 * width, hidden), _rows(down.weight, hidden, width)
     return experts_of(w13, w2, (scales[0], scales[1]), _block(up.quant_method))
 

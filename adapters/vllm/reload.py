@@ -61,7 +61,9 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
         if problems:
             more = f" (and {len(problems) - 1} more layers)" if problems[1:] else ""
             raise FsePatchError(problems[0] + more)
-        for role in (*constructed(), *paired.constructed()):
+        for fused_role in constructed():
+            fused_role.updated()
+        for role in paired.constructed():
             role.updated()
 
     return finalize_layerwise_processing

@@ -22,7 +22,8 @@ def report() -> dict[str, Any]:
     A stand-in for a kernel package says of itself, in REPLACED, which of its operations ran.
     """
     stand_in = sys.modules.get("sgl_kernel")
-    roles = [role.report() for role in (*constructed(), *paired.constructed())]
+    roles = [fused_role.report() for fused_role in constructed()]
+    roles += [role.report() for role in paired.constructed()]
     ours = {role["role"] for role in roles}
     return {
         "pid": os.getpid(),
@@ -34,7 +35,9 @@ def report() -> dict[str, Any]:
 
 def reset() -> None:
     """Forget the calls of the engine's own warm-up; graphs that it captured run later."""
-    for role in (*constructed(), *paired.constructed()):
+    for fused_role in constructed():
+        fused_role.counter.reset()
+    for role in paired.constructed():
         role.counter.reset()
 
 

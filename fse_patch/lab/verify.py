@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..fusion_core.decision.outcome import Merged
+from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.engines import facts_of
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
 from ..settings import ENABLE
@@ -40,7 +40,7 @@ class VerifyJob:
     """One checkpoint to verify, with the decision of each of its roles that the engine will build."""
 
     checkpoint: Path
-    decisions: tuple[Merged, ...]
+    decisions: tuple[Merged | Paired, ...]
     vocab_size: int
     dtype: str
     engine_args: Mapping[str, Any] = field(default_factory=dict)
@@ -269,7 +269,7 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     }
 
 
-def ran_as_decided(decision: Merged, workers: list[dict[str, Any]]) -> list[str]:
+def ran_as_decided(decision: Merged | Paired, workers: list[dict[str, Any]]) -> list[str]:
     """Return what a role did otherwise than decided, in any worker: no patch may stay out unseen."""
     problems = []
     layers = list(decision.moe.layers)

@@ -1,4 +1,4 @@
-"""Outcome of the decision for one role, `Merged`, `Paired` or `Stock`: everything reads it, nothing decides again."""
+"""Outcome of the decision for one role, `Merged`, `Paired` or `Stock`: nothing decides again."""
 
 from __future__ import annotations
 

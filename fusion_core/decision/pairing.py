@@ -23,8 +23,8 @@ def pairing_layout(
 ) -> ExpertLayout | Reason:
     """Return the layout of the layers of a role that may be paired, or why they may not.
 
-    Its ``num_shared_slots`` is the number of routed widths that cover the shared expert. Activation and layers
-    of the model are the caller's to check.
+    Its ``num_shared_slots`` is the number of routed widths that cover the shared expert. Activation and
+    layers of the model are the caller's to check.
 
     Args:
         facts_of: what rules look at in a layer; of all layers for None.

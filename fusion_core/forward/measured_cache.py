@@ -63,9 +63,9 @@ class PairedSituation:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        shared = f" + {self.shared}" if self.shared else ""
+        formats = " + ".join(filter(None, (self.routed, self.shared)))
         return (
-            f"{self.engine} {self.release} ({self.backend}) on {self.device}: {self.dtype}, {self.routed}{shared}, "
+            f"{self.engine} {self.release} ({self.backend}) on {self.device}: {self.dtype}, {formats}, "
             f"E={self.num_experts}, k={self.top_k}, H={self.hidden_size}, I={self.width}+{self.shared_width}"
         )
 

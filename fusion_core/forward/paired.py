@@ -31,7 +31,8 @@ class PairedWeights:
         gate: [E, H] where the layer computes its own router logits; None where it is handed them.
         shared_gate: [1, H], or None where the shared expert weighs 1.
         correction_bias: [E], where the family has one.
-        expert_map: [E] -> number among the experts of this process, -1 for one that is not here; None: all are.
+        expert_map: [E] -> number among the experts of this process, -1 for one that is not here; None: all
+            are.
         merged_slots: how many slots of ``routed`` hold the shared expert already; ``shared`` is None then.
     """
 
@@ -47,20 +48,35 @@ class PairedWeights:
     def slots(self) -> range:
         """Return the ids that stand for the shared expert."""
         first = self.routed.w13.shape[0] - self.merged_slots
-        return range(first, first + (self.merged_slots or slots_of(self.routed, self.shared)))
+        return range(first, first + (self.merged_slots or self._shared_slots))
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Return where everything begins that a captured graph would hold."""
         others = (self.gate, self.shared_gate, self.correction_bias, self.expert_map)
         held = (0 if tensor is None else tensor.data_ptr() for tensor in others)
-        shared = () if self.shared is None else self.shared.addresses
-        return (*self.routed.addresses, *shared, *held)
+        shared = () if self.shared is None else _addresses(self.shared)
+        return (*_addresses(self.routed), *shared, *held)
+
+    @property
+    def _shared_slots(self) -> int:
+        return 0 if self.shared is None else slots_of(self.shared, self.routed.width)
 
     @property
     def formats(self) -> tuple[str, str]:
         """Name how routed and shared experts are stored, "" where the shared ones are among the routed."""
-        return self.routed.format, "" if self.shared is None else self.shared.format
+        return _format(self.routed), "" if self.shared is None else _format(self.shared)
+
+
+def _addresses(weights: ExpertWeights) -> tuple[int, ...]:
+    scales = () if weights.scales is None else (weights.scales.w13, weights.scales.w2)
+    return tuple(tensor.data_ptr() for tensor in (weights.w13, weights.w2, *scales))
+
+
+def _format(weights: ExpertWeights) -> str:
+    """Name dtype and scales: "bfloat16", "float8_e4m3fn 128x128"."""
+    name = str(weights.w13.dtype).removeprefix("torch.")
+    return name if weights.scales is None else "{} {}x{}".format(name, *weights.scales.block)
 
 
 @dataclass(frozen=True)
@@ -112,9 +128,7 @@ class PairedLayer:
             way = PAIRED if self.runs(hidden_states) else STOCK
             self.counter.add(self.number, way, capturing())
 
-    def __call__(
-        self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale
-    ) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale) -> torch.Tensor:
         """Compute routed and shared experts of this process, summed: [num_tokens, H], before any reduction.
 
         Args:
@@ -137,9 +151,7 @@ class PairedLayer:
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def logits(
-        self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor
-    ) -> torch.Tensor:
+    def logits(self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return router logits [num_tokens, E], as the pass uses them; arguments as of a call."""
         if held.gate is not None:
             logits = own_logits(held.gate, hidden_states)
@@ -156,7 +168,9 @@ class PairedLayer:
             from ..kernels.append import append
             from ..kernels.route import route
 
-            weights, ids = route(logits, layout.top_k, range(layout.num_routed, layout.num_routed), spec, held.correction_bias)
+            weights, ids = route(
+                logits, layout.top_k, range(layout.num_routed, layout.num_routed), spec, held.correction_bias
+            )
             ids = _local(ids, held.expert_map)
             weights, ids = append(weights, ids, held.slots, gate, scale.shared)
             if self.control_factor != 1.0:
@@ -169,10 +183,8 @@ class PairedLayer:
             weights, _local(ids, held.expert_map), held.slots, slot_weight
         )
 
-    def exact(
-        self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale
-    ) -> torch.Tensor:
-        """Compute the same in torch and at least in float32, routed by ``logits``: what proofs compare with."""
+    def exact(self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale) -> torch.Tensor:
+        """Compute the same in torch and at least in float32, routed by ``logits``, for proofs."""
         held = self.read()
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         states, spec = hidden_states.to(dtype), replace(self.moe.routing, routed_scaling_factor=scale.routed)

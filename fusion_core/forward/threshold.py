@@ -1,4 +1,4 @@
-"""The threshold of paired layers: the most tokens for which they were measured to be as fast as the engine."""
+"""The threshold of paired layers: the most tokens for which they are as fast as the engine's own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Threshold:
 
 
 def merged_gains(plan: ModePlan) -> bool:
-    """Tell whether merged weights gain where a pass for few tokens does not reach: ``plan`` fuses beyond it."""
+    """Tell whether merged weights gain where a pass for few tokens does not reach: the plan fuses there."""
     beyond = [mode for limit, mode in plan.steps if limit > SIZES[-1]]
     return "fused" in (*beyond, plan.otherwise)
 

@@ -1,4 +1,4 @@
-"""Weights of experts as an engine keeps them: what a pass by pointer reads. Imports no Triton."""
+"""Weights of experts for the kernels of few tokens: where the engine keeps them, in their format."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows and columns of a weight that share a scale; 0 for all of them.
+# Rows and columns of a weight that share a scale; 0: all of them.
 Block = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales of FP8 weights, float32, of any strides.
+    """Scales of FP8 experts, float32, with any strides.
 
     Args:
-        w13, w2: [E, rows of scales, columns of scales], or without E for a shared expert; w3's rows follow w1's.
+        w13, w2: [E, rows of scales, columns of scales]; those of w3 follow those of w1. One row for both
+            where all rows share a scale.
         block: rows and columns of a weight that share a scale; 0 for all of them.
     """
 
@@ -26,12 +27,12 @@ class Scales:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Routed experts, or one shared expert, where they lie; rows may have any stride.
+    """Weights of E routed experts, or of the one shared expert (E = 1), which may be wider than those.
 
     Args:
-        w13: [E, 2 * I, H], rows of gate before those of up; [2 * I_s, H] of a shared expert.
-        w2: [E, H, I]; [H, I_s] of a shared expert.
-        scales: None where the weights are plain.
+        w13: [E, 2 * I, H], rows of w1 before those of w3; w2: [E, H, I]. The last dimension is contiguous.
+            bfloat16 or float16, or float8_e4m3fn with ``scales``.
+        scales: of FP8 weights; None for others.
     """
 
     w13: torch.Tensor
@@ -40,22 +41,17 @@ class ExpertWeights:
 
     @property
     def width(self) -> int:
-        """Return I, or I_s."""
-        return int(self.w2.shape[-1])
+        """Return I."""
+        return self.w2.shape[2]
 
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Return where the tensors begin: what a captured graph holds."""
-        scales = () if self.scales is None else (self.scales.w13, self.scales.w2)
-        return tuple(tensor.data_ptr() for tensor in (self.w13, self.w2, *scales))
-
-    @property
-    def format(self) -> str:
-        """Name dtype and scales: "bfloat16", "float8_e4m3fn 128x128"."""
-        name = str(self.w13.dtype).removeprefix("torch.")
-        return name if self.scales is None else "{} {}x{}".format(name, *self.scales.block)
+    def __post_init__(self) -> None:
+        count, hidden, width = self.w2.shape
+        if self.w13.shape != (count, 2 * width, hidden):
+            raise ValueError(f"w13 is {list(self.w13.shape)}, w2 {list(self.w2.shape)}")
+        if self.w13.stride(2) != 1 or self.w2.stride(2) != 1:
+            raise ValueError("the last dimension of w13 and w2 must be contiguous")
 
 
-def slots_of(routed: ExpertWeights, shared: ExpertWeights | None) -> int:
-    """Return S, how many routed widths cover the shared expert: slots E..E+S-1 stand for its parts."""
-    return 0 if shared is None else -(-shared.width // routed.width)
+def slots_of(shared: ExpertWeights, width: int) -> int:
+    """Return S, how many slots of routed width ``width`` the shared expert takes."""
+    return -(-shared.width // width)

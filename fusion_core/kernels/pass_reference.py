@@ -37,27 +37,25 @@ def experts_once(
             w13, w2 = dense(routed, exact, expert)
             out.index_add_(0, tokens, _inner(states[tokens], w13) @ w2.T * weights[tokens, columns, None])
     if shared is not None:
-        slots = torch.arange(count, count + slots_of(routed, shared), device=topk_ids.device)
+        slots = torch.arange(count, count + slots_of(shared, routed.width), device=topk_ids.device)
         of_slot = ((topk_ids[:, :, None] == slots) * weights[:, :, None]).sum(dim=1)
         of_column = of_slot.repeat_interleave(routed.width, dim=1)[:, : shared.width]
-        w13, w2 = dense(shared, exact)
+        w13, w2 = dense(shared, exact, 0)
         out += (_inner(states, w13) * of_column) @ w2.T
     return out.to(hidden_states.dtype)
 
 
-def dense(
-    experts: ExpertWeights, dtype: torch.dtype, expert: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return w13 and w2 of one expert with their scales applied; ``expert`` None: of a shared one."""
-    pick = (...,) if expert is None else (expert,)
-    w13, w2 = experts.w13[pick].to(dtype), experts.w2[pick].to(dtype)
+def dense(experts: ExpertWeights, dtype: torch.dtype, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return w13 [2 * I, H] and w2 [H, I] of one expert with their scales applied."""
+    w13, w2 = experts.w13[expert].to(dtype), experts.w2[expert].to(dtype)
     if (scales := experts.scales) is not None:
         half = w13.shape[0] // 2
-        # w3 begins a block of its own: its scales follow those of w1.
-        s1, s3 = scales.w13[pick].chunk(2)
+        of_w13 = scales.w13[expert]
+        # w3 begins a block of its own: its scales follow those of w1. One row is for both.
+        s1, s3 = of_w13.chunk(2) if len(of_w13) > 1 else (of_w13, of_w13)
         parts = ((w13[:half], s1), (w13[half:], s3))
         w13 = torch.cat([part * _spread(s, scales.block, part) for part, s in parts])
-        w2 = w2 * _spread(scales.w2[pick], scales.block, w2)
+        w2 = w2 * _spread(scales.w2[expert], scales.block, w2)
     return w13, w2
 
 

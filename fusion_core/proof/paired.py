@@ -54,7 +54,7 @@ def inputs_of(
     logits_dtype: torch.dtype,
     device: torch.device,
 ) -> Inputs:
-    """Draw inputs; ``routing`` "alike": all tokens choose the same experts, "even": as different as can be."""
+    """Draw inputs; ``routing`` "alike": all tokens choose the same experts, "even": all others."""
     draw = torch.Generator("cpu").manual_seed(layout.num_routed)
     hidden = torch.randn(num_tokens, layout.hidden_size, generator=draw)
     order = torch.randperm(layout.num_routed, generator=draw)

@@ -85,7 +85,9 @@ def test_a_place_that_cannot_be_written_keeps_nothing_and_stops_nothing(tmp_path
 
 def test_many_writers_leave_one_whole_file(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        done = list(pool.map(lambda n: keep(tmp_path, HERE, n, {str(i): 1.0 for i in range(500)}), range(1, 33)))
+        done = list(
+            pool.map(lambda n: keep(tmp_path, HERE, n, {str(i): 1.0 for i in range(500)}), range(1, 33))
+        )
     assert all(done)
     found = load(tmp_path, HERE)
     assert found is not None

@@ -35,8 +35,9 @@ MERGED = Merged(**COMMON, moe=MOE, detail="2 sparse layers")
 LORA = Reason("lora", "LoRA is enabled")
 # What other tools read, in this order.
 KEYS = [
-    "role", "fuse", "reason", "detail", "weight_layout", "rule", "engine", "model_type", "policy_hash", "quant_method",
-    "stored_alike", "formats", "layout", "routing", "shared_weight", "moe_layers", "fused_layers",
+    "role", "fuse", "reason", "detail", "weight_layout", "rule", "engine", "model_type", "policy_hash",
+    "quant_method", "stored_alike", "formats", "layout", "routing", "shared_weight", "moe_layers",
+    "fused_layers",
 ]  # fmt: skip
 PLAIN_MOE = {
     "layout": {

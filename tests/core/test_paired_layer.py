@@ -40,7 +40,7 @@ def drawn(seed: int = 0, gated: bool = True, dtype: Any = torch.float64) -> Pair
 
     return PairedWeights(
         routed=ExpertWeights(made(E, 2 * I, H), made(E, H, I)),
-        shared=ExpertWeights(made(4 * I, H), made(H, 2 * I)),
+        shared=ExpertWeights(made(1, 4 * I, H), made(1, H, 2 * I)),
         gate=made(E, H),
         shared_gate=made(1, H) if gated else None,
         correction_bias=None if gated else made(E) / 10,
@@ -53,8 +53,8 @@ def layer_of(held: PairedWeights, gated: bool = True) -> PairedLayer:
     return PairedLayer(3, moe, lambda: held, ModeCounter())
 
 
-def mlp(x: Any, weights: ExpertWeights, expert: int | None = None) -> Any:
-    w13, w2 = (weights.w13, weights.w2) if expert is None else (weights.w13[expert], weights.w2[expert])
+def mlp(x: Any, weights: ExpertWeights, expert: int = 0) -> Any:
+    w13, w2 = weights.w13[expert], weights.w2[expert]
     half = len(w13) // 2
     return w2 @ (torch.nn.functional.silu(w13[:half] @ x) * (w13[half:] @ x))
 
@@ -126,8 +126,9 @@ def test_processes_that_share_experts_out_sum_to_the_whole() -> None:
         numbers[mine] = torch.arange(E // 2, dtype=torch.int32)
         # The shared expert is cut along its width, as in tensor parallelism.
         half = slice(rank * I, (rank + 1) * I)
-        w13 = held.shared.w13
-        shared = ExpertWeights(torch.cat([w13[: 2 * I][half], w13[2 * I :][half]]), held.shared.w2[:, half])
+        w13 = held.shared.w13[0]
+        w13 = torch.cat([w13[: 2 * I][half], w13[2 * I :][half]])
+        shared = ExpertWeights(w13[None], held.shared.w2[:, :, half])
         part = replace(
             held,
             routed=ExpertWeights(held.routed.w13[mine], held.routed.w2[mine]),
@@ -148,7 +149,7 @@ def test_processes_that_share_experts_out_sum_to_the_whole() -> None:
 def test_slots_that_are_merged_already_are_read_as_such() -> None:
     held, states = drawn(), states_of()
     expected = layer_of(held)(states, states, OutputScale())
-    w13, w2 = held.shared.w13, held.shared.w2
+    w13, w2 = held.shared.w13[0], held.shared.w2[0]
     slots13 = [torch.cat([w13[: 2 * I][s], w13[2 * I :][s]]) for s in (slice(0, I), slice(I, 2 * I))]
     slots2 = [w2[:, :I], w2[:, I:]]
     routed = ExpertWeights(
@@ -192,9 +193,9 @@ def test_a_proof_sees_faults_and_lets_rounding_pass() -> None:
     coarse = reference * (1 + 6e-2 * torch.randn(reference.shape))
     assert fault(errors_of(ours, coarse, reference), torch.bfloat16, True) == ""
     block = held.shared.w2.clone()
-    block[:4, :4] *= 2
+    block[0, :4, :4] *= 2
     swapped = held.shared.w13.clone()
-    swapped[[0, 1]] = swapped[[1, 0]]
+    swapped[0, [0, 1]] = swapped[0, [1, 0]]
     for w13, w2, words in ((held.shared.w13, block, "off float32"), (swapped, held.shared.w2, "off")):
         with (bad := layer_of(replace(held, shared=ExpertWeights(w13, w2)))).given(logits):
             off = bad(states, states, OutputScale())
@@ -235,16 +236,16 @@ def test_scales_of_every_kind_are_read() -> None:
     fp8 = torch.float8_e4m3fn
     w13, w2 = torch.zeros(E, 2 * I, H).to(fp8), torch.zeros(E, H, I).to(fp8)
     block = experts_of(w13, w2, (torch.ones(E, 4, 4), torch.ones(E, 4, 2)), (8, 8))
-    assert block.format == "float8_e4m3fn 8x8"
+    assert PairedWeights(block, None).formats == ("float8_e4m3fn 8x8", "")
     # Transposed by an engine, as DeepGEMM wants them: strides are no matter.
     turned = torch.ones(E, 4, 4).transpose(1, 2)
     assert experts_of(w13, w2, (turned, torch.ones(E, 4, 2)), (8, 8)).scales.w13.stride() == turned.stride()
     channel = experts_of(w13, w2, (torch.ones(E, 2 * I, 1), torch.ones(E, H, 1)))
     assert channel.scales.block == (1, 0)
     tensor = experts_of(w13, w2, (torch.ones(E), torch.ones(E)))
-    assert (tensor.scales.block, tensor.scales.w13.shape) == ((0, 0), (E, 2, 1))
+    assert (tensor.scales.block, tensor.scales.w13.shape) == ((0, 0), (E, 1, 1))
     shared = experts_of(w13[0], w2[0], (torch.tensor(1.0), torch.tensor(1.0)))
-    assert shared.scales.w13.shape == (2, 1)
+    assert shared.scales.w13.shape == (1, 1, 1)
     for scales, words in (
         ((None, None), "no scales"),
         ((torch.ones(E, 4, 4).half(), torch.ones(E, 4, 2)), "float16"),

@@ -115,7 +115,11 @@ def test_of_no_family_nothing_pairs(tmp_path: Path) -> None:
 def test_auto_needs_a_row_of_the_device() -> None:
     h200 = (Place(engine="vllm", platform="cuda", device="NVIDIA H200"),)
     assert unrun("vllm", "cuda", "NVIDIA H200", h200) is None
-    for place in (("sglang", "cuda", "NVIDIA H200"), ("vllm", "rocm", "NVIDIA H200"), ("vllm", "cuda", "other")):
+    for place in (
+        ("sglang", "cuda", "NVIDIA H200"),
+        ("vllm", "rocm", "NVIDIA H200"),
+        ("vllm", "cuda", "other"),
+    ):
         reason = unrun(*place, h200)
         assert reason is not None
         assert reason.code == "device.unrun"

@@ -27,8 +27,9 @@ def drawn(shared_width: int, seed: int = 0):  # type: ignore[no-untyped-def]
 
     routed = ExpertWeights(made(E, 2 * I, H), made(E, H, I))
     # Rows with a stride of their own, as in a larger tensor.
-    shared = ExpertWeights(made(2 * shared_width, H + 8)[:, :H], made(H, shared_width + 8)[:, :shared_width])
-    slots = slots_of(routed, shared)
+    w13, w2 = made(1, 2 * shared_width, H + 8)[..., :H], made(1, H, shared_width + 8)[..., :shared_width]
+    shared = ExpertWeights(w13, w2)
+    slots = slots_of(shared, I)
     ids = torch.stack([torch.randperm(E, generator=draw)[:K] for _ in range(T)]).int()
     ids = torch.cat([ids, torch.arange(E, E + slots).int().expand(T, slots)], 1)
     weights = torch.rand(T, K + slots, generator=draw, dtype=torch.float64)
@@ -41,7 +42,7 @@ def test_it_is_the_sum_of_experts(width: int) -> None:
     states, routed, weights, ids, shared = drawn(width)
     out = experts_once(states, routed, weights, ids, shared)
     for token in range(T):
-        expected = weights[token, K] * mlp(states[token], shared.w13, shared.w2)
+        expected = weights[token, K] * mlp(states[token], shared.w13[0], shared.w2[0])
         for column in range(K):
             expert = ids[token, column]
             expected = expected + weights[token, column] * mlp(
@@ -59,7 +60,8 @@ def test_pairs_that_are_not_here_are_left_out() -> None:
     )
     # The control: they would have counted.
     assert not torch.allclose(
-        experts_once(states, routed, weights, gone, shared), experts_once(states, routed, weights, ids, shared)
+        experts_once(states, routed, weights, gone, shared),
+        experts_once(states, routed, weights, ids, shared),
     )
 
 
