@@ -19,6 +19,7 @@ class PairProof:
         layers: those that were compared.
         between: the most that both arms were apart; ours, stock: from float32.
         detail: what failed, in words.
+        canary: what the checkpoint says of both arms: "passed", or why it says nothing, or that stock is off.
     """
 
     state: PairProofState
@@ -28,6 +29,7 @@ class PairProof:
     stock: float = 0.0
     seconds: float = 0.0
     detail: str = ""
+    canary: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the proof as plain data."""

@@ -20,6 +20,7 @@ from ..fusion_core.forward.threshold import ROUTINGS, SIZES
 from ..fusion_core.proof.paired import Errors, errors_of, fault, gate_fault, inputs_of
 from ..fusion_core.reasons import Reason
 from .loaded_pairs import LoadedPairs, PairProof
+from .pair_canary import told
 from .pair_threshold import Chosen, choose
 from .paired import EngineLayer, PairedEngine, PairedRole
 
@@ -134,7 +135,10 @@ def prove(role: PairedRole, engine: PairedEngine, sizes: tuple[int, ...]) -> Pai
                 detail = f"layer {number}, {problem}"
                 return PairProof("failed", (number,), *_numbers(errors), seconds=seconds, detail=detail)
             worst = max(worst, errors, key=lambda e: e.between)
-    return PairProof("passed", tuple(numbers), *_numbers(worst), seconds=time.perf_counter() - begun)
+    # After an update the files are no more what is served.
+    said = told(role, numbers[0], engine) if role.loaded is None else ""
+    seconds = time.perf_counter() - begun
+    return PairProof("passed", tuple(numbers), *_numbers(worst), seconds=seconds, canary=said)
 
 
 def _numbers(errors: Errors) -> tuple[float, float, float]:

@@ -68,6 +68,10 @@ class EngineLayer(ABC):
     def gates(self, hidden_states: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits as the pass computes them, and by the engine's gates: router, then shared."""
 
+    @abstractmethod
+    def engine_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return router logits [num_tokens, E] by the engine's own gate."""
+
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
@@ -94,6 +98,10 @@ class PairedEngine(ABC):
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
         """Return the value of each process that shares the layers, in their order."""
+
+    @abstractmethod
+    def processes(self) -> int:
+        """Return how many processes share the layers."""
 
     @abstractmethod
     def release(self) -> str:

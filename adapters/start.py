@@ -78,10 +78,17 @@ class Start:
 
 @dataclass(frozen=True)
 class PairedStart:
-    """All that is settled about a paired role before anything is allocated; ``native_off`` as of `Start`."""
+    """All that is settled about a paired role before anything is allocated.
+
+    Args:
+        files: those that its weights come from; None where the checkpoint could not be read.
+        native_off: as of `Start`.
+    """
 
     decision: Paired
     settings: Settings
+    naming: TensorNaming
+    files: CheckpointFiles | None = None
     native_off: bool = False
 
 
@@ -151,7 +158,8 @@ def begin(
         _stop_if_asked_to(decision, settings)
     announce(decision, settled.remark)
     if isinstance(decision, Paired):
-        return PairedStart(decision, settings, settled.native_off)
+        naming = TensorNaming(decision.family, layers, decision.engine)
+        return PairedStart(decision, settings, naming, files, settled.native_off)
     family, moe = family_of(decision.model_type), decision.moe
     if plan is None or files is None or family is None or moe is None:
         return Unfused(settled.native_off)

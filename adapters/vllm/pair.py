@@ -157,10 +157,18 @@ class RunnerLayer(EngineLayer):
         """Yield logits of the gates that the pass reads, and of vLLM's modules."""
         now = self.read()
         if now.gate is not None:
-            yield self.layer.logits(now, hidden_states, hidden_states), self.runner.gate(hidden_states)[0]
+            ours = self.layer.logits(now, hidden_states, hidden_states)
+            yield ours, self.engine_logits(hidden_states)
         if now.shared_gate is not None:
             gate = self.shared._layer.expert_gate
             yield linear(hidden_states, now.shared_gate), gate(hidden_states)[0]
+
+    def engine_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return router logits by vLLM's gate, which some blocks call before the runner."""
+        gate = self.block.gate if self.runner.gate is None else self.runner.gate
+        answer: Any = gate(hidden_states.to(self.logits_dtype))
+        logits: torch.Tensor = answer[0] if isinstance(answer, tuple) else answer
+        return logits
 
     @property
     def dtype(self) -> torch.dtype:

@@ -48,16 +48,24 @@ class Engine(paired.PairedEngine):
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value of each process of tensor parallelism."""
-        from vllm.distributed import parallel_state
-
-        group = parallel_state.get_tp_group()
+        group = _group()
         values: list[Any] = [value] * group.world_size
         if group.world_size > 1:
             torch.distributed.all_gather_object(values, value, group=group.cpu_group)
         return values
+
+    def processes(self) -> int:
+        """Return the size of tensor parallelism."""
+        return int(_group().world_size)
 
     def release(self) -> str:
         """Return vLLM's release."""
         from vllm import __version__
 
         return Version(__version__).public
+
+
+def _group() -> Any:
+    from vllm.distributed import parallel_state
+
+    return parallel_state.get_tp_group()

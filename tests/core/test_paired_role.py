@@ -28,7 +28,7 @@ from fse_patch.fusion_core.forward.plan import always  # noqa: E402
 from fse_patch.fusion_core.forward.threshold import ROUTINGS, SIZES, threshold_of  # noqa: E402
 from fse_patch.fusion_core.reasons import Reason  # noqa: E402
 
-from .moe import decision  # noqa: E402
+from .moe import decision, naming_of  # noqa: E402
 from .test_paired_layer import LAYOUT, drawn, layer_of  # noqa: E402
 
 MERGED = replace(decision(LAYOUT, layers=(0, 1)), pairing=decision(LAYOUT, layers=(0, 1)).moe)
@@ -68,6 +68,9 @@ class Layer(EngineLayer):
     def gates(self, hidden_states: Any) -> Iterable[tuple[Any, Any]]:
         yield hidden_states @ self.read().gate.T, hidden_states @ self.engine_held.gate.T
 
+    def engine_logits(self, hidden_states: Any) -> Any:
+        return hidden_states @ self.engine_held.gate.T
+
     dtype = torch.float32
     logits_dtype = torch.float32
     backend = "triton"
@@ -88,6 +91,9 @@ class Engine(PairedEngine):
         self.gathered += 1
         return [value, *(other for other in self.others if type(other) is type(value))]
 
+    def processes(self) -> int:
+        return 1
+
     def release(self) -> str:
         return "1.0"
 
@@ -95,7 +101,7 @@ class Engine(PairedEngine):
 def role_of(**changes: Any) -> PairedRole:
     assert isinstance(PAIRED, Paired)
     effective = settings.Settings(**{"cpu_threshold": 4, "verify": "all", **changes})
-    role = PairedRole(PairedStart(PAIRED, effective))
+    role = PairedRole(PairedStart(PAIRED, effective, naming_of("qwen2_moe", 2)))
     for number in (0, 1):
         role.add(number, Layer(number, role))
     return role

@@ -10,7 +10,17 @@ import pytest
 from fse_patch.lab import verify
 
 from ..pair_faults import UNPROVED
-from ..paired import ALL, FAULTS, FEW, PairedRuns, check_all_tokens, check_caught, check_few_tokens, role_of
+from ..paired import (
+    ALL,
+    FAULTS,
+    FEW,
+    PairedRuns,
+    check_all_tokens,
+    check_caught,
+    check_few_tokens,
+    environment,
+    role_of,
+)
 from ..running import ROOT, asked, parameters
 from .conftest import Runs
 from .engine import SPECULATIVE, TEXT_OF_VL, Case
@@ -31,6 +41,12 @@ DRAFTS = [Case("qwen3_next_mtp", engine_args=SPECULATIVE)]
 FAULTY = [Case("qwen3_next", fault=name) for name in FAULTS]
 SHOWN = [Case("qwen3_next", fault=UNPROVED + name) for name in FAULTS]
 STOCK = [*FAMILIES, *HALF, *DRAFTS]
+# Compared with one process: a shard, or an expert, in the wrong place shows too.
+TWO = {"tensor_parallel_size": 2}
+PARALLEL = [
+    Case("qwen2_moe_wide4", engine_args=TWO),
+    Case("glm4_moe_shared2_scale", engine_args=TWO | {"enable_expert_parallel": True}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +86,20 @@ def test_a_draft_is_proved_by_itself(paired: PairedRuns, case: Case) -> None:
     found, _, ours = report(paired, case, DRAFTS, FEW)
     assert found["failures"] == []
     assert role_of(ours, "draft")["calls_by_mode"]["paired"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", parameters(PARALLEL))
+def test_two_processes(paired: PairedRuns, case: Case) -> None:
+    stock = paired.results(STOCK, ALL, fused=False)[case.name]
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    (ours,) = paired.runs.arm([case], True, paired.env | environment(ALL) | env).values()
+    found = paired.runs.report(case, stock, ours)
+    assert found["failures"] == []
+    assert len(ours["workers"]) == 2
+    for worker in ours["workers"]:
+        (role,) = worker["roles"]
+        assert (role["paired"]["threshold"], role["paired"]["proof"]["state"]) == (ALL, "passed")
 
 
 @pytest.mark.parametrize("case", parameters(FAULTY))
