@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from ..decision.outcome import MoeSpec
 from ..kernels import pass_reference, routing_reference
 from ..kernels.expert_weights import ExpertWeights, slots_of
+from .paired_pass import run_pass
 from .plan import ModeCounter
 from .router import capturing, on_gpu
 
@@ -139,17 +140,7 @@ class PairedLayer:
         if capturing() and self.captured is None:
             self.captured = held.addresses
         weights, ids = self._route(held, hidden_states, self.logits(held, hidden_states, logits), scale)
-        if not on_gpu(hidden_states):
-            return pass_reference.experts_once(hidden_states, held.routed, weights, ids, held.shared)
-        from ..kernels.experts_once import experts_once, most_tokens  # needs Triton
-
-        parts, at_once = [], most_tokens(ids.shape[1])
-        for first in range(0, len(ids), at_once):
-            some = slice(first, first + at_once)
-            parts.append(
-                experts_once(hidden_states[some], held.routed, weights[some], ids[some], held.shared)
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return run_pass(hidden_states, held.routed, weights, ids, held.shared)
 
     def logits(self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return router logits [num_tokens, E], as the pass uses them; arguments as of a call."""
