@@ -8,6 +8,8 @@ from ..fusion_core.kernels.expert_weights import Block, ExpertWeights, Scales
 
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
+# Compute capability of NVIDIA devices that convert it.
+LEAST_FP8 = (8, 9)
 
 
 class Unreadable(Exception):
@@ -48,6 +50,8 @@ def experts_of(
         if first is not None or second is not None:
             raise Unreadable(f"{w13.dtype} weights have scales")
         return ExpertWeights(w13, w2)
+    if w13.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(w13.device) < LEAST_FP8:
+        raise Unreadable("FP8 weights on a device without a conversion of e4m3")
     if first is None or second is None:
         raise Unreadable("FP8 weights have no scales under a name that is known")
     size = block or ((1, 0) if first.numel() == count * 2 * width else (0, 0))

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..fusion_core.reasons import Reason
+from ..fusion_core.reasons import Code, Reason
+from .expert_reading import Unreadable
 
 PairProofState = Literal["passed", "off", "failed"]
 
@@ -18,7 +19,7 @@ class PairProof:
     Args:
         layers: those that were compared.
         between: the most that both arms were apart; ours, stock: from float32.
-        detail: what failed, in words.
+        detail: what failed, in words; code: of the refusal that this is.
         canary: what the checkpoint says of both arms: "passed", or why it says nothing, or that stock is off.
     """
 
@@ -29,11 +30,27 @@ class PairProof:
     stock: float = 0.0
     seconds: float = 0.0
     detail: str = ""
+    code: Code = "proof.failed"
     canary: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the proof as plain data."""
-        return {**vars(self), "layers": list(self.layers), "seconds": round(self.seconds, 3)}
+        told = {**vars(self), "layers": list(self.layers), "seconds": round(self.seconds, 3)}
+        if self.state != "failed":
+            del told["code"]
+        return told
+
+
+def words(error: Exception) -> str:
+    """Say an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def failed(error: Exception) -> PairProof:
+    """Return the proof of a role in which something went wrong."""
+    if isinstance(error, Unreadable):
+        return PairProof("failed", detail=str(error), code="backend.layout")
+    return PairProof("failed", detail=words(error))
 
 
 @dataclass(frozen=True)

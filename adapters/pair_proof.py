@@ -19,7 +19,8 @@ from ..errors import RefusedError
 from ..fusion_core.forward.threshold import ROUTINGS, SIZES
 from ..fusion_core.proof.paired import Errors, errors_of, fault, gate_fault, inputs_of
 from ..fusion_core.reasons import Reason
-from .loaded_pairs import LoadedPairs, PairProof
+from .expert_reading import Unreadable
+from .loaded_pairs import LoadedPairs, PairProof, failed, words
 from .pair_canary import told
 from .pair_threshold import Chosen, choose
 from .paired import EngineLayer, PairedEngine, PairedRole
@@ -31,22 +32,21 @@ _Value = TypeVar("_Value")
 def start_roles(roles: Iterable[PairedRole], engine: PairedEngine) -> None:
     """Prove and open every role that has not been; every process of a model calls this at the same point."""
     for role in roles:
-        if role.loaded is None and role.layers:
+        if role.loaded is None:
             _start(role, engine)
 
 
 def _start(role: PairedRole, engine: PairedEngine) -> None:
     settings = role.start.settings
     sizes = _sizes(settings.cpu_threshold)
-    proof = _guarded(lambda: prove(role, engine, sizes), _failed)
+    proof = _guarded(lambda: prove(role, engine, sizes), failed)
     # One process's failure switches all off: they serve one model.
-    others = [other.detail for other in engine.gather(proof) if other.state == "failed"]
+    others = [other for other in engine.gather(proof) if other.state == "failed"]
     if others:
-        chosen = Chosen(0, "", Reason("proof.failed", proof.detail or f"in another process: {others[0]}"))
+        why = proof.detail or f"in another process: {others[0].detail}"
+        chosen = Chosen(0, "", Reason(others[0].code, why))
     else:
-        chosen = _guarded(
-            lambda: choose(role, engine), lambda why: Chosen(0, "", Reason("slower.unmeasured", why))
-        )
+        chosen = _guarded(lambda: choose(role, engine), _unmeasured)
         least = min(engine.gather(chosen), key=lambda other: other.tokens)
         chosen = Chosen(
             least.tokens, chosen.source, chosen.reason or least.reason, chosen.seconds, chosen.bounds
@@ -64,23 +64,23 @@ def _start(role: PairedRole, engine: PairedEngine) -> None:
         chosen.bounds,
     )
     role.counter.reset()  # these were no calls of the model
-    role.prove_again = lambda: _guarded(lambda: prove(role, engine, sizes), _failed)
+    role.prove_again = lambda: _guarded(lambda: prove(role, engine, sizes), failed)
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
     _tell(role, proof, chosen)
 
 
-def _failed(why: str) -> PairProof:
-    return PairProof("failed", detail=why)
+def _unmeasured(error: Exception) -> Chosen:
+    return Chosen(0, "", Reason("slower.unmeasured", words(error)))
 
 
-def _guarded(run: Callable[[], _Value], otherwise: Callable[[str], _Value]) -> _Value:
+def _guarded(run: Callable[[], _Value], otherwise: Callable[[Exception], _Value]) -> _Value:
     """Run something that must not keep this process from the point where all meet."""
     try:
         return run()
     except Exception as error:
         log.debug("a paired role stays off", exc_info=True)
-        return otherwise(" ".join(f"{type(error).__name__}: {error}".split()))
+        return otherwise(error)
 
 
 def _tell(role: PairedRole, proof: PairProof, chosen: Chosen) -> None:
@@ -119,6 +119,8 @@ def prove(role: PairedRole, engine: PairedEngine, sizes: tuple[int, ...]) -> Pai
     """
     begun = time.perf_counter()
     held = role.held()
+    if not held:
+        raise Unreadable("no layer was built in the way that is known")
     verify = role.start.settings.verify
     if verify == "off":
         log.warning("%s model: paired layers are not proved: FSE_PATCH_VERIFY is off", role.name)

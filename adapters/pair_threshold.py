@@ -155,6 +155,7 @@ def _ratios(layers: list[EngineLayer], engine: PairedEngine, size: int, routing:
 
 def _capture(function: Callable[[], object]) -> Any:
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             function()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,8 +18,9 @@ from ..fusion_core.checkpoint.families import Role
 from ..fusion_core.forward.paired import OutputScale, PairedLayer, PairedWeights
 from ..fusion_core.forward.plan import ModeCounter
 from ..fusion_core.reasons import Reason
+from .expert_reading import Unreadable
 from .load import LOADER
-from .loaded_pairs import HeldLayer, LoadedPairs, PairProof
+from .loaded_pairs import HeldLayer, LoadedPairs, PairProof, failed
 from .start import PairedStart
 from .stop import stop_told
 
@@ -166,7 +167,27 @@ class PairedRole:
         """
         if self.loaded is None or self.prove_again is None or not self.loaded.threshold:
             return
-        held = self.held()
+        try:
+            held = self.held()
+        except Unreadable as error:
+            held, proof = {}, failed(error)
+        else:
+            self._refuse_moved(held)
+            proof = self.prove_again()
+        reason, threshold = self.loaded.reason, self.loaded.threshold
+        if proof.state == "failed":
+            reason, threshold = Reason(proof.code, f"after an update: {proof.detail}"), 0
+            if any(layer.layer.captured for layer in self.layers.values()):
+                raise FsePatchError(
+                    f"{self.name} model: {reason.detail}; captured CUDA graphs would serve it"
+                )
+            said = f"{reason.code}: {reason.detail}"
+            log.warning("%s model: not paired: %s; the engine's own layers serve", self.name, said)
+        self.set_threshold(threshold)
+        self.loaded = LoadedPairs(held, proof, threshold, self.loaded.source, reason, self.loads)
+        runtime.changed()
+
+    def _refuse_moved(self, held: Mapping[int, HeldLayer]) -> None:
         for number, layer in self.layers.items():
             captured = layer.layer.captured
             if captured is not None and captured != held[number].addresses:
@@ -174,18 +195,6 @@ class PairedRole:
                     f"{self.name} model: layer {number}: the update has put weights at other addresses, and "
                     "captured CUDA graphs read the old ones; capture again, or start again"
                 )
-        proof = self.prove_again()
-        reason, threshold = self.loaded.reason, self.loaded.threshold
-        if proof.state == "failed":
-            reason, threshold = Reason("proof.failed", f"after an update: {proof.detail}"), 0
-            if any(layer.layer.captured for layer in self.layers.values()):
-                raise FsePatchError(
-                    f"{self.name} model: {reason.detail}; captured CUDA graphs would serve it"
-                )
-            log.warning("%s model: %s: %s; the engine's own layers serve", self.name, *_words(reason))
-        self.set_threshold(threshold)
-        self.loaded = LoadedPairs(held, proof, threshold, self.loaded.source, reason, self.loads)
-        runtime.changed()
 
     def report(self) -> dict[str, Any]:
         """Return what this process really did, for `verify` and `status`."""
@@ -202,10 +211,6 @@ class PairedRole:
             "loads": self.loads,
         }
         return told if self.loaded is None else told | {"paired": self.loaded.to_dict()}
-
-
-def _words(reason: Reason) -> tuple[str, str]:
-    return reason.code, reason.detail
 
 
 class PairedLoader:

@@ -159,8 +159,7 @@ class BlockLayer(EngineLayer):
         self.arm, self.given = arm, logits
         try:
             with _unreduced(self.block):
-                # Some experts write over their input.
-                total: torch.Tensor = self.block(hidden_states.clone())
+                total: torch.Tensor = self.block(hidden_states)
         finally:
             self.arm, self.given = "", None
         return total

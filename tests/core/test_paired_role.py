@@ -177,7 +177,29 @@ def test_a_layout_that_cannot_be_read_switches_it_off() -> None:
     role.layers[1].read = unreadable  # type: ignore[method-assign]
     start_roles([role], Engine())
     assert thresholds(role) == {0}
-    assert "packed" in role.loaded.reason.detail  # type: ignore[union-attr]
+    assert role.loaded.reason == Reason("backend.layout", "packed")  # type: ignore[union-attr]
+
+
+def test_a_role_without_layers_says_so(caplog: Any) -> None:
+    role = role_of()
+    role.layers.clear()
+    start_roles([role], Engine())
+    assert role.loaded.reason.code == "backend.layout"  # type: ignore[union-attr]
+    assert "no layer was built" in caplog.text
+
+
+def test_an_update_after_which_nothing_can_be_read_switches_it_off() -> None:
+    role = role_of()
+    load(role)
+    start_roles([role], Engine())
+
+    def unreadable() -> PairedWeights:
+        raise Unreadable("packed")
+
+    role.layers[1].read = unreadable  # type: ignore[method-assign]
+    load(role)
+    assert thresholds(role) == {0}
+    assert role.loaded.reason == Reason("backend.layout", "after an update: packed")  # type: ignore[union-attr]
 
 
 def test_one_process_that_fails_switches_all_off() -> None:
