@@ -26,7 +26,7 @@ from .pair_threshold import Chosen, choose
 from .paired import EngineLayer, PairedEngine, PairedRole
 
 log = logging.getLogger("fse_patch")
-_Value = TypeVar("_Value")
+Value = TypeVar("Value")
 
 
 def start_roles(roles: Iterable[PairedRole], engine: PairedEngine) -> None:
@@ -74,7 +74,7 @@ def _unmeasured(error: Exception) -> Chosen:
     return Chosen(0, "", Reason("slower.unmeasured", words(error)))
 
 
-def _guarded(run: Callable[[], _Value], otherwise: Callable[[Exception], _Value]) -> _Value:
+def _guarded(run: Callable[[], Value], otherwise: Callable[[Exception], Value]) -> Value:
     """Run something that must not keep this process from the point where all meet."""
     try:
         return run()

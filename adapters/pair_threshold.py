@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ LAYERS = 4
 ROUNDS = 7
 # Seconds of one reading, and of all of them.
 READING, BUDGET = 0.004, 10.0
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # Tokens where the user wants no measurement, and takes the risk.
 UNMEASURED = 16
 
@@ -94,9 +97,12 @@ def situation(decision: Paired, layer: EngineLayer, engine: PairedEngine) -> Pai
 
 
 def _driver() -> str:
-    """Return the version of the driver, as far as torch tells it."""
-    get = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return str(get()) if get is not None else str(torch.version.cuda)
+    """Return the version of NVIDIA's driver where its module tells it; else that of CUDA or ROCm in torch."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)?", DRIVER_FILE.read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[0] if found else str(torch.version.cuda or torch.version.hip)
 
 
 @torch.inference_mode()

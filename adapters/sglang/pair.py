@@ -52,7 +52,7 @@ class BlockLayer(EngineLayer):
         self.arm = ""
         self.given: torch.Tensor | None = None
         self.gate = block.gate.forward
-        block.gate.forward = self._gate
+        block.gate.forward = self.answer
         self._replace("_forward_shared_experts", self._shared_experts)
         self._replace("forward_normal_dual_stream", self._dual_stream)
 
@@ -67,7 +67,7 @@ class BlockLayer(EngineLayer):
             return self.arm == PAIRED
         return self.layer.runs(hidden_states)
 
-    def _gate(self, hidden_states: torch.Tensor) -> Any:
+    def answer(self, hidden_states: torch.Tensor) -> Any:
         answer = self.gate(hidden_states)
         if self.given is None:
             return answer
@@ -245,8 +245,8 @@ class GlmBlock(BlockLayer):
         block.topk.forward = self._topk
         block.experts.forward = self._experts
 
-    def _gate(self, hidden_states: torch.Tensor) -> Any:
-        return hidden_states if self.runs(hidden_states) else super()._gate(hidden_states)
+    def answer(self, hidden_states: torch.Tensor) -> Any:
+        return hidden_states if self.runs(hidden_states) else super().answer(hidden_states)
 
     def _topk(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return None if self.runs(hidden_states) else self.topk(hidden_states, *args, **kwargs)
