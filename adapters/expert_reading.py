@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 
 from ..fusion_core.kernels.expert_weights import Block, ExpertWeights, Scales
@@ -12,8 +15,36 @@ FP8 = torch.float8_e4m3fn
 LEAST_FP8 = (8, 9)
 
 
+# Names of FP8 scales behind "w13_" and "w2_" on experts, and alone on linear layers.
+SCALES = ("weight_scale_inv", "weight_scale")
+
+
 class Unreadable(Exception):
     """Weights lie in a layout that the pass does not read; the text says which, and where."""
+
+
+def routed_of(experts: Any, block: Block | None) -> ExpertWeights:
+    """Describe the routed experts of an engine's module; both engines name its parameters alike.
+
+    Args:
+        block: as of `experts_of`.
+
+    Raises:
+        Unreadable: as `experts_of`.
+    """
+    scales = tuple(_first(experts, [f"{part}_{name}" for name in SCALES]) for part in ("w13", "w2"))
+    return experts_of(experts.w13_weight, experts.w2_weight, (scales[0], scales[1]), block)
+
+
+def dense_scales(*layers: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the scales of a shared expert's two linear layers, None where they have none."""
+    first, second = (_first(layer, SCALES) for layer in layers)
+    return first, second
+
+
+def _first(module: Any, names: Iterable[str]) -> torch.Tensor | None:
+    found = (getattr(module, name, None) for name in names)
+    return next((scale for scale in found if scale is not None), None)
 
 
 def experts_of(

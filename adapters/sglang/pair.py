@@ -14,16 +14,13 @@ import torch
 from torch.nn.functional import linear
 
 from ...fusion_core.decision.outcome import MoeSpec
-from ...fusion_core.forward.paired import OutputScale, PairedWeights
+from ...fusion_core.forward.paired import PAIRED, STOCK, OutputScale, PairedWeights
 from ...fusion_core.kernels.expert_weights import Block, ExpertWeights
-from ..expert_reading import Unreadable, experts_of
+from ..expert_reading import dense_scales, experts_of, routed_of
 from ..paired import EngineLayer, PairedRole
 from .check import output_scale
 
-READABLE = {"triton"}
-# Names of FP8 scales behind "w13_" and "w2_" on experts, and alone on linear layers.
-SCALES = ("weight_scale_inv", "weight_scale")
-PAIRED, STOCK = "paired", "stock"
+READABLE = frozenset({"triton"})
 
 
 def pair_block(role: PairedRole, block: Any, number: int | None) -> None:
@@ -38,6 +35,8 @@ def pair_block(role: PairedRole, block: Any, number: int | None) -> None:
 class BlockLayer(EngineLayer):
     """One sparse block of SGLang."""
 
+    readable = READABLE
+
     def __init__(self, number: int, role: PairedRole, block: Any) -> None:
         super().__init__(number, role)
         family = role.start.decision.family
@@ -46,7 +45,6 @@ class BlockLayer(EngineLayer):
         self.mlp: Any = getattr(block, family.shared_module, None)
         self.shared_gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
         self.after = output_scale(role.start, block.experts)
-        self.copied: PairedWeights | None = None
         self._map: torch.Tensor | None = None
         # Which arm runs in a proof, and the logits that it routes by.
         self.arm = ""
@@ -96,18 +94,11 @@ class BlockLayer(EngineLayer):
         factor = self.moe.routing.routed_scaling_factor
         return OutputScale(routed=factor / self.after, shared=1.0 / self.after)
 
-    def read(self) -> PairedWeights:
-        """Return what is in memory now."""
-        if self.copied is not None:
-            return self.copied
-        if self.backend not in READABLE:
-            raise Unreadable(f"SGLang runs experts by {self.backend or 'a kernel that packs them'}")
-        return self._read()
-
-    def _read(self) -> PairedWeights:
+    def in_memory(self) -> PairedWeights:
+        """Return what is in memory now, whoever runs it."""
         block, experts = self.block, self.block.experts
         return PairedWeights(
-            routed=_routed(experts),
+            routed=routed_of(experts, _block(experts.quant_method)),
             shared=None if self.mlp is None else _shared(self.mlp),
             gate=block.gate.weight,
             shared_gate=None if self.shared_gate is None else self.shared_gate.weight,
@@ -128,19 +119,6 @@ class BlockLayer(EngineLayer):
             here = (numbers >= 0) & (numbers < local)
             self._map = torch.where(here, numbers, -1).to(experts.w13_weight.device)
         return self._map
-
-    def copy(self) -> None:
-        """Copy what was loaded: where a CPU has AMX, SGLang packs it next."""
-        now = self._read()
-        self.copied = PairedWeights(
-            routed=_copy(now.routed),
-            shared=None if now.shared is None else _copy(now.shared),
-            gate=_clone(now.gate),
-            shared_gate=_clone(now.shared_gate),
-            correction_bias=_clone(now.correction_bias),
-            expert_map=now.expert_map,
-            merged_slots=now.merged_slots,
-        )
 
     def parameters(self) -> Iterable[torch.Tensor]:
         """Yield parameters of the block: one on meta is of an update under way."""
@@ -163,10 +141,6 @@ class BlockLayer(EngineLayer):
         finally:
             self.arm, self.given = "", None
         return total
-
-    def exact(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return what both should give, in float32."""
-        return self.layer.exact(hidden_states, logits, self.scale(hidden_states)) * self.after
 
     def gates(self, hidden_states: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits of the gates that the pass reads, and of SGLang's modules."""
@@ -286,24 +260,9 @@ def _first(answer: Any) -> torch.Tensor:
     return logits
 
 
-def _routed(experts: Any) -> ExpertWeights:
-    scales = next(
-        (
-            (getattr(experts, f"w13_{name}"), getattr(experts, f"w2_{name}"))
-            for name in SCALES
-            if getattr(experts, f"w13_{name}", None) is not None
-        ),
-        (None, None),
-    )
-    return experts_of(experts.w13_weight, experts.w2_weight, scales, _block(experts.quant_method))
-
-
 def _shared(mlp: Any) -> ExpertWeights:
     up, down = mlp.gate_up_proj, mlp.down_proj
-    first, second = (
-        next((getattr(m, n) for n in SCALES if getattr(m, n, None) is not None), None) for m in (up, down)
-    )
-    return experts_of(_rows(up.weight), _rows(down.weight), (first, second), _block(up.quant_method))
+    return experts_of(_rows(up.weight), _rows(down.weight), dense_scales(up, down), _block(up.quant_method))
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:
@@ -314,11 +273,3 @@ def _rows(weight: torch.Tensor) -> torch.Tensor:
 def _block(method: Any) -> Block | None:
     block = getattr(getattr(method, "quant_config", None), "weight_block_size", None)
     return None if block is None else (int(block[0]), int(block[1]))
-
-
-def _clone(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
-
-
-def _copy(weights: ExpertWeights) -> ExpertWeights:
-    return ExpertWeights(weights.w13.detach().clone(), weights.w2.detach().clone(), weights.scales)

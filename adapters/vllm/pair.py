@@ -16,15 +16,13 @@ from torch.nn.functional import linear
 from ...errors import FsePatchError
 from ...fusion_core.forward.paired import OutputScale, PairedWeights
 from ...fusion_core.kernels.expert_weights import Block, ExpertWeights
-from ..expert_reading import Unreadable, experts_of
+from ..expert_reading import dense_scales, experts_of, routed_of
 from ..paired import EngineLayer, PairedRole
 from .plan import built_backend
 from .role import LAYER
 
 # Backends that keep rows of gate before rows of up, as they were loaded.
-READABLE = {"triton", "deepgemm", "vllm_cutlass"}
-# Names of FP8 scales behind "w13_" and "w2_" on experts, and alone on linear layers.
-SCALES = ("weight_scale_inv", "weight_scale")
+READABLE = frozenset({"triton", "deepgemm", "vllm_cutlass"})
 
 
 def pair_block(role: PairedRole, block: Any) -> None:
@@ -39,6 +37,8 @@ def pair_block(role: PairedRole, block: Any) -> None:
 class RunnerLayer(EngineLayer):
     """One MoERunner of vLLM, and the block around it."""
 
+    readable = READABLE
+
     def __init__(self, number: int, role: PairedRole, block: Any) -> None:
         super().__init__(number, role)
         self.block = block
@@ -48,8 +48,6 @@ class RunnerLayer(EngineLayer):
         if self.shared is None:
             raise FsePatchError(f"layer {number}: vLLM has built no shared expert beside its experts")
         self.stock_forward = self.runner._forward_impl
-        # What a CPU packs, as it was loaded; for tests.
-        self.copied: PairedWeights | None = None
         self.runner._forward_impl = self.forward
 
     def forward(
@@ -78,23 +76,15 @@ class RunnerLayer(EngineLayer):
             return OutputScale(shared=1.0 / self.runner.routed_scaling_factor)
         return OutputScale(routed=self.spec.routed_scaling_factor)
 
-    def read(self) -> PairedWeights:
-        """Return what is in memory now."""
-        if self.copied is not None:
-            return self.copied
-        method = self.runner.routed_experts.quant_method
-        if method.is_monolithic or self.backend not in READABLE:
-            raise Unreadable(f"vLLM runs experts by {self.backend or type(method).__name__}")
-        return self._read()
-
-    def _read(self) -> PairedWeights:
+    def in_memory(self) -> PairedWeights:
+        """Return what is in memory now, whoever runs it."""
         experts, mlp = self.runner.routed_experts, self.shared._layer
         gate, shared_gate = self.runner.gate, getattr(mlp, "expert_gate", None)
         bias = getattr(experts, "e_score_correction_bias", None)
         if self.spec.has_correction_bias and bias is None:
             bias = self.block.gate.e_score_correction_bias
         return PairedWeights(
-            routed=_routed(experts),
+            routed=routed_of(experts, _block(experts.quant_method)),
             shared=_shared(mlp),
             gate=None if gate is None else gate.weight,
             shared_gate=None if shared_gate is None else shared_gate.weight,
@@ -105,15 +95,7 @@ class RunnerLayer(EngineLayer):
     def copy(self) -> None:
         """Copy what was loaded first: an update passes through modules that vLLM has packed by then."""
         if self.copied is None:
-            now = self._read()
-            self.copied = PairedWeights(
-                routed=_copy(now.routed),
-                shared=None if now.shared is None else _copy(now.shared),
-                gate=_clone(now.gate),
-                shared_gate=_clone(now.shared_gate),
-                correction_bias=_clone(now.correction_bias),
-                expert_map=now.expert_map,
-            )
+            super().copy()
 
     def parameters(self) -> Iterable[torch.Tensor]:
         """Yield parameters of both kinds of experts: one on meta is of an update under way."""
@@ -129,10 +111,6 @@ class RunnerLayer(EngineLayer):
         """Run the paired forward, routed by ``logits``."""
         with self.layer.given(logits):
             return self._sum(self._paired(hidden_states, logits))
-
-    def exact(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return what both should give, in float32."""
-        return self.layer.exact(hidden_states, logits, self.scale(hidden_states))
 
     def _sum(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Add both parts as the runner does behind the operator, without its reduction."""
@@ -184,7 +162,8 @@ class RunnerLayer(EngineLayer):
     @property
     def backend(self) -> str:
         """Return the backend that the layer was built with."""
-        return built_backend(self.runner)
+        monolithic = self.runner.routed_experts.quant_method.is_monolithic
+        return "a monolithic kernel" if monolithic else built_backend(self.runner)
 
 
 class _Given(torch.nn.Module):
@@ -199,26 +178,11 @@ class _Given(torch.nn.Module):
         return self.logits, None
 
 
-def _routed(experts: Any) -> ExpertWeights:
-    scales = next(
-        (
-            (getattr(experts, f"w13_{name}"), getattr(experts, f"w2_{name}"))
-            for name in SCALES
-            if hasattr(experts, f"w13_{name}")
-        ),
-        (None, None),
-    )
-    return experts_of(experts.w13_weight, experts.w2_weight, scales, _block(experts.quant_method))
-
-
 def _shared(mlp: Any) -> ExpertWeights:
     up, down = mlp.gate_up_proj, mlp.down_proj
     width, hidden = int(down.input_size_per_partition), int(down.output_size)
-    scales = [
-        next((getattr(m, n) for n in SCALES if getattr(m, n, None) is not None), None) for m in (up, down)
-    ]
     w13, w2 = _rows(up.weight, 2 * width, hidden), _rows(down.weight, hidden, width)
-    return experts_of(w13, w2, (scales[0], scales[1]), _block(up.quant_method))
+    return experts_of(w13, w2, dense_scales(up, down), _block(up.quant_method))
 
 
 def _rows(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -233,11 +197,3 @@ def _rows(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 def _block(method: Any) -> Block | None:
     block = getattr(method, "weight_block_size", None)
     return None if block is None else (int(block[0]), int(block[1]))
-
-
-def _clone(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
-
-
-def _copy(weights: ExpertWeights) -> ExpertWeights:
-    return ExpertWeights(weights.w13.detach().clone(), weights.w2.detach().clone(), weights.scales)

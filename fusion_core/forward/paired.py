@@ -51,6 +51,24 @@ class PairedWeights:
         first = self.routed.w13.shape[0] - self.merged_slots
         return range(first, first + (self.merged_slots or self._shared_slots))
 
+    def copy(self) -> PairedWeights:
+        """Return the same in other memory."""
+
+        def clone(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.detach().clone()
+
+        def copied(weights: ExpertWeights) -> ExpertWeights:
+            return replace(weights, w13=weights.w13.detach().clone(), w2=weights.w2.detach().clone())
+
+        return replace(
+            self,
+            routed=copied(self.routed),
+            shared=None if self.shared is None else copied(self.shared),
+            gate=clone(self.gate),
+            shared_gate=clone(self.shared_gate),
+            correction_bias=clone(self.correction_bias),
+        )
+
     @property
     def addresses(self) -> tuple[int, ...]:
         """Return where everything begins that a captured graph would hold."""
