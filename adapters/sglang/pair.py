@@ -145,7 +145,7 @@ class BlockLayer(EngineLayer):
     def gates(self, hidden_states: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits of the gates that the pass reads, and of SGLang's modules."""
         now = self.read()
-        yield self.layer.logits(now, hidden_states, hidden_states), self.engine_logits(hidden_states)
+        yield self.layer.router_logits(now, hidden_states), self.engine_logits(hidden_states)
         if now.shared_gate is not None and self.shared_gate is not None:
             yield linear(hidden_states, now.shared_gate), _first(self.shared_gate(hidden_states))
 

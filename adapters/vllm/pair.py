@@ -135,8 +135,7 @@ class RunnerLayer(EngineLayer):
         """Yield logits of the gates that the pass reads, and of vLLM's modules."""
         now = self.read()
         if now.gate is not None:
-            ours = self.layer.logits(now, hidden_states, hidden_states)
-            yield ours, self.engine_logits(hidden_states)
+            yield self.layer.router_logits(now, hidden_states), self.engine_logits(hidden_states)
         if now.shared_gate is not None:
             gate = self.shared._layer.expert_gate
             yield linear(hidden_states, now.shared_gate), gate(hidden_states)[0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import linear
 
-from ..decision.outcome import MoeSpec
+from ..decision.outcome import MoeSpec, RoutingSpec
 from ..kernels import pass_reference, routing_reference
 from ..kernels.expert_weights import ExpertWeights, slots_of
 from .paired_pass import run_pass
@@ -161,10 +161,23 @@ class PairedLayer:
         return run_pass(hidden_states, held.routed, weights, ids, held.shared)
 
     def logits(self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return router logits [num_tokens, E], as the pass uses them; arguments as of a call."""
-        if held.gate is not None:
-            logits = own_logits(held.gate, hidden_states)
-        return logits if self.given_logits is None else self.given_logits
+        """Return router logits as the pass uses them; arguments as of a call.
+
+        Returns:
+            [num_tokens, E]; on a GPU with the shared gate's in a last column, where the layer computes both.
+        """
+        given = self.given_logits
+        if held.gate is None:
+            return logits if given is None else given
+        logits = _own_logits(held.gate, held.shared_gate, hidden_states)
+        if given is not None:
+            logits[:, : given.shape[1]] = given
+        return logits
+
+    def router_logits(self, held: PairedWeights, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the router's logits alone [num_tokens, E], by the gate that the pass reads."""
+        logits = self.logits(held, hidden_states, hidden_states)
+        return logits[:, : self.moe.layout.num_routed]
 
     def _route(
         self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale
@@ -172,25 +185,39 @@ class PairedLayer:
         """Return ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, k + S]."""
         layout = self.moe.layout
         spec = replace(self.moe.routing, routed_scaling_factor=scale.routed)
-        gate = None if held.shared_gate is None else linear(hidden_states, held.shared_gate)
         if on_gpu(hidden_states):
-            from ..kernels.append import append
-            from ..kernels.route import route
-
-            weights, ids = route(
-                logits, layout.top_k, range(layout.num_routed, layout.num_routed), spec, held.correction_bias
-            )
-            ids = _local(ids, held.expert_map)
-            weights, ids = append(weights, ids, held.slots, gate, scale.shared)
+            weights, ids = self._route_on_gpu(held, hidden_states, logits, spec, scale.shared)
             if self.control_factor != 1.0:
                 weights[:, layout.top_k] *= self.control_factor
             return weights, ids
+        gate = None if held.shared_gate is None else linear(hidden_states, held.shared_gate)
         weights, ids = routing_reference.route(logits, layout.top_k, spec, held.correction_bias)
         factor = scale.shared * self.control_factor
         slot_weight = factor if gate is None else gate.to(weights.dtype).sigmoid() * factor
         return routing_reference.append_shared_slots(
             weights, _local(ids, held.expert_map), held.slots, slot_weight
         )
+
+    def _route_on_gpu(
+        self,
+        held: PairedWeights,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        spec: RoutingSpec,
+        factor: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route in one launch where all experts are here and all logits are there, otherwise in some more."""
+        from ..kernels.append import append  # these need Triton
+        from ..kernels.route import route
+
+        layout, bias, gate = self.moe.layout, held.correction_bias, held.shared_gate
+        whole = gate is None or held.gate is not None
+        if held.expert_map is None and whole:
+            return route(logits, layout.top_k, held.slots, spec, bias, factor)
+        none = range(layout.num_routed, layout.num_routed)
+        weights, ids = route(logits[:, : layout.num_routed], layout.top_k, none, spec, bias)
+        shared = None if gate is None else linear(hidden_states, gate)
+        return append(weights, _local(ids, held.expert_map), held.slots, shared, factor)
 
     def exact(self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale) -> torch.Tensor:
         """Compute the same in torch and at least in float32, routed by ``logits``, for proofs."""
@@ -215,12 +242,14 @@ class PairedLayer:
             self.given_logits = before
 
 
-def own_logits(gate: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return router logits [num_tokens, E] of a gate [E, H], in the gate's dtype."""
-    if on_gpu(hidden_states) and gate.dtype == hidden_states.dtype:
+def _own_logits(
+    gate: torch.Tensor, shared_gate: torch.Tensor | None, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """Return router logits of a gate [E, H]; as of `PairedLayer.logits`."""
+    if on_gpu(hidden_states):
         from ..kernels.router_logits import router_logits  # needs Triton
 
-        return router_logits(hidden_states, gate)
+        return router_logits(hidden_states, gate, shared_gate)
     return linear(hidden_states.to(gate.dtype), gate)
 
 

@@ -13,6 +13,7 @@ from fse_patch.fusion_core.decision.outcome import RoutingSpec
 from fse_patch.fusion_core.forward import paired, paired_pass
 from fse_patch.fusion_core.forward.paired import OutputScale, PairedLayer, PairedWeights
 from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.fusion_core.kernels import router_logits
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 
 from ..core.moe import moe_spec
@@ -108,9 +109,25 @@ def test_slots_that_are_merged_already() -> None:
     assert deviation(layer_of(merged, QWEN), 3) <= ALLOWED
 
 
+def test_logits_that_are_handed_in() -> None:
+    weights = replace(held("qwen"), gate=None)
+    assert deviation(layer_of(weights, QWEN), 3) <= ALLOWED
+
+
+@pytest.mark.parametrize("tokens", [3, 17])
+def test_rows_of_a_gate_in_memory_of_their_own(tokens: int) -> None:
+    states = draw(tokens, H, seed=4, dtype=DTYPE)
+    gate, further = (draw(rows, H, seed=rows, dtype=DTYPE, scale=0.3) for rows in (11, 1))
+    exact = router_logits.reference(states, gate, further)
+    assert off(router_logits.router_logits(states, gate, further), exact) <= ALLOWED
+    # The control: another row in the last column.
+    wrong = router_logits.router_logits(states, gate, gate[:1].contiguous())
+    assert off(wrong[:, -1], exact[:, -1]) > ALLOWED
+
+
 def test_its_own_logits() -> None:
     weights, states = held("qwen"), draw(3, H, seed=4, dtype=DTYPE)
     layer = layer_of(weights, QWEN)
-    ours: Any = layer.logits(weights, states, states)
+    ours: Any = layer.router_logits(weights, states)
     assert weights.gate is not None
     assert off(ours, states.double() @ weights.gate.double().T) <= ALLOWED
