@@ -13,6 +13,7 @@ from .. import runtime, settings
 from ..errors import AuditError, NoReference
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.checkpoint.tensors import CheckpointTensors
+from ..fusion_core.checkpoint.weight_files import CheckpointFiles
 from ..fusion_core.forward.layer import FusedLayer
 from ..fusion_core.proof.canary import CanaryError, judge, reference
 from ..fusion_core.proof.checkpoint_layer import CheckpointLayer
@@ -95,7 +96,7 @@ def _prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> Proof:
     deviation, tolerance = 0.0, 1.0
     for number in numbers if effective.verify == "all" else numbers[:1]:
         try:
-            tensors = tensors or _loaded_tensors(fused_role)
+            tensors = tensors or loaded_tensors(fused_role.start.files, name)
             off, allowed = _prove_layer(fused_role, fused_role.layers[number], dtype, prover, tensors)
         except NoReference as error:
             quantised = fused_role.start.decision.quant_method != UNQUANTISED
@@ -122,21 +123,20 @@ def _prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> Proof:
     return Proof("passed", tuple(layers), deviation, tolerance, seconds)
 
 
-def _loaded_tensors(fused_role: FusedRole) -> CheckpointTensors:
+def loaded_tensors(files: CheckpointFiles, role: str) -> CheckpointTensors:
     """Open the files that the engine has loaded.
 
     Raises:
         NoReference: they are gone by now.
         AuditError: they are not those that were decided on.
     """
-    files = fused_role.start.files
     source = files.source.loaded()
     if gone := next((name for name in files.names if source.local(name) is None), None):
         raise NoReference(f"{source.where(gone)} is gone: it has no safetensors files to compare with")
     tensors = CheckpointTensors(source, files.names)
     if tensors.digest != files.digest:
         raise AuditError(
-            f"{fused_role.name} model: the files of {source.label} changed after it was decided on; "
+            f"{role} model: the files of {source.label} changed after it was decided on; "
             "the model is not served; start again"
         )
     return tensors

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import FsePatchError
 from ..fusion_core.checkpoint.config import UNGROUPED, MoeConfig, moe_of
 from ..fusion_core.checkpoint.families import Role, family_of
-from ..fusion_core.decision.outcome import Merged
+from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.reasons import Reason
 
 ADVICE = "run without overrides of the MoE configuration"
@@ -43,7 +43,7 @@ class Attributes(Mapping[str, Any]):
         return len(vars(self._config))
 
 
-def config_differs(decision: Merged, config: Any) -> Iterator[Reason]:
+def config_differs(decision: Merged | Paired, config: Any) -> Iterator[Reason]:
     """Refuse where the configuration that runs is not the one that was decided on.
 
     Both are read by the same code: what a decision rests on cannot be left out here.
@@ -74,7 +74,7 @@ def config_differs(decision: Merged, config: Any) -> Iterator[Reason]:
         yield Reason("config.differs", f"{said or 'its layers differ'}; {ADVICE}")
 
 
-def _differs(decision: Merged, declared: MoeConfig, moe: MoeConfig) -> bool:
+def _differs(decision: Merged | Paired, declared: MoeConfig, moe: MoeConfig) -> bool:
     """Tell whether anything differs that the role rests on."""
     family, left_out = decision.family, set(LEFT_OUT[decision.role])
     if family.draft_after_main:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
@@ -17,10 +17,11 @@ from ..fusion_core.checkpoint.naming import TensorNaming
 from ..fusion_core.checkpoint.sources import Source
 from ..fusion_core.checkpoint.weight_files import CheckpointFiles
 from ..fusion_core.decision.decide import decide_evidence
-from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, remarked
+from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Paired, Stock, paired, remarked
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.evidence.gather import read_evidence
 from ..fusion_core.forward.plan import ModePlan
+from ..fusion_core.forward.threshold import merged_gains
 from ..fusion_core.reasons import CONTRADICTIONS, Code, Reason
 from ..settings import Settings
 from .patching import ledger, standing
@@ -78,6 +79,22 @@ class Start:
 
 
 @dataclass(frozen=True)
+class PairedStart:
+    """All that is settled about a paired role before anything is allocated.
+
+    Args:
+        files: those that its weights come from; None where the checkpoint could not be read.
+        native_off: as of `Start`.
+    """
+
+    decision: Paired
+    settings: Settings
+    naming: TensorNaming
+    files: CheckpointFiles | None = None
+    native_off: bool = False
+
+
+@dataclass(frozen=True)
 class Unfused:
     """A role that runs nothing of ours; ``native_off`` as of `Start`."""
 
@@ -105,7 +122,31 @@ def decision_of(
     return Settled(Stock(role=role, engine=engine, reason=Reason("evidence.unreadable", why)))
 
 
-def begin(settled: Settled, layers: int, settings: Settings, expert_format: Any = None) -> Start | Unfused:
+def laid_out(settled: Settled, settings: Settings, refusals: Callable[[Paired], Iterator[Reason]]) -> Settled:
+    """Return what was settled, under the layout that FSE_PATCH_LAYOUT asks for or lets be picked.
+
+    Args:
+        settled: as it is where weights are merged, or stay stock.
+        refusals: what of the engine's configuration forbids to pair.
+    """
+    asked, decision = settings.layout, settled.decision
+    if asked == "merged" or (asked == "auto" and isinstance(decision, Merged) and _gains(settled.plan)):
+        return settled
+    apart = paired(decision)
+    if isinstance(apart, Paired) and (reason := next(refusals(apart), None)) is not None:
+        apart = apart.refused(reason)
+    if asked == "auto" and not isinstance(apart, Paired):
+        return settled
+    return replace(settled, decision=apart, plan=None)
+
+
+def _gains(plan: ModePlan | None) -> bool:
+    return plan is not None and merged_gains(plan)
+
+
+def begin(
+    settled: Settled, layers: int, settings: Settings, expert_format: Any = None
+) -> Start | PairedStart | Unfused:
     """Record what was settled, say it in a line, and return the start of the role in this process.
 
     Args:
@@ -117,8 +158,12 @@ def begin(settled: Settled, layers: int, settings: Settings, expert_format: Any 
     decision, plan, files = settled.decision, settled.plan, settled.files
     if isinstance(decision, Stock):
         _stop_if_asked_to(decision.engine, decision.reason, settings)
-    new = "" if plan is None else standing.remark_here(decision.engine)
+    patched = plan is not None or isinstance(decision, Paired)
+    new = standing.remark_here(decision.engine) if patched else ""
     announce(decision, settled.remark + (f"; {new}" if new else ""))
+    if isinstance(decision, Paired):
+        naming = TensorNaming(decision.family, layers, decision.engine)
+        return PairedStart(decision, settings, naming, files, settled.native_off)
     family, moe = family_of(decision.model_type), decision.moe
     if plan is None or files is None or family is None or moe is None:
         return Unfused(settled.native_off)
@@ -189,6 +234,8 @@ def announce(decision: Decision, remark: str = "") -> None:
     head = f"{decision.engine}, {decision.role} model"
     if isinstance(decision, Merged):
         log.info("%s: shared expert fused: %s", head, decision.detail)
+    elif isinstance(decision, Paired):
+        log.debug("%s: to be paired: %s", head, decision.detail)  # the line is told when it is proved
     else:
         log.warning("%s: not fused: %s: %s", head, decision.reason.code, decision.reason.detail)
 

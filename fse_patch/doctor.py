@@ -18,9 +18,11 @@ from .adapters.patching import guards, ledger, standing
 from .errors import FsePatchError, RefusedError
 from .fusion_core.checkpoint.families import families
 from .fusion_core.decision.native import fusing
+from .fusion_core.decision.paired_places import unrun
 from .fusion_core.decision.policy_file import load_policy
 from .fusion_core.engines import Plugins
 from .fusion_core.forward import tuned
+from .fusion_core.forward.measured_cache import kept
 from .patches import ENGINES
 from .version import __version__
 
@@ -36,7 +38,8 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     Raises:
         FsePatchError: the checkpoint cannot be read, or nothing of it could be fused.
 
-    Keys: ``environment``, ``engines``, ``settings``, ``policy``, ``modes``, tables of the fastest mode;
+    Keys: ``environment``, ``engines``, ``settings``, ``policy``, ``layout``, which is asked for, and what
+    was measured on this machine; ``modes``, tables of the fastest mode;
     ``hazards``, what is known to end badly here, or weakens a guard by the user's own wish; ``problems``,
     what is wrong; ``ok``, no problems.
     """
@@ -63,6 +66,7 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
         "engines": engines,
         "settings": settings.origins(),
         "policy": _policy(effective, problems),
+        "layout": _layout(effective, here),
         "modes": _modes(effective, here["devices"], problems),
         "hazards": hazards,
         "problems": problems,
@@ -119,6 +123,19 @@ def _policy(effective: settings.Settings, problems: list[str]) -> dict[str, Any]
         problems.append(str(error))
         return {"files": files, "hash": None, "rules": []}
     return {"files": files, "hash": policy.hash, "rules": [rule.id for rule in policy.rules]}
+
+
+def _layout(effective: settings.Settings, here: dict[str, Any]) -> dict[str, Any]:
+    """Return which layout is asked for, and whether `auto` would pair here; and what was measured here."""
+    return {
+        "asked": effective.layout,
+        "pairs_by_itself": {
+            engine: any(unrun(engine, here["platform"], device) is None for device in here["devices"])
+            for engine in ENGINES
+        },
+        "cache": str(effective.cache_folder),
+        "measured": {name: entry.threshold for name, entry in kept(effective.cache_folder).items()},
+    }
 
 
 def _modes(effective: settings.Settings, devices: list[str], problems: list[str]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ class Metrics:
         self.decisions = Counter(
             "fse_patch_decisions",
             "Decisions to fuse the shared experts of a model, or not to, and why.",
-            ["engine", "family", "fused", "reason"],
+            ["engine", "family", "fused", "reason", "layout"],
             registry=registry,
         )
         self.slots = Gauge(
@@ -48,12 +48,22 @@ class Metrics:
             multiprocess_mode="max",
         )
 
+        self.threshold = Gauge(
+            "fse_patch_paired_threshold",
+            "Most tokens for which layers run paired in one process; 0 where the engine runs all.",
+            ["engine", "role"],
+            registry=registry,
+            multiprocess_mode="min",
+        )
+
     def update(self, status: Mapping[str, Any]) -> None:
         """Bring the metrics up to date with `fse_patch.status`; each decision counts once."""
         for engine, report in status.items():
             self.info.labels(__version__, engine, report["engine_version"]).set(1)
             for role in report["roles"]:
                 self.slots.labels(engine, role["role"]).set(role["slots_loaded"])
+                if "paired" in role:
+                    self.threshold.labels(engine, role["role"]).set(role["paired"]["threshold"])
         for decision in runtime.decisions():
             if decision not in _published:
                 _published.append(decision)
@@ -63,6 +73,7 @@ class Metrics:
                     "unknown" if family is None else family.name,
                     str(decision["fuse"]).lower(),
                     decision["reason"],
+                    decision["weight_layout"],
                 ).inc()
 
 

@@ -158,6 +158,8 @@ def status() -> dict[str, Any]:
     # Not imported: where no model was built, asking must not load torch.
     models = sys.modules.get(f"{__package__}.adapters.role")
     roles = [] if models is None else [fused_role.report() for fused_role in models.constructed()]
+    apart = sys.modules.get(f"{__package__}.adapters.paired")
+    roles += [] if apart is None else [role.report() for role in apart.constructed()]
     return {
         engine: {
             **report.to_dict(),

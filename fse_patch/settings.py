@@ -18,6 +18,12 @@ VERIFY = "FSE_PATCH_VERIFY"
 GATE_KERNEL = "FSE_PATCH_GATE_KERNEL"
 TUNED = "FSE_PATCH_TUNED"
 POLICY = "FSE_PATCH_POLICY"
+LAYOUT = "FSE_PATCH_LAYOUT"
+MEASURE = "FSE_PATCH_MEASURE"
+CACHE = "FSE_PATCH_CACHE"
+CPU_THRESHOLD = "FSE_PATCH_CPU_THRESHOLD"
+LAYOUT_CHOICES = ("auto", "merged", "paired")
+MEASURE_CHOICES = ("auto", "always", "off")
 VERIFY_CHOICES = ("off", "sample", "all")
 # Variables that ask for patches which nobody gets otherwise.
 SWITCHES = (GATE_KERNEL,)
@@ -30,6 +36,10 @@ DEFAULTS = {
     ALLOW_UNMEASURED: "0",
     ALLOW_UNPROVEN: "0",
     TUNED: "",
+    LAYOUT: "auto",
+    MEASURE: "auto",
+    CACHE: "",
+    CPU_THRESHOLD: "0",
     GATE_KERNEL: "0",
 }
 TRUE = {"1", "true", "on", "yes"}
@@ -50,6 +60,12 @@ class Settings:
             that the canary cannot read.
         verify: FSE_PATCH_VERIFY: layers that the canary proves before serving: "off", "sample" (one), "all".
         tuned: FSE_PATCH_TUNED, path of a table that `fse-patch tune` has written, or None.
+        layout: FSE_PATCH_LAYOUT: "merged", "paired", or "auto", which picks.
+        measure: FSE_PATCH_MEASURE: thresholds of paired layers are measured where the cache has none
+            ("auto"), at each start ("always"), or never ("off").
+        cache: FSE_PATCH_CACHE, folder of what was measured on this machine; None: the user's cache folder.
+        cpu_threshold: FSE_PATCH_CPU_THRESHOLD, for tests: pairs on a CPU for up to so many tokens, from
+            copies of the weights; 0: not.
         switches: those of `SWITCHES` that are on. FSE_PATCH_GATE_KERNEL: shared experts that stay unfused get
             their gate in one launch.
     """
@@ -61,12 +77,23 @@ class Settings:
     allow_unproven: bool = False
     verify: str = "sample"
     tuned: str | None = None
+    layout: str = "auto"
+    measure: str = "auto"
+    cache: str | None = None
+    cpu_threshold: int = 0
     switches: frozenset[str] = frozenset()
 
     @property
     def policy_file(self) -> Path | None:
         """Return ``policy`` as a path."""
         return Path(self.policy) if self.policy else None
+
+    @property
+    def cache_folder(self) -> Path:
+        """Return the folder of what was measured on this machine; it may not be there yet."""
+        if self.cache:
+            return Path(self.cache)
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fse_patch"
 
     @property
     def tuned_file(self) -> Path | None:
@@ -90,6 +117,13 @@ def _choice(env: Mapping[str, str], name: str, default: str, choices: tuple[str,
     if value not in choices:
         raise FsePatchError(f"{name}={env[name]!r}: use {', '.join(choices[:-1])} or {choices[-1]}")
     return value
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    value = env.get(name, "").strip() or "0"
+    if not (value.isascii() and value.isdecimal()):
+        raise FsePatchError(f"{name}={env[name]!r}: use a whole number, 0 or above")
+    return int(value)
 
 
 def engines_in(value: str) -> frozenset[str]:
@@ -133,5 +167,9 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         allow_unproven=_flag(env, ALLOW_UNPROVEN, False),
         verify=_choice(env, VERIFY, "sample", VERIFY_CHOICES),
         tuned=env.get(TUNED) or None,
+        layout=_choice(env, LAYOUT, "auto", LAYOUT_CHOICES),
+        measure=_choice(env, MEASURE, "auto", MEASURE_CHOICES),
+        cache=env.get(CACHE) or None,
+        cpu_threshold=_number(env, CPU_THRESHOLD),
         switches=frozenset(name for name in SWITCHES if _flag(env, name, False)),
     )

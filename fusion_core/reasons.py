@@ -24,8 +24,11 @@ Code = Literal[
     "backend.routing",
     "backend.topk_format",
     "backend.layout",
+    "device.unrun",
+    "proof.failed",
     "parallel.ep",
     "parallel.eplb",
+    "parallel.all2all",
     "parallel.dp",
     "parallel.pp",
     "lora",
@@ -114,12 +117,24 @@ REASONS: Mapping[Code, Meaning] = {
         asked_for=True,
     ),
     "backend.layout": Meaning(
-        "The engine lays experts out, or shares them out, in a way that the slots are not written for.",
+        "The engine lays experts out, shares them out or packs them in a way that is not read or written here.",
         "run without it",
         asked_for=True,
     ),
+    "device.unrun": Meaning(
+        "No device of this kind has run the paired layout yet.", "FSE_PATCH_LAYOUT=paired takes it anyway"
+    ),
+    "proof.failed": Meaning(
+        "Paired layers gave other answers than the engine's own, at start or after an update; its own serve.",
+        "please report it",
+    ),
     "parallel.ep": Meaning("Experts are spread over ranks.", "run without it", asked_for=True),
     "parallel.eplb": Meaning("The expert load balancer moves experts.", "run without it", asked_for=True),
+    "parallel.all2all": Meaning(
+        "Tokens are sent to the ranks of their experts, or gathered from other ranks.",
+        "run without it",
+        asked_for=True,
+    ),
     "parallel.dp": Meaning("Attention is data parallel, which is not proven yet.", asked_for=True),
     "parallel.pp": Meaning(
         "Layers are spread over pipeline stages, which is not proven yet.", "", asked_for=True

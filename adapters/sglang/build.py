@@ -15,15 +15,18 @@ from ...fusion_core.checkpoint.config import UNQUANTISED
 from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.forward.router import FusedRouter, SlotAppender
 from ...fusion_core.kernels.aiter import without_padding
+from .. import paired
 from ..check import check_complete
 from ..load import attach
+from ..paired import PAIRING, PairedRole, pairing
 from ..role import ACTIVE, FusedRole, building
-from ..start import Start
+from ..start import PairedStart, Start
 from ..stop import stop_told
 from . import native
 from .check import check_experts, check_native, check_topk, output_scale, shared_gate
 from .native import ARGUMENT, SWITCHED_OFF, switched_off
-from .role import Slots
+from .pair import pair_block
+from .role import Slots, number_of
 from .start import start_of
 
 log = logging.getLogger("fse_patch")
@@ -37,7 +40,7 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     @stop_told()
     def build(model_config: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.get():
+        if ACTIVE.get() or PAIRING.get():
             return original(model_config, load_config, *args, **kwargs)
         from sglang.srt.model_loader.utils import get_model_architecture
 
@@ -45,8 +48,11 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         start = start_of(cls, model_config, load_config, args[0] if args else kwargs.get("quant_config"))
         fused_role = FusedRole(start, Slots()) if isinstance(start, Start) else None
         native_off = start is not None and start.native_off
-        with building(fused_role), switched_off(cls) if native_off else nullcontext():
+        apart = PairedRole(start) if isinstance(start, PairedStart) else None
+        with building(fused_role), pairing(apart), switched_off(cls) if native_off else nullcontext():
             model = original(model_config, load_config, *args, **kwargs)
+        if apart is not None and apart.layers:
+            paired.attach(model, apart)
         if fused_role is not None and fused_role.start.merged:
             check_complete(fused_role, all_here=True)  # pipeline parallelism is refused
         if fused_role is not None and fused_role.layers:
@@ -98,6 +104,9 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
         if SWITCHED_OFF.get() and ARGUMENT in kwargs:
             kwargs[ARGUMENT] = False
         original(self, *args, **kwargs)
+        if (apart := PAIRING.get()) is not None:
+            pair_block(apart, self, number_of(apart.start.decision, self.layer_id))
+            return
         fused_role = ACTIVE.get()
         if fused_role is None:
             return

@@ -10,7 +10,7 @@ import torch
 from ...errors import FsePatchError
 from ..check import check_arguments
 from ..role import FusedRole
-from ..start import Start
+from ..start import PairedStart, Start
 
 # Arguments that change what a layer computes; fused layers know their neutral values only.
 NEUTRAL = {
@@ -33,11 +33,13 @@ def check_experts(
     check_arguments(fused_role, layer, kwargs, NEUTRAL, known=not args and cls.__name__ == "FusedMoE")
 
 
-def output_scale(start: Start, experts: Any) -> float:
+def output_scale(start: Start | PairedStart, experts: Any) -> float:
     """Return what the engine multiplies a layer's output by: the scale, unless the top-k has it already."""
     from sglang.srt.layers.moe import topk
 
-    routing = start.moe.routing
+    moe = start.decision.moe
+    assert moe is not None
+    routing = moe.routing
     # AITER's grouped top-k has the scale inside, and models leave their outputs alone then.
     by_aiter = topk._use_aiter and routing.scoring == "sigmoid"
     inside = experts.should_fuse_routed_scaling_factor_in_topk or by_aiter

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...fusion_core.decision.outcome import Decision
 from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.weights.remap import SlotTensor
 from ..role import EngineSlots
 from ..start import Start
 
 
+def number_of(decision: Decision, place: int) -> int | None:
+    """Return the layer that SGLang calls ``place``, or None. A draft counts its layers from 0."""
+    layers = () if decision.moe is None else decision.moe.layers
+    if decision.role == "draft":
+        return layers[place] if place < len(layers) else None
+    return place
+
+
 class Slots(EngineSlots):
     """Layers by SGLang's own numbers, slots by the weight loader of their parameters."""
 
     def number_at(self, start: Start, place: int) -> int | None:
-        """Return the layer that SGLang calls ``place``, or None. A draft counts its layers from 0."""
-        layers = start.moe.layers
-        if start.decision.role == "draft":
-            return layers[place] if place < len(layers) else None
-        return place
+        """Return the layer that SGLang calls ``place``, or None."""
+        return number_of(start.decision, place)
 
     def take(self, parameter: Any, part: SlotTensor, name: str) -> bool:
         """Hand ``part`` to SGLang's weight loader, which says nothing: what it leaves out shows as poison."""

@@ -13,10 +13,11 @@ from ...fusion_core.checkpoint.families import Role, family_of
 from ...fusion_core.checkpoint.sources import Source
 from ...fusion_core.checkpoint.weight_files import weight_files
 from ...fusion_core.decision.native import gets_wrong
-from ...fusion_core.decision.outcome import Merged, Stock
+from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import ModePlan
 from ...settings import Settings
 from ..start import (
+    PairedStart,
     Settled,
     Start,
     Unfused,
@@ -24,18 +25,22 @@ from ..start import (
     begin,
     decision_of,
     first_of_replica,
+    laid_out,
     role_of,
     source_of,
 )
 from . import native
 from .native import ENGINE
+from .pair_refusals import pair_refusals
 from .plan import native_plan, plan_of
 from .refusals import UPSTREAM, load_format_given, refusals
 
 log = logging.getLogger("fse_patch")
 
 
-def start_of(cls: type, model_config: Any, load_config: Any, quantised: object) -> Start | Unfused | None:
+def start_of(
+    cls: type, model_config: Any, load_config: Any, quantised: object
+) -> Start | PairedStart | Unfused | None:
     """Decide for a model of ``cls``, record it and say it in a line; None where it is no entry class.
 
     Args:
@@ -81,16 +86,24 @@ def settle_role(
         )
 
     outcome = decision_of(ENGINE, role, locate, load_format, effective)
-    decision = outcome.decision
     family = family_of(model_config.hf_text_config.model_type)
     native_fusion = None if family is None else native.live(cls, family.name, model_config, quantised)
-    native_off = native_fusion is not None and bool(gets_wrong(native_fusion, decision))
+    native_off = native_fusion is not None and bool(gets_wrong(native_fusion, outcome.decision))
     outcome = replace(
         outcome, native_off=native_off, remark="; SGLang's own fusion is switched off" if native_off else ""
     )
-    if isinstance(decision, Stock):
-        return outcome
     right = native_fusion is not None and not native_off
+    merged = _merged(outcome, model_config, load_config, quantised, right, effective)
+    return laid_out(merged, effective, lambda apart: pair_refusals(apart, model_config, effective))
+
+
+def _merged(
+    outcome: Settled, model_config: Any, load_config: Any, quantised: object, right: bool, effective: Settings
+) -> Settled:
+    """Settle the role as it is where weights are merged, or stay stock; arguments as of `refusals`."""
+    decision = outcome.decision
+    if not isinstance(decision, Merged):
+        return outcome
     reasons = refusals(decision, model_config, load_config, quantised, right, effective)
     plan = next(reasons, None) or plan_of(decision, model_config, effective)
     if isinstance(plan, ModePlan):

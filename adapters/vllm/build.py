@@ -13,13 +13,16 @@ from ... import settings
 from ...fusion_core.forward.aiter_router import router_class
 from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.forward.router import FusedRouter
+from .. import paired
 from ..check import check_complete
 from ..load import attach
+from ..paired import PAIRING, PairedRole, pairing
 from ..role import ACTIVE, FusedRole, building
-from ..start import Start, announce_other
+from ..start import PairedStart, Start, announce_other
 from ..stop import stop_told
 from . import native
 from .check import check_experts, key_compile_cache
+from .pair import pair_block
 from .role import Slots
 from .run import runner_arguments, take_gate
 from .start import start_of
@@ -67,16 +70,23 @@ def entry_init(original: Callable[..., None]) -> Callable[..., None]:
     @stop_told()
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         # A prefix makes it a part of another model, whose weights nobody remaps.
-        part = ACTIVE.get() or kwargs.get("prefix")
+        part = ACTIVE.get() or PAIRING.get() or kwargs.get("prefix")
         start = None if part else start_of(type(self), kwargs.get("vllm_config"))
         fused_role = FusedRole(start, Slots()) if isinstance(start, Start) else None
+        apart = PairedRole(start) if isinstance(start, PairedStart) else None
         if fused_role is not None:
             key_compile_cache(kwargs["vllm_config"], fused_role.start)
         native_off = start is not None and start.native_off
-        with building(fused_role or ACTIVE.get()), native.switched_off(native_off):
+        with (
+            building(fused_role or ACTIVE.get()),
+            pairing(apart or PAIRING.get()),
+            native.switched_off(native_off),
+        ):
             original(self, *args, **kwargs)
         if native_off:
             setattr(self, native.MARK, True)
+        if apart is not None:
+            paired.attach(self, apart)
         if fused_role is not None:
             check_complete(fused_role, kwargs["vllm_config"].parallel_config.pipeline_parallel_size == 1)
             attach(self, fused_role)
@@ -144,6 +154,9 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        if (apart := PAIRING.get()) is not None:
+            pair_block(apart, self)
+            return
         fused_role = ACTIVE.get()
         built: BuiltLayer | None = getattr(getattr(self, "experts", None), BUILT, None)
         # A block that inherits its constructor comes here twice.

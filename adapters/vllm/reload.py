@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import FsePatchError
+from .. import paired
 from ..role import CONSTRUCTED, FusedRole, constructed
 
 SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -62,6 +63,8 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
             raise FsePatchError(problems[0] + more)
         for fused_role in constructed():
             fused_role.updated()
+        for role in paired.constructed():
+            role.updated()
 
     return finalize_layerwise_processing
 

@@ -12,20 +12,32 @@ from ... import settings
 from ...fusion_core.checkpoint.families import Role, family_of
 from ...fusion_core.checkpoint.sources import Source
 from ...fusion_core.decision.native import gets_wrong
-from ...fusion_core.decision.outcome import Merged, Stock
+from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.forward.plan import ModePlan
 from ...settings import Settings
-from ..start import Settled, Start, Unfused, begin, decision_of, first_of_replica, role_of, source_of
+from ..start import (
+    PairedStart,
+    Settled,
+    Start,
+    Unfused,
+    begin,
+    decision_of,
+    first_of_replica,
+    laid_out,
+    role_of,
+    source_of,
+)
 from . import native
 from .formats import ExpertFormat, format_here
 from .native import ENGINE
+from .pair_refusals import pair_refusals
 from .plan import plan_of
 from .refusals import refusals
 
 log = logging.getLogger("fse_patch")
 
 
-def start_of(cls: type, vllm_config: Any) -> Start | Unfused | None:
+def start_of(cls: type, vllm_config: Any) -> Start | PairedStart | Unfused | None:
     """Decide for a model of ``cls``, record it and say it in a line; None where it is no entry class."""
     role = role_of(ENGINE, cls)
     if role is None or vllm_config is None:
@@ -84,15 +96,16 @@ def settle_role(
     outcome = replace(
         outcome, native_off=native_off, remark="; vLLM's own fusion is switched off" if native_off else ""
     )
-    if isinstance(decision, Stock):
-        return outcome
     right = native_fusion is not None and not native_off
-    reason = next(refusals(decision, vllm_config, source, load_config, right, effective), None)
-    form = None if reason else form_of(decision)
-    plan = reason or plan_of(decision, form, vllm_config, effective)
-    if isinstance(plan, ModePlan):
-        return replace(outcome, plan=plan)
-    return replace(outcome, decision=decision.refused(plan))
+    if isinstance(decision, Merged):
+        reason = next(refusals(decision, vllm_config, source, load_config, right, effective), None)
+        form = None if reason else form_of(decision)
+        plan = reason or plan_of(decision, form, vllm_config, effective)
+        if isinstance(plan, ModePlan):
+            outcome = replace(outcome, plan=plan)
+        else:
+            outcome = replace(outcome, decision=decision.refused(plan))
+    return laid_out(outcome, effective, lambda apart: pair_refusals(apart, vllm_config, right, effective))
 
 
 def _downloaded(source: Any) -> str:

@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": "What is installed, switched on and in force here, and what of it is wrong.",
     "bench": "Stock against fused on this device: every mode of the block, or decoding end to end.",
     "tune": "Measure the crossovers between the modes on this device, and store them.",
+    "tuned": "List, show or remove what was measured on this machine.",
     "patches": "List every patch: target, versions, why, and when it goes away.",
 }
 _INTERNAL_ERROR = 70

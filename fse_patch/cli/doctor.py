@@ -36,6 +36,12 @@ def table(report: Mapping[str, Any]) -> dict[str, Any]:
         name: f"{entry['value'] or '-'} ({entry['origin']})" for name, entry in report["settings"].items()
     }
     rows["policy"] = f"{', '.join(report['policy']['files'])}; hash {report['policy']['hash'] or '-'}"
+    layout = report["layout"]
+    pairing = [engine for engine, pairs in layout["pairs_by_itself"].items() if pairs]
+    rows["layout"] = (
+        f"{layout['asked']}; pairs here by itself: {', '.join(pairing) or 'no engine'}; "
+        f"{len(layout['measured'])} thresholds in {layout['cache']}"
+    )
     rows["modes"] = "\n".join(
         f"{entry['file']}: {entry['for']}{'' if entry['here'] else ' (no such device here)'}: "
         + "; ".join(entry["shapes"])

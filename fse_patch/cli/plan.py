@@ -12,7 +12,7 @@ from ..errors import RefusedError
 from ..fusion_core.checkpoint.hub import locate
 from ..fusion_core.checkpoint.weight_files import AUTO
 from ..fusion_core.decision.decide import decide_roles
-from ..fusion_core.decision.outcome import Decision, Stock
+from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, paired
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.decision.proven import proven_platforms
 from ..patches import ENGINES
@@ -33,6 +33,8 @@ def command(
     # Without --policy, the file that serving would use.
     rules = load_policy(policy or settings.load().policy_file)
     decisions = decide_roles(locate(checkpoint, revision), engine, rules, load_format)
+    if settings.load().layout == "paired":
+        decisions = {role: paired(decision) for role, decision in decisions.items()}
     report = plan_report(decisions["main"])
     if "draft" in decisions:
         report["draft"] = plan_report(decisions["draft"])
@@ -49,9 +51,11 @@ def plan_report(decision: Decision) -> dict[str, Any]:
     """Return one role's decision under the keys that other tools rely on; null where nothing is known."""
     told = decision.to_dict()
     layout, routing = told["layout"] or {}, told["routing"] or {}
-    proven = proven_platforms(decision) if told["fuse"] else []
+    merged = isinstance(decision, Merged)
+    proven = proven_platforms(decision) if merged else []
+    pairing = decision.pairing
     note = ""
-    if told["fuse"] and not proven:
+    if merged and not proven:
         note = (
             f"{decision.engine} refuses this for now (quant.unproven): {', '.join(decision.formats)} was not "
             "run fused and compared there yet; FSE_PATCH_ALLOW_UNPROVEN=1 tries it"
@@ -64,6 +68,9 @@ def plan_report(decision: Decision) -> dict[str, Any]:
         "scoring": routing.get("scoring"),
         "shared_weight": told["shared_weight"],
         "routed_scaling_factor": routing.get("routed_scaling_factor"),
+        "weight_layout": told["weight_layout"],
+        # Whether it may run with weights that stay apart: ok, or a refusal code.
+        "pairing": "ok" if isinstance(pairing, MoeSpec) else pairing.code if pairing else "family.unknown",
         "policy_hash": decision.policy_hash,
         "formats": list(decision.formats),
         "proven": proven,

@@ -17,7 +17,7 @@ from ..errors import FsePatchError, RefusedError
 from ..fusion_core.checkpoint.families import Role, family_of
 from ..fusion_core.checkpoint.sources import read_json
 from ..fusion_core.decision.decide import decide_roles
-from ..fusion_core.decision.outcome import Decision, Merged, Stock
+from ..fusion_core.decision.outcome import Decision, Merged, Paired, Stock, paired
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.engines import facts_of
 from ..lab.verify import VerifyJob
@@ -43,14 +43,15 @@ def command(
 ) -> None:
     """Run the command. Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
     arguments = parse_engine_args(engine_args)
-    decisions, _, version = decided(checkpoint, engine)
+    apart = load_settings().layout == "paired"
+    decisions, _, version = decided(checkpoint, engine, apart)
     # A draft is built only where the engine is told to speculate.
     drafts = facts_of(engine).lab.draft_argument in arguments
     roles = tuple(d for role, d in decisions.items() if role == "main" or drafts)
     config = read_json(checkpoint / "config.json")
     job = VerifyJob(
         checkpoint,
-        tuple(d for d in roles if isinstance(d, Merged)),
+        tuple(d for d in roles if not isinstance(d, Stock)),
         vocab_size(config, checkpoint),
         checkpoint_dtype(config) if dtype == "auto" else dtype,
         arguments,
@@ -67,8 +68,13 @@ def command(
         raise typer.Exit(1)
 
 
-def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, Decision], Merged, str]:
+def decided(
+    checkpoint: Path, engine: str, apart: bool = False
+) -> tuple[dict[Role, Decision], Merged | Paired, str]:
     """Decide for each role of a checkpoint whose main model fuses.
+
+    Args:
+        apart: weights are to stay apart.
 
     Returns:
         The decisions, that of the main model, and the installed engine's version.
@@ -81,6 +87,8 @@ def decided(checkpoint: Path, engine: str) -> tuple[dict[Role, Decision], Merged
     decisions = decide_roles(checkpoint, engine, load_policy(settings.policy_file))
     book = ledger.load(engine)
     version = guards.engine_version(book)
+    if apart:
+        decisions = {role: paired(decision) for role, decision in decisions.items()}
     main = decisions["main"]
     if isinstance(main, Stock):
         raise RefusedError(main.reason.code, main.reason.detail)

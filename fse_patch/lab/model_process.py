@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import runtime
+from ..adapters import paired
 from ..adapters.role import constructed
 from ..errors import FsePatchError
 from . import slot_control
@@ -22,6 +23,7 @@ def report() -> dict[str, Any]:
     """
     stand_in = sys.modules.get("sgl_kernel")
     roles = [fused_role.report() for fused_role in constructed()]
+    roles += [role.report() for role in paired.constructed()]
     ours = {role["role"] for role in roles}
     return {
         "pid": os.getpid(),
@@ -35,6 +37,8 @@ def reset() -> None:
     """Forget the calls of the engine's own warm-up; graphs that it captured run later."""
     for fused_role in constructed():
         fused_role.counter.reset()
+    for role in paired.constructed():
+        role.counter.reset()
 
 
 def control(factor: float) -> None:
@@ -42,6 +46,9 @@ def control(factor: float) -> None:
     for fused_role in constructed():
         if fused_role.name == "main":
             slot_control.multiply(fused_role, factor)
+    for role in paired.constructed():
+        for layer in role.layers.values():
+            layer.layer.control_factor = factor
 
 
 def jitter(modules: Iterable[Any], seed: int) -> None:

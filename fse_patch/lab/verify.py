@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..fusion_core.decision.outcome import Merged
+from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.engines import facts_of
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
 from ..settings import ENABLE
@@ -40,7 +40,7 @@ class VerifyJob:
     """One checkpoint to verify, with the decision of each of its roles that the engine will build."""
 
     checkpoint: Path
-    decisions: tuple[Merged, ...]
+    decisions: tuple[Merged | Paired, ...]
     vocab_size: int
     dtype: str
     engine_args: Mapping[str, Any] = field(default_factory=dict)
@@ -206,7 +206,12 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
             return {**report, "failures": [f"{name} engine: {arm['error']}"], "log": arm.get("log", "")}
     logprobs = difference(stock["logprobs"], fused["logprobs"])
     noise, noises = noise_of(stock)
-    control = difference(stock["logprobs"], fused["control"])
+    if any(role.get("weight_layout") == "paired" for w in fused["workers"] for role in w["roles"]):
+        # Prompts are many tokens, which the engine's own layers run: answers alone show a fault.
+        steps_with_fault = answer_steps(stock, fused["control_answers"])
+        control = summary([step for steps in steps_with_fault for step in steps])
+    else:
+        control = difference(stock["logprobs"], fused["control"])
     tolerance = Tolerance.for_dtype(stock["dtype"], noise)
     per_answer = answer_steps(stock, fused)
     answers = summary([step for steps in per_answer for step in steps])
@@ -217,8 +222,8 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         failures.append(
             f"log-probabilities of answers differ by {answers.mean:.3g} (mean of {answers.tokens})"
         )
-    if (apart := per_answer.count([])) > len(per_answer) / 2:
-        failures.append(f"{apart} of {len(per_answer)} answers differ from their first token on")
+    if (differ := per_answer.count([])) > len(per_answer) / 2:
+        failures.append(f"{differ} of {len(per_answer)} answers differ from their first token on")
     if not tolerance.caught(control):
         failures.append(
             f"the control (one slot weight x {job.control_factor}) was not seen: {control.mean:.3g}"
@@ -264,7 +269,7 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     }
 
 
-def ran_as_decided(decision: Merged, workers: list[dict[str, Any]]) -> list[str]:
+def ran_as_decided(decision: Merged | Paired, workers: list[dict[str, Any]]) -> list[str]:
     """Return what a role did otherwise than decided, in any worker: no patch may stay out unseen."""
     problems = []
     layers = list(decision.moe.layers)
@@ -281,7 +286,8 @@ def ran_as_decided(decision: Merged, workers: list[dict[str, Any]]) -> list[str]
         if role.get("canary", {}).get("state") == "pending":
             problems.append(f"{where}: was not compared with its checkpoint before serving")
         slots = len(layers) * decision.moe.layout.num_shared_slots
-        # Where the engine fuses by itself, its own loader fills the slots.
-        if not role.get("native") and role["slots_loaded"] != slots:
+        # Where the engine fuses by itself, its own loader fills the slots; paired layers have none.
+        left = role.get("native") or role.get("weight_layout") == "paired"
+        if not left and role["slots_loaded"] != slots:
             problems.append(f"{where}: {role['slots_loaded']} of {slots} shared slots were loaded")
     return problems

@@ -18,6 +18,7 @@ from ..quant.methods import packs, quantises, reader_of
 from ..reasons import FUSES, Code, Reason
 from .layout import ExpertLayout
 from .outcome import Decision, Merged, MoeSpec, RoutingSpec, Stock
+from .pairing import pairing_layout
 from .policy import Policy, PolicyFacts, Rule
 from .policy_file import load_policy
 
@@ -101,6 +102,7 @@ def decide_evidence(
         "packed": _packed(layers, quant),
         "config": moe,
         "stored_layers": (layers.stored_layers or layers.moe_layers) if layers else (),
+        "pairing": _pairing(evidence, quant, layers, engine, policy),
     }
     # Names and values from the checkpoint are in it: one line, whatever they hold.
     detail = " ".join(verdict.reason.detail.split())
@@ -115,6 +117,25 @@ def decide_evidence(
         shared_weight=shared_weight,
         moe_layers=layers.moe_layers if layers else (),
     )
+
+
+def _pairing(
+    evidence: Evidence, quant: QuantConfig, role: RoleEvidence | None, engine: str, policy: Policy
+) -> MoeSpec | Reason:
+    family, moe = evidence.family, evidence.moe
+    assert family is not None
+    assert moe is not None
+    reason = _unsparse(moe, role)
+    if reason is None and role is not None:
+        reason = _other_activation(moe) or _built_otherwise(family, moe, role, engine)
+    if reason is not None or role is None:
+        return reason or _NO_DRAFT
+    layout = pairing_layout(
+        moe, role, policy, lambda layer: layer_facts(evidence, role.role, layer, engine, quant)
+    )
+    if isinstance(layout, Reason):
+        return layout
+    return MoeSpec(layout, _routing(family, moe), family.shared_weight, role.moe_layers)
 
 
 def _packed(layers: RoleEvidence | None, quant: QuantConfig) -> bool:
@@ -154,22 +175,33 @@ _NO_DRAFT = Reason("family.unknown", "neither config.json nor the tensors show a
 def _fusable(moe: MoeConfig, layers: RoleEvidence | None) -> ExpertLayout | Reason:
     """Return the layout, or the refusal that config.json alone leads to."""
     width, shared = moe.moe_intermediate_size, moe.shared_intermediate_size
-    if layers is None:
-        return _NO_DRAFT
-    if not moe.num_routed or not layers.moe_layers:
-        return Reason("family.unknown", "config.json describes no layer with routed experts")
-    if not shared:
-        return Reason("width.mismatch", "the shared expert has width 0: there is nothing to fuse")
+    if reason := _unsparse(moe, layers):
+        return reason
     layout = _layout(moe)
     if layout is None:
         return Reason(
             "width.mismatch", f"the shared expert's width {shared} is no multiple of the routed width {width}"
         )
-    if moe.hidden_act != _ACTIVATION:
-        return Reason(
-            "activation.differs", f"hidden_act is {moe.hidden_act!r}; only {_ACTIVATION!r} is proven to fuse"
-        )
-    return layout
+    return _other_activation(moe) or layout
+
+
+def _unsparse(moe: MoeConfig, layers: RoleEvidence | None) -> Reason | None:
+    """Return the refusal of a role without a layer that has both kinds of experts."""
+    if layers is None:
+        return _NO_DRAFT
+    if not moe.num_routed or not layers.moe_layers:
+        return Reason("family.unknown", "config.json describes no layer with routed experts")
+    if not moe.shared_intermediate_size:
+        return Reason("width.mismatch", "the shared expert has width 0: there is nothing to fuse")
+    return None
+
+
+def _other_activation(moe: MoeConfig) -> Reason | None:
+    if moe.hidden_act == _ACTIVATION:
+        return None
+    return Reason(
+        "activation.differs", f"hidden_act is {moe.hidden_act!r}; only {_ACTIVATION!r} is proven to fuse"
+    )
 
 
 def weight_quantisation(evidence: Evidence) -> QuantConfig:

@@ -1,10 +1,10 @@
-"""Outcome of the decision for one role, `Merged` or `Stock`: everything reads it, nothing decides again."""
+"""Outcome of the decision for one role, `Merged`, `Paired` or `Stock`: nothing decides again."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import FsePatchError
 from ..checkpoint.config import MoeConfig
@@ -60,6 +60,7 @@ class _Decided:
         packed: whether their weights are integers that hold several, or nothing shows that they are not.
         config: sizes and routing by config.json, which the decision rests on; None where nothing was read.
         stored_layers: layers with experts in the checkpoint; by config.json alone, the sparse ones.
+        pairing: what could run over weights that stay apart, or why not; None where nothing was read.
     """
 
     role: Role
@@ -74,6 +75,34 @@ class _Decided:
     packed: bool = False
     config: MoeConfig | None = None
     stored_layers: tuple[int, ...] = ()
+    pairing: MoeSpec | Reason | None = None
+    # How the weights of both kinds of experts lie where the role fuses.
+    weight_layout: ClassVar[str] = ""
+
+    @property
+    def family(self) -> FamilySpec:
+        """Return the family of the model.
+
+        Raises:
+            FsePatchError: it is of none.
+        """
+        family = family_of(self.model_type)
+        if family is None:
+            raise FsePatchError(f"{self.model_type!r} fuses, and is of no family that fse_patch knows")
+        return family
+
+    def _common(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(_Decided)}
+
+    def _refused(self, reason: Reason, moe: MoeSpec) -> Stock:
+        return Stock(
+            **self._common(),
+            reason=reason,
+            layout=moe.layout,
+            routing=moe.routing,
+            shared_weight=moe.shared_weight,
+            moe_layers=moe.layers,
+        )
 
     def _to_dict(
         self,
@@ -89,6 +118,7 @@ class _Decided:
             "fuse": fuse,
             "reason": reason.code,
             "detail": reason.detail,
+            "weight_layout": self.weight_layout if fuse else "",
             "rule": self.rule,
             "engine": self.engine,
             "model_type": self.model_type,
@@ -114,35 +144,38 @@ class Merged(_Decided):
 
     moe: MoeSpec
     detail: str = ""
+    weight_layout: ClassVar[str] = "merged"
 
     def __post_init__(self) -> None:
         if not self.moe.layers:
             raise ValueError(f"a decision to fuse no layer: {self}")
 
-    @property
-    def family(self) -> FamilySpec:
-        """Return the family of the model.
+    def refused(self, reason: Reason) -> Stock:
+        """Return what is decided where something else speaks against it."""
+        return self._refused(reason, self.moe)
 
-        Raises:
-            FsePatchError: it is of none.
-        """
-        family = family_of(self.model_type)
-        if family is None:
-            raise FsePatchError(f"{self.model_type!r} fuses, and is of no family that fse_patch knows")
-        return family
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decision as plain data, for reports."""
+        moe = self.moe
+        reason = Reason(FUSES, self.detail)
+        return self._to_dict(reason, moe.layout, moe.routing, moe.shared_weight, moe.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired(_Decided):
+    """Outcome: weights stay where the engine keeps them, and few tokens run in one pass over both kinds.
+
+    Args:
+        detail: one line for people.
+    """
+
+    moe: MoeSpec
+    detail: str = ""
+    weight_layout: ClassVar[str] = "paired"
 
     def refused(self, reason: Reason) -> Stock:
         """Return what is decided where something else speaks against it."""
-        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Decided)}
-        moe = self.moe
-        return Stock(
-            **common,
-            reason=reason,
-            layout=moe.layout,
-            routing=moe.routing,
-            shared_weight=moe.shared_weight,
-            moe_layers=moe.layers,
-        )
+        return self._refused(reason, self.moe)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the decision as plain data, for reports."""
@@ -180,13 +213,25 @@ class Stock(_Decided):
         return self._to_dict(self.reason, self.layout, self.routing, self.shared_weight, self.moe_layers)
 
 
-# Another layout of the weights is a further member.
-Decision = Merged | Stock
+Decision = Merged | Paired | Stock
+
+
+def paired(decision: Decision) -> Decision:
+    """Return what is decided where weights are to stay apart: `Paired`, or `Stock` with the reason."""
+    if isinstance(decision, Paired) or decision.pairing is None:
+        return decision
+    if isinstance(decision.pairing, MoeSpec):
+        layers = len(decision.pairing.layers)
+        detail = f"{layers} sparse layers, in one pass over routed and shared weights where they lie"
+        return Paired(**decision._common(), moe=decision.pairing, detail=detail)
+    if isinstance(decision, Merged):
+        return decision.refused(decision.pairing)
+    return dataclasses.replace(decision, reason=decision.pairing)
 
 
 def remarked(decision: Decision, remark: str) -> Decision:
     """Return ``decision`` with ``remark`` behind its line for people."""
-    if isinstance(decision, Merged):
+    if not isinstance(decision, Stock):
         return dataclasses.replace(decision, detail=decision.detail + remark)
     reason = decision.reason
     return dataclasses.replace(decision, reason=Reason(reason.code, reason.detail + remark))

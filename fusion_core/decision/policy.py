@@ -115,6 +115,10 @@ class Rule(_Strict):
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="unique name, shown in reports")
     when: When = Field(description="conditions; an empty object matches everything")
     fuse: bool
+    pair: bool | None = Field(
+        default=None,
+        description="whether weights that stay apart may be read in one pass; as 'fuse' where left out",
+    )
     reason: Code = Field(default="ok", description="refusal code; 'ok' for a rule that fuses, and only there")
     why: str = Field(min_length=1, description="one line for people")
     source: str = Field(min_length=1, description="where this was learnt: a URL or a file of this project")
@@ -124,6 +128,11 @@ class Rule(_Strict):
         if self.fuse != (self.reason == "ok"):
             raise ValueError("a rule that fuses has reason 'ok', a rule that refuses names another code")
         return self
+
+    @property
+    def pairs(self) -> bool:
+        """Return whether layers may be paired."""
+        return self.fuse if self.pair is None else self.pair
 
 
 class PolicyFile(_Strict):
@@ -157,7 +166,8 @@ class Policy:
     def hash(self) -> str:
         """Return 12 hex digits that change with what the rules decide, not with how they are worded."""
         effect = [rule.model_dump(include={"id", "when", "fuse", "reason"}) for rule in self.rules]
-        return hashlib.sha256(json.dumps(effect, sort_keys=True).encode()).hexdigest()[:12]
+        pairs = [rule.pairs for rule in self.rules]
+        return hashlib.sha256(json.dumps([effect, pairs], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def schema_text() -> str:

@@ -72,9 +72,10 @@ class ModeCounter:
         if captured:
             self._captured[layer, mode] += 1
 
-    def layers(self) -> list[int]:
-        """List the layers that ran fused at least once, or are in a captured graph, in order."""
-        return sorted({layer for layer, _ in (*self._calls, *self._captured)})
+    def layers(self, mode: Mode | None = None) -> list[int]:
+        """List the layers that ran at least once, or are in a captured graph, in order; in ``mode`` alone."""
+        ran = (*self._calls, *self._captured)
+        return sorted({layer for layer, name in ran if mode in (None, name)})
 
     def by_mode(self) -> dict[str, int]:
         """Return the calls of all layers, by mode."""

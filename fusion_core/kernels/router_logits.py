@@ -16,32 +16,44 @@ PRODUCT_FROM = 8
 TOKENS, ROWS, WARPS, DEPTH = 16, 8, 8, 64
 
 
-def reference(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def reference(
+    hidden_states: torch.Tensor, gate: torch.Tensor, further: torch.Tensor | None = None
+) -> torch.Tensor:
     """Compute what `router_logits` computes, in float64; shapes as there."""
-    return hidden_states.double() @ gate.double().T
+    rows = gate if further is None else torch.cat([gate, further])
+    return hidden_states.double() @ rows.double().T
 
 
-def router_logits(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def router_logits(
+    hidden_states: torch.Tensor, gate: torch.Tensor, further: torch.Tensor | None = None
+) -> torch.Tensor:
     """Compute the router's logits: hidden_states @ gate.T in float32.
 
     Meant for few tokens: each, or each 16 of them, reads the gate anew, from the cache.
 
     Args:
         hidden_states: [num_tokens, H]; gate: [E + G, H], contiguous. Any float dtype.
+        further: [F, H], contiguous: rows that follow those of ``gate``, in memory of their own.
 
     Returns:
-        [num_tokens, E + G] float32.
+        [num_tokens, E + G + F] float32.
     """
     tokens, hidden = hidden_states.shape
-    logits = torch.empty(tokens, gate.shape[0], dtype=torch.float32, device=hidden_states.device)
-    if tokens >= PRODUCT_FROM and gate.dtype == hidden_states.dtype and gate.itemsize == 2:
-        _product[(triton.cdiv(gate.shape[0], ROWS), triton.cdiv(tokens, TOKENS))](
+    first, rows = gate.shape[0], gate.shape[0] + (0 if further is None else further.shape[0])
+    logits = torch.empty(tokens, rows, dtype=torch.float32, device=hidden_states.device)
+    apart = gate if further is None else further
+    alike = gate.dtype == hidden_states.dtype == apart.dtype
+    if tokens >= PRODUCT_FROM and alike and gate.itemsize == 2:
+        _product[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))](
             hidden_states,
             gate,
+            apart,
             logits,
             tokens,
-            gate.shape[0],
+            rows,
+            first,
             hidden_states.stride(0),
+            APART=further is not None,
             HIDDEN=hidden,
             SPAN=triton.cdiv(hidden, WARPS * DEPTH) * DEPTH,
             TOKENS=TOKENS,
@@ -53,12 +65,15 @@ def router_logits(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tens
             **options(hidden_states),
         )
         return logits
-    _router_logits[(triton.cdiv(gate.shape[0], BLOCK_N), tokens)](
+    _router_logits[(triton.cdiv(rows, BLOCK_N), tokens)](
         hidden_states,
         gate,
+        apart,
         logits,
-        gate.shape[0],
+        rows,
+        first,
         hidden_states.stride(0),
+        APART=further is not None,
         HIDDEN=hidden,
         BLOCK_K=min(BLOCK_K, triton.next_power_of_2(hidden)),
         BLOCK_N=BLOCK_N,
@@ -72,9 +87,12 @@ def router_logits(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tens
 def _router_logits(
     x_ptr,
     gate_ptr,
+    further_ptr,
     logits_ptr,
     N,
+    FIRST,
     stride_xm,
+    APART: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,9 +107,14 @@ def _router_logits(
     for start in tl.static_range(0, HIDDEN, BLOCK_K):
         mask_k = start + offs_k < HIDDEN
         x = tl.load(x_ptr + token * stride_xm + start + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        tile_ptr = gate_ptr + offs_n[:, None] * HIDDEN + start + offs_k[None, :]
-        gate = tl.load(tile_ptr, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        acc += gate.to(tl.float32) * x[None, :]
+        offs = offs_n[:, None] * HIDDEN + start + offs_k[None, :]
+        mask = mask_n[:, None] & mask_k[None, :]
+        here = mask & (offs_n < FIRST)[:, None] if APART else mask
+        gate = tl.load(gate_ptr + offs, mask=here, other=0.0).to(tl.float32)
+        if APART:
+            there = mask & (offs_n >= FIRST)[:, None]
+            gate += tl.load(further_ptr + offs - FIRST * HIDDEN, mask=there, other=0.0).to(tl.float32)
+        acc += gate * x[None, :]
     tl.store(logits_ptr + token * N + offs_n, tl.sum(acc, 1), mask=mask_n)
 
 
@@ -99,10 +122,13 @@ def _router_logits(
 def _product(
     x_ptr,
     gate_ptr,
+    further_ptr,
     logits_ptr,
     M,
     N,
+    FIRST,
     stride_xm,
+    APART: tl.constexpr,
     HIDDEN: tl.constexpr,
     SPAN: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -120,11 +146,16 @@ def _product(
     across_k = first + tl.arange(0, DEPTH)[None, None, :]
     down_k = first + tl.arange(0, DEPTH)[None, :, None]
     x_ptrs = x_ptr + offs_t.to(tl.int64)[None, :, None] * stride_xm + across_k
-    gate_ptrs = gate_ptr + offs_n[None, None, :] * HIDDEN + down_k
+    offs = offs_n[None, None, :] * HIDDEN + down_k
+    here = (offs_n < N) & (offs_n < FIRST) if APART else offs_n < N
+    further = ((offs_n < N) & (offs_n >= FIRST))[None, None, :]
     acc = tl.zeros([WARPS, TOKENS, ROWS], tl.float32)
     for start in tl.range(0, SPAN, DEPTH, num_stages=4):
         x = tl.load(x_ptrs + start, mask=(offs_t < M)[None, :, None] & (across_k + start < HIDDEN), other=0.0)
-        mask = (offs_n < N)[None, None, :] & (down_k + start < HIDDEN)
-        acc = dot(x, tl.load(gate_ptrs + start, mask=mask, other=0.0), acc, WIDE)
+        inside = down_k + start < HIDDEN
+        gate = tl.load(gate_ptr + offs + start, mask=here[None, None, :] & inside, other=0.0)
+        if APART:
+            gate += tl.load(further_ptr + offs - FIRST * HIDDEN + start, mask=further & inside, other=0.0)
+        acc = dot(x, gate, acc, WIDE)
     there = (offs_t < M)[:, None] & (offs_n < N)[None, :]
     tl.store(logits_ptr + offs_t[:, None] * N + offs_n[None, :], tl.sum(acc, 0), mask=there)

@@ -35,8 +35,9 @@ MERGED = Merged(**COMMON, moe=MOE, detail="2 sparse layers")
 LORA = Reason("lora", "LoRA is enabled")
 # What other tools read, in this order.
 KEYS = [
-    "role", "fuse", "reason", "detail", "rule", "engine", "model_type", "policy_hash", "quant_method",
-    "stored_alike", "formats", "layout", "routing", "shared_weight", "moe_layers", "fused_layers",
+    "role", "fuse", "reason", "detail", "weight_layout", "rule", "engine", "model_type", "policy_hash",
+    "quant_method", "stored_alike", "formats", "layout", "routing", "shared_weight", "moe_layers",
+    "fused_layers",
 ]  # fmt: skip
 PLAIN_MOE = {
     "layout": {
@@ -118,6 +119,7 @@ def test_as_plain_data() -> None:
         "fuse": True,
         "reason": "ok",
         "detail": "2 sparse layers",
+        "weight_layout": "merged",
         "fused_layers": (1, 3),
     }
     assert refused == {
@@ -126,6 +128,7 @@ def test_as_plain_data() -> None:
         "fuse": False,
         "reason": "lora",
         "detail": "LoRA is enabled",
+        "weight_layout": "",
         "fused_layers": (),
     }
     assert json.loads(json.dumps(fuses))["layout"] == PLAIN_MOE["layout"]

@@ -48,6 +48,7 @@ DEFINED_IN = {
     f"{SGLANG}.layers.moe.get_moe_a2a_backend": f"{SGLANG}.layers.moe.utils",
     f"{SGLANG}.layers.moe.get_moe_runner_backend": f"{SGLANG}.layers.moe.utils",
     f"{RUNNER}.runner.get_is_capture_mode": f"{RUNNER}.runner_utils.capture_mode",
+    f"{RUNNER}.runner.model_capture_mode": f"{RUNNER}.runner_utils.capture_mode",
     f"{SGLANG}.models.glm4_moe.should_skip_post_experts_all_reduce": f"{SGLANG}.layers.moe.utils",
     f"{SGLANG}.models.glm4_moe.reduce_moe_output": f"{SGLANG}.layers.moe.utils",
     f"{SGLANG}.models.glm4_moe.tensor_model_parallel_all_reduce": f"{SGLANG}.distributed.communication_op",
@@ -66,6 +67,23 @@ PRIVATE = {
     "._forward_router_experts": (
         f"{SGLANG}.models.qwen2_moe.Qwen2MoeSparseMoeBlock._forward_router_experts",
         "self is the block in whose class the function is put",
+    ),
+    "._shared_experts": (
+        f"{VLLM}.layers.fused_moe.runner.moe_runner.MoERunner",
+        "the runner comes out of a block; its constructor sets it",
+    ),
+    "._forward_impl": (
+        f"{VLLM}.layers.fused_moe.runner.moe_runner.MoERunner._forward_impl",
+        "the runner comes out of a block",
+    ),
+    "._maybe_apply_routed_scale_to_output": (
+        f"{VLLM}.layers.fused_moe.runner.moe_runner.MoERunner._maybe_apply_routed_scale_to_output",
+        "the runner comes out of a block",
+    ),
+    "._layer": (f"{VLLM}.layers.fused_moe.runner.shared_experts.SharedExperts", "as _shared_experts"),
+    "._forward_shared_experts": (
+        f"{SGLANG}.models.qwen2_moe.Qwen2MoeSparseMoeBlock._forward_shared_experts",
+        "the block comes out of a model",
     ),
     "._replace": (None, "a method of every named tuple"),
 }

@@ -16,15 +16,18 @@ import wrapt
 
 from fse_patch.adapters.load import RoleLoader
 from fse_patch.adapters.sglang import build
+from fse_patch.adapters.sglang.pair import BlockLayer
 from fse_patch.fusion_core.weights.remap import SlotTensor
 from fse_patch.lab import model_process
 from fse_patch.lab.sglang import verify_arm, worker
 
+from ..pair_faults import UNPROVED, faults
 from ..slot_faults import SLOT_FAULTS, honest_write
 from . import live
 
 VARIABLE = "FSE_PATCH_TEST_FAULT"
 honest_run = verify_arm.run_job
+PAIR_FAULTS = faults(BlockLayer)
 
 
 def deaf(self: RoleLoader, part: SlotTensor) -> None:
@@ -37,6 +40,7 @@ def deaf(self: RoleLoader, part: SlotTensor) -> None:
 
 FAULTS: dict[str, Callable[[], Any]] = {
     **SLOT_FAULTS,
+    **PAIR_FAULTS,
     "scale_in_the_slot": lambda: patch.object(build, "output_scale", lambda *_: 1.0),
     "deaf_to_updates": lambda: patch.object(RoleLoader, "_write", deaf),
     "patch_never_fired": lambda: patch.object(build, "start_of", lambda *_: None),
@@ -53,10 +57,16 @@ def without_detokenizer() -> None:
     setattr(Engine, name, classmethod(lambda cls, **_: ([], [])))
 
 
+def is_proved(fault: str) -> bool:
+    """Whether it is the proof that has to see a fault, and not the answers."""
+    return fault in PAIR_FAULTS and not fault.startswith(UNPROVED)
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     os.environ[VARIABLE] = job["engine_args"].pop("fault", "")
     # The log-probabilities have to show a fault by themselves: the canary would stop most of them before.
-    os.environ["FSE_PATCH_VERIFY"] = "off" if os.environ[VARIABLE] else "sample"
+    proved = not os.environ[VARIABLE] or is_proved(os.environ[VARIABLE])
+    os.environ["FSE_PATCH_VERIFY"] = "sample" if proved else "off"
     result = live.run_steps(job) if "steps" in job["engine_args"] else honest_run(job)
     return {**result, "arm_pid": os.getpid()}
 

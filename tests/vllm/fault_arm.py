@@ -14,10 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 from fse_patch.adapters.vllm import build
+from fse_patch.adapters.vllm.pair import RunnerLayer
 from fse_patch.fusion_core.forward import router
 from fse_patch.lab.vllm import verify_arm
 from fse_patch.lab.vllm.worker import VerifyExtension
 
+from ..pair_faults import UNPROVED, faults
 from ..slot_faults import SLOT_FAULTS
 
 FEW = 4  # tokens of a decode step: a token of each prompt
@@ -67,6 +69,8 @@ FAULTS = {
     "refused_by_policy": refused_by_policy,
     "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),
 }
+PAIR_FAULTS = faults(RunnerLayer)
+FAULTS |= PAIR_FAULTS
 honest_run = verify_arm.run_job
 
 
@@ -93,7 +97,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def run_with(fault: str | None, job: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(FAULTS[fault]())
-        if fault is not None:
+        proved = fault in PAIR_FAULTS and not fault.startswith(UNPROVED)
+        if fault is not None and not proved:
             # The log-probabilities have to show it by themselves: the canary would stop most faults before.
             stack.enter_context(patch.dict(os.environ, FSE_PATCH_VERIFY="off"))
         return honest_run(job)

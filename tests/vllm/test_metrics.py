@@ -47,7 +47,8 @@ def test_metrics_and_status(checkpoints: Checkpoints, tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "ci")])
     found = in_process(f"{__name__}:probe", str(folder), FSE_PATCH="vllm", PYTHONPATH=path)
     values = dict(line.rsplit(" ", 1) for line in found["lines"])
-    decision = 'fse_patch_decisions_total{engine="vllm",family="qwen2_moe",fused="true",reason="ok"}'
+    labels = 'engine="vllm",family="qwen2_moe",fused="true",layout="merged",reason="ok"'
+    decision = f"fse_patch_decisions_total{{{labels}}}"
     assert values[decision] == "1.0"
     assert values['fse_patch_slots_loaded{engine="vllm",role="main"}'] == "2.0"
     assert any(name.startswith("fse_patch_info{") and v == "1.0" for name, v in values.items())

@@ -97,7 +97,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             "rebatched": score(engine, job["prompts"], 1, batched=False)["logprobs"],
         }
         engine.collective_rpc("fse_control", factor=job["control_factor"])
-        result["control"] = score(engine, job["prompts"], 1, batched=True)["logprobs"]
+        result["control_answers"] = score(engine, job["prompts"], job["new_tokens"], batched=True)
+        result["control"] = result["control_answers"].pop("logprobs")
         if dtype in ("bfloat16", "float16"):
             engine.collective_rpc("fse_control", factor=1.0)
             engine.collective_rpc("fse_jitter", seed=0)

@@ -94,7 +94,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             "rebatched": score(llm, job["prompts"], 1, batched=False)["logprobs"],
         }
         llm.collective_rpc("fse_control", args=(job["control_factor"],))
-        result["control"] = score(llm, job["prompts"], 1, batched=True)["logprobs"]
+        result["control_answers"] = score(llm, job["prompts"], job["new_tokens"], batched=True)
+        result["control"] = result["control_answers"].pop("logprobs")
         if config.dtype.itemsize == 2:
             llm.collective_rpc("fse_control", args=(1.0,))
             llm.collective_rpc("fse_jitter", args=(0,))
@@ -109,12 +110,14 @@ def shut_down(llm: Any) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from ... import runtime
+    from ...adapters.paired import PAIRED_ROLES
     from ...adapters.role import CONSTRUCTED
 
     if llm is not None:
         llm.llm_engine.engine_core.shutdown()
     del llm
     CONSTRUCTED.clear()
+    PAIRED_ROLES.clear()
     runtime.clear()
     cleanup_dist_env_and_memory()  # collects what is left of it
 

@@ -1,0 +1,48 @@
+"""Places where the paired layout was run (patches/paired.yaml): only there `auto` takes it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from ...patches import FOLDER, Engine, Platform
+from ..data_file import Strict, Text, check, parse
+from ..reasons import Reason
+
+PLACES_FILE = FOLDER / "paired.yaml"
+_EVERY = "*"
+
+
+class Place(Strict):
+    """An engine on a device; "*" stands for every device of the platform."""
+
+    engine: Engine
+    platform: Platform
+    device: Text
+
+
+class _Places(Strict):
+    ran: list[Place]
+
+
+@cache
+def places(path: Path = PLACES_FILE) -> tuple[Place, ...]:
+    """Read the list.
+
+    Raises:
+        FsePatchError: the file is malformed; file and field are named.
+    """
+    return tuple(check(path, _Places, parse(path)).ran)
+
+
+def unrun(engine: str, platform: str, device: str, known: tuple[Place, ...] | None = None) -> Reason | None:
+    """Return the refusal of a place where nobody has run the paired layout, None where somebody has.
+
+    Args:
+        platform: as `fse-patch plan` takes it.
+        known: in place of the shipped list.
+    """
+    for place in places() if known is None else known:
+        if (place.engine, place.platform) == (engine, platform) and place.device in (device, _EVERY):
+            return None
+    return Reason("device.unrun", f"nobody has run {engine} paired on {device or 'this device'} yet")

@@ -1,0 +1,37 @@
+"""The pass over routed and shared experts where it runs: kernels on a GPU, the torch reference elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels import pass_reference
+from ..kernels.expert_weights import ExpertWeights
+from .router import on_gpu
+
+
+def run_pass(
+    hidden_states: torch.Tensor,
+    routed: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    shared: ExpertWeights | None,
+) -> torch.Tensor:
+    """Sum the chosen experts and the shared one; arguments and result as of `pass_reference.experts_once`."""
+    if not on_gpu(hidden_states):
+        return pass_reference.experts_once(hidden_states, routed, topk_weights, topk_ids, shared)
+    from ..kernels import experts, experts_fp8  # these need Triton
+    from ..kernels.experts_once import experts_once, takes
+    from ..kernels.work_list import MOST_TOKENS
+
+    formats = {weights.scales is None for weights in (routed, shared) if weights is not None}
+    # One token chooses no expert twice: a launch fewer. These kernels read one kind of weights.
+    alone = len(hidden_states) == 1 and len(formats) == 1
+    if alone or not all(takes(weights) for weights in (routed, shared) if weights is not None):
+        small = experts.small_experts if routed.scales is None else experts_fp8.small_experts
+        return small(hidden_states, routed, topk_weights, topk_ids, shared)
+    # More tokens than the kernels take go through them in turn.
+    parts = []
+    for first in range(0, len(hidden_states), MOST_TOKENS):
+        some = slice(first, first + MOST_TOKENS)
+        parts.append(experts_once(hidden_states[some], routed, topk_weights[some], topk_ids[some], shared))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
