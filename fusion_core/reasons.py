@@ -117,7 +117,7 @@ REASONS: Mapping[Code, Meaning] = {
         asked_for=True,
     ),
     "backend.layout": Meaning(
-        "The engine lays experts out, shares them out or packs them in a way that is not read or written here.",
+        "The engine lays experts out, shares them out or packs them in a way that is not known here.",
         "run without it",
         asked_for=True,
     ),
