@@ -1,12 +1,13 @@
 """Tokens a second of a whole model in vLLM, prompts and answers: one arm in one process.
 
-    python benchmarks/serving.py stock benchmarks/shapes/qwen3_next_80b --layers 48 --quant fp8-block --csv FILE.csv
-    python benchmarks/serving.py fused ...                            # then stock once more: runs differ
+    python benchmarks/serving.py stock benchmarks/shapes/qwen3_next_80b --layers 48 --quant fp8-block --csv FILE
+    python benchmarks/serving.py fused ...                       then stock once more: runs differ
 
-For models of which two do not fit one device. Weights are random (`fse-patch bench --end-to-end` draws the same),
-prompts are token ids, answers greedy; those to one prompt are drawn at temperature 1. A row of the file is one call:
-all prompts at once, their answers awaited. `first` calls stop after one token: that is the time of the prompts.
-"""  # noqa: E501
+For models of which two do not fit one device. Weights are random (`fse-patch bench --end-to-end` draws the
+same), prompts are token ids, answers greedy; those to one prompt are drawn at temperature 1. A row of the file
+is one call: all prompts at once, their answers awaited. A `first` call stops after one token: that is the time
+of the prompts.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ["model", "device", "quant", "layers", "arm", "kind", "prompt_tokens", "answer_tokens", "streams", "prompts", "seconds", "tokens_per_second", "commit", "vllm", "torch", "triton"]
+COLUMNS = (
+    *("model", "device", "quant", "layers", "arm", "kind", "prompt_tokens", "answer_tokens", "streams"),
+    *("prompts", "seconds", "tokens_per_second", "commit", "vllm", "torch", "triton"),
+)
 VOCAB = 151936
 # Layers that published FP8 checkpoints of the Qwen families leave plain.
 PLAIN = ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.conv1d", "linear_attn.in_proj_ba")
