@@ -1,12 +1,12 @@
 """Tokens a second of a whole model in vLLM, prompts and answers: one arm in one process.
 
-    python benchmarks/serving.py stock benchmarks/shapes/qwen3_next_80b --layers 48 --quant fp8-block --csv FILE
+    python benchmarks/serving.py stock benchmarks/shapes/qwen3_next_80b --layers 48 --quant fp8-block --csv F
     python benchmarks/serving.py fused ...                       then stock once more: runs differ
 
 For models of which two do not fit one device. Weights are random (`fse-patch bench --end-to-end` draws the
-same), prompts are token ids, answers greedy; those to one prompt are drawn at temperature 1. A row of the file
-is one call: all prompts at once, their answers awaited. A `first` call stops after one token: that is the time
-of the prompts.
+same), prompts are token ids, answers greedy; those to one prompt are drawn at temperature 1. A row of the
+file is one call: all prompts at once, their answers awaited. A `first` call stops after one token: that is
+the time of the prompts.
 """
 
 from __future__ import annotations
