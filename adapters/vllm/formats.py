@@ -64,6 +64,10 @@ def format_of(decision: Merged, vllm_config: Any) -> ExpertFormat | None:
         return None
     weights, activations, scale = FP8[form]
     block = config.weight_block_size
+    width = decision.moe.layout.moe_intermediate_size // vllm_config.parallel_config.tensor_parallel_size
+    # From 0.29 on vLLM then cuts the blocks smaller, or pads the experts: the scales are not as declared.
+    if block and any(width % size for size in block):
+        return None
 
     def method() -> Any:
         from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +19,32 @@ from fse_patch.lab.vllm.quant_folder import QUANTISATIONS, quantised_folder
 from .moe import stored_as
 
 
-def config(name: str = "fp8", block: list[int] | None = None, scheme: str = "dynamic") -> Any:
+def config(name: str = "fp8", block: list[int] | None = None, scheme: str = "dynamic", parts: int = 1) -> Any:
     quant = SimpleNamespace(get_name=lambda: name, weight_block_size=block, activation_scheme=scheme)
-    return SimpleNamespace(quant_config=quant)
+    return SimpleNamespace(quant_config=quant, parallel_config=SimpleNamespace(tensor_parallel_size=parts))
+
+
+def of_width(width: int, formats: tuple[str, ...] = ("fp8-block",)) -> Any:
+    """A decision on FP8 experts of a width."""
+    decided = stored_as("fp8", formats)
+    layout = replace(decided.moe.layout, moe_intermediate_size=width)
+    return replace(decided, moe=replace(decided.moe, layout=layout))
+
+
+@pytest.mark.parametrize(
+    ("width", "parts", "known"), [(512, 1, True), (512, 4, True), (512, 8, False), (192, 1, False)]
+)
+def test_blocks_that_vllm_would_cut_smaller_run_in_one_mode(width: int, parts: int, known: bool) -> None:
+    assert (format_of(of_width(width), config(block=[128, 128], parts=parts)) is not None) == known
+    # The control: without blocks there is nothing to cut.
+    assert format_of(of_width(width, ("fp8-tensor",)), config(parts=parts)) is not None
 
 
 def test_formats_have_a_word_for_tables() -> None:
     plain = format_of(stored_as("none", ("plain",)), SimpleNamespace(quant_config=None))
     assert plain is not None
     assert (plain.quant, plain.scale, plain.block) == ("none", "", None)
-    block = format_of(stored_as("fp8", ("fp8-block",)), config(block=[128, 64]))
+    block = format_of(of_width(256), config(block=[128, 64]))
     assert block is not None
     assert (block.quant, block.scale, block.block) == ("fp8-block 128x64", "weight_scale_inv", (128, 64))
     tensor = format_of(stored_as("fp8", ("fp8-tensor",)), config(scheme="static"))

@@ -13,6 +13,16 @@ from unittest.mock import patch
 import torch
 
 
+class Given:
+    """Arguments of a server, with values of options that its release may lack."""
+
+    def __init__(self, args: Any, options: dict[str, Any]) -> None:
+        self.args, self.options = args, options
+
+    def __getattr__(self, name: str) -> Any:
+        return self.options[name] if name in self.options else getattr(self.args, name)
+
+
 def old_gate(self: Any) -> None:
     """What classes of 0.5.17 have, by which GLM-4.5 is not fused natively, and the settings say so."""
     from sglang.srt.layers.moe import get_moe_a2a_backend
@@ -71,7 +81,7 @@ def decided(
     from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.model_loader import get_model_loader
     from sglang.srt.model_loader.utils import get_model_architecture
-    from sglang.srt.runtime_context import get_exec, get_model, get_server_args, publish
+    from sglang.srt.runtime_context import get_exec, get_model, publish
     from sglang.srt.server_args import ServerArgs
 
     from fse_patch import runtime
@@ -91,8 +101,9 @@ def decided(
             stack.enter_context(get_model().override(load_format=draft_format))
         if capability:
             stack.enter_context(as_in_0_5_17(capability))
-        for name, value in (options or {}).items():
-            object.__setattr__(get_server_args(), name, value)
+        if options:
+            given = Given(args, options)
+            stack.enter_context(patch("sglang.srt.runtime_context.get_server_args", lambda: given))
         stack.enter_context(patch.dict(os.environ, env or {}))
         get_model_loader(load_config, config)
         start_of(get_model_architecture(config)[0], config, load_config, None)
