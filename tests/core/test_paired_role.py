@@ -47,6 +47,9 @@ class Layer(EngineLayer):
     def read(self) -> PairedWeights:
         return self.held
 
+    def parameters(self) -> Iterable[Any]:
+        return ()
+
     def in_memory(self) -> PairedWeights:
         raise AssertionError
 

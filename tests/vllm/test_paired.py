@@ -77,7 +77,11 @@ def test_few_tokens(paired: PairedRuns, case: Case) -> None:
 def test_16_bit(paired: PairedRuns, case: Case) -> None:
     found, _, ours = report(paired, case, HALF, ALL)
     assert found["failures"] == []
-    assert role_of(ours)["paired"]["reason"] == ""
+    paired_as = role_of(ours)["paired"]
+    assert paired_as["reason"] == ""
+    # Above 1, vLLM's own answers are not the checkpoint's in this dtype.
+    said = "stock is off" if case.recipe == "glm4_moe_scale" else "passed"
+    assert paired_as["proof"]["canary"].startswith(said)
 
 
 @pytest.mark.long
