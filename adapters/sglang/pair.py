@@ -75,6 +75,7 @@ class BlockLayer(EngineLayer):
         return self.layer.runs(hidden_states)
 
     def answer(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> Any:
+        """Answer as the gate does; in a proof by the given logits, after it was computed."""
         answer = original(hidden_states)
         if self.given is None:
             return answer
@@ -230,6 +231,7 @@ class GlmBlock(BlockLayer):
         self._replace(block.experts, "forward", self._experts)
 
     def answer(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> Any:
+        """Answer as the gate does, where its logits are used."""
         return hidden_states if self.runs(hidden_states) else super().answer(original, hidden_states)
 
     def _topk(self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any) -> Any:
