@@ -41,8 +41,8 @@ DRAFTS = [Case("qwen3_next_mtp", engine_args=SPECULATIVE)]
 FAULTY = [Case("qwen3_next", fault=name) for name in FAULTS]
 SHOWN = [Case("qwen3_next", fault=UNPROVED + name) for name in FAULTS]
 STOCK = [*FAMILIES, *HALF, *DRAFTS]
-# Compared with one process: a shard in the wrong place shows too. Expert parallelism ends vLLM's own processes on
-# a CPU: its experts there look up experts that they do not have.
+# Compared with one process: a shard in the wrong place shows too. Expert parallelism ends vLLM itself on
+# a CPU: its experts there read experts that they do not have.
 TWO = {"tensor_parallel_size": 2}
 PARALLEL = [Case(recipe, engine_args=TWO) for recipe in ("qwen2_moe_wide4", "glm4_moe_shared2_scale")]
 
