@@ -13,7 +13,7 @@ KEEP ?=
 # Parts of `make test-all`, or nothing for all that have not passed; python3 ci/test_all.py --list names them.
 PART ?=
 
-.PHONY: help envs demo test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz mutants lint format
+.PHONY: help envs demo test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz mutants lint format wheel docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -66,3 +66,7 @@ lint: ## ruff, mypy (python ci/staged.py mypy -p fse_patch) and the import contr
 format: ## let ruff rewrite what it can
 	@$(PYTHON) ci/envs.py core
 	@.venvs/core/bin/ruff check --fix . && .venvs/core/bin/ruff format .
+
+wheel: ## build the sdist and the wheel into dist/, and check what they hold
+	@$(PYTHON) ci/envs.py core
+	@.venvs/core/bin/python ci/wheel.py
