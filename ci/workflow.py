@@ -16,8 +16,8 @@ from envs import matrix
 from generated import settle
 
 FILE = ROOT / ".github" / "workflows" / "ci.yml"
-HEAD = """# Made from ci/matrix.yaml by `python ci/workflow.py --write`: a job for each release of each engine, and
-# the checks that need none. Every job runs what `make` runs here.
+HEAD = """# Made from ci/matrix.yaml by `python ci/workflow.py --write`: a job for each release of each
+# engine, and the checks that need none. Every job runs what `make` runs here.
 """
 PYTHON = "3.11"
 CHECKOUT = {"uses": "actions/checkout@v4"}
