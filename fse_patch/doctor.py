@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from packaging.version import Version
 
 from . import settings, table_coverage
 from .adapters.patching import guards, ledger
-from .errors import FsePatchError
+from .errors import FsePatchError, did_you_mean
 from .fusion_core.checkpoint.families import families
 from .fusion_core.decision.native import fusing
 from .fusion_core.decision.policy_file import load_policy
@@ -93,8 +92,7 @@ def _environment() -> dict[str, Any]:
 def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
     for name, entry in settings.origins().items():
         if entry["origin"] == "unknown name":
-            alike = get_close_matches(name, settings.DEFAULTS, 1, 0.8)
-            meant = f"did you mean {alike[0]}?" if alike else f"there are {', '.join(settings.DEFAULTS)}"
+            meant = did_you_mean(name, settings.DEFAULTS)
             problems.append(f"{name} is set, and nothing reads it; {meant}")
     try:
         effective = settings.load()

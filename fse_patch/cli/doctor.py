@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .arguments import folder_of
 from .output import print_json, print_table
 
 
 def command(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Whose tuned tables to look up.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help="Whose tuned tables to look up.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run the command. Exit status: 0 fine, 1 something is wrong, 2 bad input."""
     from ..doctor import examine
 
-    report = examine(checkpoint)
+    report = examine(None if checkpoint is None else folder_of(checkpoint))
     if json:
         print_json(report)
     else:
@@ -32,9 +32,7 @@ def table(report: Mapping[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = dict(report["environment"])
     for engine in report["engines"]:
         rows[engine["engine"]] = _engine(engine)
-    rows["settings"] = {
-        name: f"{entry['value'] or '-'} ({entry['origin']})" for name, entry in report["settings"].items()
-    }
+    rows["settings"] = {name: _setting(**entry) for name, entry in report["settings"].items()}
     rows["policy"] = f"{', '.join(report['policy']['files'])}; hash {report['policy']['hash'] or '-'}"
     rows["modes"] = "\n".join(
         f"{entry['file']}: {entry['for']}{'' if entry['here'] else ' (no such device here)'}: "
@@ -45,6 +43,15 @@ def table(report: Mapping[str, Any]) -> dict[str, Any]:
     rows["problems"] = "\n".join(report["problems"])
     rows["devices"] = ", ".join(rows["devices"])
     return rows
+
+
+def _setting(value: str, origin: str) -> str:
+    # Set to 1, arguments that forbid to fuse stop the server as well.
+    return (
+        "unset: what cannot be patched stops the server"
+        if origin == "unset"
+        else f"{value or '-'} ({origin})"
+    )
 
 
 def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:

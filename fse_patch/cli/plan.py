@@ -9,19 +9,18 @@ import typer
 
 from .. import settings
 from ..errors import RefusedError
-from ..fusion_core.checkpoint.hub import locate
 from ..fusion_core.checkpoint.weight_files import AUTO
 from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Stock
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.decision.proven import proven_platforms
-from ..patches import ENGINES
+from .arguments import engine_option, source_of
 from .output import print_json, print_table
 
 
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, or ORG/NAME of the hub.")],
-    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")],
+    engine: Annotated[str, engine_option()],
     policy: Annotated[Path | None, typer.Option(help="Your own policy file; its rules come first.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     platform: Annotated[str | None, typer.Option(help="Add facts on a platform: cpu, cuda, rocm.")] = None,
@@ -32,7 +31,7 @@ def command(
     """Run the command. Exit status: 0 fuses, 3 refused, 2 bad input."""
     # Without --policy, the file that serving would use.
     rules = load_policy(policy or settings.load().policy_file)
-    decisions = decide_roles(locate(checkpoint, revision), engine, rules, load_format)
+    decisions = decide_roles(source_of(checkpoint, revision), engine, rules, load_format)
     report = plan_report(decisions["main"])
     if "draft" in decisions:
         report["draft"] = plan_report(decisions["draft"])

@@ -212,6 +212,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
     monkeypatch.setattr(guards, "engine_version", lambda book: "0.32.0")
     monkeypatch.setattr(guards, "check_version", lambda *_: None)
     monkeypatch.setattr(cli_verify, "decide_roles", decided)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     return CliRunner().invoke(app.app, ["bench", str(SHAPE), *options])
 
 

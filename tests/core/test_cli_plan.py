@@ -183,9 +183,14 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 2
-    assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+    if "--json" in done.args:
+        report = json.loads(done.stdout)
+        assert report["exit_status"] == 2
+        assert report["error"] == done.stderr.strip().removeprefix("fse-patch: ")
+    else:
+        assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert "internal error" not in done.stderr
 
@@ -204,7 +209,7 @@ def test_bad_input_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "vlm"], "unknown engine 'vlm'"),
+        (["--engine", "vlm"], "'vlm': unknown engine; did you mean vllm?"),
         (["--engine", "vllm", "--platform", "tpu"], "unknown platform 'tpu'"),
         (["--engine", "vllm", "--engine-version", "newest"], "'newest' is no version number"),
         (["--engine", "vllm", "--policy", "gone.yaml"], "gone.yaml: the policy cannot be read"),
@@ -221,12 +226,19 @@ def test_bad_policies_name_file_line_and_field(tmp_path: Path) -> None:
     assert_one_line(done, f"{own}: line 3: field 'rules[0].fuse': ")
 
 
-@pytest.mark.parametrize("arguments", [["plan"], ["plan", "x"], ["nothing"], ["plan", "x", "--nothing"]])
-def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
-    done = fse_patch(*arguments)
-    assert done.returncode == 2
-    assert "Usage: fse-patch" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "missing argument 'checkpoint'; see fse-patch plan --help"),
+        (["plann"], "no command 'plann'; did you mean plan?"),
+        (["nothing"], "no command 'nothing'; use one of plan, doctor, "),
+        (["plan", "x", "--nothing"], "no such option: --nothing"),
+        (["plan", "x", "--engine", "vlm"], "'vlm': unknown engine; did you mean vllm?"),
+        (["plan", "x", "--nothing", "--json"], "no such option: --nothing"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    assert_one_line(fse_patch(*arguments), message)
 
 
 def test_plan_loads_neither_torch_nor_numpy_nor_an_engine(tmp_path: Path) -> None:

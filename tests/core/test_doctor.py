@@ -59,7 +59,7 @@ def test_all_is_well(installed: pytest.MonkeyPatch) -> None:
     ("variables", "words"),
     [
         ({"FSE_PATCH_VERFIY": "all"}, "is set, and nothing reads it; did you mean FSE_PATCH_VERIFY?"),
-        ({"FSE_PATCH_WHATEVER_IT_IS": "1"}, "nothing reads it; there are FSE_PATCH, FSE_PATCH_STRICT, "),
+        ({"FSE_PATCH_WHATEVER_IT_IS": "1"}, "nothing reads it; use one of FSE_PATCH, FSE_PATCH_STRICT, "),
         ({"FSE_PATCH_VERIFY": "some"}, "use off, sample or all"),
         ({"FSE_PATCH_STRICT": "perhaps"}, "use 1 or 0"),
         ({"FSE_PATCH": "vlm"}, "unknown engine 'vlm'"),
