@@ -96,7 +96,7 @@ def test_what_a_release_is(version: str, standing: str) -> None:
         ("release: 0.26.0", "release: newest", "releases.0.release: Invalid version: 'newest'"),
         ("cpu: true}", "cpu: 1}", "releases.1.cpu: Input should be a valid boolean"),
         ('read: ">=0.19,<0.34"', "read: all", "read: Invalid specifier: 'all'"),
-        ("group: vllm", "grup: vllm", "plugins.grup: unknown key; did you mean "),
+        ("group: vllm", "grup: vllm", "plugins.grup: unknown key; did you mean group?"),
     ],
 )
 def test_a_malformed_record(tmp_path: Path, old: str, new: str, words: str) -> None:
