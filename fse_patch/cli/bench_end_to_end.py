@@ -12,6 +12,7 @@ import typer
 
 from ..errors import FsePatchError
 from ..fusion_core.checkpoint.sources import read_json
+from ..launch.flags import check_arguments
 from .output import print_json
 from .verify import decided, engines_end_with_us, parse_engine_args, say, vocab_size
 
@@ -81,7 +82,8 @@ def run(
             raise FsePatchError(f"{file}: there is no such folder")
     if out.csv is not None:
         csv_file.check(out.csv, end_to_end.csv_columns(engine))
-    _, main, _ = decided(checkpoint, engine)
+    _, main, version = decided(checkpoint, engine)
+    check_arguments(engine, version, arguments)
     import torch
 
     if not torch.cuda.is_available():

@@ -22,6 +22,7 @@ from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.engines import facts_of
 from ..lab.verify import VerifyJob
 from ..lab.verify import verify as run_verify
+from ..launch.flags import check_arguments
 from ..settings import load as load_settings
 from .arguments import dtype_of, engine_option, folder_of
 from .output import print_json, print_table
@@ -49,6 +50,7 @@ def command(
         dtype_of(dtype)
     folder = folder_of(checkpoint)
     decisions, _, version = decided(folder, engine)
+    check_arguments(engine, version, arguments)
     # A draft is built only where the engine is told to speculate.
     drafts = facts_of(engine).lab.draft_argument in arguments
     roles = tuple(d for role, d in decisions.items() if role == "main" or drafts)

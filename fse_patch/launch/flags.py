@@ -93,16 +93,20 @@ def unknown_flag(engine: str, release: str, word: str) -> FsePatchError:
     return FsePatchError(f"{word}: no flag of {where}{meant}")
 
 
-def unknown_arguments(engine: str, names: Collection[str]) -> FsePatchError | None:
-    """Return the error for names of engine arguments that no release has, or None.
+def check_arguments(engine: str, release: str, names: Collection[str]) -> None:
+    """Look for engine arguments that there are not, by their names in Python: tensor_parallel_size.
 
-    Args:
-        names: as Python writes them: tensor_parallel_size.
+    Of a release whose flags are not known, nothing is said.
+
+    Raises:
+        FsePatchError: the release has no such argument.
     """
-    known = {flag.to for flag in flags_of(engine).flags}
+    data = flags_of(engine)
+    if release.partition("+")[0] not in data.releases:
+        return
+    known = {flag.to for flag in data.flags}
     for name in names:
         if name not in known:
             alike = did_you_mean(name, sorted(known))
             meant = f"; {alike}" if alike.startswith("did") else ""
-            return FsePatchError(f"--engine-args: {engine} has no argument {name!r}{meant}")
-    return None
+            raise FsePatchError(f"--engine-args: {engine} {release} has no argument {name!r}{meant}")

@@ -6,6 +6,7 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from ..errors import FsePatchError
 from ..patches import PLATFORMS, Platform
@@ -57,10 +58,10 @@ def of_platform(platform_name: str) -> Device:
     Raises:
         FsePatchError: the platform is unknown.
     """
-    for known in PLATFORMS:
-        if platform_name == known:
-            return Device(known, "cpu" if known == "cpu" else f"a {known} device of no name")
-    raise FsePatchError(f"unknown platform {platform_name!r}; use one of {', '.join(PLATFORMS)}")
+    if platform_name not in PLATFORMS:
+        raise FsePatchError(f"unknown platform {platform_name!r}; use one of {', '.join(PLATFORMS)}")
+    known = cast("Platform", platform_name)
+    return Device(known, "cpu" if known == "cpu" else f"a {known} device of no name")
 
 
 def here() -> Device:

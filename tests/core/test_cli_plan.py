@@ -105,8 +105,12 @@ def test_a_users_policy(tmp_path: Path) -> None:
 
 
 def test_people_get_a_table(tmp_path: Path) -> None:
-    done = fse_patch("plan", sound(tmp_path), "--engine", "vllm")
+    brief = fse_patch("plan", sound(tmp_path), "--engine", "vllm")
+    assert brief.stdout.startswith("can be fused in vllm: 2 sparse layers")
+    assert len(brief.stdout.splitlines()) == 2
+    done = fse_patch("plan", tmp_path, "--engine", "vllm", "--verbose")
     assert done.returncode == 0
+    assert done.stdout.startswith(brief.stdout)
     assert "1-2 (2)" in done.stdout
     assert "sigmoid" in done.stdout
 

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from fse_patch import settings
 from fse_patch.cli.app import app
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.engines import Refusal, facts_of
@@ -288,9 +287,10 @@ def test_wrong_targets_are_named(arguments: list[str], message: str, tmp_path: P
 
 
 def test_engine_arguments_are_checked_by_name() -> None:
-    assert flags.unknown_arguments("vllm", ["tensor_parallel_size", "dtype"]) is None
-    wrong = flags.unknown_arguments("vllm", ["tensor_paralel_size"])
-    assert "did you mean tensor_parallel_size?" in str(wrong)
+    flags.check_arguments("vllm", "0.32.0", ["tensor_parallel_size", "dtype"])
+    flags.check_arguments("vllm", "0.99.0", ["an_argument_of_tomorrow"])
+    with pytest.raises(FsePatchError, match=r"'tensor_paralel_size'; did you mean tensor_parallel"):
+        flags.check_arguments("vllm", "0.32.0+cpu", ["tensor_paralel_size"])
 
 
 def test_a_draft_is_asked_about_where_it_is_built(tmp_path: Path) -> None:
@@ -299,7 +299,3 @@ def test_a_draft_is_asked_about_where_it_is_built(tmp_path: Path) -> None:
     assert "draft" not in plan(folder, *given)[1]["runtime"]
     speculative = plan(folder, *given, "--speculative-config.method", "mtp")[1]["runtime"]
     assert speculative["draft"]["served"] == "fused"
-
-
-def test_all_variables_are_read_by_the_settings() -> None:
-    assert settings.load({"FSE_PATCH_ALLOW_UNPROVEN": "1"}).allow_unproven
