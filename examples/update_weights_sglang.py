@@ -8,6 +8,7 @@ same with tensors in memory.
 
 import json
 import sys
+import time
 
 import fse_patch
 
@@ -27,6 +28,9 @@ def main(checkpoint: str, following: str, arguments: str = "{}") -> int:
 
     try:
         before = score()
+        # An update empties the cache, and for that SGLang must have wound up the last answer.
+        while not engine.flush_cache().success:
+            time.sleep(0.05)
         done, message = engine.update_weights_from_disk(following)[:2]
         if not done:
             print(message, file=sys.stderr)
