@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from .arguments import folder_of
-from .output import print_json, print_table
+from .output import print_json, print_table, say
 
 
 def command(
     checkpoint: Annotated[str | None, typer.Argument(help="Whose tuned tables to look up.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print everything that is known.")] = False,
 ) -> None:
     """Run the command. Exit status: 0 fine, 1 something is wrong, 2 bad input."""
     from ..doctor import examine
@@ -22,9 +23,27 @@ def command(
     if json:
         print_json(report)
     else:
-        print_table("fse-patch doctor", table(report))
+        _print(report, verbose)
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+def _print(report: Mapping[str, Any], verbose: bool) -> None:
+    for row in report["verdicts"]:
+        say(
+            row["sentence"],
+            "red" if row["served"] == "stock" else "yellow" if row["served"] == "native" else "green",
+        )
+    for problem in report["problems"]:
+        say(f"problem: {problem}", "red")
+    for hazard in report["hazards"]:
+        say(f"hazard: {hazard}", "yellow")
+    if report["ok"]:
+        say("no problems")
+    if verbose:
+        print_table("fse-patch doctor", table(report))
+    else:
+        say("More: fse-patch doctor --verbose. Of one model: fse-patch plan MODEL -- YOUR LAUNCH COMMAND")
 
 
 def table(report: Mapping[str, Any]) -> dict[str, Any]:
