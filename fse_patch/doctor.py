@@ -39,7 +39,8 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     Raises:
         FsePatchError: the checkpoint cannot be read, or nothing of it could be fused.
 
-    Keys: ``verdicts``, what a server of each installed engine does here; ``environment``, ``engines``, ``settings``, ``policy``, ``modes``, tables of the fastest mode;
+    Keys: ``verdicts``, what a server of each installed engine does here; ``environment``, ``engines``,
+    ``settings``, ``policy``, ``modes``, tables of the fastest mode;
     ``hazards``, what is known to end badly here, or weakens a guard by the user's own wish; ``problems``,
     what is wrong; ``ok``, no problems.
     """

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import child_environment, metrics, runtime, settings
+from . import child_environment, metrics, runtime, settings, status_endpoint
 from .adapters.patching import guards, ledger
 from .adapters.patching.spec import PatchSpec
 from .adapters.patching.transaction import NOT_APPLIED, PatchSet, lock
@@ -120,6 +120,7 @@ def apply(
             return _refused[engine]
         _refused.pop(engine, None)
         runtime.on_change(_publish)
+        runtime.answer_with(status)
         _active[engine] = _Active(engine, version, patches)
         child_environment.switch_on(
             engine, {settings.STRICT: strict, settings.ALLOW_UNTESTED: allow_untested}
@@ -151,6 +152,7 @@ def status() -> dict[str, Any]:
             "roles": [role for role in roles if role["engine"] == engine],
             "decisions": [d for d in runtime.decisions() if d.get("engine", engine) == engine],
             "counters": runtime.counters(),
+            "since": runtime.since(),
         }
         for engine, report in reports.items()
     }
@@ -158,3 +160,5 @@ def status() -> dict[str, Any]:
 
 def _publish() -> None:
     metrics.publish(status)
+    if "vllm" in _active:
+        status_endpoint.expose(lambda: runtime.answer("vllm"))
