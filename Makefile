@@ -69,8 +69,8 @@ format: ## let ruff rewrite what it can
 
 wheel: ## build the sdist and the wheel into dist/, and check what they hold
 	@$(PYTHON) ci/envs.py core
-	@.venvs/core/bin/python ci/wheel.py
+	@.venvs/core/bin/python ci/make_wheel.py
 
 docs: ## the pages as a site in .cache/site; a link that leads nowhere is an error
 	@$(PYTHON) ci/envs.py core
-	@.venvs/core/bin/python ci/docs.py
+	@.venvs/core/bin/python ci/make_docs.py

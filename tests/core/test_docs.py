@@ -6,10 +6,10 @@ import re
 import shlex
 from pathlib import Path
 
+import make_docs as docs
 import pytest
 import typer
 
-import docs
 from fse_patch.cli.app import app
 from fse_patch.launch.command import engine_of_command, read
 

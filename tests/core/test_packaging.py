@@ -9,8 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import make_wheel as wheel
 import pytest
-import wheel
 import workflow
 import yaml
 from envs import matrix

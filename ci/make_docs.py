@@ -1,6 +1,6 @@
 """Builds the pages of docs/ and the README as a site, and fails where a link leads nowhere.
 
-    python ci/docs.py [--out DIR]
+    python ci/make_docs.py [--out DIR]
 
 The site is made of copies in .cache/site-source, in the places that they have here: links from one folder of
 the repository to another hold there too. Needs mkdocs. Exit status 1 says what is wrong.

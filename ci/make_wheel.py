@@ -1,6 +1,6 @@
 """Builds the sdist and the wheel into dist/, the wheel from the sdist, and checks what they hold.
 
-    python3 ci/wheel.py [--out DIR]
+    python3 ci/make_wheel.py [--out DIR]
 
 Both are made of the files that git does not ignore, in a folder of their own: nothing that an earlier build
 has left gets into them. Needs setuptools of 77 or later, as .venvs/core has it. Exit status 1 says what is
