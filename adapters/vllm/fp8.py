@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ...fusion_core.kernels.expert_weights import ExpertWeights, Scales
 from ..role import FusedRole
-
-if TYPE_CHECKING:
-    from ...fusion_core.forward.execution import TopK
 
 
 class Slot:
@@ -78,34 +76,14 @@ class Fp8Experts:
             for kernel, layer in self.dense:
                 kernel.process_weights_after_loading(layer)  # notes the size, and changes nothing of it
 
-    def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """Run few tokens [num_tokens, H] over k + S slots: [num_tokens, H], both in the states' dtype."""
-        from ...fusion_core.kernels import experts_fp8  # needs Triton
-
-        experts = self.experts
-        return experts_fp8.small_experts(
-            hidden_states,
-            experts.w13_weight,
-            getattr(experts, f"w13_{self.scale}"),
-            experts.w2_weight,
-            getattr(experts, f"w2_{self.scale}"),
-            self.block,
-            *top_k,
-        )
-
-    def once(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """Do the same, and read each expert once."""
-        from ...fusion_core.kernels import experts_once  # needs Triton
-
-        if self.block is not None and not experts_once.takes(self.block):
-            return self.small(hidden_states, top_k)
+    def weights(self) -> ExpertWeights:
+        """Return the experts as the kernels for few tokens read them."""
         first, second = (getattr(self.experts, f"{name}_{self.scale}") for name in ("w13", "w2"))
         if self.block is None:
             # One scale for all rows and columns of an expert.
             first, second = first.view(-1, 1, 1), second.view(-1, 1, 1)
-        scales = experts_once.Scales(first, second, self.block or (0, 0))
-        experts = self.experts
-        return experts_once.experts_once(hidden_states, experts.w13_weight, experts.w2_weight, *top_k, scales)
+        scales = Scales(first, second, self.block or (0, 0))
+        return ExpertWeights(self.experts.w13_weight, self.experts.w2_weight, scales)
 
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Multiply [num_tokens, H] with w13 of the shared slot: [num_tokens, 2 * I], in that dtype."""

@@ -12,6 +12,7 @@ from typing import Protocol, cast
 import torch
 
 from ..kernels.append import append
+from ..kernels.expert_weights import ExpertWeights
 from ..kernels.route import route
 from ..kernels.router_logits import router_logits
 from .gate_rows import GateRows
@@ -48,11 +49,8 @@ class GroupedExperts(Protocol):
 class QuantisedExperts(Protocol):
     """Products with w13 and w2 where these are quantised; results have the states' dtype."""
 
-    def small(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """Run few tokens over k + S slots: [num_tokens, H]."""
-
-    def once(self, hidden_states: torch.Tensor, top_k: TopK) -> torch.Tensor:
-        """Do the same, and read each expert once; as many tokens as `experts_once` takes."""
+    def weights(self) -> ExpertWeights:
+        """Return the weights of experts and slots."""
 
     def gate_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Multiply by w13 of the one shared slot: [num_tokens, 2 * I]."""
@@ -164,6 +162,12 @@ class Execution:
         if self.gate is not None:
             logits = router_logits(hidden_states, self.gate.rows)
         return self.route(hidden_states, logits)
+
+    def expert_weights(self) -> ExpertWeights:
+        """Return the weights of experts and slots, as the kernels for few tokens read them."""
+        if self.quantised is not None:
+            return self.quantised.weights()
+        return ExpertWeights(self.experts.w13, self.experts.w2)
 
     def gate_row(self) -> torch.Tensor:
         """Return the shared gate's weight [1, H]. Asked for anew: an engine may put another in its place."""

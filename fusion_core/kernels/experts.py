@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .expert_weights import ExpertWeights, slots_of
 from .launch import begin, options
 
 
@@ -45,35 +46,45 @@ def reference(
 
 def small_experts(
     hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    routed: ExpertWeights,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    shared: ExpertWeights | None = None,
 ) -> torch.Tensor:
     """Compute the fused layer's output: sum over j of weight_j · w2_j (SiLU(w1_j x) · (w3_j x)).
 
     Args:
         hidden_states: [num_tokens, H], bfloat16 or float16.
-        w13: [E + S, 2 * I, H], rows of w1 before those of w3; w2: [E + S, H, I]. Both contiguous.
-        topk_weights: [num_tokens, k + S] float32; topk_ids: the same shape, int32.
+        routed: of E experts, in plain numbers; with the shared slots after them where ``shared`` is None.
+        topk_weights: [num_tokens, k + S] float32; topk_ids: the same shape, int32. Below 0 there is no
+            expert. Ids from E on are slots of the shared expert.
+        shared: the shared expert by itself, E = 1; each token's last columns are its slots, I of its columns
+            each.
 
     Returns:
         [num_tokens, H] in the dtype of ``hidden_states``.
     """
     tokens, hidden = hidden_states.shape
-    width, slots = w2.shape[2], topk_ids.shape[1]
+    width, slots = routed.width, topk_ids.shape[1]
+    other = routed if shared is None else shared
+    apart = 0 if shared is None else slots_of(shared, width)
     states = hidden_states.contiguous()
     inner = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
     block_n, block_k, warps = w13_tile(hidden, width)
     _w13[(tokens * slots, triton.cdiv(width, block_n))](
         states,
-        w13,
+        routed.w13,
+        other.w13,
         topk_ids,
         inner,
+        len(routed.w2),
         SLOTS=slots,
+        APART=apart,
         HIDDEN=hidden,
         WIDTH=width,
+        SHARED_WIDTH=other.width,
+        STRIDES=(*routed.w13.stride()[:2], other.w13.stride(1)),
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(hidden)),
         num_warps=warps,
@@ -82,13 +93,18 @@ def small_experts(
     block_n, block_k, warps, unroll = w2_tile(width)
     _w2[(tokens, triton.cdiv(hidden, block_n))](
         inner,
-        w2,
+        routed.w2,
+        other.w2,
         topk_ids,
         topk_weights,
         output,
+        len(routed.w2),
         SLOTS=slots,
+        APART=apart,
         HIDDEN=hidden,
         WIDTH=width,
+        SHARED_WIDTH=other.width,
+        STRIDES=(*routed.w2.stride()[:2], other.w2.stride(1)),
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(width)),
         UNROLL=unroll,
@@ -102,11 +118,16 @@ def small_experts(
 def _w13(
     x_ptr,
     w13_ptr,
+    shared_ptr,
     ids_ptr,
     inner_ptr,
+    E,
     SLOTS: tl.constexpr,
+    APART: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
+    SHARED_WIDTH: tl.constexpr,
+    STRIDES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -116,8 +137,16 @@ def _w13(
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < WIDTH
-    tile_ptr = w13_ptr + expert * (2 * WIDTH * HIDDEN) + offs_n[:, None] * HIDDEN + offs_k[None, :]
+    row_ptr, stride, before, wide = w13_ptr + expert * STRIDES[0], STRIDES[1], 0, WIDTH
+    if APART:
+        # Rows of a slot come after those of the slots before it.
+        slot = pair % SLOTS >= SLOTS - APART
+        row_ptr = tl.where(slot, shared_ptr, row_ptr)
+        stride = tl.where(slot, STRIDES[2], stride)
+        before = tl.where(slot, (expert - E).to(tl.int32) * WIDTH, 0)
+        wide = tl.where(slot, SHARED_WIDTH, WIDTH)
+    mask_n = (offs_n < tl.minimum(WIDTH, wide - before)) & (expert >= 0)
+    tile_ptr = row_ptr + (before + offs_n)[:, None] * stride + offs_k[None, :]
     acc_gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.static_range(0, HIDDEN, BLOCK_K):
@@ -125,24 +154,29 @@ def _w13(
         x = tl.load(x_ptr + pair // SLOTS * HIDDEN + start + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         mask = mask_n[:, None] & mask_k[None, :]
         w1 = tl.load(tile_ptr + start, mask=mask, other=0.0).to(tl.float32)
-        w3 = tl.load(tile_ptr + WIDTH * HIDDEN + start, mask=mask, other=0.0).to(tl.float32)
+        w3 = tl.load(tile_ptr + wide * stride + start, mask=mask, other=0.0).to(tl.float32)
         acc_gate += w1 * x[None, :]
         acc_up += w3 * x[None, :]
     gate = tl.sum(acc_gate, 1)
     value = gate / (1.0 + tl.exp(-gate)) * tl.sum(acc_up, 1)
-    tl.store(inner_ptr + pair * WIDTH + offs_n, value.to(inner_ptr.dtype.element_ty), mask=mask_n)
+    tl.store(inner_ptr + pair * WIDTH + offs_n, value.to(inner_ptr.dtype.element_ty), mask=offs_n < WIDTH)
 
 
 @triton.jit
 def _w2(
     inner_ptr,
     w2_ptr,
+    shared_ptr,
     ids_ptr,
     weights_ptr,
     out_ptr,
+    E,
     SLOTS: tl.constexpr,
+    APART: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
+    SHARED_WIDTH: tl.constexpr,
+    STRIDES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -154,15 +188,23 @@ def _w2(
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     pair = token * SLOTS
     if UNROLL:
-        for j in tl.static_range(SLOTS):
+        for j in tl.static_range(SLOTS - APART):
             acc = _add_slot(
-                acc, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, HIDDEN, WIDTH, BLOCK_K
-            )
+                acc, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, 0, STRIDES[0], STRIDES[1],
+                HIDDEN, WIDTH, WIDTH, BLOCK_K,
+            )  # fmt: skip
     else:
-        for j in range(SLOTS):
+        for j in range(SLOTS - APART):
             acc = _add_slot(
-                acc, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, HIDDEN, WIDTH, BLOCK_K
-            )
+                acc, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, 0, STRIDES[0], STRIDES[1],
+                HIDDEN, WIDTH, WIDTH, BLOCK_K,
+            )  # fmt: skip
+    for j in tl.static_range(SLOTS - APART, SLOTS):
+        # Columns of a slot come after those of the slots before it.
+        acc = _add_slot(
+            acc, inner_ptr, shared_ptr, ids_ptr, weights_ptr, pair + j, offs_n, E, WIDTH, STRIDES[2], HIDDEN,
+            WIDTH, SHARED_WIDTH, BLOCK_K,
+        )  # fmt: skip
     out_ptrs = out_ptr + token * HIDDEN + offs_n
     tl.store(out_ptrs, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=offs_n < HIDDEN)
 
@@ -176,18 +218,29 @@ def _add_slot(
     weights_ptr,
     pair,
     offs_n,
+    first,
+    STRIDE: tl.constexpr,
+    STRIDE_N: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Add the weighted output of one slot to ``acc``, still spread over the columns."""
+    """Add the weighted output of one slot to ``acc``, still spread over the columns.
+
+    Its matrix is `STRIDE` times (its id less ``first``) on; where `WIDE` is more than `WIDTH`, that is a part
+    of one with `WIDE` columns.
+    """
     offs_k = tl.arange(0, BLOCK_K)
-    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    expert = tl.load(ids_ptr + pair).to(tl.int64) - first
     weight = tl.load(weights_ptr + pair)
+    limit = WIDTH
+    if WIDE % WIDTH:
+        limit = tl.minimum(WIDTH, WIDE - expert * WIDTH)
     for start in tl.static_range(0, WIDTH, BLOCK_K):
-        mask_k = start + offs_k < WIDTH
+        mask_k = (start + offs_k < limit) & (expert >= 0)
         x = tl.load(inner_ptr + pair * WIDTH + start + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         mask = (offs_n < HIDDEN)[:, None] & mask_k[None, :]
-        tile_ptr = w2_ptr + expert * (HIDDEN * WIDTH) + offs_n[:, None] * WIDTH + start + offs_k[None, :]
+        tile_ptr = w2_ptr + expert * STRIDE + offs_n[:, None] * STRIDE_N + start + offs_k[None, :]
         acc += tl.load(tile_ptr, mask=mask, other=0.0).to(tl.float32) * (x * weight)[None, :]
     return acc

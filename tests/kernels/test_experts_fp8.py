@@ -6,45 +6,45 @@ import pytest
 import torch
 
 from fse_patch.fusion_core.kernels import experts_fp8
+from fse_patch.fusion_core.kernels.expert_weights import Block, ExpertWeights, Scales
 
 from .test_kernels import DEVICE, chosen, draw, off
 
 BLOCK = (128, 128)
-# Tokens, H, I, E, k, S; then the block of a scale, None for one scale a matrix.
+# Tokens, H, I, E, k, S; then the block of a scale, 0 for all rows or columns.
 SHAPES = [
     (2, 256, 128, 3, 2, 1, BLOCK),
     (1, 256, 256, 3, 2, 1, BLOCK),
     (2, 176, 80, 5, 2, 1, (64, 32)),  # partial blocks at the end of rows and columns
     (2, 96, 48, 5, 2, 1, (16, 48)),
-    (3, 96, 48, 6, 3, 1, (1, experts_fp8.ALL)),  # a scale for each row
-    (2, 128, 48, 5, 2, 1, None),
+    (3, 96, 48, 6, 3, 1, (1, 0)),  # a scale for each row
+    (2, 128, 48, 5, 2, 1, (0, 0)),
 ]
 if DEVICE == "cuda":
     SHAPES += [
         (1, 2048, 512, 512, 10, 1, BLOCK),
         (4, 4096, 128, 512, 10, 1, BLOCK),
         (2, 4096, 1408, 128, 8, 1, BLOCK),
-        (3, 2048, 512, 256, 8, 1, None),
+        (3, 2048, 512, 256, 8, 1, (0, 0)),
     ]
 else:
     SHAPES += [(1, 4096, 16, 2, 1, 1, BLOCK), (1, 16, 1408, 1, 1, 1, BLOCK)]
 
 
-def drawn(
-    shape: tuple[int, ...], block: experts_fp8.Block | None, halves: int, seed: int
-) -> list[torch.Tensor]:
+def drawn(shape: tuple[int, ...], block: Block, halves: int, seed: int) -> list[torch.Tensor]:
     """FP8 weights [n, out, in] with scales that differ from block to block."""
     total, out, inner = shape
     noise = torch.empty(shape, device=DEVICE).normal_(generator=torch.Generator(DEVICE).manual_seed(seed))
     weight = noise.mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
-    rows, columns = block or (experts_fp8.ALL, experts_fp8.ALL)
-    size = (total,) if block is None else (total, halves * -(-out // halves // rows), -(-inner // columns))
-    return [weight, draw(*size, seed=seed + 1).abs().add(0.3) * 5e-4]
+    rows, columns = block[0] or out // halves, block[1] or inner
+    # One scale for all is one for both halves, as engines keep it.
+    high = halves * -(-out // halves // rows) if block[0] else 1
+    return [weight, draw(total, high, -(-inner // columns), seed=seed + 1).abs().add(0.3) * 5e-4]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_small_experts_with_fp8_weights(
-    shape: tuple[int, int, int, int, int, int, experts_fp8.Block | None],
+    shape: tuple[int, int, int, int, int, int, Block],
 ) -> None:
     tokens, hidden, width, routed, top_k, slots, block = shape
     states = draw(tokens, hidden, seed=4, dtype=torch.bfloat16)
@@ -55,19 +55,20 @@ def test_small_experts_with_fp8_weights(
     ids = chosen(tokens, routed, top_k)
     ids = torch.cat([ids, torch.arange(routed, routed + slots).expand(tokens, slots)], 1).int().to(DEVICE)
     weights = draw(tokens, top_k + slots, seed=9).sigmoid()
-    got = experts_fp8.small_experts(states, w13, w13_scale, w2, w2_scale, block, weights, ids)
+    held = ExpertWeights(w13, w2, Scales(w13_scale, w2_scale, block))
+    got = experts_fp8.small_experts(states, held, weights, ids)
 
     def wanted(one: torch.Tensor, two: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         used = ids.long().unique()
         place = torch.searchsorted(used, ids.long())
-        held = w13[used], one[used], w2[used], two[used]
-        return experts_fp8.reference(states, *held, block, share, place)
+        some = ExpertWeights(w13[used], w2[used], Scales(one[used], two[used], block))
+        return experts_fp8.reference(states, some, share, place)
 
     limit = 8e-3
     assert off(got, wanted(w13_scale, w2_scale, weights)) < limit
     # The controls: scales of the neighbouring block, of rows and of columns; half of the last slot's weight.
     for scale in (0, 1):
-        for axis in range(1 if block is None else 0, w13_scale.ndim):
+        for axis in range(0 if any(block) else 1, w13_scale.ndim):
             both = [w13_scale, w2_scale]
             if both[scale].shape[axis] > 1:
                 both[scale] = both[scale].roll(1, axis)
@@ -85,7 +86,8 @@ def test_a_weight_that_is_no_number_stays_one() -> None:
     ids = torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
     weights = torch.ones(1, 2, device=DEVICE)
     w2.view(torch.uint8)[1, 0, 0] = 0x7F
-    got = experts_fp8.small_experts(states, w13, w13_scale, w2, w2_scale, BLOCK, weights, ids)
+    held = ExpertWeights(w13, w2, Scales(w13_scale, w2_scale, BLOCK))
+    got = experts_fp8.small_experts(states, held, weights, ids)
     assert bool(got[0, 0].isnan())
     assert bool(got[0, 1:].isfinite().all())
 
@@ -101,4 +103,4 @@ def test_what_does_not_fit_is_refused(fault: str) -> None:
     if fault == "scale dtype":
         w2_scale = w2_scale.double()
     with pytest.raises(ValueError, match=r"scales of|multiple"):
-        experts_fp8.check(w13, w13_scale, w2, w2_scale, block)
+        experts_fp8.checked(ExpertWeights(w13, w2, Scales(w13_scale, w2_scale, block)))

@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from fse_patch.fusion_core.kernels import experts, work_list
-from fse_patch.fusion_core.kernels.experts_once import (
-    Scales,
-    experts_once,
-    launch_w13,
-    most_tokens,
-    takes,
-    w2_tile,
-    w13_tile,
-    within,
-)
+from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights, Scales
+from fse_patch.fusion_core.kernels.experts_once import experts_once, takes, w2_tile, w13_tile, within
 
 from .test_kernels import DEVICE, DTYPES, draw, off
 
@@ -42,31 +34,40 @@ def routed(kind: str, tokens: int, experts_: int, top_k: int, slots: int) -> tor
     return torch.cat([ids, shared], 1).int().to(DEVICE)
 
 
+def lists_are(work: work_list.Work, ids: torch.Tensor) -> bool:
+    """Whether all lists of ``work`` are those of ``ids``."""
+    tokens, slots = ids.shape
+    for got in (work.whole, work.parts):
+        assert len(got.count) == -(-tokens // got.tokens)
+        for number, part in enumerate(ids.split(got.tokens)):
+            expected, rows = work_list.reference(part, got.columns)
+            rows = torch.where(rows < 0, rows, rows + number * got.tokens * slots)
+            count = int(got.count[number])
+            if count != len(expected) or not torch.equal(got.experts[number, :count], expected):
+                return False
+            if not torch.equal(got.rows[number, :count], rows):
+                return False
+    return True
+
+
 @pytest.mark.parametrize("of", [0, 4, 8])
 @pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_work_list(shape: tuple[int, ...], kind: str, of: int) -> None:
     tokens, _, _, experts_, top_k, slots = shape
     ids = routed(kind, tokens, experts_, top_k, slots)
-    work = work_list.work_list(ids, of)
+    work = work_list.work_list(ids, experts_ + slots, of)
     assert (work.parts is work.whole) == (of == 0 or of >= tokens)
-    for got in (work.whole, work.parts):
-        assert len(got.count) == -(-tokens // got.tokens)
-        for number, part in enumerate(ids.split(got.tokens)):
-            expected, rows = work_list.reference(part, got.columns)
-            rows = torch.where(rows < 0, rows, rows + number * got.tokens * (top_k + slots))
-            count = int(got.count[number])
-            assert count == len(expected)
-            assert torch.equal(got.experts[number, :count], expected)
-            assert torch.equal(got.rows[number, :count], rows)
+    assert lists_are(work, ids)
+    # Experts that are elsewhere are in no list.
+    ids[1, :-slots] = -1
+    assert not lists_are(work, ids)
+    assert lists_are(work_list.work_list(ids, experts_ + slots, of), ids)
 
 
-def test_the_work_list_has_room_for_16_tokens_and_256_pairs() -> None:
+def test_the_work_list_has_room_for_16_tokens() -> None:
     with pytest.raises(ValueError, match="17 tokens"):
-        work_list.columns_for(17)
-    with pytest.raises(ValueError, match="15 tokens of 18 slots"):
-        work_list.work_list(torch.zeros(15, 18, dtype=torch.int32))
-    assert [most_tokens(slots) for slots in (11, 16, 18)] == [16, 16, 14]
+        work_list.work_list(torch.zeros(17, 2, dtype=torch.int32), 2)
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)
@@ -81,13 +82,30 @@ def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype, of:
     ids = routed(kind, tokens, experts_, top_k, slots)
     weights = draw(tokens, top_k + slots, seed=7).sigmoid()
     tiles = w13_tile(tokens, False), replace(w2_tile(tokens, hidden, width, False), tokens=of)
-    got = experts_once(states, w13, w2, weights, ids, tiles=tiles)
+    got = experts_once(states, ExpertWeights(w13, w2), weights, ids, tiles=tiles)
     expected = experts.reference(states, w13, w2, weights, ids)
     # The interpreter cuts bfloat16 off instead of rounding it.
     assert off(got, expected) < (0.005 if DEVICE == "cuda" or dtype == torch.float16 else 0.01)
     # The control: one slot of one token weighs otherwise.
     weights[0, -1] *= 1.5
     assert off(got[:1], experts.reference(states[:1], w13, w2, weights[:1], ids[:1])) > 0.01
+
+
+def plain_once(
+    states: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    return experts_once(states, ExpertWeights(w13, w2), weights, ids)
+
+
+def fp8_once(
+    states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    scales: Scales,
+) -> torch.Tensor:
+    return experts_once(states, ExpertWeights(w13, w2, scales), weights, ids)
 
 
 # Rows and columns that share a scale; 0 for all.
@@ -139,7 +157,7 @@ def test_fp8(shape: tuple[int, ...], how: str, kind: str) -> None:
     (w13, s13), (w2, s2) = scaled(w13, block, 2), scaled(w2, block, 1)
     ids = routed(kind, tokens, experts_, top_k, slots)
     weights = draw(tokens, top_k + slots, seed=7).sigmoid()
-    got = experts_once(states, w13, w2, weights, ids, Scales(s13, s2, block))
+    got = fp8_once(states, w13, w2, weights, ids, Scales(s13, s2, block))
     expected = experts.reference(states, exact(w13, s13, block, 2), exact(w2, s2, block, 1), weights, ids)
     for token in range(tokens):
         assert off(got[token], expected[token]) < (0.004 if DEVICE == "cuda" else 0.01)
@@ -153,11 +171,11 @@ def test_one_scale_for_all_of_w13() -> None:
     states, w13, w2, weights, ids = made("even")
     (w13, s13), (w2, s2) = scaled(w13, (0, 0), 2), scaled(w2, (0, 0), 1)
     alone = s13[:, :1].contiguous()
-    got = experts_once(states, w13, w2, weights, ids, Scales(alone, s2, (0, 0)))
+    got = fp8_once(states, w13, w2, weights, ids, Scales(alone, s2, (0, 0)))
     both = alone.expand(-1, 2, -1).contiguous()
-    assert torch.equal(got, experts_once(states, w13, w2, weights, ids, Scales(both, s2, (0, 0))))
+    assert torch.equal(got, fp8_once(states, w13, w2, weights, ids, Scales(both, s2, (0, 0))))
     # The control: w3 has a scale of its own.
-    assert not torch.equal(got, experts_once(states, w13, w2, weights, ids, Scales(s13, s2, (0, 0))))
+    assert not torch.equal(got, fp8_once(states, w13, w2, weights, ids, Scales(s13, s2, (0, 0))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,9 +183,13 @@ def test_factors(dtype: torch.dtype) -> None:
     states = draw(9, 96, seed=1, dtype=dtype) * torch.logspace(-4, 4, 9, device=DEVICE)[:, None].to(dtype)
     states[3], states[4, 0], states[5, 0] = 0.0, float("inf"), float("nan")
     ids = routed("even", 9, 12, 3, 1)
-    got = work_list.work_list(ids, 4, states).factors
-    assert got is not None
-    assert torch.equal(got, work_list.factors_reference(states))
+    fitted = work_list.work_list(ids, 13, 4, states).fitted
+    assert fitted is not None
+    expected = work_list.fitted_reference(states)
+    got = fitted.factors
+    assert torch.equal(got, expected.factors)
+    assert torch.equal(fitted.states.nan_to_num(), expected.states.nan_to_num())
+    assert fitted.states[5, 0].isnan()
     # A token with NaN stays NaN by any factor.
     assert got[3:5].tolist() == [1.0, 1.0]
     fits = (states.float() * got[:, None]).abs().amax(1)
@@ -178,22 +200,28 @@ def test_factors(dtype: torch.dtype) -> None:
 def test_a_tile_in_two_blocks_of_scales_is_refused() -> None:
     states, w13, w2, weights, ids = made("even")
     scales = Scales(w13.float(), w2.float(), (128, 24))
-    assert not takes(scales.block)
     w13, w2 = (tensor.to(torch.float8_e4m3fn) for tensor in (w13, w2))
+    assert not takes(ExpertWeights(w13, w2, scales))
     tiles = w13_tile(9, True), w2_tile(9, 128, 48, True)
     with pytest.raises(ValueError, match="blocks of 128 x 24"):
-        launch_w13(states, states, w13, scales, work_list.work_list(ids).whole, weights, states, tiles[0])
+        experts_once(states, ExpertWeights(w13, w2, scales), weights, ids, tiles=tiles)
 
 
 def test_tiles_lie_in_one_block_of_scales() -> None:
+    _, w13, w2, _, _ = made("even")
+
+    def taken(block: tuple[int, int]) -> bool:
+        return takes(ExpertWeights(w13, w2, Scales(w13, w2, block)))
+
     for block in ((128, 128), (16, 16), (48, 64), (1, 0), (0, 0)):
-        assert takes(block)
+        assert taken(block)
         for tile in (w13_tile(9, True), w2_tile(4, 4096, 128, True)):
             cut = within(tile, block)
             assert block[0] <= 1 or block[0] % cut.rows == 0
             assert block[1] % cut.depth == 0
             assert min(cut.rows, cut.depth) >= 16
-    assert not takes((8, 128))
+    assert not taken((8, 128))
+    assert takes(ExpertWeights(w13, w2))
 
 
 def made(kind: str) -> tuple[torch.Tensor, ...]:
@@ -207,26 +235,24 @@ def made(kind: str) -> tuple[torch.Tensor, ...]:
 
 def test_equal_tokens_give_equal_rows() -> None:
     states, w13, w2, weights, ids = made("alike")
-    out = experts_once(
-        states[:1].expand_as(states), w13, w2, weights[:1].expand_as(weights).contiguous(), ids
-    )
+    out = plain_once(states[:1].expand_as(states), w13, w2, weights[:1].expand_as(weights).contiguous(), ids)
     assert (out == out[:1]).all()
 
 
 def test_the_order_of_tokens_changes_nothing() -> None:
     states, w13, w2, weights, ids = made("even")
-    whole = experts_once(states, w13, w2, weights, ids)
+    whole = plain_once(states, w13, w2, weights, ids)
     order = torch.arange(len(states) - 1, -1, -1)
-    again = experts_once(states[order], w13, w2, weights[order].contiguous(), ids[order].contiguous())
+    again = plain_once(states[order], w13, w2, weights[order].contiguous(), ids[order].contiguous())
     assert torch.equal(again, whole[order])
 
 
 def test_a_broken_token_and_a_broken_expert_stay_where_they_are() -> None:
     states, w13, w2, weights, ids = made("even")
-    whole = experts_once(states, w13, w2, weights, ids)
+    whole = plain_once(states, w13, w2, weights, ids)
     states = states.clone()
     states[1, 3] = float("nan")
-    broken = experts_once(states, w13, w2, weights, ids)
+    broken = plain_once(states, w13, w2, weights, ids)
     assert broken[1].isnan().all()
     assert torch.equal(broken[0], whole[0])
     assert torch.equal(broken[2:], whole[2:])
@@ -238,6 +264,6 @@ def test_a_broken_token_and_a_broken_expert_stay_where_they_are() -> None:
         harmed = tensor.clone()
         harmed[expert] = float("nan")
         given = (harmed, w2) if tensor is w13 else (w13, harmed)
-        out = experts_once(states, *given, weights, ids)
+        out = plain_once(states, *given, weights, ids)
         assert out[who].isnan().all()
         assert torch.equal(out[~who], whole[~who])

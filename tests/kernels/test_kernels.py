@@ -9,6 +9,7 @@ import torch
 
 from fse_patch.fusion_core.decision.outcome import RoutingSpec
 from fse_patch.fusion_core.kernels import append, experts, gated_mlp, launch, route, router_logits
+from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -106,7 +107,7 @@ def test_small_experts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     ids = chosen(tokens, experts_, top_k)
     ids = torch.cat([ids, torch.arange(experts_, experts_ + slots).expand(tokens, slots)], 1).int().to(DEVICE)
     weights = draw(tokens, top_k + slots, seed=7).sigmoid()
-    got = experts.small_experts(states, w13, w2, weights, ids)
+    got = experts.small_experts(states, ExpertWeights(w13, w2), weights, ids)
     wanted = experts.reference(states, w13, w2, weights, ids)
     limit = 1e-2 if dtype == torch.bfloat16 else 1e-3
     assert off(got, wanted) < limit
@@ -156,7 +157,7 @@ def test_kernels_wait_for_what_was_launched_before() -> None:
         states.copy_(source.double().exp().log().bfloat16()[:2])
         logits = router_logits.router_logits(states, gate)
         weights, ids = route.route(logits, 4, range(experts_, experts_), QWEN)
-        return experts.small_experts(states, w13, w2, weights, ids)
+        return experts.small_experts(states, ExpertWeights(w13, w2), weights, ids)
 
     got = chain()
     if DEVICE == "cuda":
@@ -172,7 +173,8 @@ def test_kernels_wait_for_what_was_launched_before() -> None:
     wanted = experts.reference(source[:2], w13, w2, weights, ids)
     assert off(got, wanted) < 1e-2
     # The control: states of before.
-    assert off(experts.small_experts(torch.zeros_like(states), w13, w2, weights.float(), ids), wanted) > 0.5
+    before = torch.zeros_like(states)
+    assert off(experts.small_experts(before, ExpertWeights(w13, w2), weights.float(), ids), wanted) > 0.5
 
 
 def test_launches_overlap_where_the_device_can() -> None:

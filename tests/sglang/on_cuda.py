@@ -81,8 +81,8 @@ def cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
 def shared_left_out(original: Any) -> Any:
     """A fault of one mode alone."""
 
-    def small(x: torch.Tensor, w13: Any, w2: Any, weights: torch.Tensor, ids: torch.Tensor) -> Any:
-        return original(x, w13, w2, weights[:, :-1].contiguous(), ids[:, :-1].contiguous())
+    def small(x: torch.Tensor, experts: Any, weights: torch.Tensor, ids: torch.Tensor) -> Any:
+        return original(x, experts, weights[:, :-1].contiguous(), ids[:, :-1].contiguous())
 
     return small
 
@@ -145,10 +145,11 @@ def build(
 
     runtime.clear()
     found: dict[str, Any] = {"report": None, "error": ""}
-    small = shared_left_out(small_mode.small_experts) if fault else small_mode.small_experts
+    kernels = small_mode.experts
+    small = shared_left_out(kernels.small_experts) if fault else kernels.small_experts
     env = {"FSE_PATCH_TUNED": table, "FSE_PATCH_VERIFY": verify}
     with cuda(tuple(capability)), patch.dict(os.environ, env), ExitStack() as stack:
-        stack.enter_context(patch.object(small_mode, "small_experts", small))
+        stack.enter_context(patch.object(kernels, "small_experts", small))
         config = start(folder, **(server or {}))
         try:
             model = get_model(

@@ -163,4 +163,6 @@ def exact(experts: Any, expert: int, name: str, form: ExpertFormat) -> torch.Ten
     from ...fusion_core.kernels.experts_fp8 import dequantised  # needs Triton
 
     scale = getattr(experts, f"{name}_{form.scale}").data[expert]
-    return dequantised(weight[None], scale[None], form.block, halves=2 if name == "w13" else 1)[0]
+    block = form.block or (0, 0)
+    scale = scale[None] if form.block else scale.view(1, 1, 1)
+    return dequantised(weight[None], scale, block, halves=2 if name == "w13" else 1)[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.experts import small_experts
+from ...kernels import experts, experts_fp8
 from ..execution import Execution
 
 
 def run(execution: Execution, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Compute the layer's output [num_tokens, H] from ``hidden_states`` and ``logits`` [num_tokens, E]."""
-    weights, ids = execution.route_few(hidden_states, logits)
-    if execution.quantised is not None:
-        return execution.quantised.small(hidden_states, (weights, ids))
-    return small_experts(hidden_states, execution.experts.w13, execution.experts.w2, weights, ids)
+    weights = execution.expert_weights()
+    top_k = execution.route_few(hidden_states, logits)
+    if weights.scales is None:
+        return experts.small_experts(hidden_states, weights, *top_k)
+    return experts_fp8.small_experts(hidden_states, weights, *top_k)

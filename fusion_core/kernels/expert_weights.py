@@ -1,0 +1,57 @@
+"""Weights of experts for the kernels of few tokens: where the engine keeps them, in their format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Rows and columns of a weight that share a scale; 0: all of them.
+Block = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of FP8 experts, float32, with any strides.
+
+    Args:
+        w13, w2: [E, rows of scales, columns of scales]; those of w3 follow those of w1. One row for both
+            where all rows share a scale.
+        block: rows and columns of a weight that share a scale; 0 for all of them.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    block: Block
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of E routed experts, or of the one shared expert (E = 1), which may be wider than those.
+
+    Args:
+        w13: [E, 2 * I, H], rows of w1 before those of w3; w2: [E, H, I]. The last dimension is contiguous.
+            bfloat16 or float16, or float8_e4m3fn with ``scales``.
+        scales: of FP8 weights; None for others.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    scales: Scales | None = None
+
+    @property
+    def width(self) -> int:
+        """Return I."""
+        return self.w2.shape[2]
+
+    def __post_init__(self) -> None:
+        count, hidden, width = self.w2.shape
+        if self.w13.shape != (count, 2 * width, hidden):
+            raise ValueError(f"w13 is {list(self.w13.shape)}, w2 {list(self.w2.shape)}")
+        if self.w13.stride(2) != 1 or self.w2.stride(2) != 1:
+            raise ValueError("the last dimension of w13 and w2 must be contiguous")
+
+
+def slots_of(shared: ExpertWeights, width: int) -> int:
+    """Return S, how many slots of routed width ``width`` the shared expert takes."""
+    return -(-shared.width // width)
