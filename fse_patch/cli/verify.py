@@ -71,7 +71,7 @@ def command(
     for refused in report.get("refused", ()):
         raise RefusedError(refused["reason"], refused["detail"])
     if report.get("ended") == "stock":
-        raise EngineError("the engine did not start: " + "; ".join(report["failures"]))
+        raise EngineError("nothing was compared: " + "; ".join(report["failures"]))
     if not report["passed"]:
         raise typer.Exit(1)
 
