@@ -161,6 +161,7 @@ class Launch(Strict):
         native_wanted: what its own fusion needs where it is not on by default.
         native_backend: what tables call its own fusion, where modes of ours may stand beside it; or "".
         backends: first match counts.
+        amx_kernels: distributions with kernels of the engine for CPUs with AMX, which nobody has measured.
     """
 
     commands: Annotated[list[Text], Field(min_length=1)]
@@ -175,6 +176,7 @@ class Launch(Strict):
     native_wanted: list[Refusal] = Field(default_factory=list)
     native_backend: str = ""
     backends: list[DeviceBackend] = Field(default_factory=list)
+    amx_kernels: list[Text] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _asked(self) -> Launch:

@@ -25,7 +25,7 @@ class Device:
     Args:
         name: as the driver gives it; "cpu" for none.
         here: it is of this machine, and was not given by name.
-        amx: a CPU whose engines have kernels of their own for its matrix units.
+        amx: a CPU with matrix units, for which an engine may have kernels of its own.
     """
 
     platform: Platform

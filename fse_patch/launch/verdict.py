@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -202,7 +203,7 @@ def _plan(
     now: Settings,
 ) -> ModePlan | Reason:
     device, allowed = made.device, now.allow_unmeasured
-    if device.platform == "cpu" and not device.amx:
+    if device.platform == "cpu" and not (device.amx and _has_amx_kernels(facts)):
         return always("fused", "a CPU, where no speed is promised")
     if device.platform != "cuda":
         return unmeasured(allowed, "on this platform")
@@ -247,6 +248,11 @@ def _situation(
         scoring=decision.moe.routing.scoring,
         gated=decision.moe.shared_weight == SHARED_GATE,
     )
+
+
+def _has_amx_kernels(facts: EngineFacts) -> bool:
+    names = facts.launch.amx_kernels if facts.launch else ()
+    return any(next(metadata.distributions(name=name), None) is not None for name in names)
 
 
 def _backend(asked: Asked, facts: EngineFacts, device: Device) -> str:

@@ -17,7 +17,7 @@ from fse_patch.cli.app import app
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.engines import Refusal, facts_of
 from fse_patch.fusion_core.reasons import REASONS
-from fse_patch.launch import flags, machine
+from fse_patch.launch import flags, machine, verdict
 from fse_patch.launch.command import Asked, engine_of_command, read
 from fse_patch.launch.machine import named
 from fse_patch.patches import ENGINES
@@ -266,6 +266,20 @@ def test_the_first_line_is_the_verdict(tmp_path: Path) -> None:
     done = fse_patch("plan", folder, *given, "vllm", "serve", folder, "--enable-lora")
     assert done.stdout.startswith("stock: lora: LoRA is enabled")
     assert done.returncode == 3
+
+
+def test_kernels_for_amx_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sound(tmp_path)
+    monkeypatch.setattr(machine, "here", lambda: machine.Device("cpu", "x86_64", here=True, amx=True))
+    found: list[str] = []
+    monkeypatch.setattr(verdict.metadata, "distributions", lambda name: iter(["it"] if name in found else []))
+    given = ["--engine-version", "0.5.20", "--", "sglang", "serve", "--model", "M"]
+    assert plan(folder, *given)[1]["runtime"]["served"] == "fused"
+    found.append("sgl-kernel")
+    assert plan(folder, *given)[1]["runtime"]["reason"] == "slower.unmeasured"
+    # vLLM has none of its own.
+    given = ["--engine-version", "0.32.0", "--", "vllm", "serve", "M"]
+    assert plan(folder, *given)[1]["runtime"]["served"] == "fused"
 
 
 def test_without_an_engine_the_release_is_asked_for(tmp_path: Path) -> None:
