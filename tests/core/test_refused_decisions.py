@@ -20,7 +20,7 @@ from .test_policy import NVFP4
 
 KNOWN = (
     "it knows glm4_moe, glm4_moe_lite, glm4v_moe, glm4v_moe_text, qwen2_moe, qwen3_5_moe, qwen3_5_moe_text, "
-    "qwen3_next, qwen4_exp"
+    "qwen3_next, qwen4_exp, qwen4_exp_text"
 )
 NO_DRAFT = "neither config.json nor the tensors show an MTP draft"
 
