@@ -273,9 +273,9 @@ SECOND = """\
         ),
         (
             OWN.replace("families: [qwen3_next]", "- 1"),
-            "line 4: field 'rules[0].when': should be an object with keys of "
-            "quant_methods, quant_schemes, formats, config, families, engines, roles, headers, dtypes, suffixes, "
-            "specs_equal, max_shared_slots",
+            "line 4: field 'rules[0].when': should be an object with keys of quant_methods, quant_schemes, "
+            "formats, config, families, engines, roles, headers, dtypes, suffixes, specs_equal, "
+            "max_shared_slots",
         ),
         (
             OWN.replace("fuse: false", "fuse: true"),
