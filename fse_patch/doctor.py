@@ -27,7 +27,7 @@ from .launch.verdict import verdict
 from .patches import ENGINES
 from .version import __version__
 
-NAME = "fse_patch"
+NAME = command.PLUGIN
 
 
 def examine(checkpoint: Path | None = None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from ..settings import ENABLE, engines_in
 from .flags import flags_of, parser_of, unknown_flag
 
 Value = bool | int | str | None
+# The name of our entry points.
+PLUGIN = "fse_patch"
 _TRUE = {"1", "true", "yes", "on"}
 
 
@@ -27,6 +29,7 @@ class Asked:
         model: folder or name, as given; "" where the command names none.
         switched_on: whether FSE_PATCH, or the launcher, asks for this package's work; None where the command
             does not say.
+        unseen: why the engine would not load our plugin, in words; "" where it does.
         values: by the names of `Launch.asks`: tp, pp, dp, ep, dtype, quantization, load_format, lora, ...
         environment: variables that the command itself sets.
     """
@@ -34,6 +37,7 @@ class Asked:
     engine: str
     model: str
     switched_on: bool | None
+    unseen: str
     values: Mapping[str, Value]
     environment: Mapping[str, str]
 
@@ -76,11 +80,21 @@ def read(words: Sequence[str], release: str, environment: Mapping[str, str], eng
     values = {name: _value(name, ask, given, held) for name, ask in launch.asks.items()}
     model = next((str(given[name]) for name in launch.model if given.get(name)), "")
     on: bool | None = None
+    unseen = "" if command in launch.switched_on_by else _unseen(found, held)
     if ENABLE in own:
         on = found in engines_in(own[ENABLE])
     elif command in launch.switched_on_by:
         on = True
-    return Asked(found, model, on, values, own)
+    return Asked(found, model, on, unseen, values, own)
+
+
+def _unseen(engine: str, environment: Mapping[str, str]) -> str:
+    """Say why plugins of ours are not loaded: a variable that allows others only."""
+    variable = facts_of(engine).plugins.variable
+    allowed = environment.get(variable)
+    if allowed is None or PLUGIN in [name.strip() for name in allowed.split(",")]:
+        return ""
+    return f"{variable} is {allowed!r}: {engine} does not load fse_patch; add {PLUGIN} to it"
 
 
 def _launch(engine: str) -> Launch:

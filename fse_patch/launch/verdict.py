@@ -26,7 +26,7 @@ from ..fusion_core.decision.outcome import Decision, Merged, Stock
 from ..fusion_core.engines import EngineFacts, Refusal, facts_of
 from ..fusion_core.forward.plan import ModePlan, always
 from ..fusion_core.forward.tuned import Situation, plan_for
-from ..fusion_core.reasons import Reason
+from ..fusion_core.reasons import CONTRADICTIONS, Reason
 from ..settings import Settings
 from .command import Asked
 from .machine import Device
@@ -43,6 +43,8 @@ class Verdict:
         served: by this package, as the engine fuses by itself, or as it runs without us.
         reason: why not fused by us; None where it is.
         plan: which mode runs for how many tokens; None where no mode of ours runs.
+        ends: the server ends before it has read a weight: its arguments contradict fusing, and
+            FSE_PATCH_STRICT=1 asks for that.
     """
 
     served: Served
@@ -52,6 +54,7 @@ class Verdict:
     device: Device
     reason: Reason | None = None
     plan: ModePlan | None = None
+    ends: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON. ``gain`` is null: tables say which mode is the fastest, not by how much."""
@@ -62,6 +65,7 @@ class Verdict:
             modes.append({"up_to": None, "mode": plan.otherwise})
         return {
             "served": self.served,
+            "ends": self.ends,
             "layout": LAYOUT if self.served == "fused" else None,
             "modes": modes,
             "reason": None if self.reason is None else self.reason.code,
@@ -79,6 +83,8 @@ class Verdict:
             return f"fused, {LAYOUT}: {self.plan} ({self.plan.source}); {where}"
         assert self.reason is not None
         head = "fused by the engine itself" if self.served == "native" else "stock"
+        if self.ends:
+            head = "does not start (FSE_PATCH_STRICT=1)"
         if self.plan is not None:
             head += f", with modes of ours: {self.plan} ({self.plan.source})"
         return f"{head}: {self.reason.code}: {self.reason.detail}; {where}"
@@ -106,6 +112,8 @@ def verdict(
     made = Verdict("stock", asked.engine, version, facts.standing(release), device)
     if asked.switched_on is False:
         return replace(made, reason=Reason("disabled", "FSE_PATCH is off in this command"))
+    if asked.unseen:
+        return replace(made, reason=Reason("disabled", asked.unseen))
     try:
         guards.check_version(book, version, now.allow_untested)
     except RefusedError as error:
@@ -127,7 +135,7 @@ def _settled(
         if native is not None and not wrong:
             by_itself = Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
             return replace(made, served="native", reason=by_itself)
-        return replace(made, reason=decision.reason)
+        return _refused(made, decision.reason, now)
     right = native is not None and not wrong
     reasons = _refusals(decision, asked, facts, right, made.device, config, now)
     reason = next(reasons, None)
@@ -137,8 +145,12 @@ def _settled(
     if isinstance(plan, ModePlan):
         return replace(made, served="fused", plan=plan)
     if plan.code != "upstream.already":
-        return replace(made, reason=plan)
+        return _refused(made, plan, now)
     return replace(made, served="native", reason=plan, plan=beside)
+
+
+def _refused(made: Verdict, reason: Reason, now: Settings) -> Verdict:
+    return replace(made, reason=reason, ends=reason.code in CONTRADICTIONS and now.strict_arguments)
 
 
 def _refusals(
@@ -252,7 +264,7 @@ def _situation(
 
 def _has_amx_kernels(facts: EngineFacts) -> bool:
     names = facts.launch.amx_kernels if facts.launch else ()
-    return any(next(metadata.distributions(name=name), None) is not None for name in names)
+    return any(True for name in names for _ in metadata.distributions(name=name))
 
 
 def _backend(asked: Asked, facts: EngineFacts, device: Device) -> str:

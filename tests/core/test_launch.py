@@ -254,6 +254,39 @@ def test_variables_of_the_command_hold(tmp_path: Path) -> None:
         assert ("no patch" in report["runtime"]["detail"]) == ("UNTESTED" in variable)
 
 
+def test_plugins_that_are_not_allowed_are_not_loaded(tmp_path: Path) -> None:
+    folder = sound(tmp_path)
+    given = ["--engine-version", "0.32.0", "--device", "cpu", "--"]
+    for allowed, reason in (("other", "disabled"), ("other,fse_patch", None), ("", "disabled")):
+        runtime = plan(folder, *given, f"VLLM_PLUGINS={allowed}", "vllm", "serve", "M")[1]["runtime"]
+        assert runtime["reason"] == reason, allowed
+    # The launch wrapper needs no plugin.
+    given = ["--engine-version", "0.5.20", "--device", "cpu", "--", "SGLANG_PLUGINS=none"]
+    for module, reason in (("fse_patch.launch_sglang", None), ("sglang.launch_server", "disabled")):
+        assert plan(folder, *given, "python", "-m", module, "--model", "M")[1]["runtime"]["reason"] == reason
+
+
+def test_a_strict_server_that_contradicts_itself_does_not_start(tmp_path: Path) -> None:
+    folder = sound(tmp_path)
+    given = [
+        "--engine-version",
+        "0.32.0",
+        "--device",
+        "cpu",
+        "--",
+        "FSE_PATCH_STRICT=1",
+        "vllm",
+        "serve",
+        "M",
+    ]
+    assert plan(folder, *given, "--enable-lora")[1]["runtime"]["ends"] is True
+    assert plan(folder, *given)[1]["runtime"]["ends"] is False
+    done = fse_patch("plan", folder, *given, "--enable-lora")
+    assert done.stdout.startswith("does not start (FSE_PATCH_STRICT=1): lora: ")
+    unset = ["--engine-version", "0.32.0", "--device", "cpu", "--", "vllm", "serve", "M", "--enable-lora"]
+    assert plan(folder, *unset)[1]["runtime"]["ends"] is False
+
+
 def test_the_first_line_is_the_verdict(tmp_path: Path) -> None:
     folder = sound(tmp_path)
     given = ["--engine-version", "0.32.0", "--device", "cpu", "--"]
