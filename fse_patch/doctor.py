@@ -91,7 +91,13 @@ def verdicts(
     rows = []
     for engine in engines:
         if engine["installed"] is not None:
-            found = _verdict(engine["engine"], engine["installed"], checkpoint, effective, device)
+            name, version = engine["engine"], engine["installed"]
+            found = _verdict(name, version, checkpoint, effective, device)
+            if broken := [patch for patch, state in engine["guards"].items() if state != "ok"]:
+                sentence = (
+                    f"stock: fingerprint: {name} {version} is not the source that patch {broken[0]} knows"
+                )
+                found = {"served": "stock", "reason": "fingerprint", "sentence": sentence}
             rows.append({"engine": engine["engine"], **found})
     return rows
 

@@ -83,7 +83,8 @@ class Target:
         device = self.device or machine.here()
 
         def say(role: Role) -> Verdict:
-            return verdict(decisions[role], self.asked, release, device, config, self.settings)
+            installed = self.version is None
+            return verdict(decisions[role], self.asked, release, device, config, self.settings, installed)
 
         self.verdict = say("main")
         section = runtime_report(decisions["main"], device.platform, release) | self.verdict.to_dict()

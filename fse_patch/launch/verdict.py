@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from types import SimpleNamespace
 from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
 
 from ..adapters.patching import guards, ledger
-from ..adapters.refusals import SHARED_GATE, measured, quantised_online, unmeasured, without_proof
+from ..adapters.refusals import quantised_online, without_proof
 from ..adapters.running_config import config_differs
 from ..errors import FsePatchError, RefusedError
 from ..fusion_core.checkpoint.config import UNQUANTISED
@@ -24,12 +23,12 @@ from ..fusion_core.checkpoint.families import family_of
 from ..fusion_core.decision.native import fusing, gets_wrong
 from ..fusion_core.decision.outcome import Decision, Merged, Stock
 from ..fusion_core.engines import EngineFacts, Refusal, facts_of
-from ..fusion_core.forward.plan import ModePlan, always
-from ..fusion_core.forward.tuned import Situation, plan_for
-from ..fusion_core.reasons import CONTRADICTIONS, Reason
+from ..fusion_core.forward.plan import ModePlan
+from ..fusion_core.reasons import CONTRADICTIONS, Code, Reason
 from ..settings import Settings
 from .command import Asked
 from .machine import Device
+from .modes import beside_native, plan_of
 
 Served = Literal["fused", "native", "stock"]
 LAYOUT = "merged"
@@ -91,7 +90,13 @@ class Verdict:
 
 
 def verdict(
-    decision: Decision, asked: Asked, version: str, device: Device, config: Mapping[str, Any], now: Settings
+    decision: Decision,
+    asked: Asked,
+    version: str,
+    device: Device,
+    config: Mapping[str, Any],
+    now: Settings,
+    installed: bool = False,
 ) -> Verdict:
     """Say what the server does with the role of a decision.
 
@@ -99,6 +104,7 @@ def verdict(
         version: of the engine.
         config: the model's config.json.
         now: settings of the server.
+        installed: the engine is the one of this environment, whose source is then compared.
 
     Raises:
         FsePatchError: the version is none.
@@ -115,9 +121,12 @@ def verdict(
     if asked.unseen:
         return replace(made, reason=Reason("disabled", asked.unseen))
     try:
-        guards.check_version(book, version, now.allow_untested)
+        for patch in guards.check_version(book, version, now.allow_untested):
+            if installed and (patch.setting is None or patch.setting in now.switches):
+                guards.check_source(book, patch)
     except RefusedError as error:
-        return replace(made, reason=Reason("version.untested", error.detail))
+        code: Code = "fingerprint" if error.reason == "fingerprint" else "version.untested"
+        return replace(made, reason=Reason(code, error.detail))
     return _settled(made, decision, asked, facts, config, now)
 
 
@@ -140,8 +149,8 @@ def _settled(
     reasons = _refusals(decision, asked, facts, right, made.device, config, now)
     reason = next(reasons, None)
     # Modes for what the engine fuses by itself, where nothing else forbids them.
-    beside = _beside(decision, asked, facts, made, config, now) if right and not any(reasons) else None
-    plan = reason or _plan(decision, asked, facts, made, config, now)
+    beside = beside_native(decision, asked, facts, made, config, now) if right and not any(reasons) else None
+    plan = reason or plan_of(decision, asked, facts, made, config, now)
     if isinstance(plan, ModePlan):
         return replace(made, served="fused", plan=plan)
     if plan.code != "upstream.already":
@@ -204,89 +213,3 @@ def _native(
     wanted = bool(launch.native_wanted) and all(r.holds(asked[r.ask]) for r in launch.native_wanted)
     here = fusing(facts.engine, family.name, device.platform, version)
     return next((entry for entry in here if entry["by_default"] or wanted), None)
-
-
-def _plan(
-    decision: Merged,
-    asked: Asked,
-    facts: EngineFacts,
-    made: Verdict,
-    config: Mapping[str, Any],
-    now: Settings,
-) -> ModePlan | Reason:
-    device, allowed = made.device, now.allow_unmeasured
-    if device.platform == "cpu" and not (device.amx and _has_amx_kernels(facts)):
-        return always("fused", "a CPU, where no speed is promised")
-    if device.platform != "cuda":
-        return unmeasured(allowed, "on this platform")
-    if asked["batch_invariant"]:
-        return unmeasured(False, "with batch invariance: another mode for another batch breaks its promise")
-    if decision.quant_method != UNQUANTISED:
-        return unmeasured(allowed, "for quantised experts, as far as can be said without the engine")
-    backend = _backend(asked, facts, device)
-    if backend != facts.backends.get("cuda"):
-        return unmeasured(False, f"with the MoE backend {backend}")
-    return measured(_situation(decision, asked, made, backend, config), now)
-
-
-def _beside(
-    decision: Merged,
-    asked: Asked,
-    facts: EngineFacts,
-    made: Verdict,
-    config: Mapping[str, Any],
-    now: Settings,
-) -> ModePlan | None:
-    """Return the measured modes for layers that the engine builds fused by itself; None: it is left alone."""
-    backend = facts.launch.native_backend if facts.launch else ""
-    fits = made.device.platform == "cuda" and decision.quant_method == UNQUANTISED
-    if not (backend and fits) or decision.moe.layout.num_shared_slots != 1 or asked["batch_invariant"]:
-        return None
-    plan = plan_for(_situation(decision, asked, made, backend, config), "cuda", now.tuned_file, places=())
-    return plan if isinstance(plan, ModePlan) else None
-
-
-def _situation(
-    decision: Merged, asked: Asked, made: Verdict, backend: str, config: Mapping[str, Any]
-) -> Situation:
-    return Situation.of(
-        decision.moe.layout,
-        asked.number("tp"),
-        engine=made.engine,
-        release=Version(made.version).public,
-        backend=backend,
-        device=made.device.name,
-        dtype=_dtype(asked, config),
-        scoring=decision.moe.routing.scoring,
-        gated=decision.moe.shared_weight == SHARED_GATE,
-    )
-
-
-def _has_amx_kernels(facts: EngineFacts) -> bool:
-    names = facts.launch.amx_kernels if facts.launch else ()
-    return any(True for name in names for _ in metadata.distributions(name=name))
-
-
-def _backend(asked: Asked, facts: EngineFacts, device: Device) -> str:
-    """Return the MoE backend that the engine picks: the user's, that of the device, or of its platform."""
-    given = asked["moe_backend"]
-    if isinstance(given, str) and given != "auto":
-        return given
-    for row in facts.launch.backends if facts.launch else ():
-        if any(words in device.name for words in row.devices):
-            return row.backend
-    return facts.backends.get(device.platform, "auto")
-
-
-def _dtype(asked: Asked, config: Mapping[str, Any]) -> str:
-    """Return the dtype that runs: the user's, or the checkpoint's, halved where it is float32."""
-    names = {"half": "float16", "float": "float32"}
-    given = str(asked["dtype"] or "auto")
-    if given != "auto":
-        return names.get(given, given)
-    text = config.get("text_config") or config
-    stored = next(
-        (str(c[k]) for c in (text, config) for k in ("dtype", "torch_dtype") if c.get(k)), "bfloat16"
-    )
-    stored = stored.removeprefix("torch.")
-    return "float16" if stored == "float32" else stored

@@ -130,6 +130,11 @@ def test_it_begins_with_what_a_server_does_here(installed: pytest.MonkeyPatch, t
     fuses = write_checkpoint(tmp_path / "a", config_of("glm4_moe"), model_tensors("glm4_moe"))
     (row,) = doctor.examine(fuses)["verdicts"]
     assert (row["served"], row["reason"]) == ("fused", None)
+    # Another source than the one that the patches were written for.
+    installed.setattr(guards, "guard", lambda patch: "reads other" if patch.id == "load-model" else "")
+    (row,) = doctor.examine()["verdicts"]
+    assert (row["served"], row["reason"]) == ("stock", "fingerprint")
+    installed.setattr(guards, "guard", lambda patch: "")
     # A GPU that nobody has measured, and one that has tables of another release.
     for name in ("NVIDIA A100", "NVIDIA H200"):
         device = machine.Device("cuda", name, here=True)

@@ -13,11 +13,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from fse_patch.adapters.patching import guards
 from fse_patch.cli.app import app
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.engines import Refusal, facts_of
 from fse_patch.fusion_core.reasons import REASONS
-from fse_patch.launch import flags, machine, verdict
+from fse_patch.launch import flags, machine, modes
 from fse_patch.launch.command import Asked, engine_of_command, read
 from fse_patch.launch.machine import named
 from fse_patch.patches import ENGINES
@@ -301,11 +302,24 @@ def test_the_first_line_is_the_verdict(tmp_path: Path) -> None:
     assert done.returncode == 3
 
 
+def test_another_source_of_the_installed_release_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sound(tmp_path)
+    monkeypatch.setattr(guards, "engine_version", lambda book: "0.32.0")
+    given = ["--device", "cpu", "--", "vllm", "serve", "M"]
+    for state, reason in (("", None), ("reads other", "fingerprint")):
+        monkeypatch.setattr(guards, "guard", lambda patch, site=None, state=state: state)
+        assert plan(folder, *given)[1]["runtime"]["reason"] == reason
+    # Of a release that is only named, nothing is read here.
+    assert plan(folder, "--engine-version", "0.32.0", *given)[1]["runtime"]["reason"] is None
+
+
 def test_kernels_for_amx_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sound(tmp_path)
     monkeypatch.setattr(machine, "here", lambda: machine.Device("cpu", "x86_64", here=True, amx=True))
     found: list[str] = []
-    monkeypatch.setattr(verdict.metadata, "distributions", lambda name: iter(["it"] if name in found else []))
+    monkeypatch.setattr(modes.metadata, "distributions", lambda name: iter(["it"] if name in found else []))
     given = ["--engine-version", "0.5.20", "--", "sglang", "serve", "--model", "M"]
     assert plan(folder, *given)[1]["runtime"]["served"] == "fused"
     found.append("sgl-kernel")
