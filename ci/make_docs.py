@@ -22,6 +22,8 @@ PAGES = [
     "README.md",
     "CHANGELOG.md",
     "benchmarks/README.md",
+    "docker/README.md",
+    "examples/README.md",
     "patches/families/README.md",
     "tests/core/golden/README.md",
 ]
