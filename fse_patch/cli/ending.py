@@ -32,6 +32,9 @@ def run(command: Any, arguments: list[str] | None = None) -> NoReturn:
         reason = error.reason if isinstance(error, RefusedError) else None
         _end(arguments, str(error), error.exit_status, reason)
     except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            sys.exit(BAD_INPUT)
         _end(arguments, _words(error), BAD_INPUT)
     except typer.Abort:
         sys.exit(1)
@@ -48,8 +51,6 @@ def _words(error: Any) -> str:
     """Return a line for a wrong argument, with the way to the help of its command."""
     message = str(error.format_message()).rstrip(".")
     context = getattr(error, "ctx", None)
-    if not message:  # a group without a command: its help was shown
-        return ""
     path = context.command_path if context is not None else NAME
     return f"{message[:1].lower()}{message[1:]}; see {path} --help"
 
@@ -86,6 +87,5 @@ def _end(arguments: list[str], message: str, status: int, reason: str | None = N
             sys.stdout.flush()
         except OSError as error:
             _cannot_write(error)
-    if line:
-        print(f"{NAME}: {line}", file=sys.stderr)
+    print(f"{NAME}: {line}", file=sys.stderr)
     sys.exit(status)

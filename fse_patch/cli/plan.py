@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +48,8 @@ def command(
 ) -> None:
     """Run the command. Exit status: 0 fuses, 3 refused, 2 bad input."""
     words = launch or []
+    if len(words) == 1:  # the whole command in quotes
+        words = shlex.split(words[0])
     asked_about = (platform, device, engine_version, tp)
     target = None
     if words or any(value is not None for value in asked_about):

@@ -65,6 +65,13 @@ def test_help_has_a_short_form(command: list[str]) -> None:
     assert fse_patch(*command, "-h").stdout == fse_patch(*command, "--help").stdout != ""
 
 
+@pytest.mark.parametrize("command", [[], ["policy"]])
+def test_a_group_alone_shows_its_help(command: list[str]) -> None:
+    done = fse_patch(*command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == fse_patch(*command, "--help").stdout
+
+
 def test_a_name_of_the_hub_in_the_local_cache_is_looked_up(model: Path, tmp_path: Path) -> None:
     commit = "a" * 40
     repository = tmp_path / "hub" / "models--org--name"

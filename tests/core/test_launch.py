@@ -245,6 +245,14 @@ def test_each_flag_has_its_reason(engine: str, flags_given: str, reason: str | N
     assert report["fuse"] is ("--load-format" not in flags_given)
 
 
+def test_a_command_in_quotes_is_the_same(tmp_path: Path) -> None:
+    folder = sound(tmp_path)
+    given = ["--engine-version", "0.32.0", "--device", "cpu", "--"]
+    apart = plan(folder, *given, "vllm", "serve", "M", "-tp", "2")
+    assert plan(folder, *given, "vllm serve M -tp 2") == apart
+    assert apart[1]["runtime"]["asked"]["tp"] == 2
+
+
 def test_variables_of_the_command_hold(tmp_path: Path) -> None:
     folder = sound(tmp_path)
     given = ["--engine-version", "9.9", "--device", "cpu", "--"]
