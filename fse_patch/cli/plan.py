@@ -49,7 +49,10 @@ def command(
     """Run the command. Exit status: 0 fuses, 3 refused, 2 bad input."""
     words = launch or []
     if len(words) == 1:  # the whole command in quotes
-        words = shlex.split(words[0])
+        try:
+            words = shlex.split(words[0])
+        except ValueError as error:
+            raise FsePatchError(f"{words[0]}: {error}") from None
     asked_about = (platform, device, engine_version, tp)
     target = None
     if words or any(value is not None for value in asked_about):

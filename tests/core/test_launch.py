@@ -349,6 +349,7 @@ def test_without_an_engine_the_release_is_asked_for(tmp_path: Path) -> None:
         (["--device", "H200", "--platform", "cpu", "--engine", "vllm"], "is a device of cuda, not of cpu"),
         ([], "give --engine, or the command that starts the server"),
         (["--", "vlm", "serve"], "no launch command that is known"),
+        (["--", "vllm serve 'M"], "No closing quotation"),
     ],
 )
 def test_wrong_targets_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
