@@ -15,7 +15,8 @@ WRITE ?=
 # Parts of `make test-all`, or nothing for all that have not passed; python3 ci/test_all.py --list names them.
 PART ?=
 
-.PHONY: help envs demo releases test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz mutants lint format
+.PHONY: help envs demo releases test test-all test-core test-vllm test-sglang test-kernels test-faults fuzz mutants lint format \
+	wheel docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -73,3 +74,11 @@ lint: ## ruff, mypy (python ci/staged.py mypy -p fse_patch) and the import contr
 format: ## let ruff rewrite what it can
 	@$(PYTHON) ci/envs.py core
 	@.venvs/core/bin/ruff check --fix . && .venvs/core/bin/ruff format .
+
+wheel: ## build the sdist and the wheel into dist/, and check what they hold
+	@$(PYTHON) ci/envs.py core
+	@.venvs/core/bin/python ci/make_wheel.py
+
+docs: ## the pages as a site in .cache/site; a link that leads nowhere is an error
+	@$(PYTHON) ci/envs.py core
+	@.venvs/core/bin/python ci/make_docs.py

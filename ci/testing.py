@@ -1,6 +1,7 @@
 """Runs the checks and tests in the environments of ci/matrix.yaml, two processes at once.
 
     python3 ci/testing.py [lint] [core] [kernels] [vllm] ...      default: all of them
+    python3 ci/testing.py vllm-0.32.0                   one release, by its name in the matrix
     python3 ci/testing.py faults                        every planted fault, in no default
 
 What runs in each environment is in ci/steps.py. Every step has a time limit and runs in a process group of
@@ -138,6 +139,7 @@ def chosen(names: list[str], rows: list[steps.Row]) -> list[Step]:
         kind: [steps.engine(row) for row in rows if row["engine"] == kind and not row.get("short")]
         for kind in steps.engines(rows)
     }
+    there |= {str(row["name"]): [steps.engine(row)] for row in rows}
     there["faults"] = [steps.faults(row) for row in rows if row.get("whole")]
     return [step for name in names for step in there[name]]
 

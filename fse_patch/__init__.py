@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
+
+_FOLDER = Path(__file__).parent
+# In a clone the core, the adapters and the data stand beside this folder: package-dir in pyproject.toml.
+if not (_FOLDER / "fusion_core").exists() and (_FOLDER.parent / "fusion_core" / "__init__.py").is_file():
+    __path__.append(str(_FOLDER.parent))
 
 if TYPE_CHECKING:
     from .report import Report

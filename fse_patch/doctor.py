@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterable
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,22 @@ from packaging.version import Version
 
 from . import settings, table_coverage
 from .adapters.patching import guards, ledger, standing
-from .errors import FsePatchError, RefusedError
+from .errors import FsePatchError, RefusedError, did_you_mean
 from .fusion_core.checkpoint.families import families
+from .fusion_core.checkpoint.sources import CONFIG_NAME, FolderSource
+from .fusion_core.decision.decide import decide_roles
 from .fusion_core.decision.native import fusing
 from .fusion_core.decision.paired_places import unrun
 from .fusion_core.decision.policy_file import load_policy
-from .fusion_core.engines import Plugins
+from .fusion_core.engines import Plugins, facts_of
 from .fusion_core.forward import tuned
 from .fusion_core.forward.measured_cache import kept
+from .launch import command, machine
+from .launch.verdict import verdict
 from .patches import ENGINES
 from .version import __version__
 
-NAME = "fse_patch"
+NAME = command.PLUGIN
 
 
 def examine(checkpoint: Path | None = None) -> dict[str, Any]:
@@ -38,8 +41,9 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     Raises:
         FsePatchError: the checkpoint cannot be read, or nothing of it could be fused.
 
-    Keys: ``environment``, ``engines``, ``settings``, ``policy``, ``layout``, which is asked for, and what
-    was measured on this machine; ``modes``, tables of the fastest mode;
+    Keys: ``verdicts``, what a server of each installed engine does here; ``environment``, ``engines``,
+    ``settings``, ``policy``, ``layout``, which is asked for, and what was measured on this machine;
+    ``modes``, tables of the fastest mode;
     ``hazards``, what is known to end badly here, or weakens a guard by the user's own wish; ``problems``,
     what is wrong; ``ok``, no problems.
     """
@@ -62,6 +66,7 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
     if not any(engine["installed"] for engine in engines):
         problems.append("no engine is installed here; install fse-patch into the engine's own environment")
     return {
+        "verdicts": verdicts(engines, checkpoint, effective, here),
         "environment": here,
         "engines": engines,
         "settings": settings.origins(),
@@ -72,6 +77,60 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
         "problems": problems,
         "ok": not problems,
     }
+
+
+def verdicts(
+    engines: Iterable[Mapping[str, Any]],
+    checkpoint: Path | None,
+    effective: settings.Settings,
+    here: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Say of each installed engine what its server does on this machine, with the checkpoint if one is given.
+
+    Rows have ``engine``, ``served`` (null where it depends on the model), ``reason`` and ``sentence``.
+    """
+    device = machine.here()
+    if here["devices"]:
+        device = machine.Device(here["platform"], here["devices"][0], here=True)
+    rows = []
+    for engine in engines:
+        if engine["installed"] is not None:
+            name, version = engine["engine"], engine["installed"]
+            found = _verdict(name, version, checkpoint, effective, device)
+            if broken := [patch for patch, state in engine["guards"].items() if state != "ok"]:
+                sentence = (
+                    f"stock: fingerprint: {name} {version} is not the source that patch {broken[0]} knows"
+                )
+                found = {"served": "stock", "reason": "fingerprint", "sentence": sentence}
+            rows.append({"engine": engine["engine"], **found})
+    return rows
+
+
+def _verdict(
+    engine: str, version: str, checkpoint: Path | None, effective: settings.Settings, device: machine.Device
+) -> dict[str, Any]:
+    asked = command.read([], Version(version).public, os.environ, engine)
+    if checkpoint is not None:
+        decision = decide_roles(checkpoint, engine, load_policy(effective.policy_file))["main"]
+        config = FolderSource(checkpoint).read_json(CONFIG_NAME)
+        told = verdict(decision, asked, version, device, config, effective)
+        reason = None if told.reason is None else told.reason.code
+        return {"served": told.served, "reason": reason, "sentence": str(told)}
+    where = f"{engine} {version} on {device}"
+    if not facts_of(engine).is_tested(Version(version)) and not effective.allow_untested:
+        sentence = f"stock: version.untested: {where} is not a tested release"
+        return {"served": "stock", "reason": "version.untested", "sentence": sentence}
+    if device.platform == "cpu":
+        sentence = f"fused, where the checkpoint allows it: {where}; no speed is promised on a CPU"
+        return {"served": None, "reason": None, "sentence": sentence}
+    release, name = Version(version).public, device.name
+    tables = [t for _, t in tuned.shipped() if (t.engine, t.release, t.device) == (engine, release, name)]
+    if tables or effective.tuned_file is not None:
+        shapes = sum(len(table.rows) for table in tables)
+        sentence = f"fused, where the checkpoint allows it: {where}; {shapes} shapes were measured"
+        return {"served": None, "reason": None, "sentence": sentence}
+    sentence = f"stock: slower.unmeasured: {where}: no table of this device and release"
+    return {"served": "stock", "reason": "slower.unmeasured", "sentence": sentence}
 
 
 def _environment() -> dict[str, Any]:
@@ -97,8 +156,7 @@ def _environment() -> dict[str, Any]:
 def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
     for name, entry in settings.origins().items():
         if entry["origin"] == "unknown name":
-            alike = get_close_matches(name, settings.DEFAULTS, 1, 0.8)
-            meant = f"did you mean {alike[0]}?" if alike else f"there are {', '.join(settings.DEFAULTS)}"
+            meant = did_you_mean(name, settings.DEFAULTS)
             problems.append(f"{name} is set, and nothing reads it; {meant}")
     try:
         effective = settings.load()

@@ -12,6 +12,7 @@ import runpy
 import sys
 
 from fse_patch.entry_points import sglang
+from fse_patch.errors import BAD_INPUT
 from fse_patch.settings import ENABLE
 
 LAUNCHER = "sglang.launch_server"
@@ -19,11 +20,12 @@ LAUNCHER = "sglang.launch_server"
 
 def launch() -> None:
     """Run SGLang's launcher as the main program."""
-    spec = importlib.util.find_spec(LAUNCHER)
+    # Of a module whose package is missing, find_spec raises.
+    spec = importlib.util.find_spec(LAUNCHER) if importlib.util.find_spec("sglang") else None
     if spec is None or spec.origin is None:
-        raise SystemExit(
-            f"fse_patch: {LAUNCHER} is not there; install fse-patch into SGLang's own environment"
-        )
+        where = "install fse-patch into SGLang's own environment"
+        print(f"fse_patch: {LAUNCHER} is not there; {where}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
     sys.argv[0] = spec.origin  # the name that its help text shows
     # sys.modules["__main__"] stays this module: children run what stands there.
     runpy.run_module(LAUNCHER, run_name="__main__", alter_sys=False)

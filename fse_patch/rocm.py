@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from . import doctor, settings
+from .errors import FsePatchError
+from .fusion_core.evidence.gather import read_evidence
 from .patches import ENGINES
 from .version import __version__
 
@@ -72,6 +74,20 @@ def _child(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
+def checked(checkpoint: str, out: Path) -> None:
+    """Look at what is given before anything runs: that takes minutes.
+
+    Raises:
+        FsePatchError: there is no such checkpoint, or the report could not be written.
+    """
+    read_evidence(Path(checkpoint).expanduser(), ENGINES[0])
+    try:
+        with out.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise FsePatchError(f"--out {out}: cannot be written: {error.strerror}") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fse_patch.rocm", description="Report on ROCm and AITER.")
@@ -79,6 +95,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", required=True, choices=ENGINES)
     parser.add_argument("--out", type=Path, default=Path("rocm-report.json"))
     args = parser.parse_args(argv)
+    try:
+        checked(args.checkpoint, args.out)
+    except FsePatchError as error:
+        print(f"fse_patch.rocm: {error}", file=sys.stderr)
+        return error.exit_status
 
     def run(command: str) -> dict[str, Any]:
         print(f"fse-patch {command} {args.checkpoint}", file=sys.stderr, flush=True)

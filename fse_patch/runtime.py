@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +13,23 @@ _lock = threading.Lock()
 _decisions: list[dict[str, Any]] = []
 _counters: dict[str, int] = {}
 _listeners: list[Callable[[], object]] = []
+# When the first decision was made here, in seconds since 1970.
+_since: float | None = None
+
+
+_status: Callable[[], Mapping[str, Any]] = dict
+
+
+def answer_with(status: Callable[[], Mapping[str, Any]]) -> None:
+    """Let `answer` say what ``status`` returns: what is patched, by engine."""
+    global _status
+    _status = status
+
+
+def answer(engine: str) -> dict[str, Any]:
+    """Return what this process says of an engine when somebody asks it from outside, ready for JSON."""
+    told: dict[str, Any] = json.loads(json.dumps(_status().get(engine, {}), default=str))
+    return told
 
 
 def on_change(listener: Callable[[], object]) -> None:
@@ -27,7 +46,9 @@ def changed() -> None:
 
 def record_decision(decision: Mapping[str, Any]) -> None:
     """Record a decision, ready for JSON; its key ``engine`` says whose it is. Twice is once."""
+    global _since
     with _lock:
+        _since = _since or time.time()
         if (entry := copy.deepcopy(dict(decision))) not in _decisions:
             _decisions.append(entry)
 
@@ -36,6 +57,11 @@ def decisions() -> list[dict[str, Any]]:
     """Return the recorded decisions, in order."""
     with _lock:
         return copy.deepcopy(_decisions)
+
+
+def since() -> float | None:
+    """Return when the first decision of this process was made, in seconds since 1970; None before it."""
+    return _since
 
 
 def count(name: str, by: int = 1) -> None:
@@ -52,6 +78,8 @@ def counters() -> dict[str, int]:
 
 def clear() -> None:
     """Forget all."""
+    global _since
     with _lock:
+        _since = None
         _decisions.clear()
         _counters.clear()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from . import child_environment, metrics, runtime, settings
+from . import child_environment, metrics, runtime, settings, status_endpoint
 from .adapters.patching import guards, ledger, standing
 from .adapters.patching.spec import PatchSpec
 from .adapters.patching.transaction import NOT_APPLIED, PatchSet, lock
@@ -135,6 +135,7 @@ def apply(engine: str, *, strict: bool | None = None, serving: bool = False) -> 
         _refused.pop(engine, None)
         standing.note(here)
         runtime.on_change(_publish)
+        runtime.answer_with(status)
         _active[engine] = _Active(engine, here, patches)
         child_environment.switch_on(engine, {settings.STRICT: strict})
         return _active[engine].report()
@@ -167,6 +168,7 @@ def status() -> dict[str, Any]:
             "roles": [role for role in roles if role["engine"] == engine],
             "decisions": [d for d in runtime.decisions() if d.get("engine", engine) == engine],
             "counters": runtime.counters(),
+            "since": runtime.since(),
         }
         for engine, report in reports.items()
     }
@@ -174,3 +176,5 @@ def status() -> dict[str, Any]:
 
 def _publish() -> None:
     metrics.publish(status)
+    if "vllm" in _active:
+        status_endpoint.expose(lambda: runtime.answer("vllm"))

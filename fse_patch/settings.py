@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import FsePatchError
@@ -146,14 +147,26 @@ def engines_in(value: str) -> frozenset[str]:
 
 
 def origins(env: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
-    """Return each variable's value, and its origin: "default", "environment", or "unknown name"."""
+    """Return each variable's value, and its origin: "default", "environment", "unset", or "unknown name".
+
+    FSE_PATCH_STRICT is "unset": that is not the same as any value that it can have.
+    """
     env = os.environ if env is None else env
     known = {
         name: {"value": env.get(name, default), "origin": "environment" if name in env else "default"}
         for name, default in DEFAULTS.items()
     }
-    others = sorted(name for name in env if name.startswith(ENABLE) and name not in DEFAULTS)
+    if STRICT not in env:
+        known[STRICT] = {"value": "", "origin": "unset"}
+    others = sorted(name for name in env if name not in DEFAULTS and _is_meant_for_us(name))
     return known | {name: {"value": env[name], "origin": "unknown name"} for name in others}
+
+
+def _is_meant_for_us(name: str) -> bool:
+    """Return whether a variable looks like one of ours: FSEPATCH, FSE_PATH, fse_patch."""
+    if name.upper().startswith(ENABLE):
+        return True
+    return bool("FSE" in name.upper() and get_close_matches(name.upper(), DEFAULTS, 1, 0.85))
 
 
 def load(env: Mapping[str, str] | None = None) -> Settings:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import FsePatchError
+from ..errors import FsePatchError, did_you_mean
 
 # Ten times as fast as the one in Python.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -67,13 +68,40 @@ def check(path: Path, kind: type[_Kind], data: Any) -> _Kind:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        place, message, _ = first_fault(error)
+        place, message, _ = first_fault(error, kind)
         field = ".".join(map(str, place))
         raise FsePatchError(f"{path}: {f'{field}: ' if field else ''}{message}") from error
 
 
-def first_fault(error: ValidationError) -> tuple[tuple[int | str, ...], str, str]:
-    """Return the fault that says most: its place in the data, a message, and pydantic's type of it."""
+def first_fault(error: ValidationError, kind: type[BaseModel]) -> tuple[tuple[int | str, ...], str, str]:
+    """Return the fault that says most: its place in the data, a message, and pydantic's type of it.
+
+    Args:
+        kind: what the data was checked against.
+    """
     # A misspelt field is also a missing one: the misspelling says more.
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-    return first["loc"], first["msg"].removeprefix("Value error, "), first["type"]
+    place, message = first["loc"], first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(kind, place[:-1])
+        message = f"unknown key; {did_you_mean(str(place[-1]), known)}" if known else "unknown key"
+    elif first["type"] == "model_type":
+        message = f"should be an object with keys of {', '.join(_keys_at(kind, place))}"
+    return place, message, first["type"]
+
+
+def _keys_at(kind: type[BaseModel], place: Iterable[int | str]) -> list[str]:
+    """Return the keys of the object at a place of the data, none where it is none of a fixed kind."""
+    at: type[BaseModel] | None = kind
+    for step in place:
+        field = None if at is None else at.model_fields.get(str(step))
+        # A number in a list, or a key of an object whose keys are free, stays with the field's own kind.
+        if field is not None:
+            at = _model_in(field.annotation)
+    return [] if at is None else list(at.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..errors import FsePatchError
 from ..patches import ENGINES, FOLDER, Platform
 from .data_file import Release, Specifier, Strict, Text, check, parse
+from .reasons import Code
 
 
 class ReleaseRow(Strict):
@@ -93,6 +94,98 @@ class AddedFile(Strict):
     where_key: Text
 
 
+class Ask(Strict):
+    """Where one thing that a launch asks for stands: in a flag, in an environment variable, or in both.
+
+    Args:
+        flag: where the engine's parser puts the value of the flag.
+        key: of the JSON object that is the flag's value; the first that is there counts.
+        variable: an environment variable; the flag goes before it.
+        default: where neither is given; its type is that of the value.
+    """
+
+    flag: Text = ""
+    key: list[Text] = Field(default_factory=list)
+    variable: Text = ""
+    default: bool | int | str | None = None
+
+
+class Refusal(Strict):
+    """A value that a launch may ask for, and why nothing is fused then.
+
+    Args:
+        ask: its name. The row holds where the value is one of ``one_of``, none of ``none_of``, above
+            ``above``, or where anything is ``given``.
+        detail: what is said; "{value}" stands for the value.
+    """
+
+    ask: Text
+    one_of: list[bool | int | str] | None = None
+    none_of: list[bool | int | str] | None = None
+    above: int | None = None
+    given: bool = False
+    reason: Code = "disabled"
+    detail: Text = "-"
+
+    def holds(self, value: bool | int | str | None) -> bool:
+        """Return whether a value is refused."""
+        if self.one_of is not None:
+            return value in self.one_of
+        if self.none_of is not None:
+            return value is not None and value not in self.none_of
+        if self.above is not None:
+            return isinstance(value, int) and value > self.above
+        return value not in (None, "", False)
+
+
+class DeviceBackend(Strict):
+    """Devices, by words of their names, whose MoE backend is another one than that of their platform."""
+
+    devices: Annotated[list[Text], Field(min_length=1)]
+    backend: Text
+
+
+class Launch(Strict):
+    """How a server of the engine is launched, and what of that matters here.
+
+    Args:
+        commands: words of a shell command that end just before the server's own arguments.
+        switched_on_by: those of them that need no FSE_PATCH.
+        underscores: flags may be written with underscores.
+        dotted: --flag.key VALUE is a key of the flag's JSON object.
+        joined: letters that are followed by a value without a space -> the flag that they stand for.
+        model: where its parser puts the model; the first that is given counts.
+        asks: what a launch can ask for, by a name of ours that both engines share.
+        refuses: what forbids to fuse, in the order in which the engine is asked.
+        native_declined: what makes the engine leave its own fusion out.
+        native_wanted: what its own fusion needs where it is not on by default.
+        native_backend: what tables call its own fusion, where modes of ours may stand beside it; or "".
+        backends: first match counts.
+        amx_kernels: distributions with kernels of the engine for CPUs with AMX, which nobody has measured.
+    """
+
+    commands: Annotated[list[Text], Field(min_length=1)]
+    switched_on_by: list[Text] = Field(default_factory=list)
+    underscores: bool = False
+    dotted: bool = False
+    joined: dict[Text, Text] = Field(default_factory=dict)
+    model: Annotated[list[Text], Field(min_length=1)]
+    asks: dict[Text, Ask]
+    refuses: list[Refusal]
+    native_declined: list[Refusal] = Field(default_factory=list)
+    native_wanted: list[Refusal] = Field(default_factory=list)
+    native_backend: str = ""
+    backends: list[DeviceBackend] = Field(default_factory=list)
+    amx_kernels: list[Text] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _asked(self) -> Launch:
+        for row in (*self.refuses, *self.native_declined, *self.native_wanted):
+            if row.ask not in self.asks:
+                raise ValueError(f"{row.ask!r} is none of the asks: {', '.join(self.asks)}")
+        return self
+
+
 class EngineFacts(Strict):
     """One engine.
 
@@ -106,6 +199,7 @@ class EngineFacts(Strict):
         load_formats: those whose loaders pass every tensor by its name, and the files that they read.
         dropped_beside: a file that is not loaded -> the one beside which it is not, where there is no index.
         added_files: files that are loaded whatever the index says.
+        launch: None where its command line is not read.
     """
 
     engine: Text
@@ -120,6 +214,7 @@ class EngineFacts(Strict):
     load_formats: dict[Text, LoadFormat]
     dropped_beside: dict[Text, Text] = Field(default_factory=dict)
     added_files: dict[Text, AddedFile] = Field(default_factory=dict)
+    launch: Launch | None = None
 
     @property
     def listed(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ Code = Literal[
     "ok",
     "family.unknown",
     "names.unknown",
+    "shared.absent",
     "width.mismatch",
     "width.block",
     "activation.differs",
@@ -79,6 +80,7 @@ REASONS: Mapping[Code, Meaning] = {
     "names.unknown": Meaning(
         "The checkpoint has tensors of experts under names that are not known, or under two names."
     ),
+    "shared.absent": Meaning("The model has no shared expert: there is nothing to fuse."),
     "width.mismatch": Meaning(
         "The shared expert is not a whole number of routed experts wide, or tensors have other sizes than "
         "`config.json` says."

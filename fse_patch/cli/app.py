@@ -1,31 +1,39 @@
-"""The `fse-patch` command: finds the subcommands and turns their errors into one line and a status."""
+"""The `fse-patch` command: finds the subcommands, each in a module of its own."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from importlib.util import find_spec
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import FsePatchError
+from ..errors import FsePatchError, did_you_mean
 from ..version import __version__
+from .ending import run
 
 # One module of this package a subcommand, with a function `command` or, for a group, a Typer `app`.
 # Modules are imported only when their command runs: `plan` must not pay for `verify`.
 COMMANDS = {
-    "plan": "Would this checkpoint fuse, which layers, and if not, why.",
+    "plan": "Will this checkpoint, or this launch command, be served fused? If not, why?",
+    "doctor": "Will it work on this machine? What is wrong?",
+    "status": "Is it on, in a server that runs?",
     "verify": "Run the real engine stock and fused and compare log-probabilities.",
     "policy": "Explain a decision rule by rule, or check a policy file.",
-    "doctor": "What is installed, switched on and in force here, and what of it is wrong.",
     "bench": "Stock against fused on this device: every mode of the block, or decoding end to end.",
     "tune": "Measure the crossovers between the modes on this device, and store them.",
     "tuned": "List, show or remove what was measured on this machine.",
     "patches": "List every patch: target, versions, why, and when it goes away.",
 }
-_INTERNAL_ERROR = 70
+HELP = {"help_option_names": ["-h", "--help"]}
+# How all commands are made: plain help, and errors that `run` words.
+PLAIN: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": HELP,
+}
 
 
 class _LazyGroup(TyperGroup):
@@ -38,11 +46,17 @@ class _LazyGroup(TyperGroup):
         module = importlib.import_module(f"{__package__}.{cmd_name}")
         sub = getattr(module, "app", None)
         if sub is None:
-            sub = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-            sub.command(cmd_name, help=COMMANDS[cmd_name])(module.command)
+            sub = typer.Typer(**PLAIN)
+            sub.command(cmd_name, help=COMMANDS[cmd_name], context_settings=HELP)(module.command)
         command = typer.main.get_command(sub)
         command.name = cmd_name
         return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        there = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in there:
+            raise FsePatchError(f"no command {args[0]!r}; {did_you_mean(args[0], there)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         # Typer would import every command for its help line.
@@ -51,11 +65,9 @@ class _LazyGroup(TyperGroup):
 
 
 app = typer.Typer(
+    **{**PLAIN, "add_completion": True},
     cls=_LazyGroup,
-    add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
     help="Fuse the shared expert of MoE models into the routed experts' kernel.",
 )
 
@@ -76,18 +88,8 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; FsePatchError becomes one line on stderr and its exit status."""
-    try:
-        typer.main.get_command(app)(prog_name="fse-patch")
-    except FsePatchError as error:
-        _end(str(error), error.exit_status)
-    except Exception as error:
-        _end(f"internal error, please report it: {type(error).__name__}: {error}", _INTERNAL_ERROR)
-
-
-def _end(message: str, status: int) -> None:
-    print(f"fse-patch: {' '.join(message.splitlines())}", file=sys.stderr)
-    sys.exit(status)
+    """Run the command line."""
+    run(typer.main.get_command(app))
 
 
 if __name__ == "__main__":

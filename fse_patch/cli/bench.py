@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import FsePatchError
+from ..errors import FsePatchError, did_you_mean
 from ..fusion_core.forward.mode_registry import MODES
-from ..patches import ENGINES
 from . import bench_end_to_end as whole
+from .arguments import engine_option, folder_of
 from .output import print_json
 from .verify import say
 
 LAYERS = 4
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 # What `fse-patch tune` takes as well.
-Checkpoint = Annotated[Path, typer.Argument(help="Folder with the model's config.json; weights are random.")]
-Engine = Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")]
+Checkpoint = Annotated[str, typer.Argument(help="Folder with the model's config.json; weights are random.")]
+Engine = Annotated[str, engine_option()]
 Tokens = Annotated[str, typer.Option(help="Numbers of tokens, with commas.")]
 DEFAULT_ROUTINGS = "even,alike"
 Routings = Annotated[
@@ -77,25 +78,27 @@ def command(
         counted = tuple(numbers(streams, "streams"))
         limits = whole.Limits(rounds, seconds, timeout)
         files = whole.Files(raw, csv, commit, plot, json)
-        whole.run(checkpoint, engine, counted, sets, engine_args, limits, files)
+        whole.run(folder_of(checkpoint), engine, counted, sets, engine_args, limits, files)
         return
+    counts = numbers(tokens)
+    folder = ready(checkpoint, engine, quant, {"csv": csv, "plot": plot})
     from ..lab import bench, csv_file, plots
     from ..lab.kept_rows import KeptRows
     from ..lab.routings import named
 
     if plot is not None:
         plots.figure_class()
-    counts, names = numbers(tokens), named(routings)
+    names = named(routings)
     # Engines log to stdout, where the report goes.
     with redirect_stdout(sys.stderr):
-        pair = bench.open_pair(checkpoint, engine, layers, quant)
+        pair = bench.open_pair(folder, engine, layers, quant)
         columns = bench.csv_columns(engine)
         if csv is not None:
             csv_file.check(csv, columns)
         # Before all rows: it makes known by which tables the GEMM runs.
         errors = bench.errors(pair)
         tables = bench.tuned_tables(pair)
-        kept = KeptRows(csv, columns, bench.head(pair, checkpoint.resolve().name, rounds, commit))
+        kept = KeptRows(csv, columns, bench.head(pair, folder.resolve().name, rounds, commit))
         rows = bench.measure(pair, counts, names, rounds, kept, say)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
@@ -115,9 +118,27 @@ def command(
             print(bench.line(row))
         print("\n".join(report["failures"]) or "numerics: every mode as close to float64 as stock")
     if plot is not None:
-        plots.plot({checkpoint.resolve().name: rows}, plot)
+        plots.plot({folder.resolve().name: rows}, plot)
     if report["failures"]:
         raise typer.Exit(1)
+
+
+def ready(checkpoint: str, engine: str, quant: str, outputs: dict[str, Path | None]) -> Path:
+    """Check what can be checked before anything is loaded, and return the checkpoint's folder.
+
+    Raises:
+        FsePatchError: an argument is wrong, or the engine is not here.
+    """
+    from ..lab.vllm.quant_folder import QUANTISATIONS
+
+    if quant and quant not in QUANTISATIONS:
+        raise FsePatchError(f"--quant {quant!r}: unknown; {did_you_mean(quant, QUANTISATIONS)}")
+    for name, file in outputs.items():
+        if file is not None and not file.resolve().parent.is_dir():
+            raise FsePatchError(f"--{name} {file}: there is no such folder")
+    if find_spec("torch") is None:
+        raise FsePatchError(f"torch is not installed here: install fse-patch into {engine}'s environment")
+    return folder_of(checkpoint)
 
 
 def in_words(tables: dict[str, str]) -> str:

@@ -12,9 +12,9 @@ import typer
 
 from ..errors import FsePatchError
 from ..fusion_core.checkpoint.sources import read_json
-from ..patches import ENGINES
+from ..launch.flags import check_arguments
 from .output import print_json
-from .verify import decided, engines_end_on_sigterm, parse_engine_args, say, vocab_size
+from .verify import decided, engines_end_with_us, parse_engine_args, say, vocab_size
 
 # What `fse-patch bench` takes with --end-to-end alone.
 Streams = Annotated[str, typer.Option(help="With --end-to-end: numbers of streams, with commas.")]
@@ -74,8 +74,6 @@ def run(
     from ..lab import csv_file, end_to_end, plots
     from ..lab.live_arms import ArmError
 
-    if engine not in ENGINES:
-        raise FsePatchError(f"{engine!r}: unknown engine; use one of {', '.join(ENGINES)}")
     if out.plot is not None:
         plots.figure_class()
     arguments = parse_engine_args(engine_args)
@@ -84,7 +82,12 @@ def run(
             raise FsePatchError(f"{file}: there is no such folder")
     if out.csv is not None:
         csv_file.check(out.csv, end_to_end.csv_columns(engine))
-    _, main, _ = decided(checkpoint, engine)
+    _, main, version = decided(checkpoint, engine)
+    check_arguments(engine, version, arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise FsePatchError("no CUDA device here; nothing to measure")
     job = end_to_end.Job(
         checkpoint,
         engine,
@@ -98,7 +101,7 @@ def run(
         limits.timeout,
     )
     try:
-        with engines_end_on_sigterm():
+        with engines_end_with_us():
             measured = end_to_end.measure(job, progress=say, raw=out.raw)
     except ArmError as error:
         if error.log:

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .output import print_json, print_table
+from .arguments import folder_of
+from .output import print_json, print_table, say
 
 
 def command(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Whose tuned tables to look up.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help="Whose tuned tables to look up.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print everything that is known.")] = False,
 ) -> None:
     """Run the command. Exit status: 0 fine, 1 something is wrong, 2 bad input."""
     from ..doctor import examine
 
-    report = examine(checkpoint)
+    report = examine(None if checkpoint is None else folder_of(checkpoint))
     if json:
         print_json(report)
     else:
-        print_table("fse-patch doctor", table(report))
+        _print(report, verbose)
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+def _print(report: Mapping[str, Any], verbose: bool) -> None:
+    for row in report["verdicts"]:
+        say(
+            row["sentence"],
+            "red" if row["served"] == "stock" else "yellow" if row["served"] == "native" else "green",
+        )
+    for problem in report["problems"]:
+        say(f"problem: {problem}", "red")
+    for hazard in report["hazards"]:
+        say(f"hazard: {hazard}", "yellow")
+    if report["ok"]:
+        say("no problems")
+    if verbose:
+        print_table("fse-patch doctor", table(report))
+    else:
+        say("More: fse-patch doctor --verbose. Of one model: fse-patch plan MODEL -- YOUR LAUNCH COMMAND")
 
 
 def table(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,9 +51,7 @@ def table(report: Mapping[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = dict(report["environment"])
     for engine in report["engines"]:
         rows[engine["engine"]] = _engine(engine)
-    rows["settings"] = {
-        name: f"{entry['value'] or '-'} ({entry['origin']})" for name, entry in report["settings"].items()
-    }
+    rows["settings"] = {name: _setting(**entry) for name, entry in report["settings"].items()}
     rows["policy"] = f"{', '.join(report['policy']['files'])}; hash {report['policy']['hash'] or '-'}"
     layout = report["layout"]
     pairing = [engine for engine, pairs in layout["pairs_by_itself"].items() if pairs]
@@ -51,6 +68,15 @@ def table(report: Mapping[str, Any]) -> dict[str, Any]:
     rows["problems"] = "\n".join(report["problems"])
     rows["devices"] = ", ".join(rows["devices"])
     return rows
+
+
+def _setting(value: str, origin: str) -> str:
+    # Set to 1, arguments that forbid to fuse stop the server as well.
+    return (
+        "unset: what cannot be patched stops the server"
+        if origin == "unset"
+        else f"{value or '-'} ({origin})"
+    )
 
 
 def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,37 @@
-"""How commands print: JSON for tools, a table for people."""
+"""How commands print: JSON for tools; for people a sentence, and a table where they ask for it."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
+
+Colour = Literal["green", "yellow", "red"]
+_CODES: Mapping[str, int] = {"red": 31, "green": 32, "yellow": 33}
+_printed = False
 
 
 def print_json(report: Mapping[str, Any]) -> None:
     """Print ``report`` as indented JSON on stdout."""
+    global _printed
+    _printed = True
     json.dump(report, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def printed_json() -> bool:
+    """Return whether this process has printed an object."""
+    return _printed
+
+
+def say(sentence: str, colour: Colour | None = None) -> None:
+    """Print a line, in a colour where stdout is a terminal that has some (and NO_COLOR is not set)."""
+    line = _printable(sentence)
+    if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+        line = f"\x1b[{_CODES[colour]}m{line}\x1b[0m"
+    print(line)
 
 
 def print_table(title: str, report: Mapping[str, Any]) -> None:
@@ -53,7 +73,13 @@ def _words(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2g}"
     if isinstance(value, list) and all(isinstance(n, int) for n in value):
         return f"{ranges(value)} ({len(value)})"
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
     # JSON can hold halves of characters, which no terminal takes.
-    return str(value).encode("utf-8", "replace").decode("utf-8")
+    return text.encode("utf-8", "replace").decode("utf-8")

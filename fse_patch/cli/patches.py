@@ -9,6 +9,7 @@ import typer
 from ..errors import FsePatchError, RefusedError
 from ..patches import ENGINES
 from ..settings import SWITCHES
+from .arguments import engine_option
 from .output import print_json
 
 
@@ -20,8 +21,6 @@ def ledgers(engine: str | None = None) -> list[dict[str, Any]]:
     """
     from ..adapters.patching import ledger
 
-    if engine is not None and engine not in ENGINES:
-        raise FsePatchError(f"{engine!r}: unknown engine; use {' or '.join(ENGINES)}")
     chosen = [e for e in ENGINES if ledger.exists(e)] if engine is None else [engine]
     return [_describe(ledger.load(name)) for name in chosen]
 
@@ -72,9 +71,7 @@ def _describe(book: Any) -> dict[str, Any]:
 
 
 def command(
-    engine: Annotated[
-        str | None, typer.Option("--engine", help="vllm or sglang; default: every ledger")
-    ] = None,
+    engine: Annotated[str | None, engine_option()] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """List every patch: its target, versions, why, upstream link, when it goes away, and its guard."""

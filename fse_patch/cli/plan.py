@@ -1,50 +1,108 @@
-"""`fse-patch plan`: the decision for a checkpoint, from config.json and safetensors headers alone."""
+"""`fse-patch plan`: will a checkpoint, or a launch command, be served fused? No engine, no GPU is needed."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import settings
-from ..errors import RefusedError
-from ..fusion_core.checkpoint.hub import locate
+from ..errors import FsePatchError, RefusedError
+from ..fusion_core.checkpoint.sources import CONFIG_NAME
 from ..fusion_core.checkpoint.weight_files import AUTO
 from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, paired
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.decision.proven import proven_platforms
-from ..patches import ENGINES
-from .output import print_json, print_table
+from .arguments import engine_option, source_of
+from .output import Colour, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from ..launch.verdict import Served
+    from .target import Target
+
+COLOURS: dict[Served, Colour] = {"fused": "green", "native": "yellow", "stock": "red"}
+SERVE = {"vllm": "vllm serve", "sglang": "python -m sglang.launch_server --model-path"}
 
 
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, or ORG/NAME of the hub.")],
-    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")],
+    launch: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Behind --: the command that starts the server, such as vllm serve MODEL --tp 2."
+        ),
+    ] = None,
+    engine: Annotated[str | None, engine_option()] = None,
     policy: Annotated[Path | None, typer.Option(help="Your own policy file; its rules come first.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    platform: Annotated[str | None, typer.Option(help="Add facts on a platform: cpu, cuda, rocm.")] = None,
-    engine_version: Annotated[str | None, typer.Option(help="Add facts on a release.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print everything that is known.")] = False,
+    platform: Annotated[str | None, typer.Option(help="Say it for a platform: cpu, cuda, rocm.")] = None,
+    device: Annotated[str | None, typer.Option(help="Say it for a device: 'NVIDIA H200'.")] = None,
+    engine_version: Annotated[str | None, typer.Option(help="Say it for a release.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel size.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a name of the hub.")] = None,
-    load_format: Annotated[str, typer.Option(help="The engine's --load-format.")] = AUTO,
+    load_format: Annotated[str | None, typer.Option(help="The engine's --load-format.")] = None,
 ) -> None:
     """Run the command. Exit status: 0 fuses, 3 refused, 2 bad input."""
+    words = launch or []
+    if len(words) == 1:  # the whole command in quotes
+        try:
+            words = shlex.split(words[0])
+        except ValueError as error:
+            raise FsePatchError(f"{words[0]}: {error}") from None
+    asked_about = (platform, device, engine_version, tp)
+    target = None
+    if words or any(value is not None for value in asked_about):
+        # Reading launch commands takes as long to import as the rest of all this.
+        from .target import Target, engine_asked, machine_of
+
+        engine = engine_asked(engine, words)
+        device_asked = machine_of(platform, device)
+        target = Target(engine, words, engine_version, device_asked, tp)
+    elif engine is None:
+        raise FsePatchError("give --engine, or the command that starts the server: -- vllm serve MODEL")
+    now = settings.load() if target is None else target.settings
+    revision = revision or (target.text("revision") if target else None)
+    load_format = load_format or (target.text("load_format") if target else None) or AUTO
     # Without --policy, the file that serving would use.
-    rules = load_policy(policy or settings.load().policy_file)
-    decisions = decide_roles(locate(checkpoint, revision), engine, rules, load_format)
-    if settings.load().layout == "paired":
+    rules = load_policy(policy or now.policy_file)
+    source = source_of(checkpoint, revision)
+    decisions = decide_roles(source, engine, rules, load_format)
+    if now.layout == "paired":
         decisions = {role: paired(decision) for role, decision in decisions.items()}
-    report = plan_report(decisions["main"])
+    main = decisions["main"]
+    report = plan_report(main)
     if "draft" in decisions:
         report["draft"] = plan_report(decisions["draft"])
-    if platform is not None or engine_version is not None:
-        from ..fusion_core.decision.native import runtime_report
-
-        report["runtime"] = runtime_report(decisions["main"], platform, engine_version)
-    print_json(report) if json else print_table(f"{checkpoint} in {engine}", report)
-    if isinstance(decisions["main"], Stock):
+    if target is not None:
+        report["runtime"] = target.runtime(decisions, source.read_json(CONFIG_NAME), platform)
+    if json:
+        print_json(report)
+    else:
+        _print(checkpoint, report, main, target)
+        if verbose:
+            print_table(f"{checkpoint} in {engine}", report)
+    refused = report["runtime"]["served"] != "fused" if words else isinstance(main, Stock)
+    if refused:
         raise typer.Exit(RefusedError.exit_status)
+
+
+def _print(checkpoint: str, report: dict[str, Any], main: Decision, target: Target | None) -> None:
+    if target is not None and (told := target.verdict) is not None:
+        say(str(told), COLOURS[told.served])
+        if told.served == "fused" and not target.switched_on:
+            say("This holds with FSE_PATCH=1 in the server's environment; it is not set here.")
+        return
+    if not isinstance(main, Merged):
+        say(f"cannot be fused in {main.engine}: {main.reason.code}: {main.reason.detail}", "red")
+        return
+    say(f"can be fused in {main.engine}: {main.detail}", "green")
+    if report["note"]:
+        say(report["note"], "yellow")
+    say(f"What a server does with it: fse-patch plan {checkpoint} -- {SERVE[main.engine]} {checkpoint}")
 
 
 def plan_report(decision: Decision) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import typer
 
 from .. import settings
 from ..errors import RefusedError
-from ..fusion_core.checkpoint.hub import locate
 from ..fusion_core.decision.explain import explain as explain_role
 from ..fusion_core.decision.policy_file import load_policy, read_rules
 from ..fusion_core.evidence.gather import read_evidence
 from ..patches import ENGINES
+from .arguments import engine_option, source_of
 from .output import print_json, print_table, ranges
 
 app = typer.Typer(
@@ -28,14 +28,14 @@ app = typer.Typer(
 @app.command()
 def explain(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, or ORG/NAME of the hub.")],
-    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")] = ENGINES[0],
+    engine: Annotated[str, engine_option()] = ENGINES[0],
     policy: Annotated[Path | None, typer.Option(help="Your own policy file; its rules come first.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the rule that fired and the evidence it saw. Exit status: 0 fuses, 3 refused, 2 bad input."""
     policy_file = policy or settings.load().policy_file
     rules = load_policy(policy_file)
-    evidence = read_evidence(locate(checkpoint), engine)
+    evidence = read_evidence(source_of(checkpoint), engine)
     report: dict[str, Any] = {
         "engine": engine,
         "model_type": evidence.model_type,

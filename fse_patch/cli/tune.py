@@ -26,6 +26,7 @@ from .bench import (
     Tokens,
     in_words,
     numbers,
+    ready,
     wrong,
 )
 from .output import print_json
@@ -46,16 +47,18 @@ def command(
     json: Json = False,
 ) -> None:
     """Run the command. Exit status: 0 stored, 1 a mode is wrong, 3 refused, 2 bad input or a busy device."""
+    counts = numbers(tokens)
+    folder = ready(checkpoint, engine, quant, {"csv": csv, "out": out})
     import torch
 
     from ..lab import bench, csv_file, tune
     from ..lab.kept_rows import KeptRows
     from ..lab.routings import named
 
-    counts, names = numbers(tokens), named(routings)
+    names = named(routings)
     # Engines log to stdout, where the report goes.
     with redirect_stdout(sys.stderr):
-        pair = bench.open_pair(checkpoint, engine, layers, quant)
+        pair = bench.open_pair(folder, engine, layers, quant)
         columns = bench.csv_columns(engine)
         if csv is not None:
             csv_file.check(csv, columns)
@@ -64,7 +67,7 @@ def command(
         if failures := wrong(errors):
             raise AuditError("; ".join(failures))
         say(in_words(bench.tuned_tables(pair)))
-        kept = KeptRows(csv, columns, bench.head(pair, checkpoint.resolve().name, rounds, commit))
+        kept = KeptRows(csv, columns, bench.head(pair, folder.resolve().name, rounds, commit))
         rows = bench.measure(pair, counts, names, rounds, kept, say)
     row = tune.store(
         out,

@@ -6,14 +6,14 @@ import json as json_module
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..adapters.patching import guards, ledger, standing
-from ..errors import FsePatchError, RefusedError
+from ..errors import EngineError, FsePatchError, RefusedError
 from ..fusion_core.checkpoint.families import Role, family_of
 from ..fusion_core.checkpoint.sources import read_json
 from ..fusion_core.decision.decide import decide_roles
@@ -22,41 +22,48 @@ from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.engines import facts_of
 from ..lab.verify import VerifyJob
 from ..lab.verify import verify as run_verify
-from ..patches import ENGINES
+from ..launch.flags import check_arguments
 from ..settings import load as load_settings
+from .arguments import dtype_of, engine_option, folder_of
 from .output import print_json, print_table
 
 MIN_VOCAB = 64
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors files.")],
-    engine: Annotated[str, typer.Option(help=f"One of {', '.join(ENGINES)}.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder of a checkpoint, or ORG/NAME that was downloaded.")
+    ],
+    engine: Annotated[str, engine_option()],
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
     ] = "auto",
     engine_args: Annotated[
         str, typer.Option(help="More engine arguments of both runs, as a JSON object.")
     ] = "{}",
-    timeout: Annotated[float, typer.Option(help="Seconds for each of the two runs.")] = 1800,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each of the two runs.")] = 1800,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Run the command. Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input."""
+    """Run the command. Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input, 4 no start."""
     arguments = parse_engine_args(engine_args)
+    if dtype != "auto":
+        dtype_of(dtype)
+    folder = folder_of(checkpoint)
     apart = load_settings().layout == "paired"
-    decisions, _, version = decided(checkpoint, engine, apart)
+    decisions, _, version = decided(folder, engine, apart)
+    check_arguments(engine, version, arguments)
     # A draft is built only where the engine is told to speculate.
     drafts = facts_of(engine).lab.draft_argument in arguments
     roles = tuple(d for role, d in decisions.items() if role == "main" or drafts)
-    config = read_json(checkpoint / "config.json")
+    config = read_json(folder / "config.json")
     job = VerifyJob(
-        checkpoint,
+        folder,
         tuple(d for d in roles if not isinstance(d, Stock)),
-        vocab_size(config, checkpoint),
+        vocab_size(config, folder),
         checkpoint_dtype(config) if dtype == "auto" else dtype,
         arguments,
     )
-    with engines_end_on_sigterm():
+    with engines_end_with_us():
         (report,) = run_verify([job], engine, version, timeout=timeout, progress=say)
     log = report.pop("log", "")
     if log:
@@ -64,6 +71,8 @@ def command(
     print_json(report) if json else print_table(f"{checkpoint} in {engine} {version}", report)
     for refused in report.get("refused", ()):
         raise RefusedError(refused["reason"], refused["detail"])
+    if report.get("ended") == "stock":
+        raise EngineError("nothing was compared: " + "; ".join(report["failures"]))
     if not report["passed"]:
         raise typer.Exit(1)
 
@@ -100,13 +109,17 @@ def decided(
 
 
 @contextmanager
-def engines_end_on_sigterm() -> Iterator[None]:
-    """Let Python clean up when a signal ends it: engines would be left behind on their device."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
+def engines_end_with_us() -> Iterator[None]:
+    """Let Python clean up when a signal ends it: engines would be left behind on their device.
+
+    SIGHUP is what a terminal sends that is closed; under nohup it stays ignored.
+    """
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before = signal.signal(number, lambda number, frame: sys.exit(128 + number))
+                stack.callback(signal.signal, number, before or signal.SIG_DFL)
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def say(line: str) -> None:

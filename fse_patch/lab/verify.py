@@ -89,9 +89,9 @@ def run_arm(
             number = len(jobs) - len(left) + running + 1
             progress(f"{arm} {engine}: {left[running].checkpoint.name} ({number} of {len(jobs)})")
 
-        results, log, status = run_process(engine, left, fused, env, timeout, tell)
+        results, log, ending = run_process(engine, left, fused, env, timeout, tell)
         if len(done) + len(results) < len(jobs):
-            results.append({"error": f"the {arm} {engine} process ended with status {status}"})
+            results.append({"error": f"the {arm} {engine} process {ending}"})
         for number, entry in enumerate(results):
             if "error" in entry:
                 entry["error"] = with_cause(entry["error"], log_of(number, log))
@@ -107,14 +107,14 @@ def run_process(
     env: Mapping[str, str],
     timeout: float,
     tell: Callable[[int], None],
-) -> tuple[list[dict[str, Any]], str, int]:
+) -> tuple[list[dict[str, Any]], str, str]:
     """Start one process on ``jobs`` and end it, with its children, at the timeout.
 
     Args:
         tell: is called with the index of each job that starts.
 
     Returns:
-        The results it left, its log, and its exit status.
+        The results it left, its log, and in words how it ended.
     """
     with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
         request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "log"))
@@ -129,11 +129,13 @@ def run_process(
                 start_new_session=True,
             )
             try:
-                watch(process, result, len(jobs), timeout, tell)
+                in_time = watch(process, result, len(jobs), timeout, tell)
             finally:
                 end(process)
-        done = read_results(result)
-        return done, log.read_text(errors="replace"), process.returncode
+        ending = f"ended with status {process.returncode}"
+        if not in_time:
+            ending = f"was not finished in {timeout:g} s; raise --timeout"
+        return read_results(result), log.read_text(errors="replace"), ending
 
 
 def log_of(number: int, log: str) -> str:
@@ -157,8 +159,8 @@ def read_results(result: Path) -> list[dict[str, Any]]:
 
 def watch(
     process: subprocess.Popen[bytes], result: Path, jobs: int, timeout: float, tell: Callable[[int], None]
-) -> None:
-    """Wait for an arm, up to ``timeout`` seconds, and tell of each job that starts."""
+) -> bool:
+    """Wait for an arm and tell of each job that starts; return whether it ended in ``timeout`` seconds."""
     end = time.monotonic() + timeout
     told = -1
     while process.poll() is None and time.monotonic() < end:
@@ -170,6 +172,7 @@ def watch(
             process.wait(POLL)
         except subprocess.TimeoutExpired:
             continue
+    return process.poll() is not None
 
 
 def verify(
@@ -203,7 +206,8 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
     report: dict[str, Any] = {"checkpoint": str(job.checkpoint), "passed": False}
     for name, arm in (("stock", stock), ("fused", fused)):
         if "error" in arm:
-            return {**report, "failures": [f"{name} engine: {arm['error']}"], "log": arm.get("log", "")}
+            failures = [f"{name} engine: {arm['error']}"]
+            return {**report, "ended": name, "failures": failures, "log": arm.get("log", "")}
     logprobs = difference(stock["logprobs"], fused["logprobs"])
     noise, noises = noise_of(stock)
     if any(role.get("weight_layout") == "paired" for w in fused["workers"] for role in w["roles"]):
@@ -234,6 +238,10 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         failures.append("no worker told what it ran")
     for decision in job.decisions:
         failures += ran_as_decided(decision, fused["workers"])
+    refused = [entry for worker in fused["workers"][:1] for entry in worker.get("refused", ())]
+    if any(entry["role"] == decision.role for entry in refused for decision in job.decisions):
+        # Nothing was fused: what the comparison says of it is noise beside the reason.
+        failures = [f"{r['role']} model: refused: {r['reason']}: {r['detail']}" for r in refused]
     main = [role for worker in fused["workers"] for role in worker["roles"] if role["role"] == "main"]
     return {
         **report,
@@ -259,7 +267,7 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "tolerance": tolerance.to_dict(),
         "roles": fused["workers"][0]["roles"] if fused["workers"] else [],
         # What the engine's own configuration refused, though the checkpoint fuses.
-        "refused": [entry for worker in fused["workers"][:1] for entry in worker.get("refused", ())],
+        "refused": refused,
         # Kernels that stand-ins ran in their place: the proof does not cover them.
         "replaced_operations": sorted(
             {op for worker in fused["workers"] for op in worker.get("replaced_operations", ())}

@@ -31,6 +31,12 @@ ByEngine = Annotated[
 ]
 
 
+class _WithoutSharedExpert(Strict):
+    """The file patches/no_shared_expert.yaml."""
+
+    model_types: list[Text]
+
+
 class FamilySpec(Strict):
     """Facts of one family, in the terms of its Hugging Face ``config.json`` and tensor names.
 
@@ -168,6 +174,13 @@ def family_files() -> tuple[FamilyFile, ...]:
 def families() -> tuple[FamilySpec, ...]:
     """List every family."""
     return tuple(file.spec for file in family_files())
+
+
+@cache
+def without_shared_expert() -> frozenset[str]:
+    """Return the model types that are known to have routed experts alone."""
+    path = FOLDER / "no_shared_expert.yaml"
+    return frozenset(check(path, _WithoutSharedExpert, parse(path)).model_types)
 
 
 def family_of(model_type: str) -> FamilySpec | None:

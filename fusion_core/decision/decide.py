@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import FsePatchError
 from ...patches import ENGINES
 from ..checkpoint.config import UNQUANTISED, MoeConfig, QuantConfig
-from ..checkpoint.families import FamilySpec, Role
+from ..checkpoint.families import FamilySpec, Role, families, without_shared_expert
 from ..checkpoint.sources import Source
 from ..checkpoint.weight_files import AUTO
 from ..evidence.gather import Evidence, LayerEvidence, RoleEvidence, read_evidence
@@ -80,10 +80,7 @@ def decide_evidence(
         "read_as": reader_of(evidence.quant),
     }
     if evidence.family is None or evidence.moe is None:
-        named = f"model_type {evidence.model_type!r}" if evidence.model_type else "no model_type"
-        return Stock(
-            **common, reason=Reason("family.unknown", f"{named} is of no family that fse_patch knows")
-        )
+        return Stock(**common, reason=_no_family(evidence.model_type))
     moe, layers = evidence.moe, evidence.roles.get(role)
     routing, shared_weight = _routing(evidence.family, moe), evidence.family.shared_weight
     layout = _fusable(moe, layers)
@@ -136,6 +133,13 @@ def _pairing(
     if isinstance(layout, Reason):
         return layout
     return MoeSpec(layout, _routing(family, moe), family.shared_weight, role.moe_layers)
+def _no_family(model_type: str) -> Reason:
+    """Say why a model is of no family: it has no shared expert, or nobody has looked at it."""
+    if model_type in without_shared_expert():
+        return Reason("shared.absent", f"models of model_type {model_type!r} have no shared expert")
+    named = f"model_type {model_type!r}" if model_type else "no model_type"
+    known = ", ".join(sorted({name for family in families() for name in family.model_types}))
+    return Reason("family.unknown", f"{named} is of no family that fse_patch knows; it knows {known}")
 
 
 def _packed(layers: RoleEvidence | None, quant: QuantConfig) -> bool:
@@ -192,7 +196,7 @@ def _unsparse(moe: MoeConfig, layers: RoleEvidence | None) -> Reason | None:
     if not moe.num_routed or not layers.moe_layers:
         return Reason("family.unknown", "config.json describes no layer with routed experts")
     if not moe.shared_intermediate_size:
-        return Reason("width.mismatch", "the shared expert has width 0: there is nothing to fuse")
+        return Reason("shared.absent", "the shared expert has width 0: there is nothing to fuse")
     return None
 
 

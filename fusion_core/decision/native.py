@@ -97,7 +97,9 @@ def gets_wrong(entry: dict[str, Any], decision: Decision) -> str:
         # Bits, symmetry and order of packed integers are in the config alone: of a wrong reading nothing
         # warns. The engine's own way with two modules is right for every checkpoint.
         return "nothing shows that the packed integers of routed and shared experts are stored alike"
-    mismatch = isinstance(decision, Stock) and decision.reason.code == "width.mismatch"
-    if mismatch or slots > entry.get("slots", slots):
+    code = decision.reason.code if isinstance(decision, Stock) else ""
+    if code == "shared.absent":
+        return "the checkpoint has no shared expert to fill its slots"
+    if code == "width.mismatch" or slots > entry.get("slots", slots):
         return "the shared expert is wider than the slots that it has"
     return ""

@@ -43,7 +43,7 @@ def read_rules(path: Path, taken: Mapping[str, str] | None = None) -> tuple[Rule
     try:
         rules = PolicyFile.model_validate(data).rules
     except ValidationError as error:
-        place, message, _ = first_fault(error)
+        place, message, _ = first_fault(error, PolicyFile)
         raise _error(path, _line(root, place), _dotted(place), message) from None
     taken = dict(taken or {})
     for number, rule in enumerate(rules):

@@ -10,6 +10,7 @@ from ...errors import FsePatchError
 from ...patches import ENGINES, FOLDER, PLATFORMS
 from ..checkpoint.config import UNQUANTISED
 from ..data_file import parse
+from ..engines import facts_of
 from ..quant.methods import FORMATS
 from .outcome import Decision
 
@@ -48,5 +49,12 @@ def unproven(decision: Decision, platform: str, proven: Proven | None = None) ->
 
 
 def proven_platforms(decision: Decision) -> list[str]:
-    """List the platforms on which all formats of ``decision`` were proven on its engine, for reports."""
+    """List the platforms on which all formats of ``decision`` were run on its engine, for reports.
+
+    A checkpoint without quantisation was run where its engine was, in any release.
+    """
+    if decision.quant_method == UNQUANTISED:
+        rows = facts_of(decision.engine).releases
+        ran = {"cpu": any(row.cpu for row in rows), "cuda": any(row.cuda for row in rows)}
+        return [platform for platform in PLATFORMS if ran.get(platform)]
     return [platform for platform in PLATFORMS if not unproven(decision, platform)]

@@ -208,10 +208,11 @@ def test_an_arm_in_the_wrong_state_ends_the_run(tmp_path: Path, name: str, fault
     assert not (tmp_path / "notes").exists()  # nothing was measured
 
 
-def bench(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
+def bench(monkeypatch: pytest.MonkeyPatch, *options: str, gpu: bool = True) -> Any:
     monkeypatch.setattr(guards, "engine_version", lambda book: "0.32.0")
     monkeypatch.setattr(guards, "guard", lambda *_: "")
     monkeypatch.setattr(cli_verify, "decide_roles", decided)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     return CliRunner().invoke(app.app, ["bench", str(SHAPE), *options])
 
 
@@ -242,6 +243,12 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     assert (many["streams"], many["model"], many["vllm"], many["commit"]) == ("64", SHAPE.name, "0", "abc")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((tmp_path / "a.json").read_text())["readings"]) == 5 * 2 * 3
+
+
+def test_without_a_gpu_no_engine_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "measure", lambda *args, **kwargs: pytest.fail("measured"))
+    done = bench(monkeypatch, "--end-to-end", gpu=False)
+    assert str(done.exception) == "no CUDA device here; nothing to measure"
 
 
 @pytest.mark.parametrize(

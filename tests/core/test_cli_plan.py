@@ -105,8 +105,12 @@ def test_a_users_policy(tmp_path: Path) -> None:
 
 
 def test_people_get_a_table(tmp_path: Path) -> None:
-    done = fse_patch("plan", sound(tmp_path), "--engine", "vllm")
+    brief = fse_patch("plan", sound(tmp_path), "--engine", "vllm")
+    assert brief.stdout.startswith("can be fused in vllm: 2 sparse layers")
+    assert len(brief.stdout.splitlines()) == 2
+    done = fse_patch("plan", tmp_path, "--engine", "vllm", "--verbose")
     assert done.returncode == 0
+    assert done.stdout.startswith(brief.stdout)
     assert "1-2 (2)" in done.stdout
     assert "sigmoid" in done.stdout
 
@@ -183,9 +187,14 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 2
-    assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+    if "--json" in done.args:
+        report = json.loads(done.stdout)
+        assert report["exit_status"] == 2
+        assert report["error"] == done.stderr.strip().removeprefix("fse-patch: ")
+    else:
+        assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert "internal error" not in done.stderr
 
@@ -204,7 +213,7 @@ def test_bad_input_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "vlm"], "unknown engine 'vlm'"),
+        (["--engine", "vlm"], "'vlm': unknown engine; did you mean vllm?"),
         (["--engine", "vllm", "--platform", "tpu"], "unknown platform 'tpu'"),
         (["--engine", "vllm", "--engine-version", "newest"], "'newest' is no version number"),
         (["--engine", "vllm", "--policy", "gone.yaml"], "gone.yaml: the policy cannot be read"),
@@ -221,12 +230,19 @@ def test_bad_policies_name_file_line_and_field(tmp_path: Path) -> None:
     assert_one_line(done, f"{own}: line 3: field 'rules[0].fuse': ")
 
 
-@pytest.mark.parametrize("arguments", [["plan"], ["plan", "x"], ["nothing"], ["plan", "x", "--nothing"]])
-def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
-    done = fse_patch(*arguments)
-    assert done.returncode == 2
-    assert "Usage: fse-patch" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "missing argument 'checkpoint'; see fse-patch plan --help"),
+        (["plann"], "no command 'plann'; did you mean plan?"),
+        (["nothing"], "no command 'nothing'; use one of plan, doctor, "),
+        (["plan", "x", "--nothing"], "no such option: --nothing"),
+        (["plan", "x", "--engine", "vlm"], "'vlm': unknown engine; did you mean vllm?"),
+        (["plan", "x", "--nothing", "--json"], "no such option: --nothing"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    assert_one_line(fse_patch(*arguments), message)
 
 
 def test_plan_loads_neither_torch_nor_numpy_nor_an_engine(tmp_path: Path) -> None:
@@ -238,14 +254,14 @@ def test_plan_loads_neither_torch_nor_numpy_nor_an_engine(tmp_path: Path) -> Non
         "except SystemExit: pass\n"
         "print(','.join(sys.modules), file=sys.stderr)\n"
     )
-    for extra in ([], ["--json"], ["--json", "--platform", "cpu", "--engine-version", "0.32.0"]):
+    for extra in (["--verbose"], ["--json"], ["--json", "--platform", "cpu", "--engine-version", "0.32.0"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *extra], capture_output=True, text=True, timeout=60
         )
         loaded = set(done.stderr.strip().split(","))
         assert "fse_patch.fusion_core.evidence.gather" in loaded, done.stderr
         assert not loaded & {"torch", "numpy", "vllm", "sglang", "safetensors", "transformers"}
-        assert ("rich.table" in loaded) == (not extra), "control: what is loaded is seen"
+        assert ("rich.table" in loaded) == ("--json" not in extra), "control: what is loaded is seen"
 
 
 def big_checkpoint(folder: Path) -> int:

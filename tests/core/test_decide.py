@@ -143,8 +143,8 @@ def test_a_wide_shared_expert_takes_several_slots(tmp_path: Path, slots: int) ->
     [
         ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "width.mismatch", "48 is no multiple"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 16}, "width.mismatch", "16 is no multiple"),
-        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "width.mismatch", "width 0"),
-        ("glm4_moe", {"n_shared_experts": 0}, "width.mismatch", "width 0"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared.absent", "width 0"),
+        ("glm4_moe", {"n_shared_experts": 0}, "shared.absent", "width 0"),
         ("qwen2_moe", {"hidden_act": "gelu"}, "activation.differs", "'gelu'"),
         ("qwen2_moe", {"num_experts": 0}, "family.unknown", "no layer with routed experts"),
         ("qwen2_moe", {"mlp_only_layers": [0, 1]}, "family.unknown", "no layer with routed experts"),
@@ -171,11 +171,18 @@ def test_a_block_across_slots_is_refused(tmp_path: Path) -> None:
         assert code(made(tmp_path, "qwen2_moe", whole, quantization_config=quant)) == "ok"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "glm4_moe_x", "qwen3_moe", "qwen2_moe_x", ""])
+@pytest.mark.parametrize("model_type", ["llama", "glm4_moe_x", "qwen2_moe_x", ""])
 def test_unknown_families_are_refused(tmp_path: Path, model_type: str) -> None:
     config = config_of("qwen2_moe") | {"model_type": model_type}
     decision = decide(write_checkpoint(tmp_path, config, None), "sglang")
     assert (stock(decision).reason.code, decision.model_type) == ("family.unknown", model_type)
+
+
+def test_a_model_without_a_shared_expert_is_no_unknown_one(tmp_path: Path) -> None:
+    config = config_of("qwen2_moe") | {"model_type": "qwen3_moe"}
+    decision = stock(decide(write_checkpoint(tmp_path, config, None), "vllm"))
+    assert decision.reason.code == "shared.absent"
+    assert "qwen3_moe" in decision.reason.detail
 
 
 def test_without_headers_the_config_decides_and_says_so(tmp_path: Path) -> None:
@@ -300,7 +307,7 @@ def test_a_shared_expert_of_null_is_nothing_to_fuse(tmp_path: Path, family: str,
     config = config_of(family)
     assert merged(decide(write_checkpoint(tmp_path, config, None), "vllm")), "control"
     decision = stock(decide(write_checkpoint(tmp_path, config | {key: None}, None), "vllm"))
-    assert decision.reason.code == "width.mismatch"
+    assert decision.reason.code == "shared.absent"
     assert "width 0" in decision.reason.detail
     assert (decision.layout, decision.moe) == (None, None)
 

@@ -11,7 +11,9 @@ import pytest
 from fse_patch import doctor, metrics, settings
 from fse_patch.adapters.patching import guards
 from fse_patch.fusion_core.engines import facts_of
+from fse_patch.launch import machine
 
+from .checkpoints import config_of, model_tensors, write_checkpoint
 from .test_cli_plan import fse_patch
 
 
@@ -60,7 +62,7 @@ def test_all_is_well(installed: pytest.MonkeyPatch) -> None:
     ("variables", "words"),
     [
         ({"FSE_PATCH_VERFIY": "all"}, "is set, and nothing reads it; did you mean FSE_PATCH_VERIFY?"),
-        ({"FSE_PATCH_WHATEVER_IT_IS": "1"}, "nothing reads it; there are FSE_PATCH, FSE_PATCH_STRICT, "),
+        ({"FSE_PATCH_WHATEVER_IT_IS": "1"}, "nothing reads it; use one of FSE_PATCH, FSE_PATCH_STRICT, "),
         ({"FSE_PATCH_VERIFY": "some"}, "use off, sample or all"),
         ({"FSE_PATCH_STRICT": "perhaps"}, "use 1 or 0"),
         ({"FSE_PATCH": "vlm"}, "unknown engine 'vlm'"),
@@ -123,8 +125,34 @@ def test_the_command_says_what_is_wrong() -> None:
     ]
     text = fse_patch("doctor")
     assert text.returncode == 1
-    assert "no engine is installed" in text.stdout
-    assert "FSE_PATCH_VERIFY" in text.stdout
+    assert text.stdout.startswith("problem: no engine is installed")
+    assert "FSE_PATCH_VERIFY" not in text.stdout
+    assert "FSE_PATCH_VERIFY" in fse_patch("doctor", "--verbose").stdout
+
+
+def test_it_begins_with_what_a_server_does_here(installed: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed.setattr(machine, "here", lambda: machine.Device("cpu", "x86_64", here=True))
+    (row,) = doctor.examine()["verdicts"]
+    assert (row["engine"], row["served"]) == ("vllm", None)
+    assert row["sentence"].startswith("fused, where the checkpoint allows it: vllm 0.32.0 on the CPU")
+    fuses = write_checkpoint(tmp_path / "a", config_of("glm4_moe"), model_tensors("glm4_moe"))
+    (row,) = doctor.examine(fuses)["verdicts"]
+    assert (row["served"], row["reason"]) == ("fused", None)
+    # Another source than the one that the patches were written for.
+    installed.setattr(guards, "guard", lambda patch: "reads other" if patch.id == "load-model" else "")
+    (row,) = doctor.examine()["verdicts"]
+    assert (row["served"], row["reason"]) == ("stock", "fingerprint")
+    installed.setattr(guards, "guard", lambda patch: "")
+    # A GPU that nobody has measured, and one that has tables of another release.
+    for name in ("NVIDIA A100", "NVIDIA H200"):
+        device = machine.Device("cuda", name, here=True)
+        installed.setattr(machine, "here", lambda device=device: device)
+        (row,) = doctor.examine()["verdicts"]
+        assert (row["served"], row["reason"]) == ("stock", "slower.unmeasured")
+    installed.setattr(guards, "engine_version", lambda book: "0.26.0" if book.engine == "vllm" else "9.9")
+    measured, untested = doctor.examine()["verdicts"]
+    assert "shapes were measured" in measured["sentence"]
+    assert untested["sentence"].startswith("stock: version.untested: sglang 9.9")
 
 
 @pytest.mark.parametrize(("value", "seen"), [("", "sample"), ("ALL", "all"), ("off", "off")])

@@ -52,7 +52,7 @@ def test_a_family_cannot_be_changed() -> None:
         ({"model_types": "glm4_moe"}, "model_types: Input should be a valid tuple"),
         ({"model_types": [1]}, "model_types.0: Input should be a valid string"),
         ({"grouped_routing": "yes"}, "grouped_routing: Input should be a valid boolean"),
-        ({"shared_modul": "x"}, "shared_modul: Extra inputs are not permitted"),
+        ({"shared_modul": "x"}, "shared_modul: unknown key; did you mean "),
         ({"num_shared_key": None}, "give one of shared_size_key and num_shared_key"),
         ({"shared_size_key": "x"}, "give one of shared_size_key and num_shared_key"),
         ({"name": "other"}, "name: leave it out"),
@@ -62,7 +62,7 @@ def test_a_family_cannot_be_changed() -> None:
             {"native": {"vllm": [{**NATIVE, "platforms": ["tpu"]}]}},
             "native.vllm.0.platforms.0: Input should be",
         ),
-        ({"native": {"vllm": [{**NATIVE, "rong": "x"}]}}, "native.vllm.0.rong: Extra inputs"),
+        ({"native": {"vllm": [{**NATIVE, "rong": "x"}]}}, "native.vllm.0.rong: unknown key; did you mean "),
         ({"engines": {"vlm": {}}}, "engines.vlm.[key]: Input should be 'vllm' or 'sglang'"),
     ],
 )

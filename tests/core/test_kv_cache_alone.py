@@ -57,7 +57,7 @@ def test_what_is_behind_the_decision_sees_a_plain_checkpoint(
     assert (decision.quant_method, decision.read_as) == (UNQUANTISED, declared(row))
     assert decision.formats == ("plain",)
     assert not decision.packed
-    assert proven_platforms(decision) == ["cpu", "cuda", "rocm"]
+    assert proven_platforms(decision) == ["cpu", "cuda"]
     assert list(without_proof(decision, "cuda", settings.load())) == []
     if declared(row) == UNQUANTISED:
         return

@@ -18,6 +18,10 @@ from .checkpoints import config_of, model_tensors, write_checkpoint
 from .outcomes import code, merged, stock
 from .test_policy import NVFP4
 
+KNOWN = (
+    "it knows glm4_moe, glm4_moe_lite, glm4v_moe, glm4v_moe_text, qwen2_moe, qwen3_5_moe, qwen3_5_moe_text, "
+    "qwen3_next, qwen4_exp, qwen4_exp_text"
+)
 NO_DRAFT = "neither config.json nor the tensors show an MTP draft"
 
 
@@ -25,14 +29,14 @@ NO_DRAFT = "neither config.json nor the tensors show an MTP draft"
     ("config", "reason"),
     [
         ({"model_type": "llama"},
-         Reason("family.unknown", "model_type 'llama' is of no family that fse_patch knows")),
-        ({}, Reason("family.unknown", "no model_type is of no family that fse_patch knows")),
+         Reason("family.unknown", f"model_type 'llama' is of no family that fse_patch knows; {KNOWN}")),
+        ({}, Reason("family.unknown", f"no model_type is of no family that fse_patch knows; {KNOWN}")),
         (config_of("qwen2_moe", num_experts=0),
          Reason("family.unknown", "config.json describes no layer with routed experts")),
         (config_of("qwen2_moe", mlp_only_layers=[0, 1]),
          Reason("family.unknown", "config.json describes no layer with routed experts")),
         (config_of("glm4_moe", n_shared_experts=0),
-         Reason("width.mismatch", "the shared expert has width 0: there is nothing to fuse")),
+         Reason("shared.absent", "the shared expert has width 0: there is nothing to fuse")),
         (config_of("qwen2_moe", shared_expert_intermediate_size=48),
          Reason("width.mismatch", "the shared expert's width 48 is no multiple of the routed width 32")),
         (config_of("qwen2_moe", hidden_act="gelu"),

@@ -272,6 +272,8 @@ def test_without_a_gpu_nothing_is_measured(
         ([], "no CUDA device"),
         (["--engine", "sglang"], "no CUDA device"),
         (["--tokens", "1,x"], "--tokens '1,x'"),
+        (["--quant", "fp8-blok"], "--quant 'fp8-blok': unknown; did you mean fp8-block?"),
+        (["--csv", "/none/a.csv"], "--csv /none/a.csv: there is no such folder"),
         (
             ["--routings", "even,odd"],
             "--routings: unknown routing 'odd'; use some of even, zipf, groups, alike",

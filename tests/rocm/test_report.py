@@ -10,6 +10,7 @@ import pytest
 from fse_patch import rocm
 from fse_patch.fusion_core.kernels import aiter_check
 
+from ..core.checkpoints import config_of, write_checkpoint
 from ..fakes.aiter_profiles import PROFILES, UNUSABLE, installed
 from .test_check import ALL, NEWEST, last_slot_dropped, replace
 
@@ -44,13 +45,26 @@ def test_the_command_writes_a_file_and_ends_as_verify(
 ) -> None:
     """The environment of these tests has neither ROCm nor an engine."""
     out = tmp_path / "report.json"
-    status = rocm.main([str(tmp_path / "nothing"), "--engine", "vllm", "--out", str(out)])
+    model = write_checkpoint(tmp_path / "nothing", config_of("qwen2_moe"), None)
+    status = rocm.main([str(model), "--engine", "vllm", "--out", str(out)])
     report = json.loads(out.read_text())
     assert status == report["verify"]["status"] != 0
     assert report["aiter"]["report"]["why"] == "torch is not built for ROCm"
     assert report["aiter"]["status"] == 0
     assert report["doctor"]["environment"]["platform"] == "cpu"
     assert str(out) in capsys.readouterr().out
-    assert any("nothing" in line for line in report["verify"]["output"])
+    assert any("not installed here" in line for line in report["verify"]["report"].values() if line)
     assert report["bench"]["status"] == 2
-    assert any("no CUDA device" in line for line in report["bench"]["output"])
+    assert "no CUDA device" in report["bench"]["report"]["error"]
+
+
+def test_inputs_and_output_are_looked_at_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rocm, "_child", lambda arguments: pytest.fail("something ran"))
+    assert rocm.main([str(tmp_path / "nope"), "--engine", "vllm", "--out", str(tmp_path / "r.json")]) == 2
+    model = write_checkpoint(tmp_path / "m", config_of("qwen2_moe"), None)
+    assert rocm.main([str(model), "--engine", "vllm", "--out", "/none/r.json"]) == 2
+    nope, out = capsys.readouterr().err.strip().splitlines()
+    assert "nope: " in nope
+    assert "--out /none/r.json: cannot be written" in out
