@@ -102,7 +102,7 @@ def _tell(role: PairedRole, proof: PairProof, chosen: Chosen) -> None:
         return
     runtime.record_decision(decision.refused(reason).to_dict())
     log.warning("%s: not paired: %s: %s; the engine's own layers serve", head, reason.code, reason.detail)
-    if reason.code == "proof.failed" and role.start.settings.strict_arguments:
+    if reason.code == "proof.failed" and role.start.settings.strict:
         print(f"fse_patch: {head}: {reason.code}: {reason.detail}", file=sys.stderr, flush=True)
         raise SystemExit(RefusedError.exit_status)
 

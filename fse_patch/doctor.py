@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,13 @@ from . import settings, table_coverage
 from .adapters.patching import guards, ledger, standing
 from .errors import FsePatchError, RefusedError, did_you_mean
 from .fusion_core.checkpoint.families import families
-from .fusion_core.checkpoint.sources import CONFIG_NAME, FolderSource
-from .fusion_core.decision.decide import decide_roles
 from .fusion_core.decision.native import fusing
 from .fusion_core.decision.paired_places import unrun
 from .fusion_core.decision.policy_file import load_policy
-from .fusion_core.engines import Plugins, facts_of
+from .fusion_core.engines import Plugins
 from .fusion_core.forward import tuned
 from .fusion_core.forward.measured_cache import kept
-from .launch import command, machine
-from .launch.verdict import verdict
+from .launch.here import verdicts
 from .patches import ENGINES
 from .version import __version__
 
@@ -77,60 +74,6 @@ def examine(checkpoint: Path | None = None) -> dict[str, Any]:
         "problems": problems,
         "ok": not problems,
     }
-
-
-def verdicts(
-    engines: Iterable[Mapping[str, Any]],
-    checkpoint: Path | None,
-    effective: settings.Settings,
-    here: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """Say of each installed engine what its server does on this machine, with the checkpoint if one is given.
-
-    Rows have ``engine``, ``served`` (null where it depends on the model), ``reason`` and ``sentence``.
-    """
-    device = machine.here()
-    if here["devices"]:
-        device = machine.Device(here["platform"], here["devices"][0], here=True)
-    rows = []
-    for engine in engines:
-        if engine["installed"] is not None:
-            name, version = engine["engine"], engine["installed"]
-            found = _verdict(name, version, checkpoint, effective, device)
-            if broken := [patch for patch, state in engine["guards"].items() if state != "ok"]:
-                sentence = (
-                    f"stock: fingerprint: {name} {version} is not the source that patch {broken[0]} knows"
-                )
-                found = {"served": "stock", "reason": "fingerprint", "sentence": sentence}
-            rows.append({"engine": engine["engine"], **found})
-    return rows
-
-
-def _verdict(
-    engine: str, version: str, checkpoint: Path | None, effective: settings.Settings, device: machine.Device
-) -> dict[str, Any]:
-    asked = command.read([], Version(version).public, os.environ, engine)
-    if checkpoint is not None:
-        decision = decide_roles(checkpoint, engine, load_policy(effective.policy_file))["main"]
-        config = FolderSource(checkpoint).read_json(CONFIG_NAME)
-        told = verdict(decision, asked, version, device, config, effective)
-        reason = None if told.reason is None else told.reason.code
-        return {"served": told.served, "reason": reason, "sentence": str(told)}
-    where = f"{engine} {version} on {device}"
-    if not facts_of(engine).is_tested(Version(version)) and not effective.allow_untested:
-        sentence = f"stock: version.untested: {where} is not a tested release"
-        return {"served": "stock", "reason": "version.untested", "sentence": sentence}
-    if device.platform == "cpu":
-        sentence = f"fused, where the checkpoint allows it: {where}; no speed is promised on a CPU"
-        return {"served": None, "reason": None, "sentence": sentence}
-    release, name = Version(version).public, device.name
-    tables = [t for _, t in tuned.shipped() if (t.engine, t.release, t.device) == (engine, release, name)]
-    if tables or effective.tuned_file is not None:
-        shapes = sum(len(table.rows) for table in tables)
-        sentence = f"fused, where the checkpoint allows it: {where}; {shapes} shapes were measured"
-        return {"served": None, "reason": None, "sentence": sentence}
-    sentence = f"stock: slower.unmeasured: {where}: no table of this device and release"
-    return {"served": "stock", "reason": "slower.unmeasured", "sentence": sentence}
 
 
 def _environment() -> dict[str, Any]:
@@ -218,6 +161,10 @@ def _modes(effective: settings.Settings, devices: list[str], problems: list[str]
     ]
 
 
+def _told(error: RefusedError) -> dict[str, str]:
+    return {"reason": error.reason, "sentence": f"stock: {error.reason}: {error.detail}"}
+
+
 def _engine(
     engine: str, here: str, effective: settings.Settings, problems: list[str], hazards: list[str]
 ) -> dict[str, Any]:
@@ -231,6 +178,7 @@ def _engine(
         "is_tested": None,
         "seams_of": None,
         "remark": "",
+        "blocking": None,
         "entry_points": [],
         "guards": {},
         "native_fusion": [],
@@ -248,8 +196,9 @@ def _engine(
         found = standing.standing_of(book, version, effective.switches)
     except RefusedError as error:
         problems.append(str(error))
-        return report
-    report |= {"seams_of": found.seams_of, "remark": found.remark}
+        return report | {"blocking": _told(error)}
+    blocking = None if found.blocking is None else _told(found.blocking)
+    report |= {"seams_of": found.seams_of, "remark": found.remark, "blocking": blocking}
     report["guards"] = {p.id: str(found.problems.get(p.id, "ok")) for p in found.patches}
     problems += [str(problem) for problem in found.problems.values()]
     plugins = book.facts.plugins

@@ -96,7 +96,7 @@ def _print(checkpoint: str, report: dict[str, Any], main: Decision, target: Targ
         if told.served == "fused" and not target.switched_on:
             say("This holds with FSE_PATCH=1 in the server's environment; it is not set here.")
         return
-    if not isinstance(main, Merged):
+    if isinstance(main, Stock):
         say(f"cannot be fused in {main.engine}: {main.reason.code}: {main.reason.detail}", "red")
         return
     say(f"can be fused in {main.engine}: {main.detail}", "green")

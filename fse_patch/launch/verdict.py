@@ -10,28 +10,31 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from packaging.version import InvalidVersion, Version
 
-from ..adapters.patching import guards, ledger
+from ..adapters.patching import ledger, standing
 from ..adapters.refusals import quantised_online, without_proof
 from ..adapters.running_config import config_differs
 from ..errors import FsePatchError, RefusedError
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.checkpoint.families import family_of
 from ..fusion_core.decision.native import fusing, gets_wrong
-from ..fusion_core.decision.outcome import Decision, Merged, Stock
+from ..fusion_core.decision.outcome import Decision, Merged, Paired, Stock, paired
+from ..fusion_core.decision.paired_places import unrun
 from ..fusion_core.engines import EngineFacts, Refusal, facts_of
 from ..fusion_core.forward.plan import ModePlan
+from ..fusion_core.forward.threshold import merged_gains
 from ..fusion_core.reasons import CONTRADICTIONS, Code, Reason
-from ..settings import Settings
+from ..settings import CPU_THRESHOLD, Settings
 from .command import Asked
 from .machine import Device
 from .modes import beside_native, plan_of
 
 Served = Literal["fused", "native", "stock"]
-LAYOUT = "merged"
+# What forbids to merge and not to pair: each rank runs the experts that it has.
+MERGED_ALONE = {"parallel.ep"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Verdict:
     Args:
         served: by this package, as the engine fuses by itself, or as it runs without us.
         reason: why not fused by us; None where it is.
-        plan: which mode runs for how many tokens; None where no mode of ours runs.
+        layout: how the weights lie where it is fused by this package, "merged" or "paired".
+        plan: which mode runs for how many tokens; None where no mode of ours runs, or where that is measured
+            at the first start.
         ends: the server ends before it has read a weight: its arguments contradict fusing, and
             FSE_PATCH_STRICT=1 asks for that.
     """
@@ -52,6 +57,7 @@ class Verdict:
     standing: str
     device: Device
     reason: Reason | None = None
+    layout: str | None = None
     plan: ModePlan | None = None
     ends: bool = False
 
@@ -65,7 +71,7 @@ class Verdict:
         return {
             "served": self.served,
             "ends": self.ends,
-            "layout": LAYOUT if self.served == "fused" else None,
+            "layout": self.layout,
             "modes": modes,
             "reason": None if self.reason is None else self.reason.code,
             "detail": plan.source if self.reason is None and plan else getattr(self.reason, "detail", ""),
@@ -78,8 +84,10 @@ class Verdict:
 
     def __str__(self) -> str:
         where = f"{self.engine} {self.version} on {self.device}"
-        if self.served == "fused" and self.plan is not None:
-            return f"fused, {LAYOUT}: {self.plan} ({self.plan.source}); {where}"
+        if self.served == "fused":
+            how = "few tokens, measured at the first start"
+            how = how if self.plan is None else f"{self.plan} ({self.plan.source})"
+            return f"fused, {self.layout}: {how}; {where}"
         assert self.reason is not None
         head = "fused by the engine itself" if self.served == "native" else "stock"
         if self.ends:
@@ -120,19 +128,81 @@ def verdict(
         return replace(made, reason=Reason("disabled", "FSE_PATCH is off in this command"))
     if asked.unseen:
         return replace(made, reason=Reason("disabled", asked.unseen))
+    if (reason := _not_patched(decision, book, version, now, installed)) is not None:
+        return replace(made, reason=reason)
+    found = made if isinstance(decision, Paired) else _settled(made, decision, asked, facts, config, now)
+    return _laid_out(found, made, decision, asked, facts, config, now)
+
+
+def _not_patched(
+    decision: Decision, book: ledger.Ledger, version: str, now: Settings, installed: bool
+) -> Reason | None:
+    """Return why nothing of the model is patched in this release; None: everything can be."""
+    family = family_of(decision.model_type)
+    if not installed:
+        if standing.public(version) in book.listed:
+            return None
+        listed = ", ".join(book.listed)
+        why = f"{book.engine} {version} is not listed ({listed}); where it is installed, its seams decide"
+        return Reason("version.untested", why)
     try:
-        for patch in guards.check_version(book, version, now.allow_untested):
-            if installed and (patch.setting is None or patch.setting in now.switches):
-                guards.check_source(book, patch)
+        problem = standing.standing_of(book, version, now.switches).problem_of(family.name if family else "")
     except RefusedError as error:
-        code: Code = "fingerprint" if error.reason == "fingerprint" else "version.untested"
-        return replace(made, reason=Reason(code, error.detail))
-    return _settled(made, decision, asked, facts, config, now)
+        problem = error
+    return None if problem is None else Reason(cast(Code, problem.reason), problem.detail)
+
+
+def _laid_out(
+    found: Verdict,
+    made: Verdict,
+    decision: Decision,
+    asked: Asked,
+    facts: EngineFacts,
+    config: Mapping[str, Any],
+    now: Settings,
+) -> Verdict:
+    """Return the verdict under the layout that is asked for, as `adapters.start.laid_out` picks it.
+
+    Args:
+        found: what holds where weights are merged.
+        made: with nothing settled yet.
+    """
+    gains = found.served == "fused" and found.plan is not None and merged_gains(found.plan)
+    if now.layout == "merged" or (now.layout == "auto" and gains):
+        return found
+    apart = paired(decision)
+    if isinstance(apart, Paired):
+        reason = next(_pair_refusals(apart, asked, facts, made.device, config, now), None)
+        if reason is None:
+            return replace(made, served="fused", layout="paired")
+        apart = apart.refused(reason)
+    return (
+        found if now.layout == "auto" or not isinstance(apart, Stock) else _refused(made, apart.reason, now)
+    )
+
+
+def _pair_refusals(
+    decision: Paired,
+    asked: Asked,
+    facts: EngineFacts,
+    device: Device,
+    config: Mapping[str, Any],
+    now: Settings,
+) -> Iterator[Reason]:
+    assert facts.launch is not None
+    if device.platform == "cpu":
+        if not now.cpu_threshold:
+            yield Reason("backend.layout", f"engines pack weights on a CPU; for tests, set {CPU_THRESHOLD}")
+    elif now.layout != "paired" and (reason := unrun(facts.engine, device.platform, device.name)) is not None:
+        yield reason
+    yield from _overrides(decision, asked, config)
+    rows = (row for row in _held(facts.launch.refuses, asked) if row.reason not in MERGED_ALONE)
+    yield from (Reason(row.reason, row.detail.format(value=asked[row.ask])) for row in rows)
 
 
 def _settled(
     made: Verdict,
-    decision: Decision,
+    decision: Merged | Stock,
     asked: Asked,
     facts: EngineFacts,
     config: Mapping[str, Any],
@@ -152,14 +222,14 @@ def _settled(
     beside = beside_native(decision, asked, facts, made, config, now) if right and not any(reasons) else None
     plan = reason or plan_of(decision, asked, facts, made, config, now)
     if isinstance(plan, ModePlan):
-        return replace(made, served="fused", plan=plan)
+        return replace(made, served="fused", layout="merged", plan=plan)
     if plan.code != "upstream.already":
         return _refused(made, plan, now)
     return replace(made, served="native", reason=plan, plan=beside)
 
 
 def _refused(made: Verdict, reason: Reason, now: Settings) -> Verdict:
-    return replace(made, reason=reason, ends=reason.code in CONTRADICTIONS and now.strict_arguments)
+    return replace(made, reason=reason, ends=reason.code in CONTRADICTIONS and bool(now.strict))
 
 
 def _refusals(
@@ -188,7 +258,7 @@ def _held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
     return (row for row in rows if row.holds(asked[row.ask]))
 
 
-def _overrides(decision: Merged, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:
+def _overrides(decision: Merged | Paired, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:
     """Refuse overrides of what the decision rests on, as the engine does when it has applied them."""
     text = asked["overrides"]
     if not text:

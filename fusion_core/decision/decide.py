@@ -133,6 +133,8 @@ def _pairing(
     if isinstance(layout, Reason):
         return layout
     return MoeSpec(layout, _routing(family, moe), family.shared_weight, role.moe_layers)
+
+
 def _no_family(model_type: str) -> Reason:
     """Say why a model is of no family: it has no shared expert, or nobody has looked at it."""
     if model_type in without_shared_expert():

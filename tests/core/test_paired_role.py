@@ -223,7 +223,7 @@ def test_the_smallest_threshold_of_all_processes_holds() -> None:
 
 def test_strict_stops_where_a_proof_fails() -> None:
     role = faulty("wrong shared pointer")
-    role.start = replace(role.start, settings=replace(role.start.settings, strict_arguments=True))
+    role.start = replace(role.start, settings=replace(role.start.settings, strict=True))
     with pytest.raises(SystemExit) as stopped:
         start_roles([role], Engine())
     assert stopped.value.code == 3
