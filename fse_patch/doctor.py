@@ -22,6 +22,7 @@ from .fusion_core.decision.policy_file import load_policy
 from .fusion_core.engines import Plugins
 from .fusion_core.forward import tuned
 from .fusion_core.forward.measured_cache import kept
+from .launch import command
 from .launch.here import verdicts
 from .patches import ENGINES
 from .version import __version__
