@@ -139,20 +139,20 @@ def test_it_begins_with_what_a_server_does_here(installed: pytest.MonkeyPatch, t
     (row,) = doctor.examine(fuses)["verdicts"]
     assert (row["served"], row["reason"]) == ("fused", None)
     # Another source than the one that the patches were written for.
-    installed.setattr(guards, "guard", lambda patch: "reads other" if patch.id == "load-model" else "")
+    installed.setattr(guards, "guard", lambda patch, *_: "reads other" if patch.id == "load-model" else "")
     (row,) = doctor.examine()["verdicts"]
     assert (row["served"], row["reason"]) == ("stock", "fingerprint")
-    installed.setattr(guards, "guard", lambda patch: "")
+    installed.setattr(guards, "guard", lambda *_: "")
     # A GPU that nobody has measured, and one that has tables of another release.
     for name in ("NVIDIA A100", "NVIDIA H200"):
         device = machine.Device("cuda", name, here=True)
         installed.setattr(machine, "here", lambda device=device: device)
         (row,) = doctor.examine()["verdicts"]
         assert (row["served"], row["reason"]) == ("stock", "slower.unmeasured")
-    installed.setattr(guards, "engine_version", lambda book: "0.26.0" if book.engine == "vllm" else "9.9")
+    installed.setattr(guards, "engine_version", lambda book: "0.26.0" if book.engine == "vllm" else "0.1")
     measured, untested = doctor.examine()["verdicts"]
     assert "shapes were measured" in measured["sentence"]
-    assert untested["sentence"].startswith("stock: version.untested: sglang 9.9")
+    assert untested["sentence"].startswith("stock: version.untested: sglang 0.1")
 
 
 @pytest.mark.parametrize(("value", "seen"), [("", "sample"), ("ALL", "all"), ("off", "off")])

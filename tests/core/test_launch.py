@@ -257,10 +257,28 @@ def test_variables_of_the_command_hold(tmp_path: Path) -> None:
     folder = sound(tmp_path)
     given = ["--engine-version", "9.9", "--device", "cpu", "--"]
     assert plan(folder, *given, "vllm", "serve", "M")[1]["runtime"]["reason"] == "version.untested"
-    for variable, reason in (("FSE_PATCH=0", "disabled"), ("FSE_PATCH_ALLOW_UNTESTED=1", "version.untested")):
-        report = plan(folder, *given, variable, "vllm", "serve", "M")[1]
-        assert report["runtime"]["reason"] == reason
-        assert ("no patch" in report["runtime"]["detail"]) == ("UNTESTED" in variable)
+    assert plan(folder, *given, "FSE_PATCH=0", "vllm", "serve", "M")[1]["runtime"]["reason"] == "disabled"
+
+
+def test_layouts_that_a_command_asks_for(tmp_path: Path) -> None:
+    folder = sound(tmp_path)
+
+    def told(device: str, *words: str) -> tuple[str, str | None, str | None]:
+        given = ["--engine-version", "0.26.0", "--device", device, "--", *words, "vllm", "serve", "M"]
+        runtime = plan(folder, *given)[1]["runtime"]
+        return runtime["served"], runtime["layout"], runtime["reason"]
+
+    # No device has run it paired: by itself it is merged, and runs as stock would.
+    assert told("NVIDIA H100") == ("fused", "merged", None)
+    assert told("NVIDIA H100", "FSE_PATCH_LAYOUT=merged") == ("fused", "merged", None)
+    assert told("NVIDIA H100", "FSE_PATCH_LAYOUT=paired") == ("fused", "paired", None)
+    assert told("cpu", "FSE_PATCH_LAYOUT=paired") == ("stock", None, "backend.layout")
+    assert told("cpu") == ("fused", "merged", None)
+    done = fse_patch(
+        *("plan", folder, "--engine-version", "0.26.0", "--device", "NVIDIA H100"),
+        *("--", "FSE_PATCH_LAYOUT=paired", "FSE_PATCH=1", "vllm", "serve", "M"),
+    )
+    assert done.stdout.startswith("fused, paired: few tokens, measured at the first start; vllm 0.26.0 on")
 
 
 def test_plugins_that_are_not_allowed_are_not_loaded(tmp_path: Path) -> None:
@@ -317,7 +335,7 @@ def test_another_source_of_the_installed_release_is_a_refusal(
     monkeypatch.setattr(guards, "engine_version", lambda book: "0.32.0")
     given = ["--device", "cpu", "--", "vllm", "serve", "M"]
     for state, reason in (("", None), ("reads other", "fingerprint")):
-        monkeypatch.setattr(guards, "guard", lambda patch, site=None, state=state: state)
+        monkeypatch.setattr(guards, "guard", lambda *_, state=state: state)
         assert plan(folder, *given)[1]["runtime"]["reason"] == reason
     # Of a release that is only named, nothing is read here.
     assert plan(folder, "--engine-version", "0.32.0", *given)[1]["runtime"]["reason"] is None
