@@ -57,10 +57,10 @@ def test_another_fingerprint_or_row_makes_another_page(
     other = releases_docs.page(found)
     assert other != before
     (data / "sglang.yaml").write_text(
-        (data / "sglang.yaml").read_text().replace("  - {release: 0.5.22}\n", "")
+        (data / "sglang.yaml").read_text().replace("  - {release: 0.5.21}\n", "")
     )
-    assert "| 0.5.22 |" in other
-    assert "| 0.5.22 |" not in releases_docs.page(found)
+    assert "| 0.5.21 |" in other
+    assert "| 0.5.21 |" not in releases_docs.page(found)
 
 
 def test_a_release_that_needs_a_patch_no_more_is_named() -> None:
