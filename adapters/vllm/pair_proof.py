@@ -12,6 +12,8 @@ from packaging.version import Version
 
 from .. import paired
 from ..pair_proof import start_roles
+from ..patching import guards, ledger
+from .native import ENGINE
 
 
 def worker_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,9 +62,7 @@ class Engine(paired.PairedEngine):
 
     def release(self) -> str:
         """Return vLLM's release."""
-        from vllm import __version__
-
-        return Version(__version__).public
+        return Version(guards.engine_version(ledger.load(ENGINE))).public
 
 
 def _group() -> Any:

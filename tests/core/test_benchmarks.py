@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from fse_patch.adapters.patching import guards
-from fse_patch.cli import app
+from fse_patch.cli import app, bench_end_to_end
 from fse_patch.cli import verify as cli_verify
 from fse_patch.errors import FsePatchError
 from fse_patch.fusion_core.decision.decide import decide_roles
@@ -211,6 +211,8 @@ def test_an_arm_in_the_wrong_state_ends_the_run(tmp_path: Path, name: str, fault
 def bench(monkeypatch: pytest.MonkeyPatch, *options: str, gpu: bool = True) -> Any:
     monkeypatch.setattr(guards, "engine_version", lambda book: "0.32.0")
     monkeypatch.setattr(guards, "guard", lambda *_: "")
+    # The engine of these tests takes a script as its arguments.
+    monkeypatch.setattr(bench_end_to_end, "check_arguments", lambda *_: None)
     monkeypatch.setattr(cli_verify, "decide_roles", decided)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     return CliRunner().invoke(app.app, ["bench", str(SHAPE), *options])
