@@ -21,23 +21,26 @@ def gate_up_int4(
     ROWS: tl.constexpr, STEPS: tl.constexpr, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Multiply rows of w1 and w3 from ``row`` on with the tokens of ``pair``: [ROWS, COLUMNS] float32 each."""
+    WARPS: tl.constexpr = STEPS.warps
     DEPTH: tl.constexpr = STEPS.depth
-    SPAN: tl.constexpr = STEPS.rounds * DEPTH * STEPS.parts
+    PARTS: tl.constexpr = STEPS.parts
+    STAGES: tl.constexpr = STEPS.stages
+    SPAN: tl.constexpr = STEPS.rounds * DEPTH * PARTS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     w_ptr = w_ptr.to(tl.pointer_type(tl.uint8)) + expert * FORMAT.expert
     scale_ptr += expert * FORMAT.scale_expert
     zero_ptr += expert * FORMAT.zero_expert
-    start = tl.arange(0, STEPS.warps)[:, None, None] * SPAN
+    start = tl.arange(0, WARPS)[:, None, None] * SPAN
     token = tl.arange(0, COLUMNS)[None, None, :] * HIDDEN
     there = (pair >= 0)[None, None, :]
     held = row < WIDTH  # or none of the tile's rows: they come in multiples of it
-    gate = tl.zeros([STEPS.warps, ROWS, COLUMNS], tl.float32)
-    up = tl.zeros([STEPS.warps, ROWS, COLUMNS], tl.float32)
-    for step in tl.range(0, SPAN, DEPTH * STEPS.parts, num_stages=STEPS.stages):
-        for part in tl.static_range(STEPS.parts):
+    gate = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
+    up = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
+    for step in tl.range(0, SPAN, DEPTH * PARTS, num_stages=STAGES):
+        for part in tl.static_range(PARTS):
             first = start + step + part * DEPTH
             low, high = _states(x_ptr, token, first, there, HIDDEN, DEPTH, DTYPE, FORMAT)
-            sums = _sums(low, high, STEPS.warps, ROWS, DEPTH, COLUMNS, DTYPE, FORMAT, WIDE)
+            sums = _sums(low, high, WARPS, ROWS, DEPTH, COLUMNS, DTYPE, FORMAT, WIDE)
             gate += _product(
                 w_ptr, scale_ptr, zero_ptr, low, high, sums, first, row, held, HIDDEN, ROWS, STEPS, COLUMNS,
                 DTYPE, FORMAT, WIDE,
@@ -61,15 +64,17 @@ def down_int4(
         expert, before, limit, there: of each warp [WARPS, 1, 1]; ``before``: columns of slots before this one.
         pair: [WARPS, 1, COLUMNS].
     """
+    WARPS: tl.constexpr = STEPS.warps
     DEPTH: tl.constexpr = STEPS.depth
-    ALL: tl.constexpr = STEPS.warps * STEPS.experts
+    PARTS: tl.constexpr = STEPS.parts
+    ALL: tl.constexpr = WARPS * STEPS.experts
     w_ptr = w_ptr.to(tl.pointer_type(tl.uint8)) + expert * FORMAT.expert
     scale_ptr += expert * FORMAT.scale_expert
     zero_ptr += expert * FORMAT.zero_expert
     acc = tl.zeros([ALL, ROWS, COLUMNS], tl.float32)
-    start = (tl.arange(0, ALL) % STEPS.warps * DEPTH)[:, None, None]
-    for part in tl.static_range(STEPS.parts):
-        first = (chunk * STEPS.parts + part) * (STEPS.warps * DEPTH) + start
+    start = (tl.arange(0, ALL) % WARPS * DEPTH)[:, None, None]
+    for part in tl.static_range(PARTS):
+        first = (chunk * PARTS + part) * (WARPS * DEPTH) + start
         low, high = _states(
             inner_ptr, pair.to(tl.int64) * WIDTH, first, pair >= 0, limit, DEPTH, DTYPE, FORMAT
         )  # fmt: skip
@@ -110,18 +115,20 @@ def _product(
 ):  # fmt: skip
     """Multiply a tile that lies in one group: [WARPS, ROWS, COLUMNS] float32."""
     ALL: tl.constexpr = STEPS.warps * STEPS.experts
-    group = first // FORMAT.columns if FORMAT.columns else first * 0
+    GROUP: tl.constexpr = FORMAT.columns
+    DEPTH: tl.constexpr = STEPS.depth
+    group = first // GROUP if GROUP else first * 0
     known = there & (first < limit)
     if FORMAT.kind == MARLIN_TILE:
         left, right = marlin_tile.tile(
-            w_ptr, first, row, there, limit, FORMAT.row, ALL, ROWS, STEPS.depth, DTYPE, WIDE
+            w_ptr, first, row, there, limit, FORMAT.row, ALL, ROWS, DEPTH, DTYPE, WIDE
         )  # fmt: skip
         scale = marlin_tile.scale(
-            scale_ptr, group, row, known, FORMAT.columns == 0, FORMAT.scale_column, ALL, ROWS
+            scale_ptr, group, row, known, GROUP == 0, FORMAT.scale_column, ALL, ROWS
         )  # fmt: skip
     else:
         left, right = packed_bytes.tile(
-            w_ptr, first, row, there, limit, FORMAT.row, ROWS, STEPS.depth, DTYPE, WIDE
+            w_ptr, first, row, there, limit, FORMAT.row, ROWS, DEPTH, DTYPE, WIDE
         )  # fmt: skip
         scale = packed_bytes.scale(
             scale_ptr, group, row, known, FORMAT.scale_row, FORMAT.scale_column, ROWS

@@ -13,12 +13,10 @@ import triton.language as tl
 
 from . import marlin_tile
 from .experts_once_int4 import down_int4, gate_up_int4
-from .launch import begin, dot
+from .experts_once_plain import INNER_FACTOR, down_plain, gate_up_plain
+from .launch import begin
 from .weight_format import FP8, MARLIN_TILE
 
-# Factor on inner states of FP8 experts: float16 then holds them up to a million, in steps of a millionth.
-INNER = 2.0**-4
-INNER_FACTOR = tl.constexpr(INNER)
 MERGED, ALIKE, OTHER = (tl.constexpr(number) for number in range(3))
 
 
@@ -60,7 +58,7 @@ def w13_kernel(
                     (expert - E).to(tl.int32) * WIDTH + first, HIDDEN, SHARED_WIDTH, ROWS, SHARED_STEPS,
                     SHARED_FORMAT, COLUMNS, IN_TILES, WIDE,
                 )  # fmt: skip
-        offs_n = _rows(first, ROWS, IN_TILES)
+        offs_n = rows_of(first, ROWS, IN_TILES)
         weight = tl.load(weights_ptr + pair, mask=pair >= 0, other=0.0)
         value = g / (1.0 + tl.exp(-g)) * u * weight[None, :]
         offs = pair.to(tl.int64)[None, :] * WIDTH + offs_n[:, None]
@@ -75,7 +73,7 @@ def w13_kernel(
 
 
 @triton.jit
-def _rows(first, ROWS: tl.constexpr, IN_TILES: tl.constexpr):
+def rows_of(first, ROWS: tl.constexpr, IN_TILES: tl.constexpr):
     """Return the rows of a tile, [ROWS]: in the order of Marlin's tiles where some weights are in these."""
     if IN_TILES:
         return marlin_tile.rows(first, ROWS)
@@ -100,60 +98,15 @@ def _gate_up(
 ):  # fmt: skip
     """Multiply rows from ``row`` on of w1 and w3 with the tokens of ``pair``: [ROWS, COLUMNS] float32 each."""
     if FORMAT.kind >= MARLIN_TILE:
-        return gate_up_int4(
+        g, u = gate_up_int4(
             x_ptr, w_ptr, scale_ptr, zero_ptr, pair, expert, row, HIDDEN, WIDTH, ROWS, STEPS, FORMAT, COLUMNS,
             WIDE,
         )  # fmt: skip
-    IS_FP8: tl.constexpr = FORMAT.kind == FP8
-    GROUP_N: tl.constexpr = FORMAT.rows
-    GROUP_K: tl.constexpr = FORMAT.columns
-    WARPS: tl.constexpr = STEPS.warps
-    DEPTH: tl.constexpr = STEPS.depth
-    SPAN: tl.constexpr = STEPS.rounds * DEPTH * STEPS.parts
-    # Each warp has a part of the columns of every row.
-    start = tl.arange(0, WARPS)[:, None, None] * SPAN
-    offs_t = tl.arange(0, COLUMNS)
-    offs_n = _rows(row, ROWS, IN_TILES)
-    mask_n = (offs_n < WIDTH)[None, :, None]
-    w1_ptr = w_ptr + expert * FORMAT.expert + offs_n[None, :, None] * FORMAT.row
-    s1_ptr = scale_ptr + expert * FORMAT.scale_expert
-    if GROUP_K:
-        s1_ptr += row // GROUP_N * FORMAT.scale_row
-    if IS_FP8:
-        x_ptr = fitted_ptr
-    gate = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-    up = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-    for step in tl.range(0, SPAN, DEPTH * STEPS.parts, num_stages=STEPS.stages):
-        for part in tl.static_range(STEPS.parts):
-            first = start + step + part * DEPTH
-            offs_k = first + tl.arange(0, DEPTH)[None, None, :]
-            mask = mask_n & (offs_k < HIDDEN)
-            w1 = tl.load(w1_ptr + offs_k, mask=mask, other=0.0)
-            w3 = tl.load(w1_ptr + WIDTH * FORMAT.row + offs_k, mask=mask, other=0.0)
-            down_k = first + tl.arange(0, DEPTH)[None, :, None]
-            chosen = (pair >= 0)[None, None, :] & (down_k < HIDDEN)
-            x = tl.load(x_ptr + offs_t[None, None, :] * HIDDEN + down_k, mask=chosen, other=0.0)
-            if IS_FP8:
-                w1, w3 = w1.to(tl.float16), w3.to(tl.float16)
-            if GROUP_K:
-                # A tile lies in one block of scales.
-                block = s1_ptr + first // GROUP_K * FORMAT.scale_column
-                nothing = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-                there = first < HIDDEN
-                gate += dot(w1, x, nothing, WIDE) * tl.load(block, mask=there, other=0.0)
-                above = block + FORMAT.half * FORMAT.scale_row
-                up += dot(w3, x, nothing, WIDE) * tl.load(above, mask=there, other=0.0)
-            else:
-                gate = dot(w1, x, gate, WIDE)
-                up = dot(w3, x, up, WIDE)
-    g, u = tl.sum(gate, 0), tl.sum(up, 0)
-    if IS_FP8:
-        g, u = g / factor[None, :], u / factor[None, :]
-        if not GROUP_K:
-            at = s1_ptr + tl.where(GROUP_N == 0, 0, offs_n) * FORMAT.scale_row
-            one = tl.load(at, mask=offs_n < WIDTH, other=0.0)
-            other = tl.load(at + FORMAT.half * FORMAT.scale_row, mask=offs_n < WIDTH, other=0.0)
-            g, u = g * one[:, None], u * other[:, None]
+    else:
+        g, u = gate_up_plain(
+            x_ptr, fitted_ptr, w_ptr, scale_ptr, factor, pair, expert, row, rows_of(row, ROWS, IN_TILES),
+            HIDDEN, WIDTH, ROWS, STEPS, FORMAT, COLUMNS, WIDE,
+        )  # fmt: skip
     return g, u
 
 
@@ -172,7 +125,8 @@ def w2_kernel(
     experts_ptr += number * PLACES
     rows_ptr += number * PLACES * COLUMNS
     first_n = tl.program_id(0) * ROWS
-    acc = tl.zeros([STEPS.experts * STEPS.warps, ROWS, COLUMNS], tl.float32)
+    ALL: tl.constexpr = STEPS.experts * STEPS.warps
+    acc = tl.zeros([ALL, ROWS, COLUMNS], tl.float32)
     count = tl.load(count_ptr + number)
     dtype = out_ptr.dtype.element_ty
     if SHARED == OTHER:
@@ -195,7 +149,7 @@ def w2_kernel(
             SHARED_FORMAT, COLUMNS, IN_TILES, WIDE,
         )  # fmt: skip
     offs_t = tl.arange(0, COLUMNS)
-    offs_n = _rows(first_n, ROWS, IN_TILES)
+    offs_n = rows_of(first_n, ROWS, IN_TILES)
     token = number * TOKENS + offs_t
     out = out_ptr + token[None, :] * HIDDEN + offs_n[:, None]
     kept = ((offs_t < TOKENS) & (token < M))[None, :] & (offs_n < HIDDEN)[:, None]
@@ -214,20 +168,17 @@ def _down(
 
     `WHERE`: MERGED: all of them are experts in w2; OTHER: all are slots, in w2; ALIKE: slots are in shared.
     """
-    IS_FP8: tl.constexpr = FORMAT.kind == FP8
-    GROUP_N: tl.constexpr = FORMAT.rows
-    GROUP_K: tl.constexpr = FORMAT.columns
     WARPS: tl.constexpr = STEPS.warps
-    ALL: tl.constexpr = STEPS.experts * WARPS
-    offs_n = _rows(first_n, ROWS, IN_TILES)
-    mask_n = (offs_n < HIDDEN)[None, :, None]
-    row = offs_n[None, :, None]
+    ROUNDS: tl.constexpr = STEPS.rounds
+    EXPERTS: tl.constexpr = STEPS.experts
+    STAGES: tl.constexpr = STEPS.stages
+    ALL: tl.constexpr = EXPERTS * WARPS
+    row = rows_of(first_n, ROWS, IN_TILES)[None, :, None]
     offs_t = tl.arange(0, COLUMNS)
     # Each warp has an expert and a part of the columns of its rows.
     warp = tl.arange(0, ALL)
-    start = (warp % WARPS * STEPS.depth)[:, None, None]
-    for task in tl.range(0, tl.cdiv(ends - begins, STEPS.experts) * STEPS.rounds, num_stages=STEPS.stages):
-        place = begins + task // STEPS.rounds * STEPS.experts + warp // WARPS
+    for task in tl.range(0, tl.cdiv(ends - begins, EXPERTS) * ROUNDS, num_stages=STAGES):
+        place = begins + task // ROUNDS * EXPERTS + warp // WARPS
         there = place < ends
         expert = tl.load(experts_ptr + place, mask=there, other=0).to(tl.int64)[:, None, None]
         at = place[:, None] * COLUMNS + offs_t[None, :]
@@ -242,48 +193,26 @@ def _down(
             expert = expert * 0
         base = w2_ptr + expert * FORMAT.expert + before + row * FORMAT.row
         s_ptr = scale_ptr + expert * FORMAT.scale_expert
+        stride_n = FORMAT.scale_row
+        stride_k = FORMAT.scale_column
         if WHERE == ALIKE:
             apart = expert >= E
             before = tl.where(apart, (expert - E).to(tl.int32) * WIDTH, 0)
             limit = tl.where(apart, tl.minimum(WIDTH, SHARED_WIDTH - before), WIDTH)
             base = tl.where(apart, shared_ptr + before + row * SHARED_FORMAT.row, base)
             s_ptr = tl.where(apart, shared_scale_ptr + expert * 0, s_ptr)
-        added = acc
+            stride_n = tl.where(apart, SHARED_FORMAT.scale_row, FORMAT.scale_row)
+            stride_k = tl.where(apart, SHARED_FORMAT.scale_column, FORMAT.scale_column)
         if FORMAT.kind >= MARLIN_TILE:
-            added += down_int4(
-                inner_ptr, w2_ptr, scale_ptr, zero_ptr, expert, before, pair, there, task % STEPS.rounds,
-                first_n, limit, DTYPE, WIDTH, ROWS, STEPS, FORMAT, COLUMNS, WIDE,
+            added = acc + down_int4(
+                inner_ptr, w2_ptr, scale_ptr, zero_ptr, expert, before, pair, there, task % ROUNDS, first_n, limit,
+                DTYPE, WIDTH, ROWS, STEPS, FORMAT, COLUMNS, WIDE,
             )  # fmt: skip
         else:
-            for part in tl.static_range(STEPS.parts):
-                first = (task % STEPS.rounds * STEPS.parts + part) * (WARPS * STEPS.depth) + start
-                offs_k = first + tl.arange(0, STEPS.depth)[None, None, :]
-                w2 = tl.load(base + offs_k, mask=there & mask_n & (offs_k < limit), other=0.0)
-                down_k = first + tl.arange(0, STEPS.depth)[None, :, None]
-                mask = (pair >= 0) & (down_k < limit)
-                bits = tl.load(inner_ptr + pair.to(tl.int64) * WIDTH + down_k, mask=mask, other=0)
-                if IS_FP8:
-                    h = bits.to(tl.float16, bitcast=True)
-                    w2 = w2.to(tl.float16)
-                    if WHERE == ALIKE:
-                        stride_n = tl.where(apart, SHARED_FORMAT.scale_row, FORMAT.scale_row)
-                        stride_k = tl.where(apart, SHARED_FORMAT.scale_column, FORMAT.scale_column)
-                    else:
-                        stride_n = FORMAT.scale_row
-                        stride_k = FORMAT.scale_column
-                    if GROUP_K:
-                        # A warp's tile lies in one block of scales.
-                        column = (before + first) // GROUP_K
-                        at_scale = s_ptr + first_n // GROUP_N * stride_n + column * stride_k
-                    elif GROUP_N:
-                        at_scale = s_ptr + row * stride_n
-                    else:
-                        at_scale = s_ptr
-                    scale = tl.load(at_scale, mask=there & (first < limit), other=0.0)
-                    nothing = tl.zeros([ALL, ROWS, COLUMNS], tl.float32)
-                    added += dot(w2, h, nothing, WIDE) * (scale * (1.0 / INNER_FACTOR))
-                else:
-                    added = dot(w2, bits.to(DTYPE, bitcast=True), added, WIDE)
+            added = down_plain(
+                acc, inner_ptr, base, s_ptr, stride_n, stride_k, before, pair, there, task % ROUNDS, first_n, row,
+                limit, DTYPE, HIDDEN, WIDTH, ROWS, STEPS, FORMAT, COLUMNS, WIDE,
+            )  # fmt: skip
         # What a broken expert gives must not reach tokens that did not choose it: 0 times NaN is NaN.
         acc = tl.where(pair >= 0, added, acc)
     return acc
