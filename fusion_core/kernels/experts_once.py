@@ -23,7 +23,7 @@ import triton
 from .expert_weights import ExpertWeights, slots_of
 from .experts_once_kernels import ALIKE, MERGED, OTHER, w2_kernel, w13_kernel
 from .launch import options
-from .once_tiles import Tile, beside, tiles_for, within
+from .once_tiles import Tile, tiles_of
 from .weight_format import Format, fits, format_of
 from .work_list import Work, WorkList, work_list
 
@@ -55,7 +55,7 @@ def experts_once(
     """
     states = hidden_states.contiguous()
     passed = _Pass(routed, shared, topk_weights)
-    first, second = tiles or passed.tiles(len(states))
+    first, second = tiles or tiles_of(routed, shared, len(states))
     work = work_list(topk_ids, passed.experts, second.tokens, states if passed.fp8 else None)
     inner = torch.empty(topk_ids.numel(), routed.width, dtype=torch.int16, device=states.device)
     output = torch.empty_like(states)
@@ -80,23 +80,6 @@ class _Pass:
         self.other = routed if shared is None else shared
         self.fp8 = any(weights.scales is not None for weights in (routed, self.other))
         self.int4 = any(weights.int4 is not None for weights in (routed, self.other))
-
-    def tiles(self, tokens: int) -> tuple[Tile, Tile]:
-        """Return the tiles of both kernels."""
-        first, second = tiles_for(self.routed, tokens)
-        scales = self.other.scales
-        if self.shared is not None and self.int4:
-            ways = tiles_for(self.shared, tokens)
-            first, second = (
-                beside(first, ways[0], self.hidden),
-                beside(second, ways[1], min(self.width, self.shared.width)),
-            )
-        elif scales is not None:
-            first, second = within(first, scales.block), within(second, scales.block)
-        if self.slots > 1 and scales is not None:
-            # Blocks of scales go on from slot to slot.
-            first, second = within(first, (self.width, 0)), within(second, (0, self.width))
-        return first, second
 
     def launch_w13(self, states: torch.Tensor, work: Work, inner: torch.Tensor, tile: Tile) -> None:
         """Write weight · SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [pairs, I]."""

@@ -7,7 +7,7 @@ from math import gcd
 
 import triton
 
-from .expert_weights import Block, ExpertWeights
+from .expert_weights import Block, ExpertWeights, slots_of
 from .weight_format import Steps
 from .work_list import COLUMNS
 
@@ -97,7 +97,26 @@ def int4_tiles(hidden: int, width: int, group: int) -> tuple[Tile, Tile]:
     return first, Tile(rows, warps, depth, parts=parts, stages=7, experts=8 // warps, tokens=COLUMNS[0])
 
 
-def tiles_for(weights: ExpertWeights, tokens: int) -> tuple[Tile, Tile]:
+def tiles_of(routed: ExpertWeights, shared: ExpertWeights | None, tokens: int) -> tuple[Tile, Tile]:
+    """Return the tiles of both kernels; arguments as of `experts_once`."""
+    first, second = _tiles(routed, tokens)
+    if shared is None:
+        return first, second
+    width = routed.width
+    scales = shared.scales
+    if routed.int4 is not None or shared.int4 is not None:
+        ways = _tiles(shared, tokens)
+        first = beside(first, ways[0], routed.hidden)
+        second = beside(second, ways[1], min(width, shared.width))
+    elif scales is not None:
+        first, second = within(first, scales.block), within(second, scales.block)
+    if slots_of(shared, width) > 1 and scales is not None:
+        # Blocks of scales go on from slot to slot.
+        first, second = within(first, (width, 0)), within(second, (0, width))
+    return first, second
+
+
+def _tiles(weights: ExpertWeights, tokens: int) -> tuple[Tile, Tile]:
     """Return the tiles of both kernels for weights of one format."""
     hidden, width, scales = weights.hidden, weights.width, weights.scales
     if weights.int4 is not None:
