@@ -74,4 +74,3 @@ class ExpertWeights:
 def slots_of(shared: ExpertWeights, width: int) -> int:
     """Return S, how many slots of routed width ``width`` the shared expert takes."""
     return -(-shared.width // width)
-

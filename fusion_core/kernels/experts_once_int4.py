@@ -1,8 +1,8 @@
 """Products of experts_once_kernels.py with 4-bit weights, in the states' dtype, which holds these exactly.
 
-A tile has two halves of columns, each with its own states: no number of it goes to another thread. What a group
-shares, its scale and zero point, comes after the product; its zero point times the sum of the states, which a
-matrix of ones gives.
+A tile has two halves of columns, each with its own states: no number of it goes to another thread. What a
+group shares, its scale and zero point, comes after the product; the zero point times the sum of the states,
+which a matrix of ones gives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def gate_up_int4(
     x_ptr, w_ptr, scale_ptr, zero_ptr, pair, expert, row, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows of w1 and w3 from ``row`` on with the tokens of ``pair``: [ROWS, COLUMNS] float32 each."""
+    """Multiply rows of w1 and w3 with the tokens of ``pair``: two [ROWS, COLUMNS] float32."""
     WARPS: tl.constexpr = STEPS.warps
     DEPTH: tl.constexpr = STEPS.depth
     PARTS: tl.constexpr = STEPS.parts
@@ -40,13 +40,12 @@ def gate_up_int4(
         for part in tl.static_range(PARTS):
             first = start + step + part * DEPTH
             low, high = _states(x_ptr, token, first, there, HIDDEN, DEPTH, DTYPE, FORMAT)
-            sums = _sums(low, high, WARPS, ROWS, DEPTH, COLUMNS, DTYPE, FORMAT, WIDE)
             gate += _product(
-                w_ptr, scale_ptr, zero_ptr, low, high, sums, first, row, held, HIDDEN, ROWS, STEPS, COLUMNS,
+                w_ptr, scale_ptr, zero_ptr, low, high, first, row, held, HIDDEN, ROWS, STEPS, COLUMNS,
                 DTYPE, FORMAT, WIDE,
             )  # fmt: skip
             up += _product(
-                w_ptr, scale_ptr, zero_ptr, low, high, sums, first, row + WIDTH, held, HIDDEN, ROWS, STEPS,
+                w_ptr, scale_ptr, zero_ptr, low, high, first, row + WIDTH, held, HIDDEN, ROWS, STEPS,
                 COLUMNS, DTYPE, FORMAT, WIDE,
             )  # fmt: skip
     return tl.sum(gate, 0), tl.sum(up, 0)
@@ -54,14 +53,14 @@ def gate_up_int4(
 
 @triton.jit
 def down_int4(
-    inner_ptr, w_ptr, scale_ptr, zero_ptr, expert, before, pair, there, chunk, row, limit, DTYPE: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, FORMAT: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    inner_ptr, w_ptr, scale_ptr, zero_ptr, expert, before, pair, there, chunk, row, limit,
+    DTYPE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Multiply one chunk of columns of w2 with inner states: [WARPS, ROWS, COLUMNS] float32.
 
     Args:
-        expert, before, limit, there: of each warp [WARPS, 1, 1]; ``before``: columns of slots before this one.
+        expert, before, limit, there: of each warp [WARPS, 1, 1]; ``before``: columns of earlier slots.
         pair: [WARPS, 1, COLUMNS].
     """
     WARPS: tl.constexpr = STEPS.warps
@@ -78,9 +77,8 @@ def down_int4(
         low, high = _states(
             inner_ptr, pair.to(tl.int64) * WIDTH, first, pair >= 0, limit, DEPTH, DTYPE, FORMAT
         )  # fmt: skip
-        sums = _sums(low, high, ALL, ROWS, DEPTH, COLUMNS, DTYPE, FORMAT, WIDE)
         acc += _product(
-            w_ptr, scale_ptr, zero_ptr, low, high, sums, before + first, row, there, before + limit, ROWS, STEPS,
+            w_ptr, scale_ptr, zero_ptr, low, high, before + first, row, there, before + limit, ROWS, STEPS,
             COLUMNS, DTYPE, FORMAT, WIDE,
         )  # fmt: skip
     return acc
@@ -96,21 +94,8 @@ def _states(
 
 
 @triton.jit
-def _sums(
-    low, high, WARPS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr, FORMAT: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Sum states of each token up, once for every row; 0 where there are no zero points."""
-    nothing = tl.zeros([WARPS, ROWS, COLUMNS], tl.float32)
-    if FORMAT.zeros:
-        ones = tl.full([WARPS, ROWS, DEPTH // 2], 1.0, DTYPE)
-        return dot(ones, high, dot(ones, low, nothing, WIDE), WIDE)
-    return nothing
-
-
-@triton.jit
 def _product(
-    w_ptr, scale_ptr, zero_ptr, low, high, sums, first, row, there, limit, ROWS: tl.constexpr,
+    w_ptr, scale_ptr, zero_ptr, low, high, first, row, there, limit, ROWS: tl.constexpr,
     STEPS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, FORMAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Multiply a tile that lies in one group: [WARPS, ROWS, COLUMNS] float32."""
@@ -120,14 +105,14 @@ def _product(
     group = first // GROUP if GROUP else first * 0
     known = there & (first < limit)
     if FORMAT.kind == MARLIN_TILE:
-        left, right = marlin_tile.tile(
+        left, right, ones = marlin_tile.tile(
             w_ptr, first, row, there, limit, FORMAT.row, ALL, ROWS, DEPTH, DTYPE, WIDE
         )  # fmt: skip
         scale = marlin_tile.scale(
             scale_ptr, group, row, known, GROUP == 0, FORMAT.scale_column, ALL, ROWS
         )  # fmt: skip
     else:
-        left, right = packed_bytes.tile(
+        left, right, ones = packed_bytes.tile(
             w_ptr, first, row, there, limit, FORMAT.row, ROWS, DEPTH, DTYPE, WIDE
         )  # fmt: skip
         scale = packed_bytes.scale(
@@ -142,5 +127,5 @@ def _product(
             )  # fmt: skip
         else:
             zero = packed_bytes.zero(zero_ptr, group, row, known, FORMAT.zero_row, FORMAT.zero_column, ROWS)
-        product -= sums * zero
+        product -= dot(ones, high, dot(ones, low, nothing, WIDE), WIDE) * zero
     return product * scale

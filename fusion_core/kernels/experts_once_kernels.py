@@ -96,7 +96,7 @@ def _gate_up(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, FORMAT: tl.constexpr, COLUMNS: tl.constexpr,
     IN_TILES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows from ``row`` on of w1 and w3 with the tokens of ``pair``: [ROWS, COLUMNS] float32 each."""
+    """Multiply rows of w1 and w3, ``row`` the first, with the tokens of ``pair``: two [ROWS, COLUMNS]."""
     if FORMAT.kind >= MARLIN_TILE:
         g, u = gate_up_int4(
             x_ptr, w_ptr, scale_ptr, zero_ptr, pair, expert, row, HIDDEN, WIDTH, ROWS, STEPS, FORMAT, COLUMNS,
@@ -205,13 +205,13 @@ def _down(
             stride_k = tl.where(apart, SHARED_FORMAT.scale_column, FORMAT.scale_column)
         if FORMAT.kind >= MARLIN_TILE:
             added = acc + down_int4(
-                inner_ptr, w2_ptr, scale_ptr, zero_ptr, expert, before, pair, there, task % ROUNDS, first_n, limit,
-                DTYPE, WIDTH, ROWS, STEPS, FORMAT, COLUMNS, WIDE,
+                inner_ptr, w2_ptr, scale_ptr, zero_ptr, expert, before, pair, there, task % ROUNDS, first_n,
+                limit, DTYPE, WIDTH, ROWS, STEPS, FORMAT, COLUMNS, WIDE,
             )  # fmt: skip
         else:
             added = down_plain(
-                acc, inner_ptr, base, s_ptr, stride_n, stride_k, before, pair, there, task % ROUNDS, first_n, row,
-                limit, DTYPE, HIDDEN, WIDTH, ROWS, STEPS, FORMAT, COLUMNS, WIDE,
+                acc, inner_ptr, base, s_ptr, stride_n, stride_k, before, pair, there, task % ROUNDS, first_n,
+                row, limit, DTYPE, HIDDEN, WIDTH, ROWS, STEPS, FORMAT, COLUMNS, WIDE,
             )  # fmt: skip
         # What a broken expert gives must not reach tokens that did not choose it: 0 times NaN is NaN.
         acc = tl.where(pair >= 0, added, acc)

@@ -19,7 +19,7 @@ def gate_up_plain(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, FORMAT: tl.constexpr, COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows ``offs_n`` of w1 and w3, from ``row`` on, with the tokens of ``pair``: [ROWS, COLUMNS] each."""
+    """Multiply rows ``offs_n`` of w1 and w3, the first ``row``, with the tokens of ``pair``."""
     IS_FP8: tl.constexpr = FORMAT.kind == FP8
     GROUP_N: tl.constexpr = FORMAT.rows
     GROUP_K: tl.constexpr = FORMAT.columns
@@ -83,7 +83,7 @@ def down_plain(
     """Add products of one chunk of columns of w2 with inner states to ``acc`` [WARPS, ROWS, COLUMNS].
 
     Args:
-        base, s_ptr: rows [WARPS, ROWS, 1] of the weights from this slot's columns on, and scales of the expert
+        base, s_ptr: rows [WARPS, ROWS, 1] of weights from this slot's columns on, and scales of the expert,
             with their strides; ``before``: columns of the slots before this one.
         pair: [WARPS, 1, COLUMNS]; ``there`` and ``limit``: whether each warp has an expert, and its columns.
         row: [1, ROWS, 1], from ``first_n`` on.

@@ -24,10 +24,10 @@ class Int4:
     """Scales and zero points of 4-bit experts, in the order of their layout.
 
     Args:
-        w13, w2: scales, bfloat16, float16 or float32: [E, groups, N] beside tiles, [E, N, groups] beside bytes.
+        w13, w2: scales, of any float dtype: [E, groups, N] beside tiles, [E, N, groups] beside bytes.
         group: columns that share a scale; a matrix of fewer has one group.
-        w13_zeros, w2_zeros: int32 [E, groups, N / 8] beside tiles, uint8 [E, N / 2, groups] beside bytes; None:
-            they are all 8.
+        w13_zeros, w2_zeros: int32 [E, groups, N / 8] beside tiles, uint8 [E, N / 2, groups] beside bytes;
+            None: they are all 8.
         humming: whether Humming packed the zero points, and not Marlin.
     """
 

@@ -25,8 +25,8 @@ class Tile:
         stages: of its pipeline of loads.
         blocks: of w13's kernel, for each multiprocessor.
         experts: that a block of w2's kernel has at once, each with warps of its own.
-        shared: how columns of a shared expert in another format are walked; rows, blocks and tokens of it do not
-            count, and it has as many warps in all. None: in the same way.
+        shared: how a block walks columns of a shared expert in another format, with as many warps in all;
+            its rows, blocks and tokens do not count. None: in the same way.
     """
 
     rows: int
@@ -88,13 +88,14 @@ def takes(weights: ExpertWeights) -> bool:
 
 
 def int4_tiles(hidden: int, width: int, group: int) -> tuple[Tile, Tile]:
-    """Return the tiles of both kernels for 4-bit weights; a tile lies in one group. Not yet timed."""
+    """Return the tiles of both kernels for 4-bit weights; each lies in one group. Not timed yet."""
     depth = gcd(128, group) if group < max(hidden, width) else 128
     parts = 128 // depth
-    first = Tile(rows=16, warps=2, depth=depth, parts=parts, stages=4, blocks=6)
-    warps = min(4, max(1, width // 128))
+    # As many blocks as registers have room for where another format is read beside this one.
+    first = Tile(rows=16, warps=2, depth=depth, parts=parts, stages=4, blocks=4)
+    warps = 4 if width >= 512 else 2 if width >= 256 else 1
     rows = 16 if hidden < 4096 else 32
-    return first, Tile(rows, warps, depth, parts=parts, stages=7, experts=8 // warps, tokens=COLUMNS[0])
+    return first, Tile(rows, warps, depth, parts=parts, stages=7, experts=16 // warps, tokens=COLUMNS[0])
 
 
 def tiles_of(routed: ExpertWeights, shared: ExpertWeights | None, tokens: int) -> tuple[Tile, Tile]:
@@ -122,13 +123,16 @@ def _tiles(weights: ExpertWeights, tokens: int) -> tuple[Tile, Tile]:
     if weights.int4 is not None:
         return int4_tiles(hidden, width, weights.int4.group)
     first, second = w13_tile(tokens, scales is not None), w2_tile(tokens, hidden, width, scales is not None)
-    return (first, second) if scales is None else (within(first, scales.block), within(second, scales.block))
+    if scales is not None:
+        return within(first, scales.block), within(second, scales.block)
+    return first, second
 
 
 def beside(tile: Tile, shared: Tile, width: int) -> Tile:
     """Return ``tile`` for blocks that walk a shared expert of ``width`` columns, alone, as ``shared`` says."""
     warps = tile.warps * tile.experts
-    depth = min(shared.depth, max(32, triton.next_power_of_2(width // warps)))
+    # Deeper tiles take registers from those of the routed experts.
+    depth = min(64, shared.depth, max(32, triton.next_power_of_2(width // warps)))
     return replace(tile, shared=Tile(tile.rows, warps, depth, shared.stages))
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .nibbles import number
+from .nibbles import number, ones
 
 
 @triton.jit
@@ -17,27 +17,29 @@ def tile(
     w_ptr, first, row, there, limit, STRIDE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Read rows from ``row`` on, columns from ``first`` [WARPS, 1, 1] on, less 8: two [WARPS, ROWS, DEPTH / 2].
+    """Read rows from ``row`` on, columns from ``first`` [WARPS, 1, 1] on: numbers less 8, and ones.
 
-    The first has the even columns, the second the odd ones: see `states`.
+    Returns:
+        Three [WARPS, ROWS, DEPTH / 2]. The first has the even columns, the second the odd ones: see `states`.
 
     Args:
         w_ptr: bytes of an expert; ``there``: which rows there are; ``limit``: its columns.
         STRIDE: bytes of a row.
     """
-    byte = first // 2 + tl.arange(0, DEPTH // 2)[None, None, :]
+    # As multiples, which the compiler sees: so it reads more than a byte at once.
+    byte = first // DEPTH * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, None, :]
     offs = (row + tl.arange(0, ROWS))[None, :, None] * STRIDE + byte
-    raw = tl.load(w_ptr + offs, mask=there & (byte * 2 < limit), other=0)
-    return number(raw, False, DTYPE, WIDE), number(raw, True, DTYPE, WIDE)
+    raw = tl.load(w_ptr + offs, mask=there & (byte < limit // 16 * 8), other=0)
+    return number(raw, False, DTYPE, WIDE), number(raw, True, DTYPE, WIDE), ones(raw, DTYPE, WIDE)
 
 
 @triton.jit
 def states(x_ptr, base, first, there, limit, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
-    """Read states of 16 bits for the two halves of a tile: two [WARPS, DEPTH / 2, tokens]; rows at ``base``."""
+    """Read states of 16 bits, of rows at ``base``, for both halves: two [WARPS, DEPTH / 2, tokens]."""
     # Two states are a word.
-    at = first // 2 + tl.arange(0, DEPTH // 2)[None, :, None]
-    word_ptr = x_ptr.to(tl.pointer_type(tl.int32))
-    word = tl.load(word_ptr + base // 2 + at, mask=there & (at * 2 < limit), other=0)
+    at = first // DEPTH * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, :, None]
+    word_ptr = x_ptr.to(tl.pointer_type(tl.int32)) + base // 16 * 8
+    word = tl.load(word_ptr + at, mask=there & (at < limit // 16 * 8), other=0)
     low, high = word.to(tl.int16), (word >> 16).to(tl.int16)
     return low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
 

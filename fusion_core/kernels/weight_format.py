@@ -44,7 +44,7 @@ class Format(NamedTuple):
     @property
     def in_tiles(self) -> bool:
         """Return whether rows come in the order of Marlin's tiles."""
-        return self.kind == MARLIN_TILE.value
+        return bool(self.kind == MARLIN_TILE.value)
 
 
 class Steps(NamedTuple):
@@ -84,7 +84,7 @@ def format_of(weights: ExpertWeights, name: str) -> Format:
 
 
 def fits(form: Format, rows: int, depth: int, in_tiles: bool) -> None:
-    """Refuse a tile that the format cannot be read by; ``in_tiles``: rows come in the order of Marlin's tiles.
+    """Refuse a tile that cannot read the format; ``in_tiles``: rows come in the order of Marlin's tiles.
 
     Raises:
         ValueError: the tile would lie in two blocks of scales, or in parts of what is read at once.

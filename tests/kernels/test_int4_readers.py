@@ -89,7 +89,8 @@ def test_zero_points_of_humming_are_not_those_of_marlin() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     weights, _, _ = made("awq g128", 2, 256, 128, torch.float16)
     int4 = weights.int4
-    assert int4 is not None and int4.w13_zeros is not None
+    assert int4 is not None
+    assert int4.w13_zeros is not None
     for changed, words in (
         ({"w13": weights.w13[:, :-1]}, "w13 "),
         ({"w2": weights.w2.long()}, "torch.int64"),
