@@ -2,7 +2,7 @@
 
 A matrix [N, K] lies as int32 [K / 16, 2 * N]: tiles of 16 columns and 64 rows, 512 bytes each. Of a row
 n = 64 * a + 16 * w + 8 * h + j and a column k = 16 * t + 8 * b + 2 * q + p, word (t, a, j, q, w) has the
-number in its nibble 4 * p + 2 * h + b. So a byte (p, h) has two columns of a row, and 16 rows of a tile, of two
+number in its nibble 4 * p + 2 * h + b. A byte (p, h) has two columns of a row, and 16 rows of a tile, of two
 j, are 128 bytes: a line of the cache, and an operand of a matrix product, each byte with its thread.
 
 Scales [groups, N] have row n at 64 * a + 8 * j + 2 * w + h; those of a matrix of one group otherwise. Zero
