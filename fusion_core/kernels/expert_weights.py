@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .int4 import Int4, checked
+
 # Rows and columns of a weight that share a scale; 0: all of them.
 Block = tuple[int, int]
 
@@ -31,22 +33,39 @@ class ExpertWeights:
 
     Args:
         w13: [E, 2 * I, H], rows of w1 before those of w3; w2: [E, H, I]. The last dimension is contiguous.
-            bfloat16 or float16, or float8_e4m3fn with ``scales``.
+            bfloat16 or float16, or float8_e4m3fn with ``scales``. With ``int4``: int32 [E, H / 16, 4 * I] and
+            [E, I / 16, 2 * H] in Marlin's tiles, uint8 [E, 2 * I, H / 2] and [E, H, I / 2] in bytes.
         scales: of FP8 weights; None for others.
+        int4: of weights of 4 bits; None for others.
+
+    Raises:
+        ValueError: sizes or dtypes do not fit each other.
     """
 
     w13: torch.Tensor
     w2: torch.Tensor
     scales: Scales | None = None
+    int4: Int4 | None = None
+
+    @property
+    def count(self) -> int:
+        """Return E."""
+        return len(self.w2)
+
+    @property
+    def hidden(self) -> int:
+        """Return H."""
+        return self.w2.shape[1] if self.int4 is None else self.int4.shape(self.w2)[0]
 
     @property
     def width(self) -> int:
         """Return I."""
-        return self.w2.shape[2]
+        return self.w2.shape[2] if self.int4 is None else self.int4.shape(self.w2)[1]
 
     def __post_init__(self) -> None:
-        count, hidden, width = self.w2.shape
-        if self.w13.shape != (count, 2 * width, hidden):
+        if self.int4 is not None:
+            checked(self.int4, self.w13, self.w2)
+        elif self.w13.shape != (self.count, 2 * self.width, self.hidden):
             raise ValueError(f"w13 is {list(self.w13.shape)}, w2 {list(self.w2.shape)}")
         if self.w13.stride(2) != 1 or self.w2.stride(2) != 1:
             raise ValueError("the last dimension of w13 and w2 must be contiguous")

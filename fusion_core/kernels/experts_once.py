@@ -6,99 +6,26 @@ matrix product, and no partial sums are added up in memory.
 
 The shared expert is in the tensors of the routed ones, or lies where it is, in a format of its own.
 
+4-bit weights are multiplied in the states' dtype, which holds their numbers exactly; scales come after that.
+
 FP8 weights (e4m3) are multiplied as float16, which holds them exactly, and so are the states: times a power
 of two for each token, by which the largest of them fits. Inner states are kept times `INNER`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import cache
-from math import gcd
 from typing import Any
 
 import torch
 import triton
 
-from .expert_weights import Block, ExpertWeights, slots_of
+from .expert_weights import ExpertWeights, slots_of
 from .experts_once_kernels import ALIKE, MERGED, OTHER, w2_kernel, w13_kernel
 from .launch import options
-from .work_list import COLUMNS, Work, WorkList, work_list
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sizes of one of the two kernels.
-
-    Args:
-        rows: of weights that a block has at once.
-        warps: that share the columns of a row.
-        depth: columns of a tile of one warp.
-        parts: tiles that a warp has at once.
-        tokens: that a block of w2's kernel has; 0: all.
-        stages: of its pipeline of loads.
-        blocks: of w13's kernel, for each multiprocessor.
-        experts: that a block of w2's kernel has at once, each with warps of its own.
-    """
-
-    rows: int
-    warps: int
-    depth: int
-    stages: int
-    blocks: int = 1
-    experts: int = 1
-    parts: int = 1
-    tokens: int = 0
-
-
-def w13_tile(tokens: int, fp8: bool) -> Tile:
-    """Return the tile for w13 [2 * I, H]: the fastest one on an H200, for all shapes that were tried."""
-    if not fp8:
-        return Tile(rows=16, warps=2, depth=128, stages=3, blocks=3)
-    # In FP8 the states in shared memory are the limit: fewer warps load them less often.
-    if tokens <= COLUMNS[0]:
-        return Tile(rows=16, warps=1, depth=128, stages=3, blocks=10)
-    return Tile(rows=16, warps=1, depth=128, stages=4, blocks=6)
-
-
-def w2_tile(tokens: int, hidden: int, width: int, fp8: bool) -> Tile:
-    """Return the tile for w2 [H, I]: the fastest one on an H200."""
-    rows = max(16, hidden // 128)
-    part = COLUMNS[0] if fp8 else 0
-    if width <= 128:
-        several = 8 if fp8 and tokens <= part else 4
-        return Tile(rows, warps=1, depth=128, stages=7, experts=several, tokens=part)
-    if fp8 and tokens <= part and width <= 512:
-        return Tile(16, warps=1, depth=128, parts=4, stages=5, experts=4, tokens=part)
-    if fp8:
-        return Tile(16, warps=1, depth=128, parts=4, stages=7, experts=2, tokens=part)
-    if rows > 16:
-        return Tile(rows, warps=4, depth=64, stages=10, tokens=part)
-    if tokens <= COLUMNS[0]:
-        return Tile(rows, warps=4, depth=128, stages=7, experts=2)
-    return Tile(rows, warps=2, depth=128, parts=2, stages=7, experts=2)
-
-
-# Rows and columns of the smallest tile.
-SMALLEST = 16
-
-
-def takes(weights: ExpertWeights) -> bool:
-    """Return whether `experts_once` takes their scales: blocks are as large as the smallest tile."""
-    if weights.scales is None:
-        return True
-    rows, columns = weights.scales.block
-    return columns % SMALLEST == 0 and (rows <= 1 or rows % SMALLEST == 0)
-
-
-def within(tile: Tile, block: Block) -> Tile:
-    """Return a tile that lies in one block of scales."""
-    rows, columns = block
-    return replace(
-        tile,
-        rows=gcd(tile.rows, rows) if rows > 1 else tile.rows,
-        depth=gcd(tile.depth, columns) if columns else tile.depth,
-    )
+from .once_tiles import Tile, tiles_of
+from .weight_format import Format, fits, format_of
+from .work_list import Work, WorkList, work_list
 
 
 def experts_once(
@@ -128,7 +55,7 @@ def experts_once(
     """
     states = hidden_states.contiguous()
     passed = _Pass(routed, shared, topk_weights)
-    first, second = tiles or passed.tiles(len(states))
+    first, second = tiles or tiles_of(routed, shared, len(states))
     work = work_list(topk_ids, passed.experts, second.tokens, states if passed.fp8 else None)
     inner = torch.empty(topk_ids.numel(), routed.width, dtype=torch.int16, device=states.device)
     output = torch.empty_like(states)
@@ -143,27 +70,16 @@ class _Pass:
     def __init__(
         self, routed: ExpertWeights, shared: ExpertWeights | None, topk_weights: torch.Tensor
     ) -> None:
-        if shared is not None and shared.w2.shape[:2] != (1, routed.w2.shape[1]):
+        if shared is not None and (shared.count, shared.hidden) != (1, routed.hidden):
             raise ValueError(f"w2 of the shared expert is {list(shared.w2.shape)}")
         self.routed, self.shared, self.topk_weights = routed, shared, topk_weights
-        self.width, self.hidden = routed.width, routed.w2.shape[1]
+        self.width, self.hidden = routed.width, routed.hidden
         self.slots = 0 if shared is None else slots_of(shared, self.width)
-        self.experts = len(routed.w2) + self.slots
-        self.fp8 = any(weights is not None and weights.scales is not None for weights in (routed, shared))
+        self.experts = routed.count + self.slots
         # What stands in the place of weights that are not there.
         self.other = routed if shared is None else shared
-
-    def tiles(self, tokens: int) -> tuple[Tile, Tile]:
-        """Return the tiles of both kernels."""
-        fp8 = self.routed.scales is not None
-        found = w13_tile(tokens, fp8), w2_tile(tokens, self.hidden, self.width, fp8)
-        for weights in (self.routed, self.other):
-            if weights.scales is not None:
-                found = within(found[0], weights.scales.block), within(found[1], weights.scales.block)
-        if self.slots > 1 and self.other.scales is not None:
-            # Blocks of scales go on from slot to slot.
-            found = within(found[0], (self.width, 0)), within(found[1], (0, self.width))
-        return found
+        self.fp8 = any(weights.scales is not None for weights in (routed, self.other))
+        self.int4 = any(weights.int4 is not None for weights in (routed, self.other))
 
     def launch_w13(self, states: torch.Tensor, work: Work, inner: torch.Tensor, tile: Tile) -> None:
         """Write weight · SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [pairs, I]."""
@@ -178,11 +94,9 @@ class _Pass:
             self.topk_weights,
             inner,
             len(states),
-            len(self.routed.w2),
-            PARTS=tile.parts,
-            SPAN=triton.cdiv(self.hidden, tile.warps * tile.depth * tile.parts) * tile.depth * tile.parts,
+            self.routed.count,
             num_warps=tile.warps,
-            **self._common("w13", states, listed, tile),
+            **self._common("w13", self.hidden, states, listed, tile),
         )
 
     def launch_w2(self, inner: torch.Tensor, listed: WorkList, output: torch.Tensor, tile: Tile) -> None:
@@ -195,38 +109,42 @@ class _Pass:
             listed.rows,
             output,
             len(output),
-            len(self.routed.w2),
-            PARTS=tile.parts,
-            CHUNKS=triton.cdiv(self.width, tile.warps * tile.depth * tile.parts),
-            EXPERTS=tile.experts,
+            self.routed.count,
             PLACES=listed.experts.shape[1],
             TOKENS=listed.tokens,
             num_warps=tile.warps * tile.experts,
-            **self._common("w2", output, listed, tile),
+            **self._common("w2", self.width, output, listed, tile),
         )
 
     def _tensors(self, name: str) -> list[torch.Tensor]:
-        """Return weights and scales of the routed experts and of the shared one."""
+        """Return weights, scales and zero points of the routed experts and of the shared one."""
         tensors = []
         for weights in (self.routed, self.other):
             weight: torch.Tensor = getattr(weights, name)
-            tensors += [weight, weight if weights.scales is None else getattr(weights.scales, name)]
+            beside = weights.scales or weights.int4
+            scale = weight if beside is None else getattr(beside, name)
+            zeros = None if weights.int4 is None else getattr(weights.int4, f"{name}_zeros")
+            tensors += [weight, scale, weight if zeros is None else zeros]
         return tensors
 
-    def _common(self, name: str, states: torch.Tensor, listed: WorkList, tile: Tile) -> dict[str, Any]:
-        """Return what both kernels are told."""
-        formats = [_format(weights, name, tile) for weights in (self.routed, self.other)]
-        alike = formats[0][:3] == formats[1][:3]
+    def _common(
+        self, name: str, columns: int, states: torch.Tensor, listed: WorkList, tile: Tile
+    ) -> dict[str, Any]:
+        """Return what both kernels are told; a matrix of a routed expert has ``columns``."""
+        formats: list[Format] = [format_of(weights, name) for weights in (self.routed, self.other)]
+        ways = [tile, tile.shared or tile]
+        for one, way in zip(formats, ways, strict=True):
+            fits(one, tile.rows, way.depth, any(each.in_tiles for each in formats))
+        alike = not self.int4 and formats[0][:3] == formats[1][:3]
         where = MERGED if self.shared is None else ALIKE if alike else OTHER
         return {
             "HIDDEN": self.hidden,
             "WIDTH": self.width,
             "SHARED_WIDTH": self.other.width,
             "ROWS": tile.rows,
-            "WARPS": tile.warps,
-            "DEPTH": tile.depth,
-            "STAGES": tile.stages,
             "SHARED": where.value,
+            "STEPS": ways[0].steps(columns),
+            "SHARED_STEPS": ways[1].steps(columns),
             "FORMAT": formats[0],
             "SHARED_FORMAT": formats[1],
             "COLUMNS": listed.columns,
@@ -234,23 +152,6 @@ class _Pass:
             "WIDE": not states.is_cuda,
             **options(states),
         }
-
-
-def _format(weights: ExpertWeights, name: str, tile: Tile) -> tuple[int, ...]:
-    """Return what the kernels are told of a matrix: `_gate_up` has the list.
-
-    Raises:
-        ValueError: a tile would lie in two blocks of scales.
-    """
-    weight: torch.Tensor = getattr(weights, name)
-    if weights.scales is None:
-        return (0, 0, 0, 0, 0, 0, weight.stride(0), weight.stride(1), 0)
-    rows, columns = weights.scales.block
-    if columns % tile.depth or (rows > 1 and rows % tile.rows):
-        raise ValueError(f"scales in blocks of {rows} x {columns} for tiles of {tile.rows} x {tile.depth}")
-    scale: torch.Tensor = getattr(weights.scales, name)
-    strides = [step if size > 1 else 0 for step, size in zip(scale.stride(), scale.shape, strict=True)]
-    return (1, rows, columns, *strides, weight.stride(0), weight.stride(1), scale.shape[1] // 2)
 
 
 @cache

@@ -9,7 +9,8 @@ import torch
 
 from fse_patch.fusion_core.kernels import experts, work_list
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights, Scales
-from fse_patch.fusion_core.kernels.experts_once import experts_once, takes, w2_tile, w13_tile, within
+from fse_patch.fusion_core.kernels.experts_once import experts_once
+from fse_patch.fusion_core.kernels.once_tiles import takes, w2_tile, w13_tile, within
 
 from .test_kernels import DEVICE, DTYPES, draw, off
 

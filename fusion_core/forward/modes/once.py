@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.experts_once import experts_once, takes
+from ...kernels.experts_once import experts_once
+from ...kernels.once_tiles import takes
 from ...kernels.work_list import MOST_TOKENS
 from ..execution import Execution
 from . import small
