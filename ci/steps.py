@@ -64,7 +64,7 @@ def kernels(rows: list[Row]) -> Step:
     """Test Triton kernels in its interpreter, in the environment that has one for them."""
     row = next(row for row in rows if row.get("kernels"))
     python = str(VENVS / str(row["name"]) / "bin" / "python")
-    return Step("kernel tests", [python, "-m", "pytest", "tests/kernels"], 900, {"TRITON_INTERPRET": "1"})
+    return Step("kernel tests", [python, "-m", "pytest", "tests/kernels"], 1800, {"TRITON_INTERPRET": "1"})
 
 
 def mutants() -> Step:
