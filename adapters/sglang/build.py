@@ -43,6 +43,7 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         if ACTIVE.get() or PAIRING.get():
             return original(model_config, load_config, *args, **kwargs)
         from sglang.srt.model_loader.utils import get_model_architecture
+        from sglang.srt.runtime_context import get_server_args
 
         cls = get_model_architecture(model_config)[0]
         start = start_of(cls, model_config, load_config, args[0] if args else kwargs.get("quant_config"))
@@ -54,7 +55,7 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         if apart is not None and apart.layers:
             paired.attach(model, apart)
         if fused_role is not None and fused_role.start.merged:
-            check_complete(fused_role, all_here=True)  # pipeline parallelism is refused
+            check_complete(fused_role, all_here=get_server_args().pp_size == 1)
         if fused_role is not None and fused_role.layers:
             attach(model, fused_role)
         return model

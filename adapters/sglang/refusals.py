@@ -49,10 +49,6 @@ def refusals(
         yield Reason("parallel.eplb", "the expert load balancer is on; run without --enable-eplb")
     if server.dp_size > 1 or server.enable_dp_attention:
         yield Reason("parallel.dp", f"data parallelism is on (--dp-size {server.dp_size}); run without it")
-    if server.pp_size > 1:
-        yield Reason(
-            "parallel.pp", f"pipeline parallelism is on (--pp-size {server.pp_size}); run without it"
-        )
     if server.enable_lora or server.lora_paths:
         yield Reason("lora", "LoRA is enabled; run without --enable-lora and --lora-paths")
     runner = get_moe_runner_backend().value

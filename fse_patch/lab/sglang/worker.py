@@ -15,7 +15,9 @@ SCHEDULER = "sglang.srt.managers.scheduler"
 
 def fse_report(self: Any, folder: str) -> None:
     """Leave `model_process.report` in ``folder``."""
-    report = model_process.report()
+    from sglang.srt.distributed.parallel_state import get_pp_group
+
+    report = model_process.report(get_pp_group().rank_in_group)
     (Path(folder) / f"{report['pid']:010}.json").write_text(json.dumps(report))
 
 

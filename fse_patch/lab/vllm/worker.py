@@ -12,7 +12,9 @@ class VerifyExtension:
 
     def fse_report(self) -> dict[str, Any]:
         """Return what the roles of this worker really ran."""
-        return model_process.report()
+        from vllm.distributed.parallel_state import get_pp_group
+
+        return model_process.report(get_pp_group().rank_in_group)
 
     def fse_reset(self) -> None:
         """Forget the calls of vLLM's own warm-up."""
