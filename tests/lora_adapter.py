@@ -27,7 +27,7 @@ def make(checkpoint: Path, out: Path, changes: str, scale: float = 0.3) -> Path:
     draw, tensors, targets = torch.Generator().manual_seed(1), {}, set()
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as held:
-            for name in held.keys():
+            for name in held.keys():  # noqa: SIM118 -- no mapping
                 module = name.removesuffix(".weight")
                 if name == module or not re.search(MODULES[changes], module):
                     continue

@@ -12,12 +12,11 @@ from ...settings import Settings
 from ..refusals import quantised_online, without_proof
 from ..running_config import config_differs
 from . import native
+from .either_layout import refusals_of_either
 
 UPSTREAM: Final = "upstream.already"
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
 RUNNERS = {"auto", "triton"}
-# Switches of its TopK, which not every mode asks.
-SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
 
 
 def refusals(
@@ -34,8 +33,7 @@ def refusals(
         quantised: SGLang's quantisation of the model, None where it has none.
         native_right: SGLang's own fusion is live, and right for this checkpoint.
     """
-    from sglang.srt.environ import envs
-    from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
+    from sglang.srt.layers.moe import get_moe_runner_backend
     from sglang.srt.runtime_context import get_server_args
 
     server = get_server_args()
@@ -43,32 +41,15 @@ def refusals(
         yield Reason("disabled", "--disable-shared-experts-fusion is given")
     if native_right:
         yield Reason(UPSTREAM, "SGLang fuses this model by itself here")
-    if server.ep_size > 1 or not get_moe_a2a_backend().is_none():
+    if server.ep_size > 1:
         yield Reason("parallel.ep", "expert parallelism is on; run without --ep-size and --moe-a2a-backend")
-    if server.enable_eplb or server.ep_num_redundant_experts:
-        yield Reason("parallel.eplb", "the expert load balancer is on; run without --enable-eplb")
-    if server.dp_size > 1 or server.enable_dp_attention:
-        yield Reason("parallel.dp", f"data parallelism is on (--dp-size {server.dp_size}); run without it")
-    if server.enable_lora or server.lora_paths:
-        yield Reason("lora", "LoRA is enabled; run without --enable-lora and --lora-paths")
+    yield from refusals_of_either(decision.moe.layout, quantised)
     runner = get_moe_runner_backend().value
     if runner not in RUNNERS:
         yield Reason(
             "backend.topk_format",
             f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}",
         )
-    if server.kt_weight_path is not None:
-        yield Reason(
-            "backend.routing", "KTransformers runs experts by their number; run without --kt-weight-path"
-        )
-    if server.enable_return_routed_experts or server.expert_distribution_recorder_mode:
-        yield Reason(
-            "routing.capture",
-            "routed experts are recorded; run without --enable-return-routed-experts "
-            "and --expert-distribution-recorder-mode",
-        )
-    if any(setting is not None and setting.get() for setting in (getattr(envs, n, None) for n in SIMULATORS)):
-        yield Reason("routing.simulator", f"one of {', '.join(SIMULATORS)} is set; unset it")
     yield from quantised_online(decision, model_config.quantization, quantised)
     yield from config_differs(decision, model_config.hf_text_config)
     yield from without_proof(decision, native.platform(), effective)

@@ -94,7 +94,7 @@ def settle_role(
     )
     right = native_fusion is not None and not native_off
     merged = _merged(outcome, model_config, load_config, quantised, right, effective)
-    return laid_out(merged, effective, lambda apart: pair_refusals(apart, model_config, effective))
+    return laid_out(merged, effective, lambda apart: pair_refusals(apart, model_config, quantised, effective))
 
 
 def _merged(
