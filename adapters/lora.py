@@ -53,6 +53,6 @@ def check_adapter(adapter: str, names: Iterable[str]) -> None:
         match = IN_BLOCK.search(name)
         if match and int(match[1]) in merged | paired:
             raise FsePatchError(
-                f"LoRA adapter {adapter!r} changes {name}, and fse_patch runs the shared expert together with "
-                "the routed ones; give an adapter of the attention alone, or start again with FSE_PATCH=0"
+                f"LoRA adapter {adapter!r} changes {name}, and fse_patch runs the shared expert with the "
+                "routed ones; give an adapter of the attention alone, or start again with FSE_PATCH=0"
             )

@@ -87,7 +87,11 @@ def quantised_online(decision: Merged, method: str | None, built: object) -> Ite
 
 
 def undivided(
-    layout: ExpertLayout, parts: int, block: tuple[int, int] | list[int] | None, flag: str, groups: int = 1
+    layout: ExpertLayout,
+    parts: int,
+    block: tuple[int, int] | list[int] | None,
+    flag: str,
+    groups: int = 1,
 ) -> Iterator[Reason]:
     """Refuse sizes that do not divide over processes, with a number that would.
 
@@ -105,5 +109,6 @@ def undivided(
     if parts > 1 and not divides(parts):
         fits = next((count for count in range(parts - 1, 1, -1) if divides(count)), 1)
         blocks = f" in blocks of {step}" if step > 1 else ""
-        why = f"experts are {width} wide, which does not divide by {parts}{blocks}; run with {flag} {fits * groups}"
+        advice = f"run with {flag} {fits * groups}"
+        why = f"experts are {width} wide, which does not divide by {parts}{blocks}; {advice}"
         yield Reason("parallel.tp", why)

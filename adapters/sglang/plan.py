@@ -34,6 +34,8 @@ def plan_of(decision: Merged, model_config: Any, effective: Settings) -> ModePla
         return unmeasured(allowed, "on this platform")
     if decision.quant_method != UNQUANTISED:
         return unmeasured(allowed, "for quantised experts")
+    if get_server_args().ep_size > 1:
+        return unmeasured(allowed, "with whole experts spread over processes")
     if get_server_args().enable_deterministic_inference:
         why = "with --enable-deterministic-inference: another mode for another batch breaks its promise"
         return unmeasured(False, why)

@@ -41,8 +41,6 @@ def refusals(
         yield Reason("disabled", "--disable-shared-experts-fusion is given")
     if native_right:
         yield Reason(UPSTREAM, "SGLang fuses this model by itself here")
-    if server.ep_size > 1:
-        yield Reason("parallel.ep", "expert parallelism is on; run without --ep-size and --moe-a2a-backend")
     yield from refusals_of_either(decision.moe.layout, quantised)
     runner = get_moe_runner_backend().value
     if runner not in RUNNERS:

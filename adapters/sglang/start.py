@@ -46,6 +46,8 @@ def start_of(
     Args:
         quantised: SGLang's quantisation of the model, None where it has none.
     """
+    from sglang.srt.runtime_context import get_server_args
+
     role = role_of(ENGINE, cls)
     if role is None:
         announce_other(ENGINE, cls)
@@ -57,7 +59,8 @@ def start_of(
 
     groups = _groups(role)
     outcome = first_of_replica(settle, *groups) if groups else settle()
-    start = begin(outcome, model_config.hf_text_config.num_hidden_layers, effective)
+    layers, ranks = model_config.hf_text_config.num_hidden_layers, get_server_args().ep_size
+    start = begin(outcome, layers, effective, ranks=ranks)
     if isinstance(outcome.decision, Merged) and native.platform() == "cuda":
         plan = outcome.plan
         log.info("%s model: modes by number of tokens: %s (%s)", role, plan, plan.source if plan else "")

@@ -13,7 +13,9 @@ from ...fusion_core.forward.tuned import Situation
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..refusals import SHARED_GATE, measured, unmeasured
+from .either_layout import expert_ranks
 from .formats import UNKNOWN, ExpertFormat, dense_word
+from .spread import LEAVE_OUT
 
 # Backends whose experts `Experts.gemm` knows how to call.
 KNOWN_BACKENDS = {"triton"}
@@ -39,6 +41,8 @@ def plan_of(
         return unmeasured(allowed, "on this platform")
     if form is None:
         return unmeasured(allowed, "for experts of this format")
+    if (ranks := expert_ranks(vllm_config)) > 1:
+        return _spread_plan(form, vllm_config, layout, ranks, allowed)
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
         return unmeasured(
             False, "with VLLM_BATCH_INVARIANT: another mode for another batch breaks its promise"
@@ -53,6 +57,18 @@ def plan_of(
     if UNKNOWN in here.backend:
         return unmeasured(False, "with the kernel that vLLM picks for the unfused shared expert")
     return measured(here, effective)
+
+
+def _spread_plan(
+    form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, ranks: int, allowed: bool
+) -> ModePlan | Reason:
+    """Return the plan where whole experts are spread over processes: one mode, by a backend that knows it."""
+    total = layout.num_routed + ranks * layout.num_shared_slots
+    picked = backend(form, vllm_config, layout, total, layout.fused_top_k, ranks)
+    if picked not in LEAVE_OUT:
+        why = f"the MoE backend {picked} does not leave out experts of other processes"
+        return Reason("parallel.ep", f"{why}; run without --enable-expert-parallel")
+    return unmeasured(allowed, "with whole experts spread over processes")
 
 
 def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_name: str) -> Situation:
@@ -76,8 +92,19 @@ def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_na
     )
 
 
-def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_experts: int, top_k: int) -> str:
-    """Return the backend that vLLM picks for the grouped GEMM of so many experts, in lower case."""
+def backend(
+    form: ExpertFormat,
+    vllm_config: Any,
+    layout: ExpertLayout,
+    num_experts: int,
+    top_k: int,
+    ranks: int = 1,
+) -> str:
+    """Return the backend that vLLM picks for the grouped GEMM of so many experts, in lower case.
+
+    Args:
+        ranks: over how many processes they are spread.
+    """
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
     from vllm.model_executor.layers.fused_moe.layer import make_parallel_config
@@ -88,7 +115,7 @@ def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_expe
         experts_per_token=top_k,
         hidden_dim=layout.hidden_size,
         intermediate_size=layout.moe_intermediate_size,
-        num_local_experts=num_experts,
+        num_local_experts=num_experts // ranks,
         num_logical_experts=num_experts,
         activation=MoEActivation.SILU,
         device=vllm_config.device_config.device,
@@ -96,6 +123,7 @@ def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_expe
         moe_parallel_config=make_parallel_config(None, None, None, False, vllm_config.parallel_config),
         in_dtype=vllm_config.model_config.dtype,
         moe_backend=vllm_config.kernel_config.moe_backend,
+        is_lora_enabled=vllm_config.lora_config is not None,
     )
     return form.grouped(config)
 

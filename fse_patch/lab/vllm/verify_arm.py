@@ -85,6 +85,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     gc.freeze()
     try:
         llm = LLM(model=job["checkpoint"], **{**DEFAULTS, **job["engine_args"]})
+        llm.collective_rpc("fse_warm_up")
         llm.collective_rpc("fse_reset")
         config = llm.llm_engine.vllm_config.model_config
         result = {
