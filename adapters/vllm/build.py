@@ -20,13 +20,12 @@ from ..paired import PAIRING, PairedRole, pairing
 from ..role import ACTIVE, FusedRole, building
 from ..start import PairedStart, Start, announce_other
 from ..stop import stop_told
-from . import native
+from . import native, spread
 from .check import check_experts, key_compile_cache
 from .pair import pair_block
 from .plan import built_backend
 from .role import Slots
 from .run import runner_arguments, take_gate
-from .spread import LEAVE_OUT, experts_class
 from .start import start_of
 
 # On the module that the layer factory makes: its `BuiltLayer`.
@@ -137,8 +136,8 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         modes = runner_arguments(start, router, gate, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (*ROUTED_BY_US, *SHARED)}
         if start.ranks > 1:
-            spread = {"slots": layout.num_shared_slots}
-            modes |= {"routed_experts_cls": experts_class(), "routed_experts_args": spread}
+            slots = {"slots": layout.num_shared_slots}
+            modes |= {"routed_experts_cls": spread.experts_class(), "routed_experts_args": slots}
         else:
             kwargs["num_experts"] = layout.num_experts
         kwargs |= modes | {
@@ -148,7 +147,7 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         }
         runner = original(**kwargs)
         experts = getattr(runner, "routed_experts", runner)
-        if start.ranks > 1 and built_backend(runner) not in LEAVE_OUT:
+        if start.ranks > 1 and built_backend(runner) not in spread.LEAVE_OUT:
             raise FsePatchError(f"{place}: vLLM took the MoE backend {built_backend(runner)!r}")
         setattr(runner, BUILT, BuiltLayer(layer, router, experts, getattr(runner, "execute", None)))
         fused_role.begin(layer)

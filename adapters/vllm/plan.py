@@ -13,9 +13,9 @@ from ...fusion_core.forward.tuned import Situation
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..refusals import SHARED_GATE, measured, unmeasured
+from . import spread
 from .either_layout import expert_ranks
 from .formats import UNKNOWN, ExpertFormat, dense_word
-from .spread import LEAVE_OUT
 
 # Backends whose experts `Experts.gemm` knows how to call.
 KNOWN_BACKENDS = {"triton"}
@@ -35,6 +35,8 @@ def plan_of(
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
+        if expert_ranks(vllm_config) > 1 and "cpu" not in spread.LEAVE_OUT:
+            return _not_left_out("cpu")
         return always("fused", "a CPU, where no speed is promised")
     allowed, layout = effective.allow_unmeasured, decision.moe.layout
     if not current_platform.is_cuda():
@@ -65,10 +67,14 @@ def _spread_plan(
     """Return the plan where whole experts are spread over processes: one mode, by a backend that knows it."""
     total = layout.num_routed + ranks * layout.num_shared_slots
     picked = backend(form, vllm_config, layout, total, layout.fused_top_k, ranks)
-    if picked not in LEAVE_OUT:
-        why = f"the MoE backend {picked} does not leave out experts of other processes"
-        return Reason("parallel.ep", f"{why}; run without --enable-expert-parallel")
+    if picked not in spread.LEAVE_OUT:
+        return _not_left_out(picked)
     return unmeasured(allowed, "with whole experts spread over processes")
+
+
+def _not_left_out(picked: str) -> Reason:
+    why = f"the MoE backend {picked} does not leave out experts of other processes"
+    return Reason("parallel.ep", f"{why}; run without --enable-expert-parallel")
 
 
 def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_name: str) -> Situation:

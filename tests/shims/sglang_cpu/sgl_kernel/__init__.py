@@ -26,8 +26,24 @@ def _one_core(module):
     module._get_sm_count = lambda device: 1
 
 
+def _leave_out(module):
+    # Whole experts spread over processes: SGLang's map gives -1 to those of others, which this path counts.
+    honest = module.moe_forward_native
+
+    def moe_forward_native(layer, x, topk_output, config):
+        weights, ids, logits = topk_output
+        if (ids < 0).any():
+            REPLACED.add("moe_forward_native")
+            topk_output = type(topk_output)(weights.masked_fill(ids < 0, 0.0), ids.clamp(min=0), logits)
+        return honest(layer, x, topk_output, config)
+
+    module.moe_forward_native = moe_forward_native
+
+
 def _prepare():
     import wrapt
+
+    wrapt.register_post_import_hook(_leave_out, "sglang.srt.layers.moe.fused_moe_native")
 
     wrapt.register_post_import_hook(_one_core, "sglang.kernels.ops.attention.fla.layernorm_gated")
 
