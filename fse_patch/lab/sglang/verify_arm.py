@@ -88,24 +88,29 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Build one engine and run one job in it."""
     engine = start(job)
     try:
-        dtype = job["engine_args"]["dtype"]
-        engine.collective_rpc("fse_reset")
-        result = {
-            "dtype": dtype,
-            **score(engine, job["prompts"], job["new_tokens"], batched=True),
-            "workers": reports(engine),
-            "rebatched": score(engine, job["prompts"], 1, batched=False)["logprobs"],
-        }
-        engine.collective_rpc("fse_control", factor=job["control_factor"])
-        result["control_answers"] = score(engine, job["prompts"], job["new_tokens"], batched=True)
-        result["control"] = result["control_answers"].pop("logprobs")
-        if dtype in ("bfloat16", "float16"):
-            engine.collective_rpc("fse_control", factor=1.0)
-            engine.collective_rpc("fse_jitter", seed=0)
-            result["jittered"] = score(engine, job["prompts"], 1, batched=True)["logprobs"]
-        return result
+        return measure(engine, job)
     finally:
         engine.shutdown()
+
+
+def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Return all that a job asks of a running engine; its control stays in force."""
+    dtype = job["engine_args"]["dtype"]
+    engine.collective_rpc("fse_reset")
+    result = {
+        "dtype": dtype,
+        **score(engine, job["prompts"], job["new_tokens"], batched=True),
+        "workers": reports(engine),
+        "rebatched": score(engine, job["prompts"], 1, batched=False)["logprobs"],
+    }
+    engine.collective_rpc("fse_control", factor=job["control_factor"])
+    result["control_answers"] = score(engine, job["prompts"], job["new_tokens"], batched=True)
+    result["control"] = result["control_answers"].pop("logprobs")
+    if dtype in ("bfloat16", "float16"):
+        engine.collective_rpc("fse_control", factor=1.0)
+        engine.collective_rpc("fse_jitter", seed=0)
+        result["jittered"] = score(engine, job["prompts"], 1, batched=True)["logprobs"]
+    return result
 
 
 def main(request: Path, result: Path) -> None:

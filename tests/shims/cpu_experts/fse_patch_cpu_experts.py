@@ -1,9 +1,10 @@
 """Tests only: lets vLLM's experts run on a CPU in two ways in which stock ends there, in both arms alike.
 
 Whole experts spread over processes: the kernel for a CPU takes no map of experts, and reads past the end of
-its weights. Here the map is applied before it; an expert of another process weighs nothing. LoRA: vLLM takes the
-Triton experts of a GPU wherever adapters are on, though they may change the attention alone; here it takes
-those of a CPU.
+its weights. Here the map is applied before it; an expert of another process weighs nothing.
+
+LoRA: vLLM takes the Triton experts of a GPU wherever adapters are on, though they may change the attention
+alone. Here it takes those of a CPU.
 
 A plugin of vLLM that works while its folder is on PYTHONPATH, in worker processes too.
 """
