@@ -21,8 +21,14 @@ MODULES: Mapping[str, str] = {
 }
 
 
-def make(checkpoint: Path, out: Path, changes: str, scale: float = 0.3) -> Path:
-    """Write an adapter of every module of ``checkpoint`` that ``changes`` names, a key of MODULES."""
+def make(
+    checkpoint: Path, out: Path, changes: str, declares: tuple[str, ...] = (), scale: float = 0.3
+) -> Path:
+    """Write an adapter of every module of ``checkpoint`` that ``changes`` names, a key of MODULES.
+
+    Args:
+        declares: modules that its config names in place of those.
+    """
     out.mkdir(parents=True)
     draw, tensors, targets = torch.Generator().manual_seed(1), {}, set()
     for file in sorted(checkpoint.glob("*.safetensors")):
@@ -46,7 +52,7 @@ def make(checkpoint: Path, out: Path, changes: str, scale: float = 0.3) -> Path:
         "lora_alpha": RANK,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(targets),
+        "target_modules": sorted(declares or targets),
     }
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1))
     return out

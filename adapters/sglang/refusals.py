@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from ...fusion_core.checkpoint.config import UNQUANTISED
 from ...fusion_core.checkpoint.weight_files import AUTO
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..refusals import quantised_online, without_proof
 from ..running_config import config_differs
-from . import native
+from . import native, spread
 from .either_layout import refusals_of_either
 
 UPSTREAM: Final = "upstream.already"
@@ -42,6 +43,9 @@ def refusals(
     if native_right:
         yield Reason(UPSTREAM, "SGLang fuses this model by itself here")
     yield from refusals_of_either(decision.moe.layout, quantised)
+    if server.ep_size > 1 and (runner := _runner(decision)) not in spread.LEAVE_OUT:
+        why = f"experts run by {runner}, which does not leave out experts of other processes"
+        yield Reason("parallel.ep", f"{why}; run without --ep-size")
     runner = get_moe_runner_backend().value
     if runner not in RUNNERS:
         yield Reason(
@@ -51,6 +55,16 @@ def refusals(
     yield from quantised_online(decision, model_config.quantization, quantised)
     yield from config_differs(decision, model_config.hf_text_config)
     yield from without_proof(decision, native.platform(), effective)
+
+
+def _runner(decision: Merged) -> str:
+    """Return who runs the experts, as far as it is known before they are built."""
+    from sglang.srt.layers.moe import get_moe_runner_backend
+
+    if native.platform() == "cpu":
+        return "cpu"
+    runner = str(get_moe_runner_backend().value)
+    return "triton" if runner == "auto" and decision.quant_method == UNQUANTISED else runner
 
 
 def load_format_given(load_config: Any) -> str:

@@ -13,6 +13,10 @@ import torch
 from ...errors import FsePatchError
 from ...fusion_core.decision.layout import ExpertLayout
 
+# Who runs experts and leaves out what the map gives -1, as read in the source of the releases that are
+# patched. On a CPU it is counted like an expert: stock itself ends there.
+LEAVE_OUT = frozenset({"triton"})
+
 
 def map_slots(experts: Any, layout: ExpertLayout) -> None:
     """Give the dispatcher of ``experts`` a map with the slots of every process.

@@ -40,10 +40,18 @@ def _leave_out(module):
     module.moe_forward_native = moe_forward_native
 
 
+def _known(spread):
+    spread.LEAVE_OUT |= {"cpu"}
+
+
 def _prepare():
+    import os
+
     import wrapt
 
-    wrapt.register_post_import_hook(_leave_out, "sglang.srt.layers.moe.fused_moe_native")
+    if os.environ.get("FSE_PATCH_TEST_LEAVE_OUT"):
+        wrapt.register_post_import_hook(_leave_out, "sglang.srt.layers.moe.fused_moe_native")
+        wrapt.register_post_import_hook(_known, "fse_patch.adapters.sglang.spread")
 
     wrapt.register_post_import_hook(_one_core, "sglang.kernels.ops.attention.fla.layernorm_gated")
 
