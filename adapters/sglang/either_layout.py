@@ -35,6 +35,13 @@ def refusals_of_either(layout: ExpertLayout, quantised: object) -> Iterator[Reas
     yield from _routing(server)
 
 
+def expert_ranks() -> int:
+    """Return over how many processes whole experts are spread; 1: they are not."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return int(get_server_args().ep_size)
+
+
 def _spread(layout: ExpertLayout, server: Any, quantised: object) -> Iterator[Reason]:
     """Refuse what moves experts, or tokens, between processes."""
     from sglang.srt.layers.moe import get_moe_a2a_backend

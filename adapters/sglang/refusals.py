@@ -13,7 +13,7 @@ from ...settings import Settings
 from ..refusals import quantised_online, without_proof
 from ..running_config import config_differs
 from . import native, spread
-from .either_layout import refusals_of_either
+from .either_layout import expert_ranks, refusals_of_either
 
 UPSTREAM: Final = "upstream.already"
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
@@ -43,7 +43,7 @@ def refusals(
     if native_right:
         yield Reason(UPSTREAM, "SGLang fuses this model by itself here")
     yield from refusals_of_either(decision.moe.layout, quantised)
-    if server.ep_size > 1 and (runner := _runner(decision)) not in spread.LEAVE_OUT:
+    if expert_ranks() > 1 and (runner := _runner(decision)) not in spread.LEAVE_OUT:
         why = f"experts run by {runner}, which does not leave out experts of other processes"
         yield Reason("parallel.ep", f"{why}; run without --ep-size")
     runner = get_moe_runner_backend().value

@@ -30,6 +30,7 @@ from ..start import (
     source_of,
 )
 from . import native
+from .either_layout import expert_ranks
 from .native import ENGINE
 from .pair_refusals import pair_refusals
 from .plan import native_plan, plan_of
@@ -46,8 +47,6 @@ def start_of(
     Args:
         quantised: SGLang's quantisation of the model, None where it has none.
     """
-    from sglang.srt.runtime_context import get_server_args
-
     role = role_of(ENGINE, cls)
     if role is None:
         announce_other(ENGINE, cls)
@@ -59,8 +58,8 @@ def start_of(
 
     groups = _groups(role)
     outcome = first_of_replica(settle, *groups) if groups else settle()
-    layers, ranks = model_config.hf_text_config.num_hidden_layers, get_server_args().ep_size
-    start = begin(outcome, layers, effective, ranks=ranks)
+    layers = model_config.hf_text_config.num_hidden_layers
+    start = begin(outcome, layers, effective, ranks=expert_ranks())
     if isinstance(outcome.decision, Merged) and native.platform() == "cuda":
         plan = outcome.plan
         log.info("%s model: modes by number of tokens: %s (%s)", role, plan, plan.source if plan else "")
