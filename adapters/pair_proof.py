@@ -64,7 +64,9 @@ def _start(role: PairedRole, engine: PairedEngine) -> None:
         chosen.bounds,
     )
     role.counter.reset()  # these were no calls of the model
-    role.prove_again = lambda: _guarded(lambda: prove(role, engine, sizes), failed)
+    # An update may come in many parts: the ends of the range will do.
+    ends = (1, max(chosen.tokens, 1))
+    role.prove_again = lambda: _guarded(lambda: prove(role, engine, ends), failed)
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
     _tell(role, proof, chosen)

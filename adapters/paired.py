@@ -61,6 +61,10 @@ class EngineLayer(ABC):
         self.copied = self.in_memory().copy()
 
     @abstractmethod
+    def parameters(self) -> Iterable[torch.Tensor]:
+        """Yield the parameters that an update may replace."""
+
+    @abstractmethod
     def in_memory(self) -> PairedWeights:
         """Return what is in memory now, whoever runs it."""
 
@@ -238,14 +242,10 @@ class PairedLoader:
         """Run the engine's ``load_weights``."""
         result = original(weights)
         self.role.after_load()
-        if all(not p.is_meta for layer in self.role.layers.values() for p in _parameters(layer)):
+        # On meta they are of an update under way, which says by itself when it ends.
+        if not any(p.is_meta for layer in self.role.layers.values() for p in layer.parameters()):
             self.role.updated()
         return result
-
-
-def _parameters(layer: EngineLayer) -> Iterable[torch.Tensor]:
-    parameters: Iterable[torch.Tensor] = getattr(layer, "parameters", tuple)()
-    return parameters
 
 
 # The role under construction in this context, and all that live in this process.

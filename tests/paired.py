@@ -53,6 +53,7 @@ def check_all_tokens(report: dict[str, Any]) -> None:
     assert report["greedy_tokens_equal"]
     (role,) = [role for role in report["roles"] if role["role"] == "main"]
     assert (role["weight_layout"], set(role["calls_by_mode"])) == ("paired", {"paired"})
+    assert role["paired"]["proof"]["canary"] == "passed"
 
 
 def check_few_tokens(report: dict[str, Any], stock: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from ...fusion_core.decision.outcome import MoeSpec
 from ...fusion_core.forward.paired import PAIRED, STOCK, OutputScale, PairedWeights
 from ...fusion_core.kernels.expert_weights import Block, ExpertWeights
-from ..expert_reading import dense_scales, experts_of, routed_of
+from ..expert_reading import Unreadable, dense_scales, experts_of, routed_of
 from ..paired import EngineLayer, PairedRole
 from .check import output_scale
 
@@ -50,14 +50,23 @@ class BlockLayer(EngineLayer):
         self.arm = ""
         self.given: torch.Tensor | None = None
         self.gate = block.gate.forward
-        block.gate.forward = self.answer
-        self._replace("_forward_shared_experts", self._shared_experts)
-        self._replace("forward_normal_dual_stream", self._dual_stream)
+        self._replace(block.gate, "forward", self.answer)
+        self._replace(block, "_forward_shared_experts", self._shared_experts)
+        self._replace(block, "forward_normal_dual_stream", self._dual_stream)
 
-    def _replace(self, name: str, ours: Callable[..., Any]) -> None:
-        """Put ``ours`` in place of a method of this block; it is called with the original first."""
-        original = getattr(self.block, name)
-        setattr(self.block, name, lambda *args, **kwargs: ours(original, *args, **kwargs))
+    def _replace(self, owner: Any, name: str, ours: Callable[..., Any]) -> None:
+        """Put ``ours`` in place of a method of a module; it is called with the original first.
+
+        Where Dynamo traces, it traces the original: the number of tokens is a symbol there.
+        """
+        original = getattr(owner, name)
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return original(*args, **kwargs)
+            return ours(original, *args, **kwargs)
+
+        setattr(owner, name, replacement)
 
     def runs(self, hidden_states: torch.Tensor) -> bool:
         """Return whether these states [num_tokens, H] run paired."""
@@ -65,8 +74,9 @@ class BlockLayer(EngineLayer):
             return self.arm == PAIRED
         return self.layer.runs(hidden_states)
 
-    def answer(self, hidden_states: torch.Tensor) -> Any:
-        answer = self.gate(hidden_states)
+    def answer(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> Any:
+        """Answer as the gate does; in a proof by the given logits, after it was computed."""
+        answer = original(hidden_states)
         if self.given is None:
             return answer
         return (self.given, *answer[1:]) if isinstance(answer, tuple) else self.given
@@ -97,6 +107,8 @@ class BlockLayer(EngineLayer):
     def in_memory(self) -> PairedWeights:
         """Return what is in memory now, whoever runs it."""
         block, experts = self.block, self.block.experts
+        if self.mlp is None and experts.moe_ep_size > 1:
+            raise Unreadable("each process has the shared slots, and SGLang divides their weight")
         return PairedWeights(
             routed=routed_of(experts, _block(experts.quant_method)),
             shared=None if self.mlp is None else _shared(self.mlp),
@@ -121,7 +133,7 @@ class BlockLayer(EngineLayer):
         return self._map
 
     def parameters(self) -> Iterable[torch.Tensor]:
-        """Yield parameters of the block: one on meta is of an update under way."""
+        """Yield parameters of the block."""
         parameters: Iterable[torch.Tensor] = self.block.parameters()
         return parameters
 
@@ -178,8 +190,8 @@ class QwenBlock(BlockLayer):
         super().__init__(number, role, block)
         # An output that is finished elsewhere is stock's.
         self.deferred = False
-        self._replace("_forward_router_experts", self._router_experts)
-        self._replace("forward", self._forward)
+        self._replace(block, "_forward_router_experts", self._router_experts)
+        self._replace(block, "forward", self._forward)
 
     def runs(self, hidden_states: torch.Tensor) -> bool:
         """Return whether these states run paired."""
@@ -215,30 +227,29 @@ class GlmBlock(BlockLayer):
 
     def __init__(self, number: int, role: PairedRole, block: Any) -> None:
         super().__init__(number, role, block)
-        self.topk, self.experts = block.topk.forward, block.experts.forward
-        block.topk.forward = self._topk
-        block.experts.forward = self._experts
+        self._replace(block.topk, "forward", self._topk)
+        self._replace(block.experts, "forward", self._experts)
 
-    def answer(self, hidden_states: torch.Tensor) -> Any:
-        return hidden_states if self.runs(hidden_states) else super().answer(hidden_states)
+    def answer(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> Any:
+        """Answer as the gate does, where its logits are used."""
+        return hidden_states if self.runs(hidden_states) else super().answer(original, hidden_states)
 
-    def _topk(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return None if self.runs(hidden_states) else self.topk(hidden_states, *args, **kwargs)
+    def _topk(self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        return None if self.runs(hidden_states) else original(hidden_states, *args, **kw)
 
-    def _experts(self, hidden_states: torch.Tensor, topk_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def _experts(
+        self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any
+    ) -> Any:
         if not self.arm:
             self.layer.count(hidden_states)
-        if self.runs(hidden_states):
-            return self.total(hidden_states)
-        return self.experts(hidden_states, topk_output, *args, **kwargs)
+        return self.total(hidden_states) if self.runs(hidden_states) else original(hidden_states, *args, **kw)
 
     def _dual_stream(
         self, original: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kw: Any
     ) -> Any:
-        # Its last line adds a shared part that is not there.
-        return (
-            self.block.forward_normal(hidden_states) if self.runs(hidden_states) else original(hidden_states)
-        )
+        if self.runs(hidden_states):
+            return self.block.forward_normal(hidden_states)  # it adds no shared part that is not there
+        return original(hidden_states, *args, **kw)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class RunnerLayer(EngineLayer):
             super().copy()
 
     def parameters(self) -> Iterable[torch.Tensor]:
-        """Yield parameters of both kinds of experts: one on meta is of an update under way."""
+        """Yield parameters of both kinds of experts."""
         yield from self.runner.routed_experts.parameters()
         yield from self.shared._layer.parameters()
 

@@ -8,6 +8,10 @@ from ..kernels import pass_reference
 from ..kernels.expert_weights import ExpertWeights
 from .router import on_gpu
 
+# Up to so many tokens the kernels without a list of experts are faster on an H200, by the tables there; they
+# read an expert once for each token. With a wide shared expert that is soon too often.
+SMALL, SMALL_WIDE = 8, 1
+
 
 def run_pass(
     hidden_states: torch.Tensor,
@@ -23,10 +27,10 @@ def run_pass(
     from ..kernels.experts_once import experts_once, takes
     from ..kernels.work_list import MOST_TOKENS
 
-    formats = {weights.scales is None for weights in (routed, shared) if weights is not None}
-    # One token chooses no expert twice: a launch fewer. These kernels read one kind of weights.
-    alone = len(hidden_states) == 1 and len(formats) == 1
-    if alone or not all(takes(weights) for weights in (routed, shared) if weights is not None):
+    kinds = [weights for weights in (routed, shared) if weights is not None]
+    alike = len({weights.scales is None for weights in kinds}) == 1
+    most = SMALL if shared is None or shared.width <= routed.width else SMALL_WIDE
+    if (alike and len(hidden_states) <= most) or not all(takes(weights) for weights in kinds):
         small = experts.small_experts if routed.scales is None else experts_fp8.small_experts
         return small(hidden_states, routed, topk_weights, topk_ids, shared)
     # More tokens than the kernels take go through them in turn.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,6 +47,9 @@ class Layer(EngineLayer):
 
     def read(self) -> PairedWeights:
         return self.held
+
+    def parameters(self) -> Iterable[Any]:
+        return ()
 
     def in_memory(self) -> PairedWeights:
         raise AssertionError
@@ -350,3 +354,48 @@ def test_without_measurement_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert isinstance(PAIRED, Paired)
     measured_cache.keep(tmp_path, situation(PAIRED, role.layers[0], Engine()), 8, {})
     assert choose(role, Engine()).tokens == 8
+
+
+class Slowed(Layer):
+    """A layer whose arms take as long as is said, in seconds."""
+
+    stock_seconds = ours_seconds = 0.002
+
+    def stock(self, hidden_states: Any, logits: Any) -> Any:
+        time.sleep(self.stock_seconds)
+
+    def ours(self, hidden_states: Any, logits: Any) -> Any:
+        self.layer.captured = (1,)  # as while a graph is captured
+        time.sleep(self.ours_seconds)
+
+
+def timed(graph: Any, replays: int) -> float:
+    """One replay of what stands for a graph."""
+    begun = time.perf_counter()
+    graph()
+    return time.perf_counter() - begun
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "tokens"),
+    [
+        (0.006, 0.002, 2),
+        (0.002, 0.004, 0),  # a slowed kernel is not taken
+        (0.001, 0.002, 0),  # a sped-up stock switches ours off
+    ],
+)
+def test_arms_are_timed_against_each_other(
+    monkeypatch: pytest.MonkeyPatch, stock: float, ours: float, tokens: int
+) -> None:
+    monkeypatch.setattr(pair_threshold, "SIZES", (1, 2))
+    monkeypatch.setattr(pair_threshold, "_capture", lambda function: function)
+    monkeypatch.setattr(pair_threshold, "_reading", timed)
+    role = role_of()
+    for number, layer in ((n, Slowed(n, role)) for n in (0, 1)):
+        layer.stock_seconds, layer.ours_seconds = stock, ours
+        role.layers[number] = layer
+    found = pair_threshold.measure(role, Engine())
+    assert found.tokens == tokens
+    assert found.bounds[1, "even"] > 0
+    # Graphs of a measurement bind nobody.
+    assert {layer.layer.captured for layer in role.layers.values()} == {None}

@@ -68,7 +68,7 @@ def deviation(layer: PairedLayer, tokens: int, scale: OutputScale = OutputScale(
     return off(out, layer.exact(states, logits, scale))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("tokens", [1, 3, 9, 17])
 @pytest.mark.parametrize(("routed", "shared"), [("plain", "plain"), ("block", "plain"), ("block", "block")])
 def test_formats(routed: str, shared: str, tokens: int) -> None:
     assert deviation(layer_of(held("qwen", routed, shared), QWEN), tokens) <= ALLOWED

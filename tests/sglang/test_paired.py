@@ -40,6 +40,11 @@ FAULTY = [
 ]
 SHOWN = [Case(case.recipe, fault=UNPROVED + (case.fault or "")) for case in FAULTY]
 STOCK = [*FAMILIES, Case("qwen2_moe")]
+# Compared with one process: a shard, or an expert, in the wrong place shows too.
+PARALLEL = [
+    Case("qwen2_moe_wide4", engine_args={"tp_size": 2}),
+    Case("glm4_moe_shared2_scale", engine_args={"tp_size": 2, "ep_size": 2}),
+]
 RECIPE = "qwen2_moe_wide4"
 
 
@@ -62,6 +67,19 @@ def test_all_tokens(paired: PairedRuns, case: Case) -> None:
 @pytest.mark.parametrize("case", parameters(FAMILIES, (), LONG))
 def test_few_tokens(paired: PairedRuns, case: Case) -> None:
     check_few_tokens(*report(paired, case, FAMILIES, FEW))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", parameters(PARALLEL))
+def test_two_processes(paired: PairedRuns, case: Case) -> None:
+    stock = paired.results(STOCK, ALL, fused=False)[case.name]
+    env = environment(ALL) | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    (ours,) = paired.runs.arm([case], True, env).values()
+    assert paired.runs.report(case, stock, ours)["failures"] == []
+    assert len(ours["workers"]) == 2
+    for worker in ours["workers"]:
+        (role,) = worker["roles"]
+        assert (role["paired"]["threshold"], role["paired"]["proof"]["state"]) == (ALL, "passed")
 
 
 @pytest.mark.parametrize("case", parameters(FAULTY))

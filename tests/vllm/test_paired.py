@@ -41,12 +41,10 @@ DRAFTS = [Case("qwen3_next_mtp", engine_args=SPECULATIVE)]
 FAULTY = [Case("qwen3_next", fault=name) for name in FAULTS]
 SHOWN = [Case("qwen3_next", fault=UNPROVED + name) for name in FAULTS]
 STOCK = [*FAMILIES, *HALF, *DRAFTS]
-# Compared with one process: a shard, or an expert, in the wrong place shows too.
+# Compared with one process: a shard in the wrong place shows too. Expert parallelism ends vLLM itself on
+# a CPU: its experts there read experts that they do not have.
 TWO = {"tensor_parallel_size": 2}
-PARALLEL = [
-    Case("qwen2_moe_wide4", engine_args=TWO),
-    Case("glm4_moe_shared2_scale", engine_args=TWO | {"enable_expert_parallel": True}),
-]
+PARALLEL = [Case(recipe, engine_args=TWO) for recipe in ("qwen2_moe_wide4", "glm4_moe_shared2_scale")]
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +75,18 @@ def test_few_tokens(paired: PairedRuns, case: Case) -> None:
 def test_16_bit(paired: PairedRuns, case: Case) -> None:
     found, _, ours = report(paired, case, HALF, ALL)
     assert found["failures"] == []
-    assert role_of(ours)["paired"]["reason"] == ""
+    paired_as = role_of(ours)["paired"]
+    assert paired_as["reason"] == ""
+    # Above 1, vLLM's own answers are not the checkpoint's in this dtype.
+    said = "stock is off" if case.recipe == "glm4_moe_scale" else "passed"
+    assert paired_as["proof"]["canary"].startswith(said)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", parameters(DRAFTS))
 def test_a_draft_is_proved_by_itself(paired: PairedRuns, case: Case) -> None:
-    found, _, ours = report(paired, case, DRAFTS, FEW)
+    # A step checks a drafted token beside the next one of each prompt.
+    found, _, ours = report(paired, case, DRAFTS, 2 * FEW)
     assert found["failures"] == []
     assert role_of(ours, "draft")["calls_by_mode"]["paired"] > 0
 
