@@ -44,7 +44,7 @@ def refusals(
         yield Reason(UPSTREAM, "SGLang fuses this model by itself here")
     yield from refusals_of_either(decision.moe.layout, quantised)
     if expert_ranks() > 1 and (runner := _runner(decision)) not in spread.LEAVE_OUT:
-        why = f"experts run by {runner}, which does not leave out experts of other processes"
+        why = f"the MoE runner here ({runner}) is not known to leave out experts of other processes"
         yield Reason("parallel.ep", f"{why}; run without --ep-size")
     runner = get_moe_runner_backend().value
     if runner not in RUNNERS:
@@ -61,8 +61,8 @@ def _runner(decision: Merged) -> str:
     """Return who runs the experts, as far as it is known before they are built."""
     from sglang.srt.layers.moe import get_moe_runner_backend
 
-    if native.platform() == "cpu":
-        return "cpu"
+    if native.platform() != "cuda":
+        return native.platform()
     runner = str(get_moe_runner_backend().value)
     return "triton" if runner == "auto" and decision.quant_method == UNQUANTISED else runner
 

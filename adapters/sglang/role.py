@@ -10,6 +10,7 @@ from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.weights.remap import SlotTensor
 from ..role import EngineSlots
 from ..start import Start
+from .spread import is_spread
 
 
 def number_of(decision: Decision, place: int) -> int | None:
@@ -34,7 +35,7 @@ class Slots(EngineSlots):
 
     def rows(self, layout: ExpertLayout, experts: Any) -> int:
         """Return how many experts this process holds: its routed ones, and the shared slots behind them."""
-        return int(experts.num_local_experts)
+        return int(experts.num_local_experts) if is_spread(experts) else layout.num_experts
 
     def share(self, experts: Any) -> tuple[int, int]:
         """Return the rank in tensor parallelism of experts, and its size."""

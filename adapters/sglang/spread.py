@@ -18,6 +18,11 @@ from ...fusion_core.decision.layout import ExpertLayout
 LEAVE_OUT = frozenset({"triton"})
 
 
+def is_spread(experts: Any) -> bool:
+    """Return whether the map of a process's experts is ours, with the slots of every process."""
+    return hasattr(experts, "has_slots_of_all")
+
+
 def map_slots(experts: Any, layout: ExpertLayout) -> None:
     """Give the dispatcher of ``experts`` a map with the slots of every process.
 
@@ -38,4 +43,5 @@ def map_slots(experts: Any, layout: ExpertLayout) -> None:
     local[rank * held : (rank + 1) * held] = torch.arange(held, dtype=torch.int32)
     first = layout.num_routed + rank * slots
     local[first : first + slots] = torch.arange(held, held + slots, dtype=torch.int32)
+    experts.has_slots_of_all = True
     dispatcher.local_expert_mapping = local.to(experts.w13_weight.device)

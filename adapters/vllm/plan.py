@@ -34,16 +34,17 @@ def plan_of(
     from vllm import envs
     from vllm.platforms import current_platform
 
+    ranks = expert_ranks(vllm_config)
+    if ranks > 1 and not current_platform.is_cuda() and current_platform.device_name not in spread.LEAVE_OUT:
+        return _not_left_out(current_platform.device_name)
     if current_platform.is_cpu():
-        if expert_ranks(vllm_config) > 1 and "cpu" not in spread.LEAVE_OUT:
-            return _not_left_out("cpu")
         return always("fused", "a CPU, where no speed is promised")
     allowed, layout = effective.allow_unmeasured, decision.moe.layout
     if not current_platform.is_cuda():
         return unmeasured(allowed, "on this platform")
     if form is None:
         return unmeasured(allowed, "for experts of this format")
-    if (ranks := expert_ranks(vllm_config)) > 1:
+    if ranks > 1:
         return _spread_plan(form, vllm_config, layout, ranks, allowed)
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
         return unmeasured(
@@ -73,7 +74,7 @@ def _spread_plan(
 
 
 def _not_left_out(picked: str) -> Reason:
-    why = f"the MoE backend {picked} does not leave out experts of other processes"
+    why = f"the MoE backend here ({picked}) is not known to leave out experts of other processes"
     return Reason("parallel.ep", f"{why}; run without --enable-expert-parallel")
 
 

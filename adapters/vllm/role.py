@@ -10,7 +10,7 @@ from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.weights.remap import SlotTensor
 from ..role import EngineSlots
 from ..start import Start
-from .spread import first_id
+from .spread import first_id, is_spread
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -42,7 +42,7 @@ class Slots(EngineSlots):
 
     def rows(self, layout: ExpertLayout, experts: Any) -> int:
         """Return how many experts this process holds: its routed ones, and the shared slots behind them."""
-        return int(experts.local_num_experts)
+        return int(experts.local_num_experts) if is_spread(experts) else layout.num_experts
 
     def share(self, experts: Any) -> tuple[int, int]:
         """Return the rank in tensor parallelism, and its size."""

@@ -48,6 +48,11 @@ def add_slots(manager: Any, moe_config: Any, slots: int) -> int:
     return rank * slots
 
 
+def is_spread(experts: Any) -> bool:
+    """Return whether a process's experts are ours, with slots behind its own."""
+    return hasattr(experts, "first_id")
+
+
 def first_id(experts: Any) -> int:
     """Return what is added to E + j for slot j of this process."""
     return int(getattr(experts, "first_id", 0))
