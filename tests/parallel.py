@@ -19,7 +19,7 @@ Result = dict[str, Any]
 
 def check_right(report: Result) -> None:
     """Answers as in stock, in one process."""
-    assert report["failures"] == []
+    assert report["failures"] == [], report["failures"]
     assert 0 < report["mean_abs_logprob_diff"] <= LIMIT
 
 

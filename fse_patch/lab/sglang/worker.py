@@ -18,7 +18,10 @@ def fse_report(self: Any, folder: str) -> None:
     from sglang.srt.distributed.parallel_state import get_pp_group
 
     report = model_process.report(get_pp_group().rank_in_group)
-    (Path(folder) / f"{report['pid']:010}.json").write_text(json.dumps(report))
+    part = Path(folder) / f"{report['pid']:010}.part"
+    part.write_text(json.dumps(report))
+    # Renamed into place: who waits for it must not read a half.
+    part.replace(part.with_suffix(".json"))
 
 
 def fse_reset(self: Any) -> None:

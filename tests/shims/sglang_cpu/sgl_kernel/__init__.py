@@ -32,10 +32,19 @@ def _leave_out(module):
 
     def moe_forward_native(layer, x, topk_output, config):
         weights, ids, logits = topk_output
-        if (ids < 0).any():
-            REPLACED.add("moe_forward_native")
-            topk_output = type(topk_output)(weights.masked_fill(ids < 0, 0.0), ids.clamp(min=0), logits)
-        return honest(layer, x, topk_output, config)
+        if not (ids < 0).any():
+            return honest(layer, x, topk_output, config)
+        REPLACED.add("moe_forward_native")
+        out = x.new_zeros(x.shape)
+        # A column at a time: a token has each expert once, and others' not at all.
+        for one in range(ids.shape[1]):
+            here = ids[:, one] >= 0
+            if here.any():
+                chosen = type(topk_output)(
+                    weights[here, one : one + 1], ids[here, one : one + 1], logits[here]
+                )
+                out[here] += honest(layer, x[here], chosen, config)
+        return out
 
     module.moe_forward_native = moe_forward_native
 
