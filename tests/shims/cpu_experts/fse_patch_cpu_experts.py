@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import wrapt
@@ -30,6 +31,8 @@ def install() -> None:
 def apply_map(cpu_moe: Any) -> None:
     """Leave out experts of other processes in front of the kernel."""
     honest = cpu_moe.CPUUnquantizedExperts.apply
+    if "topk_ids" not in inspect.signature(honest).parameters:
+        return  # an earlier release, whose experts route by themselves
 
     @functools.wraps(honest)
     def apply(self: Any, *, topk_weights: Any, topk_ids: Any, expert_map: Any, **kwargs: Any) -> None:
