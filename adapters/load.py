@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ class RoleLoader:
         # Before the engine processes what it loaded, while the checkpoint's rows and columns are there.
         for number, layer in role.layers.items():
             parameters = {name: p.data for name, p in layer.experts.named_parameters(recurse=False)}
-            comparison = sample.compare(number, parameters, *role.engine.share(layer.experts))
+            rank, parts = role.engine.share(layer.experts)
+            rows = role.engine.rows(role.layout, layer.experts)
+            comparison = sample.compare(number, parameters, rank, parts, rows)
             role.compared += comparison.compared
             role.not_compared |= comparison.not_compared
         self._rows.note(role.first_slot())
@@ -108,7 +111,8 @@ class RoleLoader:
 
     def _write(self, part: SlotTensor) -> None:
         role = self.role
-        parameter: Any = getattr(role.layers[part.layer].experts, part.parameter, None)
+        experts = role.layers[part.layer].experts
+        parameter: Any = getattr(experts, part.parameter, None)
         if parameter is None:
             raise AuditError(f"layer {part.layer}: the fused experts have no parameter {part.parameter}")
         written_in_place = not parameter.is_meta and (role.audit.loads or not self._fresh)
@@ -117,7 +121,8 @@ class RoleLoader:
                 f"{role.name} model: load_weights alone cannot update the shared expert: the "
                 "experts do not lie in memory as in a checkpoint; use the engine's own reload of weights"
             )
-        if not role.engine.take(parameter, part, f"layers.{part.layer}.mlp.experts.{part.parameter}"):
+        given = replace(part, slot=role.engine.id_of(experts, part.slot))
+        if not role.engine.take(parameter, given, f"layers.{part.layer}.mlp.experts.{part.parameter}"):
             raise AuditError(f"layer {part.layer}: the engine did not take {part.shard} of slot {part.slot}")
         role.audit.wrote(part)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from .. import settings
 from ..fusion_core.checkpoint.config import UNQUANTISED
+from ..fusion_core.decision.layout import ExpertLayout
 from ..fusion_core.decision.outcome import Merged
 from ..fusion_core.decision.proven import unproven
 from ..fusion_core.forward.plan import ModePlan, always
@@ -83,3 +84,31 @@ def quantised_online(decision: Merged, method: str | None, built: object) -> Ite
             "quant.online",
             f"the checkpoint is {declared} and would be run as {method}; run without --quantization {method}",
         )
+
+
+def undivided(
+    layout: ExpertLayout,
+    parts: int,
+    block: tuple[int, int] | list[int] | None,
+    flag: str,
+    groups: int = 1,
+) -> Iterator[Reason]:
+    """Refuse sizes that do not divide over processes, with a number that would.
+
+    Args:
+        parts: of how many processes each holds a part of every expert.
+        block: rows and columns of a weight that share a scale; None where there are none.
+        flag: the argument that says how many processes there are.
+        groups: of processes that share experts, where whole experts are spread over groups.
+    """
+    width, step = layout.moe_intermediate_size, max(block) if block else 1
+
+    def divides(count: int) -> bool:
+        return width % (count * step) == 0
+
+    if parts > 1 and not divides(parts):
+        fits = next((count for count in range(parts - 1, 1, -1) if divides(count)), 1)
+        blocks = f" in blocks of {step}" if step > 1 else ""
+        advice = f"run with {flag} {fits * groups}"
+        why = f"experts are {width} wide, which does not divide by {parts}{blocks}; {advice}"
+        yield Reason("parallel.tp", why)

@@ -41,9 +41,17 @@ class EngineSlots(ABC):
     def take(self, parameter: Any, part: Any, name: str) -> bool:
         """Hand a `SlotTensor` to the engine's weight loader of ``parameter``; return whether it took it."""
 
+    def id_of(self, experts: torch.nn.Module, slot: int) -> int:
+        """Return the engine's number of a slot of this process, E + j by the layout."""
+        return slot
+
     @abstractmethod
     def share(self, experts: Any) -> tuple[int, int]:
         """Return which part of each expert this process holds, and of how many."""
+
+    def rows(self, layout: ExpertLayout, experts: torch.nn.Module) -> int:
+        """Return how many experts this process holds: its routed ones, and the shared slots behind them."""
+        return layout.num_experts
 
     @abstractmethod
     def refresh(self, layer: FusedLayer) -> None:
@@ -119,12 +127,13 @@ class FusedRole:
             self._poison(layer)
 
     def _poison(self, layer: FusedLayer) -> None:
-        first, suffixes = self.layout.num_routed, set()
+        rows, suffixes = self.engine.rows(self.layout, layer.experts), set()
+        first = rows - self.layout.num_shared_slots
         for name, parameter in _weights(layer):
             if parameter.ndim and parameter.shape[0] == first:
                 raise FsePatchError(
                     f"layer {layer.number}: {name} has rows for {parameter.shape[0]} experts, and "
-                    f"{self.layout.num_experts} were decided"
+                    f"{rows} were decided"
                 )
             poison(parameter.data[first:])
             for elements in marks(parameter.data):
@@ -143,7 +152,7 @@ class FusedRole:
     @property
     def poisoned(self) -> list[int]:
         """Return layers in whose slots unwritten values are left."""
-        rows = slice(self.layout.num_routed, None)
+        rows = slice(-self.layout.num_shared_slots, None)
         return [
             number
             for number, layer in sorted(self.layers.items())
@@ -166,12 +175,10 @@ class FusedRole:
 
     def first_slot(self) -> dict[str, torch.Tensor]:
         """Return the first shared slot [1, ...] of the first layer, of each parameter in its dtype."""
-        slot = self.layout.num_routed
+        slot = self.layout.num_shared_slots
         first = [layer for _, layer in sorted(self.layers.items())[:1]]
         return {
-            name: p.data[slot : slot + 1] if p.ndim else p.data
-            for layer in first
-            for name, p in _weights(layer)
+            name: p.data[-slot:][:1] if p.ndim else p.data for layer in first for name, p in _weights(layer)
         }
 
     def refresh_gates(self) -> None:

@@ -61,6 +61,7 @@ class Start:
             in one mode.
         native_off: the engine's own fusion is switched off while the role is built and loaded.
         settings: those of this process when the role was decided on.
+        ranks: over how many processes whole experts are spread, each of which has slots of its own.
     """
 
     decision: Decision
@@ -71,6 +72,7 @@ class Start:
     settings: Settings
     expert_format: Any = None
     native_off: bool = False
+    ranks: int = 1
 
     @property
     def merged(self) -> bool:
@@ -145,12 +147,13 @@ def _gains(plan: ModePlan | None) -> bool:
 
 
 def begin(
-    settled: Settled, layers: int, settings: Settings, expert_format: Any = None
+    settled: Settled, layers: int, settings: Settings, expert_format: Any = None, ranks: int = 1
 ) -> Start | PairedStart | Unfused:
     """Record what was settled, say it in a line, and return the start of the role in this process.
 
     Args:
         layers: number of the main model's layers.
+        expert_format, ranks: as of `Start`.
 
     Raises:
         SystemExit: the arguments contradict fusing, and FSE_PATCH_STRICT is set: nothing has been read yet.
@@ -168,7 +171,7 @@ def begin(
     if plan is None or files is None or family is None or moe is None:
         return Unfused(settled.native_off)
     naming = TensorNaming(family, layers, decision.engine)
-    return Start(decision, moe, naming, files, plan, settings, expert_format, settled.native_off)
+    return Start(decision, moe, naming, files, plan, settings, expert_format, settled.native_off, ranks)
 
 
 def _stop_if_asked_to(engine: str, reason: Reason, settings: Settings) -> None:

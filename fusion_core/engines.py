@@ -116,6 +116,7 @@ class Refusal(Strict):
     Args:
         ask: its name. The row holds where the value is one of ``one_of``, none of ``none_of``, above
             ``above``, or where anything is ``given``.
+        beside: it holds only where this other name is asked for too.
         detail: what is said; "{value}" stands for the value.
     """
 
@@ -124,6 +125,7 @@ class Refusal(Strict):
     none_of: list[bool | int | str] | None = None
     above: int | None = None
     given: bool = False
+    beside: Text | None = None
     reason: Code = "disabled"
     detail: Text = "-"
 

@@ -27,12 +27,14 @@ Code = Literal[
     "backend.layout",
     "device.unrun",
     "proof.failed",
+    "parallel.tp",
     "parallel.ep",
     "parallel.eplb",
     "parallel.all2all",
     "parallel.dp",
-    "parallel.pp",
     "lora",
+    "memory.offload",
+    "memory.sleep",
     "routing.capture",
     "routing.simulator",
     "load.format",
@@ -130,18 +132,40 @@ REASONS: Mapping[Code, Meaning] = {
         "Paired layers gave other answers than the engine's own, at start or after an update; its own serve.",
         "please report it",
     ),
-    "parallel.ep": Meaning("Experts are spread over ranks.", "run without it", asked_for=True),
-    "parallel.eplb": Meaning("The expert load balancer moves experts.", "run without it", asked_for=True),
-    "parallel.all2all": Meaning(
-        "Tokens are sent to the ranks of their experts, or gathered from other ranks.",
+    "parallel.tp": Meaning(
+        "The experts' width does not divide over so many processes.",
+        "run with the number that the line names",
+        asked_for=True,
+    ),
+    "parallel.ep": Meaning(
+        "Whole experts are spread over processes, and the kernels here do not leave out what others hold.",
         "run without it",
         asked_for=True,
     ),
-    "parallel.dp": Meaning("Attention is data parallel, which is not proven yet.", asked_for=True),
-    "parallel.pp": Meaning(
-        "Layers are spread over pipeline stages, which is not proven yet.", "", asked_for=True
+    "parallel.eplb": Meaning("The expert load balancer moves experts.", "run without it", asked_for=True),
+    "parallel.all2all": Meaning(
+        "Tokens are sent to the processes of their experts, or cut up between processes.",
+        "run without it",
+        asked_for=True,
     ),
-    "lora": Meaning("Adapters may be attached to the experts.", "run without LoRA", asked_for=True),
+    "parallel.dp": Meaning(
+        "Attention is data parallel: layers see the tokens of other processes, which is not proven yet.",
+        "run without it",
+        asked_for=True,
+    ),
+    "lora": Meaning(
+        "Adapters may change experts, or the gates of a sparse block.",
+        "limit adapters to modules of the attention",
+        asked_for=True,
+    ),
+    "memory.offload": Meaning(
+        "Weights stay in the host's memory, or move to and fro.", "run without it", asked_for=True
+    ),
+    "memory.sleep": Meaning(
+        "Weights may leave the device while the engine sleeps, which is not proven yet.",
+        "run without it",
+        asked_for=True,
+    ),
     "routing.capture": Meaning("The engine records routed experts.", "run without it", asked_for=True),
     "routing.simulator": Meaning("The engine simulates routing.", "run without it", asked_for=True),
     "load.format": Meaning(

@@ -27,6 +27,7 @@ from .check import check_experts, check_native, check_topk, output_scale, shared
 from .native import ARGUMENT, SWITCHED_OFF, switched_off
 from .pair import pair_block
 from .role import Slots, number_of
+from .spread import map_slots
 from .start import start_of
 
 log = logging.getLogger("fse_patch")
@@ -43,6 +44,7 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         if ACTIVE.get() or PAIRING.get():
             return original(model_config, load_config, *args, **kwargs)
         from sglang.srt.model_loader.utils import get_model_architecture
+        from sglang.srt.runtime_context import get_server_args
 
         cls = get_model_architecture(model_config)[0]
         start = start_of(cls, model_config, load_config, args[0] if args else kwargs.get("quant_config"))
@@ -54,7 +56,7 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         if apart is not None and apart.layers:
             paired.attach(model, apart)
         if fused_role is not None and fused_role.start.merged:
-            check_complete(fused_role, all_here=True)  # pipeline parallelism is refused
+            check_complete(fused_role, all_here=get_server_args().pp_size == 1)
         if fused_role is not None and fused_role.layers:
             attach(model, fused_role)
         return model
@@ -91,6 +93,8 @@ def build_experts(cls: type, *args: Any, **kwargs: Any) -> Any:
             "num_fused_shared_experts": layout.num_shared_slots,
         }
     )
+    if fused_role.start.ranks > 1:
+        map_slots(experts, layout)
     setattr(experts, BUILT, layer)
     fused_role.begin(layer)
     return experts
@@ -127,7 +131,8 @@ def block_init(original: Callable[..., None]) -> Callable[..., None]:
 def take_over(fused_role: FusedRole, layer: int, block: Any) -> None:
     """Make a block one of the fused layers; in several modes on CUDA, in releases known there."""
     start, experts = fused_role.start, block.experts
-    if native.platform() == "cuda" and start.decision.quant_method == UNQUANTISED:
+    plain = start.decision.quant_method == UNQUANTISED and start.ranks == 1
+    if native.platform() == "cuda" and plain:
         from .run import BlockModes, attach_modes, execution_of, runs_modes
 
         if runs_modes(block):
@@ -138,7 +143,8 @@ def take_over(fused_role: FusedRole, layer: int, block: Any) -> None:
             experts.register_forward_pre_hook(PastModes(layer), with_kwargs=True)
             return
     scale = output_scale(start, experts)
-    appender = SlotAppender(layer, start.moe, fused_role.counter, shared_gate(start, block), scale)
+    gate = shared_gate(start, block)
+    appender = SlotAppender(layer, start.moe, fused_role.counter, gate, scale, start.ranks)
     fused_role.add_layer(FusedLayer(layer, appender, experts, block))
     experts.register_forward_pre_hook(AppendHook(appender), with_kwargs=True)
 

@@ -13,6 +13,7 @@ from ...settings import Settings
 from ..patching import ledger, standing
 from ..refusals import SHARED_GATE, measured, unmeasured
 from . import native
+from .either_layout import expert_ranks
 
 # Backends whose experts `Experts.gemm` knows how to call.
 KNOWN_BACKENDS = {"triton"}
@@ -32,6 +33,8 @@ def plan_of(decision: Merged, model_config: Any, effective: Settings) -> ModePla
         return unmeasured(allowed, "on this platform")
     if decision.quant_method != UNQUANTISED:
         return unmeasured(allowed, "for quantised experts")
+    if expert_ranks() > 1:
+        return unmeasured(allowed, "with whole experts spread over processes")
     if get_server_args().enable_deterministic_inference:
         why = "with --enable-deterministic-inference: another mode for another batch breaks its promise"
         return unmeasured(False, why)

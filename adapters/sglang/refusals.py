@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from ...fusion_core.checkpoint.config import UNQUANTISED
 from ...fusion_core.checkpoint.weight_files import AUTO
 from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..refusals import quantised_online, without_proof
 from ..running_config import config_differs
-from . import native
+from . import native, spread
+from .either_layout import expert_ranks, refusals_of_either
 
 UPSTREAM: Final = "upstream.already"
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
@@ -19,8 +21,6 @@ RUNNERS = {"auto", "triton"}
 # Options of newer releases: experts that are paged in, that join later, or whose tokens are balanced.
 LAYOUTS = ("enable_paged_experts", "enable_waterfill", "ep_join_mode")
 INTERLEAVED = "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
-# Switches of its TopK, which not every mode asks.
-SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
 
 
 def refusals(
@@ -38,7 +38,7 @@ def refusals(
         native_right: SGLang's own fusion is live, and right for this checkpoint.
     """
     from sglang.srt.environ import envs
-    from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
+    from sglang.srt.layers.moe import get_moe_runner_backend
     from sglang.srt.runtime_context import get_server_args
 
     server = get_server_args()
@@ -46,27 +46,15 @@ def refusals(
         yield Reason("disabled", "--disable-shared-experts-fusion is given")
     if native_right:
         yield Reason(UPSTREAM, "SGLang fuses this model by itself here")
-    if server.ep_size > 1 or not get_moe_a2a_backend().is_none():
-        yield Reason("parallel.ep", "expert parallelism is on; run without --ep-size and --moe-a2a-backend")
-    if server.enable_eplb or server.ep_num_redundant_experts:
-        yield Reason("parallel.eplb", "the expert load balancer is on; run without --enable-eplb")
-    if server.dp_size > 1 or server.enable_dp_attention:
-        yield Reason("parallel.dp", f"data parallelism is on (--dp-size {server.dp_size}); run without it")
-    if server.pp_size > 1:
-        yield Reason(
-            "parallel.pp", f"pipeline parallelism is on (--pp-size {server.pp_size}); run without it"
-        )
-    if server.enable_lora or server.lora_paths:
-        yield Reason("lora", "LoRA is enabled; run without --enable-lora and --lora-paths")
+    yield from refusals_of_either(decision.moe.layout, quantised)
+    if expert_ranks() > 1 and (runner := _runner(decision)) not in spread.LEAVE_OUT:
+        why = f"the MoE runner here ({runner}) is not known to leave out experts of other processes"
+        yield Reason("parallel.ep", f"{why}; run without --ep-size")
     runner = get_moe_runner_backend().value
     if runner not in RUNNERS:
         yield Reason(
             "backend.topk_format",
             f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}",
-        )
-    if server.kt_weight_path is not None:
-        yield Reason(
-            "backend.routing", "KTransformers runs experts by their number; run without --kt-weight-path"
         )
     if options := [name for name in LAYOUTS if getattr(server, name, None)]:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in options)
@@ -74,17 +62,19 @@ def refusals(
     interleaved = getattr(envs, INTERLEAVED, None)
     if interleaved is not None and interleaved.get():
         yield Reason("backend.layout", f"{INTERLEAVED} mixes the rows of gate and up; unset it")
-    if server.enable_return_routed_experts or server.expert_distribution_recorder_mode:
-        yield Reason(
-            "routing.capture",
-            "routed experts are recorded; run without --enable-return-routed-experts "
-            "and --expert-distribution-recorder-mode",
-        )
-    if any(setting is not None and setting.get() for setting in (getattr(envs, n, None) for n in SIMULATORS)):
-        yield Reason("routing.simulator", f"one of {', '.join(SIMULATORS)} is set; unset it")
     yield from quantised_online(decision, model_config.quantization, quantised)
     yield from config_differs(decision, model_config.hf_text_config)
     yield from without_proof(decision, native.platform(), effective)
+
+
+def _runner(decision: Merged) -> str:
+    """Return who runs the experts, as far as it is known before they are built."""
+    from sglang.srt.layers.moe import get_moe_runner_backend
+
+    if native.platform() != "cuda":
+        return native.platform()
+    runner = str(get_moe_runner_backend().value)
+    return "triton" if runner == "auto" and decision.quant_method == UNQUANTISED else runner
 
 
 def load_format_given(load_config: Any) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.decision.outcome import Decision
 from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.weights.remap import SlotTensor
 from ..role import EngineSlots
 from ..start import Start
+from .spread import is_spread
 
 
 def number_of(decision: Decision, place: int) -> int | None:
@@ -30,6 +32,10 @@ class Slots(EngineSlots):
         """Hand ``part`` to SGLang's weight loader, which says nothing: what it leaves out shows as poison."""
         parameter.weight_loader(parameter, part.tensor, name, shard_id=part.shard, expert_id=part.slot)
         return True
+
+    def rows(self, layout: ExpertLayout, experts: Any) -> int:
+        """Return how many experts this process holds: its routed ones, and the shared slots behind them."""
+        return int(experts.num_local_experts) if is_spread(experts) else layout.num_experts
 
     def share(self, experts: Any) -> tuple[int, int]:
         """Return the rank in tensor parallelism of experts, and its size."""

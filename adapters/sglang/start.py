@@ -30,6 +30,7 @@ from ..start import (
     source_of,
 )
 from . import native
+from .either_layout import expert_ranks
 from .native import ENGINE
 from .pair_refusals import pair_refusals
 from .plan import native_plan, plan_of
@@ -57,7 +58,8 @@ def start_of(
 
     groups = _groups(role)
     outcome = first_of_replica(settle, *groups) if groups else settle()
-    start = begin(outcome, model_config.hf_text_config.num_hidden_layers, effective)
+    layers = model_config.hf_text_config.num_hidden_layers
+    start = begin(outcome, layers, effective, ranks=expert_ranks())
     if isinstance(outcome.decision, Merged) and native.platform() == "cuda":
         plan = outcome.plan
         log.info("%s model: modes by number of tokens: %s (%s)", role, plan, plan.source if plan else "")
@@ -94,7 +96,7 @@ def settle_role(
     )
     right = native_fusion is not None and not native_off
     merged = _merged(outcome, model_config, load_config, quantised, right, effective)
-    return laid_out(merged, effective, lambda apart: pair_refusals(apart, model_config, effective))
+    return laid_out(merged, effective, lambda apart: pair_refusals(apart, model_config, quantised, effective))
 
 
 def _merged(

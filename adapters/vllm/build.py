@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ... import settings
+from ...errors import FsePatchError
 from ...fusion_core.forward.aiter_router import router_class
 from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.forward.router import FusedRouter
@@ -20,9 +21,10 @@ from ..paired import PAIRING, PairedRole, pairing
 from ..role import ACTIVE, FusedRole, building
 from ..start import PairedStart, Start, announce_other
 from ..stop import stop_told
-from . import native
+from . import native, spread
 from .check import check_experts, key_compile_cache
 from .pair import pair_block
+from .plan import built_backend
 from .role import Slots
 from .run import runner_arguments, take_gate
 from .start import start_of
@@ -124,6 +126,7 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
             fused_role.counter,
             shared_gate=None if gate is None else lambda hidden_states: gate(hidden_states)[0],
             correction_bias=kwargs.get("e_score_correction_bias"),
+            ranks=start.ranks,
         )
 
         def fused_routing(
@@ -133,15 +136,21 @@ def layer_factory(original: Callable[..., Any]) -> Callable[..., Any]:
 
         modes = runner_arguments(start, router, gate, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (*ROUTED_BY_US, *SHARED)}
+        if start.ranks > 1:
+            slots = {"slots": layout.num_shared_slots}
+            modes |= {"routed_experts_cls": spread.experts_class(), "routed_experts_args": slots}
+        else:
+            kwargs["num_experts"] = layout.num_experts
         kwargs |= modes | {
-            "num_experts": layout.num_experts,
             "top_k": layout.fused_top_k,
             "shared_experts": None,
             "custom_routing_function": fused_routing,
         }
         runner = original(**kwargs)
         experts = getattr(runner, "routed_experts", runner)
-        setattr(runner, BUILT, BuiltLayer(layer, router, experts, runner.execute if modes else None))
+        if start.ranks > 1 and built_backend(runner) not in spread.LEAVE_OUT:
+            raise FsePatchError(f"{place}: vLLM took the MoE backend {built_backend(runner)!r}")
+        setattr(runner, BUILT, BuiltLayer(layer, router, experts, getattr(runner, "execute", None)))
         fused_role.begin(layer)
         return runner
 

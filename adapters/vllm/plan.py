@@ -12,6 +12,8 @@ from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..patching import ledger, standing
 from ..refusals import SHARED_GATE, measured, unmeasured
+from . import spread
+from .either_layout import expert_ranks
 from .formats import UNKNOWN, ExpertFormat, dense_word
 
 # Backends whose experts `Experts.gemm` knows how to call.
@@ -31,6 +33,9 @@ def plan_of(
     from vllm import envs
     from vllm.platforms import current_platform
 
+    ranks = expert_ranks(vllm_config)
+    if ranks > 1 and not current_platform.is_cuda() and current_platform.device_name not in spread.LEAVE_OUT:
+        return _not_left_out(current_platform.device_name)
     if current_platform.is_cpu():
         return always("fused", "a CPU, where no speed is promised")
     allowed, layout = effective.allow_unmeasured, decision.moe.layout
@@ -38,6 +43,8 @@ def plan_of(
         return unmeasured(allowed, "on this platform")
     if form is None:
         return unmeasured(allowed, "for experts of this format")
+    if ranks > 1:
+        return _spread_plan(form, vllm_config, layout, ranks, allowed)
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
         return unmeasured(
             False, "with VLLM_BATCH_INVARIANT: another mode for another batch breaks its promise"
@@ -52,6 +59,22 @@ def plan_of(
     if UNKNOWN in here.backend:
         return unmeasured(False, "with the kernel that vLLM picks for the unfused shared expert")
     return measured(here, effective)
+
+
+def _spread_plan(
+    form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, ranks: int, allowed: bool
+) -> ModePlan | Reason:
+    """Return the plan where whole experts are spread over processes: one mode, by a backend that knows it."""
+    total = layout.num_routed + ranks * layout.num_shared_slots
+    picked = backend(form, vllm_config, layout, total, layout.fused_top_k, ranks)
+    if picked not in spread.LEAVE_OUT:
+        return _not_left_out(picked)
+    return unmeasured(allowed, "with whole experts spread over processes")
+
+
+def _not_left_out(picked: str) -> Reason:
+    why = f"the MoE backend here ({picked}) is not known to leave out experts of other processes"
+    return Reason("parallel.ep", f"{why}; run without --enable-expert-parallel")
 
 
 def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_name: str) -> Situation:
@@ -74,8 +97,19 @@ def situation(form: ExpertFormat, decision: Merged, vllm_config: Any, backend_na
     )
 
 
-def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_experts: int, top_k: int) -> str:
-    """Return the backend that vLLM picks for the grouped GEMM of so many experts, in lower case."""
+def backend(
+    form: ExpertFormat,
+    vllm_config: Any,
+    layout: ExpertLayout,
+    num_experts: int,
+    top_k: int,
+    ranks: int = 1,
+) -> str:
+    """Return the backend that vLLM picks for the grouped GEMM of so many experts, in lower case.
+
+    Args:
+        ranks: over how many processes they are spread.
+    """
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, RoutingMethodType
     from vllm.model_executor.layers.fused_moe.layer import make_parallel_config
@@ -86,7 +120,7 @@ def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_expe
         experts_per_token=top_k,
         hidden_dim=layout.hidden_size,
         intermediate_size=layout.moe_intermediate_size,
-        num_local_experts=num_experts,
+        num_local_experts=num_experts // ranks,
         num_logical_experts=num_experts,
         activation=MoEActivation.SILU,
         device=vllm_config.device_config.device,
@@ -94,6 +128,7 @@ def backend(form: ExpertFormat, vllm_config: Any, layout: ExpertLayout, num_expe
         moe_parallel_config=make_parallel_config(None, None, None, False, vllm_config.parallel_config),
         in_dtype=vllm_config.model_config.dtype,
         moe_backend=vllm_config.kernel_config.moe_backend,
+        is_lora_enabled=vllm_config.lora_config is not None,
     )
     return form.grouped(config)
 

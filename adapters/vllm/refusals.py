@@ -10,6 +10,7 @@ from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..refusals import quantised_online, without_proof
 from ..running_config import config_differs
+from .either_layout import refusals_of_either
 
 # Backends that pass weight updates through `load_weights`, within a layer-wise reload.
 TRANSFERS = {"nccl", "ipc"}
@@ -29,34 +30,16 @@ def refusals(
         source, load_config: model and load configuration of the role.
         native_right: vLLM's own fusion is live, and right for this checkpoint.
     """
-    from vllm import envs
     from vllm.platforms import current_platform
 
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if native_right:
         yield Reason("upstream.already", "vLLM's own fusion is on here (AITER) and right for this checkpoint")
+    model = vllm_config.model_config
     yield from config_differs(decision, model.hf_text_config)
-    if parallel.enable_expert_parallel:
-        yield Reason("parallel.ep", "expert parallelism is on; run without --enable-expert-parallel")
-    if parallel.enable_eplb:
-        yield Reason("parallel.eplb", "the expert load balancer is on; run without --enable-eplb")
-    if parallel.data_parallel_size > 1:
-        yield Reason("parallel.dp", f"data_parallel_size is {parallel.data_parallel_size}; run with 1")
-    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        yield Reason("parallel.dp", "prefill context parallelism is on; run without it")
-    if vllm_config.lora_config is not None:
-        yield Reason("lora", "LoRA is enabled; run without --enable-lora")
+    yield from refusals_of_either(decision.moe.layout, vllm_config)
     if _substituted(model):
-        yield Reason(
-            "backend.routing", "config.json has constants stand in for some experts (approximate_experts)"
-        )
-    outputs = getattr(vllm_config, "aux_output_config", model)
-    if getattr(outputs, "enable_return_routed_experts", False):
-        yield Reason(
-            "routing.capture", "routed experts are captured; run without --enable-return-routed-experts"
-        )
-    if envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY:
-        yield Reason("routing.simulator", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set; unset it")
+        why = "config.json has constants stand in for some experts (approximate_experts)"
+        yield Reason("backend.routing", why)
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend not in TRANSFERS:
         yield Reason("load.format", f"weights are updated by {transfer.backend}; use nccl or ipc")

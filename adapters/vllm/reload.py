@@ -32,6 +32,8 @@ def process_layer(original: Callable[..., None]) -> Callable[..., None]:
         fused_role, number = place
         running = info.kernel_tensors[0]
         unsent, problem = _unsent(layer, info, fused_role.layout.num_experts)
+        if fused_role.start.ranks > 1:
+            problem = "whole experts are spread over processes, where no update was run; start again"
         if problem:
             _leave(layer, info)
             fused_role.not_updated[number] = problem

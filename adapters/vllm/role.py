@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.forward.layer import FusedLayer
 from ...fusion_core.weights.remap import SlotTensor
 from ..role import EngineSlots
 from ..start import Start
+from .spread import first_id, is_spread
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -33,6 +35,14 @@ class Slots(EngineSlots):
                 return_success=True,
             )
         )
+
+    def id_of(self, experts: Any, slot: int) -> int:
+        """Return vLLM's number of a slot of this process: each process has numbers of its own."""
+        return slot + first_id(experts)
+
+    def rows(self, layout: ExpertLayout, experts: Any) -> int:
+        """Return how many experts this process holds: its routed ones, and the shared slots behind them."""
+        return int(experts.local_num_experts) if is_spread(experts) else layout.num_experts
 
     def share(self, experts: Any) -> tuple[int, int]:
         """Return the rank in tensor parallelism, and its size."""

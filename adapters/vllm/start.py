@@ -28,6 +28,7 @@ from ..start import (
     source_of,
 )
 from . import native
+from .either_layout import expert_ranks
 from .formats import ExpertFormat, format_here
 from .native import ENGINE
 from .pair_refusals import pair_refusals
@@ -53,9 +54,11 @@ def start_of(cls: type, vllm_config: Any) -> Start | PairedStart | Unfused | Non
     groups = _groups(role)
     outcome = first_of_replica(settle, *groups) if groups else settle()
     decision, plan = outcome.decision, outcome.plan
-    form = form_of(decision) if isinstance(decision, Merged) else None
+    ranks = expert_ranks(vllm_config)
+    # Experts spread whole run in one mode.
+    form = form_of(decision) if isinstance(decision, Merged) and ranks == 1 else None
     text_config = vllm_config.model_config.hf_text_config
-    start = begin(outcome, text_config.num_hidden_layers, effective, form)
+    start = begin(outcome, text_config.num_hidden_layers, effective, form, ranks)
     if plan is not None:
         log.info("%s model: modes by number of tokens: %s", role, plan)
     return start

@@ -16,10 +16,13 @@ from ..errors import FsePatchError
 from . import slot_control
 
 
-def report() -> dict[str, Any]:
+def report(stage: int = 0) -> dict[str, Any]:
     """Return the process, what each role really ran in it, and which kernels were replaced by stand-ins.
 
     A stand-in for a kernel package says of itself, in REPLACED, which of its operations ran.
+
+    Args:
+        stage: pipeline stage of the process.
     """
     stand_in = sys.modules.get("sgl_kernel")
     roles = [fused_role.report() for fused_role in constructed()]
@@ -27,6 +30,7 @@ def report() -> dict[str, Any]:
     ours = {role["role"] for role in roles}
     return {
         "pid": os.getpid(),
+        "stage": stage,
         "roles": roles,
         "refused": [d for d in runtime.decisions() if not d["fuse"] and d["role"] not in ours],
         "replaced_operations": sorted(vars(stand_in).get("REPLACED", ())) if stand_in else [],

@@ -23,13 +23,14 @@ SCALES = ("w2_weight_scale", "w2_weight_scale_inv")
 _IN_FORCE: WeakKeyDictionary[FusedRole, ExitStack] = WeakKeyDictionary()
 
 
-def slot_rows(experts: torch.nn.Module, layout: ExpertLayout, scales: bool) -> torch.Tensor | None:
+def slot_rows(experts: torch.nn.Module, layout: ExpertLayout, scales: bool, rows: int) -> torch.Tensor | None:
     """Return what the first shared slot's output is proportional to, or None where nothing is known to be.
 
     Args:
-        experts: the fused experts, w2_weight [E + S, ...].
+        experts: the fused experts, w2_weight [rows, ...].
         scales: whether kernels read the experts' scales where they lie; otherwise an engine may have made
             products or other copies of them, which would not change.
+        rows: of the experts that this process holds, its slots among them.
 
     Returns:
         A view [1, ...] of w2, or of its scales [E + S, ...] where w2 is in 8 bits.
@@ -45,9 +46,10 @@ def slot_rows(experts: torch.nn.Module, layout: ExpertLayout, scales: bool) -> t
     # A scale that is an exponent alone cannot be zero.
     if len(factors) != 1 or factors[0].dtype not in PLAIN:
         return None
-    if any(not p.ndim or p.shape[0] != layout.num_experts for p in (weight, *factors)):
+    if any(not p.ndim or p.shape[0] != rows for p in (weight, *factors)):
         return None
-    return factors[0].data[layout.num_routed : layout.num_routed + 1]
+    first = rows - layout.num_shared_slots
+    return factors[0].data[first : first + 1]
 
 
 @torch.inference_mode()
@@ -63,7 +65,8 @@ def multiply(fused_role: FusedRole, factor: float) -> None:
     stack = _IN_FORCE.setdefault(fused_role, ExitStack())
     for layer in fused_role.layers.values():
         # Layers with modes run kernels that take scales as they lie.
-        rows = slot_rows(layer.experts, fused_role.layout, scales=layer.execution is not None)
+        held, scales = fused_role.engine.rows(fused_role.layout, layer.experts), layer.execution is not None
+        rows = slot_rows(layer.experts, fused_role.layout, scales, held)
         if rows is not None and on_gpu(rows):
             stack.enter_context(_times(rows, factor))
         else:

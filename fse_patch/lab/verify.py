@@ -21,6 +21,7 @@ from ..fusion_core.engines import facts_of
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
 from ..settings import ENABLE
 from .cause import with_cause
+from .ran_as_decided import by_stage, ran_as_decided
 from .verify_arm import BEGUN
 
 # The module that runs an arm, in the engine's process.
@@ -243,6 +244,9 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         # Nothing was fused: what the comparison says of it is noise beside the reason.
         failures = [f"{r['role']} model: refused: {r['reason']}: {r['detail']}" for r in refused]
     main = [role for worker in fused["workers"] for role in worker["roles"] if role["role"] == "main"]
+    # One process of each pipeline stage: those that share its layers have loaded the same.
+    firsts = [workers[0]["roles"] for workers in by_stage(fused["workers"]).values()]
+    slots = sum(role["slots_loaded"] for roles in firsts for role in roles if role["role"] == "main")
     return {
         **report,
         "dtype": stock["dtype"],
@@ -252,7 +256,7 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "fused_layers": sorted({layer for role in main for layer in role["fused_layers"]}),
         "calls_by_mode": main[0]["calls_by_mode"] if main else {},
         "captured_by_mode": main[0]["captured_by_mode"] if main else {},
-        "slots_loaded": main[0]["slots_loaded"] if main else 0,
+        "slots_loaded": slots,
         "tokens": logprobs.tokens,
         "mean_abs_logprob_diff": logprobs.mean,
         "max_abs_logprob_diff": logprobs.max,
@@ -275,27 +279,3 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "failures": failures,
         "passed": not failures,
     }
-
-
-def ran_as_decided(decision: Merged | Paired, workers: list[dict[str, Any]]) -> list[str]:
-    """Return what a role did otherwise than decided, in any worker: no patch may stay out unseen."""
-    problems = []
-    layers = list(decision.moe.layers)
-    for worker in workers:
-        where = f"{decision.role} model, process {worker['pid']}"
-        role = next((r for r in worker["roles"] if r["role"] == decision.role), None)
-        if role is None:
-            refused = [d for d in worker.get("refused", ()) if d["role"] == decision.role]
-            why = "".join(f": {d['reason']}: {d['detail']}" for d in refused)
-            problems.append(f"{where}: was not fused{why}")
-            continue
-        if role["fused_layers"] != layers:
-            problems.append(f"{where}: layers {role['fused_layers']} ran fused, {layers} were decided")
-        if role.get("canary", {}).get("state") == "pending":
-            problems.append(f"{where}: was not compared with its checkpoint before serving")
-        slots = len(layers) * decision.moe.layout.num_shared_slots
-        # Where the engine fuses by itself, its own loader fills the slots; paired layers have none.
-        left = role.get("native") or role.get("weight_layout") == "paired"
-        if not left and role["slots_loaded"] != slots:
-            problems.append(f"{where}: {role['slots_loaded']} of {slots} shared slots were loaded")
-    return problems

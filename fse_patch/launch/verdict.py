@@ -7,6 +7,7 @@ are asked of a command line.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from typing import Any, Literal, cast
 
 from packaging.version import InvalidVersion, Version
 
+from ..adapters.lora import refused_targets
 from ..adapters.patching import ledger, standing
-from ..adapters.refusals import quantised_online, without_proof
+from ..adapters.refusals import quantised_online, undivided, without_proof
 from ..adapters.running_config import config_differs
 from ..errors import FsePatchError, RefusedError
 from ..fusion_core.checkpoint.config import UNQUANTISED
@@ -198,6 +200,7 @@ def _pair_refusals(
     yield from _overrides(decision, asked, config)
     rows = (row for row in _held(facts.launch.refuses, asked) if row.reason not in MERGED_ALONE)
     yield from (Reason(row.reason, row.detail.format(value=asked[row.ask])) for row in rows)
+    yield from _lora_and_sizes(decision, asked, facts)
 
 
 def _settled(
@@ -248,6 +251,7 @@ def _refusals(
         yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
     yield from _overrides(decision, asked, config)
     yield from (Reason(row.reason, row.detail.format(value=asked[row.ask])) for row in rows)
+    yield from _lora_and_sizes(decision, asked, facts)
     method = asked["quantization"]
     found = None if decision.quant_method == UNQUANTISED else decision.read_as or decision.quant_method
     yield from quantised_online(decision, str(method) if method else found, method)
@@ -255,7 +259,21 @@ def _refusals(
 
 
 def _held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
-    return (row for row in rows if row.holds(asked[row.ask]))
+    return (
+        row for row in rows if row.holds(asked[row.ask]) and (row.beside is None or bool(asked[row.beside]))
+    )
+
+
+def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts) -> Iterator[Reason]:
+    """Refuse adapters that may change experts, and widths that do not divide over processes."""
+    assert facts.launch is not None
+    targets = asked["lora_targets"]
+    if asked["lora"] or asked["lora_paths"]:
+        names = re.split(r"[\s,]+", targets) if isinstance(targets, str) and targets else None
+        yield from refused_targets(names, "--lora-target-modules")
+    flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
+    if not asked["ep"] or asked["ep"] == 1:
+        yield from undivided(decision.moe.layout, asked.number("tp"), None, flag)
 
 
 def _overrides(decision: Merged | Paired, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:

@@ -24,7 +24,8 @@ def run_pass(
     if not on_gpu(hidden_states):
         return pass_reference.experts_once(hidden_states, routed, topk_weights, topk_ids, shared)
     from ..kernels import experts, experts_fp8  # these need Triton
-    from ..kernels.experts_once import experts_once, takes
+    from ..kernels.experts_once import experts_once
+    from ..kernels.once_tiles import takes
     from ..kernels.work_list import MOST_TOKENS
 
     kinds = [weights for weights in (routed, shared) if weights is not None]

@@ -35,6 +35,7 @@ class SlotAppender:
         counter: counts the calls of this process by layer and mode.
         output_scale: what the engine multiplies the layer's output by afterwards; the shared expert's net
             weight stays as the family says.
+        ranks: as of `append_shared_slots`.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class SlotAppender:
         counter: ModeCounter,
         shared_gate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         output_scale: float = 1.0,
+        ranks: int = 1,
     ) -> None:
         self.layer = layer
         self.layout = moe.layout
         self.counter = counter
         self.shared_gate = shared_gate
         self.output_scale = output_scale
+        self.ranks = ranks
         # Why nothing may run through the layer yet; "" where it may.
         self.closed = ""
         # Weight of the first slot is multiplied by this: the positive control of `verify`.
@@ -89,12 +92,15 @@ class SlotAppender:
         if on_gpu(weights):
             from ..kernels.append import append  # needs Triton
 
-            weights, ids = append(weights, ids, self.layout.shared_slots, gate, 1.0 / self.output_scale)
+            slots, scale = self.layout.shared_slots, 1.0 / self.output_scale
+            weights, ids = append(weights, ids, slots, gate, scale, self.ranks)
         else:
             slot_weight = 1.0 if gate is None else gate.to(weights.dtype).sigmoid()
             if self.output_scale != 1.0:
                 slot_weight = slot_weight / self.output_scale
-            weights, ids = append_shared_slots(weights, ids, self.layout.shared_slots, slot_weight)
+            weights, ids = append_shared_slots(
+                weights, ids, self.layout.shared_slots, slot_weight, self.ranks
+            )
         if self.control_factor != 1.0:
             weights[:, self.layout.top_k] *= self.control_factor
         return weights, ids
@@ -104,7 +110,7 @@ class FusedRouter(SlotAppender):
     """A router of one fused layer, as its decision says. An engine calls it with what it has at hand.
 
     Args:
-        layer, shared_gate, counter: as of `SlotAppender`.
+        layer, shared_gate, counter, ranks: as of `SlotAppender`.
         correction_bias: [E], where the family has one.
     """
 
@@ -115,8 +121,9 @@ class FusedRouter(SlotAppender):
         counter: ModeCounter,
         shared_gate: Callable[[torch.Tensor], torch.Tensor] | None = None,
         correction_bias: torch.Tensor | None = None,
+        ranks: int = 1,
     ) -> None:
-        super().__init__(layer, moe, counter, shared_gate)
+        super().__init__(layer, moe, counter, shared_gate, ranks=ranks)
         self.routing = moe.routing
         self.correction_bias = correction_bias
         if (correction_bias is None) == self.routing.has_correction_bias:

@@ -15,10 +15,11 @@ def reference(
     slots: range,
     gate: torch.Tensor | None,
     slot_weight: float = 1.0,
+    ranks: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute what `append` computes, in torch; shapes and dtypes as there."""
     shared = slot_weight if gate is None else gate.to(weights.dtype).sigmoid() * slot_weight
-    return append_shared_slots(weights, ids, slots, shared)
+    return append_shared_slots(weights, ids, slots, shared, ranks)
 
 
 def append(
@@ -27,6 +28,7 @@ def append(
     slots: range,
     gate: torch.Tensor | None,
     slot_weight: float = 1.0,
+    ranks: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Append S columns to ``topk_weights`` and ``topk_ids``.
 
@@ -35,6 +37,7 @@ def append(
         slots: the S ids.
         gate: logits [num_tokens, 1] of the gate that all slots share; None: they weigh ``slot_weight``.
         slot_weight: factor on the slots' weight.
+        ranks: as of `append_shared_slots`.
 
     Returns:
         Both as [num_tokens, k + S], contiguous, dtypes as given.
@@ -56,6 +59,7 @@ def append(
         0 if gate is None else gate.stride(0),
         slots.start,
         slot_weight,
+        RANKS=ranks,
         TOP_K=top_k,
         TOTAL=total,
         GATED=gate is not None,
@@ -77,6 +81,7 @@ def _append(
     stride_gm,
     first_slot,
     slot_weight,
+    RANKS: tl.constexpr,
     TOP_K: tl.constexpr,
     TOTAL: tl.constexpr,
     GATED: tl.constexpr,
@@ -91,7 +96,8 @@ def _append(
     if GATED:
         shared = slot_weight / (1.0 + tl.exp(-tl.load(gate_ptr + token * stride_gm).to(tl.float32)))
     weight = tl.where(routed, weight, shared)
-    expert = tl.where(routed, expert, first_slot + offs_n - TOP_K)
+    slot = first_slot + (token % RANKS).to(tl.int32) * (TOTAL - TOP_K) + offs_n - TOP_K
+    expert = tl.where(routed, expert, slot)
     mask = offs_n < TOTAL
     tl.store(out_weights_ptr + token * TOTAL + offs_n, weight, mask=mask)
     tl.store(out_ids_ptr + token * TOTAL + offs_n, expert, mask=mask)

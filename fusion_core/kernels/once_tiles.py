@@ -129,7 +129,7 @@ def _tiles(weights: ExpertWeights, tokens: int) -> tuple[Tile, Tile]:
 
 
 def beside(tile: Tile, shared: Tile, width: int) -> Tile:
-    """Return ``tile`` with a way of its own through a shared expert of ``width`` columns, as ``shared`` has."""
+    """Return ``tile`` with the way of ``shared`` through a shared expert of ``width`` columns."""
     warps = tile.warps * tile.experts
     # Deeper tiles take registers from those of the routed experts.
     depth = min(64, shared.depth, max(32, triton.next_power_of_2(width // warps)))

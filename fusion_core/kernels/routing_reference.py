@@ -65,15 +65,21 @@ def _mask_groups(choice: torch.Tensor, spec: RoutingSpec, best: int) -> torch.Te
 
 
 def append_shared_slots(
-    weights: torch.Tensor, ids: torch.Tensor, slots: range, slot_weight: torch.Tensor | float
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    slots: range,
+    slot_weight: torch.Tensor | float,
+    ranks: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Append the shared slots to a top-k.
 
     Args:
         weights, ids: [num_tokens, k], any float and any integer dtype.
-        slots: the S slot ids, each appended to every token.
+        slots: the S slot ids, each appended to every token; of the first process.
         slot_weight: net weight of the shared expert, [num_tokens, 1] or one number. All slots of a
             split shared expert carry the same weight, as each holds a part of the same sum.
+        ranks: over how many processes whole experts are spread. Each has slots of its own, of ids behind
+            those of the process before it, and token i takes those of process i mod ``ranks``.
 
     Returns:
         Both as [num_tokens, k + S], dtypes as given, contiguous (CPU and AITER kernels ignore strides).
@@ -84,6 +90,9 @@ def append_shared_slots(
     else:
         shared = weights.new_full((num_tokens, num_slots), slot_weight)
     slot_ids = torch.arange(slots.start, slots.stop, dtype=ids.dtype, device=ids.device)
+    if ranks > 1:
+        rank = torch.arange(num_tokens, dtype=ids.dtype, device=ids.device) % ranks
+        slot_ids = slot_ids + num_slots * rank.unsqueeze(-1)
     return (
         torch.cat([weights, shared], dim=-1),
         torch.cat([ids, slot_ids.expand(num_tokens, num_slots)], dim=-1),

@@ -117,7 +117,7 @@ class SlotSample:
         self._samples.setdefault(ref.layer, []).append(sample)
 
     def compare(
-        self, layer: int, parameters: Mapping[str, torch.Tensor], rank: int, parts: int = 0
+        self, layer: int, parameters: Mapping[str, torch.Tensor], rank: int, parts: int = 0, rows: int = 0
     ) -> Comparison:
         """Look for a layer's samples in its slots.
 
@@ -126,13 +126,14 @@ class SlotSample:
                 just loaded.
             rank: which part of the intermediate width this process holds, where it holds a part.
             parts: of how many parts; 0: as the parameters look. Wider ones end in padding.
+            rows: of the parameters, S slots among them; 0: one for each of E + S experts.
 
         Raises:
             AuditError: a value is not what the checkpoint has.
         """
         comparison = Comparison(not_compared=set(self._other.get(layer, ())))
-        width, total = self.layout.moe_intermediate_size, self.layout.num_experts
-        first = self.layout.num_routed
+        width, total = self.layout.moe_intermediate_size, rows or self.layout.num_experts
+        first = total - self.layout.num_shared_slots
         slots = {n: p[first:] for n, p in parameters.items() if p.ndim and p.shape[0] == total}
         if parts and not width % parts:
             slots |= _without_padding(slots, width // parts)

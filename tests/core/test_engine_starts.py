@@ -40,6 +40,7 @@ class Asked:
             "_downloaded": lambda *_: "",
             "_groups": lambda _: None,
             "load_format_given": lambda _: "auto",
+            "expert_ranks": lambda *_: 1,
             "refusals": lambda *_: self.refusals(reasons),
             "format_here": self.answer("format", None),
             "plan_of": self.answer("plan", always("fused", "test")),

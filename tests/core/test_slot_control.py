@@ -151,7 +151,7 @@ UNSUITABLE: dict[str, Callable[[], torch.nn.Module]] = {
 @pytest.mark.parametrize("kind", UNSUITABLE)
 def test_what_cannot_be_changed_leaves_it_to_the_router(kind: str) -> None:
     module = UNSUITABLE[kind]()
-    assert slot_control.slot_rows(module, LAYOUT, scales=True) is None
+    assert slot_control.slot_rows(module, LAYOUT, True, LAYOUT.num_experts) is None
     # Beside a layer that can be changed: each has the factor once.
     model = model_of("main", module, plain())
     runs_in_modes(model.layers[0])

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.lab.verify import PROMPT_LENGTHS, VerifyJob, judge, prompts, ran_as_decided
+from fse_patch.lab.ran_as_decided import ran_as_decided
+from fse_patch.lab.verify import PROMPT_LENGTHS, VerifyJob, judge, prompts
 
 from .moe import decision
 

@@ -189,7 +189,7 @@ def test_a_factor_in_the_weights_is_one_on_the_slot(kind: str, mode: Any) -> Non
     x = clear(draw(40, LAYOUT.hidden_size, seed=8, dtype=DTYPE), logits)[:5].contiguous()
     full, half, quarter = (wanted(x, factor) for factor in (1.0, 0.5, 0.25))
     held = weights_of(run)
-    rows = slot_rows(held, LAYOUT, scales=True)
+    rows = slot_rows(held, LAYOUT, True, LAYOUT.num_experts)
     assert rows is not None
     assert (rows.dtype == DTYPE) == (kind != "fp8")
     rows.mul_(0.5)

@@ -134,6 +134,18 @@ def test_append(slots: int, gated: bool) -> None:
     assert got[1].is_contiguous()
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_append_where_experts_are_spread(ranks: int) -> None:
+    """Each token takes the slots of one process."""
+    weights, ids = draw(7, 6, seed=8), torch.arange(42, device=DEVICE, dtype=torch.int32).view(7, 6)
+    got = append.append(weights, ids, range(50, 52), None, 1.0, ranks)
+    wanted = append.reference(weights, ids, range(50, 52), None, 1.0, ranks)
+    assert torch.equal(got[1], wanted[1])
+    assert torch.equal(got[0], wanted[0])
+    # The control: without it, every token takes the same ones.
+    assert not torch.equal(got[1], append.append(weights, ids, range(50, 52), None)[1])
+
+
 def test_nothing_is_launched_to_append_to_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(append, "_append", None)
     ids = torch.empty(0, 6, dtype=torch.int32, device=DEVICE)

@@ -163,7 +163,7 @@ def test_a_malformed_part(data: Path, block: dict[str, Any], entry: dict[str, An
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("moe-layer]", "no-layer]", "relies_on: 'no-layer' is neither a group nor a reference"),
+        ("spread]", "no-layer]", "relies_on: 'no-layer' is neither a group nor a reference"),
         ('"{block}.forward"', '"{block}.backward"', "relies_on: "),
         ("{note}", "{notes}", "use placeholders of block, class, module, upstream, note"),
         ('id: "{block}-block"', "id: load-model", "patch id 'load-model' occurs twice"),

@@ -85,6 +85,14 @@ PRIVATE = {
         f"{SGLANG}.models.qwen2_moe.Qwen2MoeSparseMoeBlock._forward_shared_experts",
         "the block comes out of a model",
     ),
+    "._expert_map": (
+        f"{VLLM}.layers.fused_moe.expert_map_manager.ExpertMapManager",
+        "the layer factory makes the manager and hands it on",
+    ),
+    "._local_num_experts": (
+        f"{VLLM}.layers.fused_moe.expert_map_manager.ExpertMapManager",
+        "as _expert_map",
+    ),
     "._replace": (None, "a method of every named tuple"),
 }
 # Names that only a run tells, as far as the tree tells them: what our own data can make of them.

@@ -158,10 +158,10 @@ def test_the_append_kernel_gets_what_the_reference_gets(name: str) -> None:
     stand_in = ModuleType("append")
     calls = []
 
-    def append(weights: Any, ids: Any, slots: range, gate: Any, slot_weight: float) -> Routed:
+    def append(weights: Any, ids: Any, slots: range, gate: Any, slot_weight: float, ranks: int) -> Routed:
         calls.append(slots)
         shared = slot_weight if gate is None else gate.to(weights.dtype).sigmoid() * slot_weight
-        return append_shared_slots(weights, ids, slots, shared)
+        return append_shared_slots(weights, ids, slots, shared, ranks)
 
     stand_in.append = append  # type: ignore[attr-defined]
     wanted = build(name, FusedRouter)(*draw(name))

@@ -55,6 +55,15 @@ def from_tensors(engine: Any, job: dict[str, Any], folder: str, names: str) -> i
     return len(chosen)
 
 
+def save(engine: Any, job: dict[str, Any], folder: str) -> str:
+    """What SGLang says when it is asked for its own files of the model; nothing where it writes them."""
+    try:
+        engine.save_sharded_model(path=folder, pattern=None, max_size=None)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
 def build(engine: Any, job: dict[str, Any], folder: str, draft: bool, platform: str = "") -> Any:
     """A further model, built and loaded by SGLang's own loader in its scheduler."""
     with tempfile.TemporaryDirectory() as out:
@@ -83,7 +92,7 @@ def rocm(engine: Any, job: dict[str, Any], builds: list[list[Any]]) -> Any:
         return json.loads(file.read_text())
 
 
-STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, build, prove, rocm, reports)}
+STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, save, build, prove, rocm, reports)}
 
 
 @contextmanager

@@ -17,6 +17,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "layers": {"num_hidden_layers": 1},
     "experts": {"num_experts_per_tok": 1},
 }
+# What spreads, moves or takes away: the server's arguments, and the code.
+FORBIDDEN: dict[str, tuple[dict[str, Any], str]] = {
+    "width": ({"tp_size": 3}, "parallel.tp"),
+    "experts by rank": ({"tp_size": 2, "ep_size": 2}, "parallel.ep"),
+    "experts that do not divide": ({"tp_size": 3, "ep_size": 3}, "parallel.ep"),
+    "balancer": ({"ep_num_redundant_experts": 2}, "parallel.eplb"),
+    "attention by rank": ({"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}, "parallel.dp"),
+    "offload": ({"cpu_offload_gb": 1}, "memory.offload"),
+    "sleep": ({"enable_memory_saver": True}, "memory.sleep"),
+    "any adapter": ({"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}, "lora"),
+    "adapters of experts": (
+        {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "down_proj"]},
+        "lora",
+    ),
+}
+ATTENTION = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "o_proj"]}
 # Loaders that set the format back, which is what the model's code then sees.
 REWRITTEN = ("layered", "presharded")
 # GLM-4.5 as in 0.5.17, by the GPU's capability and the server's arguments.
@@ -46,6 +62,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     cases |= {name: {"load_format": name} for name in ("auto", "safetensors", "sharded_state", *REWRITTEN)}
     cases |= {f"draft {name}": {"draft_format": name} for name in ("safetensors", *REWRITTEN)}
     cases |= LAYOUTS
+    cases |= {name: arguments for name, (arguments, _) in FORBIDDEN.items()}
+    cases["adapters of the attention"] = ATTENTION
     given = {name: {"folder": str(folder), **case} for name, case in cases.items()}
     given["dense layer"] = {"folder": str(dense)}
     glm = str(checkpoints.path("glm4_moe_scale"))
@@ -64,6 +82,15 @@ def test_the_load_format_is_the_one_that_was_given(found: dict[str, dict[str, An
     # The controls.
     for name in ("auto", "safetensors", "draft safetensors"):
         assert found[name]["reason"] == "ok", found[name]
+
+
+def test_what_spreads_or_moves_is_refused_by_code(found: dict[str, dict[str, Any]]) -> None:
+    codes = {name: code for name, (_, code) in FORBIDDEN.items()}
+    assert {name: found[name]["reason"] for name in FORBIDDEN} == codes
+    assert found["width"]["detail"].endswith("run with --tp-size 2")
+    assert found["experts that do not divide"]["detail"].endswith("run with --ep-size 2")
+    # The control.
+    assert found["adapters of the attention"]["reason"] == "ok"
 
 
 @pytest.mark.every_release
@@ -92,6 +119,6 @@ def test_layers_that_sglang_leaves_without_weights_are_refused(found: dict[str, 
 def test_the_gate_of_0_5_17_is_asked(found: dict[str, dict[str, Any]]) -> None:
     """Only what it lets fuse is fused natively, and the question leaves no trace in SGLang's settings."""
     assert found["native"]["reason"] == "upstream.already"
-    assert found["native, experts spread"]["reason"] == "parallel.ep"
+    assert found["native, experts spread"]["reason"] == "slower.unmeasured"
     assert found["native, old device"]["reason"] == "slower.unmeasured"
     assert [found[name]["disabled"] for name in OLD_GATE] == [False] * 3

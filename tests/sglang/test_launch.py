@@ -113,7 +113,7 @@ def test_served_equals_the_engine(runs: Runs, tmp_path: Path, case: Case) -> Non
 
 
 CONTRADICTIONS = {
-    "lora": ["--enable-lora", "--max-lora-rank=8", "--lora-target-modules=q_proj"],
+    "lora": ["--enable-lora", "--max-lora-rank=8", "--lora-target-modules=down_proj"],
     "backend.topk_format": ["--moe-runner-backend=triton_kernel"],
 }
 READ, UNFUSED = "loading shards: 100%", "not fused: parallel.ep"

@@ -37,7 +37,6 @@ def test_the_patches_fired_in_the_scheduler(runs: Runs, case: Case) -> None:
     assert fused["workers"][0]["pid"] != fused["arm_pid"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=ids)
 def test_tensor_parallel(runs: Runs, case: Case) -> None:
     report = runs.report(case, runs.float32.stock[case.name], runs.tensor_parallel.fused[case.name])

@@ -21,10 +21,14 @@ from .test_inherited import building, load
 ENTRY = "vllm.model_executor.models.qwen2_moe:Qwen2MoeForCausalLM"
 # Code, attribute of the configuration, value. An attribute that a release lacks is an error of this test.
 REFUSED: list[tuple[str, str, Any]] = [
-    ("parallel.ep", "parallel_config.enable_expert_parallel", True),
+    ("parallel.tp", "parallel_config.tensor_parallel_size", 3),
     ("parallel.eplb", "parallel_config.enable_eplb", True),
     ("parallel.dp", "parallel_config.data_parallel_size", 2),
-    ("lora", "lora_config", "any"),
+    ("parallel.dp", "parallel_config.prefill_context_parallel_size", 2),
+    ("lora", "lora_config", SimpleNamespace(target_modules=None)),
+    ("memory.offload", "offload_config.uva.cpu_offload_gb", 1.0),
+    ("memory.offload", "offload_config.prefetch.offload_group_size", 2),
+    ("memory.sleep", "model_config.enable_sleep_mode", True),
     ("load.format", "load_config.load_format", "sharded_state"),
     ("load.format", "weight_transfer_config", SimpleNamespace(backend="sparse_nccl")),
     ("quant.online", "quant_config", "any"),

@@ -21,6 +21,7 @@ import pytest
 
 from fse_patch.fusion_core.proof.compare import MAX_FLOAT32, MEAN_FLOAT32, difference
 from fse_patch.lab import verify
+from fse_patch.lab.ran_as_decided import ran_as_decided
 from fse_patch.lab.vllm.verify_arm import EXTENSION
 
 from .conftest import Runs
@@ -181,7 +182,7 @@ def test_served_fused_and_equal_to_the_offline_run(runs: Runs, start: Start, cas
     assert sorted(FUSED.findall(server.output)) == sorted(str(worker["pid"]) for worker in workers)
     assert str(server.process.pid) not in {str(worker["pid"]) for worker in workers}
     for worker in workers:
-        assert verify.ran_as_decided(runs.checkpoints.job(case).decisions[0], [worker]) == []
+        assert ran_as_decided(runs.checkpoints.job(case).decisions[0], [worker]) == []
         assert worker["roles"][0]["calls_by_mode"]["fused"] > 0
 
     # The controls: neither the offline run with its fault nor the server with the same one agrees.

@@ -52,8 +52,7 @@ def test_bfloat16_without_the_float32_shim(runs: Runs, case: Case) -> None:
     assert report["control_diff"] >= 10 * report["stock_noise"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("case", cases.TENSOR_PARALLEL, ids=ids)
+@pytest.mark.parametrize("case", parameters(cases.TENSOR_PARALLEL, long={"glm4_moe_shared2_scale"}))
 def test_tensor_parallel(runs: Runs, case: Case) -> None:
     stock = runs.float32.stock[Case(case.recipe).name]
     report = runs.report(case, stock, runs.tensor_parallel.fused[case.name])

@@ -12,9 +12,11 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from fse_patch.errors import FsePatchError
 from fse_patch.lab.sglang import worker
 from fse_patch.lab.sglang.standalone import free_port
 from fse_patch.lab.verify_arm import BEST, run_jobs
@@ -32,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     # Its scheduler otherwise holds a core while it waits.
     "sleep_on_idle": True,
 }
+REPORTS_WAIT = 60.0  # seconds
 CPU_DEFAULTS = {"device": "cpu", "attention_backend": "torch_native"}
 
 
@@ -67,10 +70,21 @@ def best_of_steps(told: dict[str, Any]) -> list[list[tuple[int, float]]]:
 
 
 def reports(engine: Any) -> list[dict[str, Any]]:
-    """Return the report of every scheduler process. SGLang's calls return nothing, so each leaves a file."""
+    """Return the report of every scheduler process. SGLang's calls return nothing, so each leaves a file.
+
+    Raises:
+        FsePatchError: a process has left none.
+    """
+    server = engine.server_args
+    processes, last = server.tp_size * server.pp_size, time.monotonic() + REPORTS_WAIT
     with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
         engine.collective_rpc("fse_report", folder=folder)
-        return [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
+        # The call returns when the first pipeline stage has made it; it travels on from there.
+        while len(files := sorted(Path(folder).glob("*.json"))) < processes:
+            if time.monotonic() > last:
+                raise FsePatchError(f"{len(files)} of {processes} processes told what they ran")
+            time.sleep(0.05)
+        return [json.loads(path.read_text()) for path in files]
 
 
 def start(job: dict[str, Any]) -> Any:
@@ -88,24 +102,29 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Build one engine and run one job in it."""
     engine = start(job)
     try:
-        dtype = job["engine_args"]["dtype"]
-        engine.collective_rpc("fse_reset")
-        result = {
-            "dtype": dtype,
-            **score(engine, job["prompts"], job["new_tokens"], batched=True),
-            "workers": reports(engine),
-            "rebatched": score(engine, job["prompts"], 1, batched=False)["logprobs"],
-        }
-        engine.collective_rpc("fse_control", factor=job["control_factor"])
-        result["control_answers"] = score(engine, job["prompts"], job["new_tokens"], batched=True)
-        result["control"] = result["control_answers"].pop("logprobs")
-        if dtype in ("bfloat16", "float16"):
-            engine.collective_rpc("fse_control", factor=1.0)
-            engine.collective_rpc("fse_jitter", seed=0)
-            result["jittered"] = score(engine, job["prompts"], 1, batched=True)["logprobs"]
-        return result
+        return measure(engine, job)
     finally:
         engine.shutdown()
+
+
+def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Return all that a job asks of a running engine; its control stays in force."""
+    dtype = job["engine_args"]["dtype"]
+    engine.collective_rpc("fse_reset")
+    result = {
+        "dtype": dtype,
+        **score(engine, job["prompts"], job["new_tokens"], batched=True),
+        "workers": reports(engine),
+        "rebatched": score(engine, job["prompts"], 1, batched=False)["logprobs"],
+    }
+    engine.collective_rpc("fse_control", factor=job["control_factor"])
+    result["control_answers"] = score(engine, job["prompts"], job["new_tokens"], batched=True)
+    result["control"] = result["control_answers"].pop("logprobs")
+    if dtype in ("bfloat16", "float16"):
+        engine.collective_rpc("fse_control", factor=1.0)
+        engine.collective_rpc("fse_jitter", seed=0)
+        result["jittered"] = score(engine, job["prompts"], 1, batched=True)["logprobs"]
+    return result
 
 
 def main(request: Path, result: Path) -> None:

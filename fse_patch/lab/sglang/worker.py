@@ -15,8 +15,13 @@ SCHEDULER = "sglang.srt.managers.scheduler"
 
 def fse_report(self: Any, folder: str) -> None:
     """Leave `model_process.report` in ``folder``."""
-    report = model_process.report()
-    (Path(folder) / f"{report['pid']:010}.json").write_text(json.dumps(report))
+    from sglang.srt.distributed.parallel_state import get_pp_group
+
+    report = model_process.report(get_pp_group().rank_in_group)
+    part = Path(folder) / f"{report['pid']:010}.part"
+    part.write_text(json.dumps(report))
+    # Renamed into place: who waits for it must not read a half.
+    part.replace(part.with_suffix(".json"))
 
 
 def fse_reset(self: Any) -> None:

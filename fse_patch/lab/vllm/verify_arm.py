@@ -85,24 +85,30 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     gc.freeze()
     try:
         llm = LLM(model=job["checkpoint"], **{**DEFAULTS, **job["engine_args"]})
-        llm.collective_rpc("fse_reset")
-        config = llm.llm_engine.vllm_config.model_config
-        result = {
-            "dtype": str(config.dtype).removeprefix("torch."),
-            **score(llm, job["prompts"], job["new_tokens"], batched=True),
-            "workers": llm.collective_rpc("fse_report"),
-            "rebatched": score(llm, job["prompts"], 1, batched=False)["logprobs"],
-        }
-        llm.collective_rpc("fse_control", args=(job["control_factor"],))
-        result["control_answers"] = score(llm, job["prompts"], job["new_tokens"], batched=True)
-        result["control"] = result["control_answers"].pop("logprobs")
-        if config.dtype.itemsize == 2:
-            llm.collective_rpc("fse_control", args=(1.0,))
-            llm.collective_rpc("fse_jitter", args=(0,))
-            result["jittered"] = score(llm, job["prompts"], 1, batched=True)["logprobs"]
-        return result
+        return measure(llm, job)
     finally:
         shut_down(llm)
+
+
+def measure(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Return all that a job asks of a running engine; its control stays in force."""
+    llm.collective_rpc("fse_warm_up")
+    llm.collective_rpc("fse_reset")
+    config = llm.llm_engine.vllm_config.model_config
+    result = {
+        "dtype": str(config.dtype).removeprefix("torch."),
+        **score(llm, job["prompts"], job["new_tokens"], batched=True),
+        "workers": llm.collective_rpc("fse_report"),
+        "rebatched": score(llm, job["prompts"], 1, batched=False)["logprobs"],
+    }
+    llm.collective_rpc("fse_control", args=(job["control_factor"],))
+    result["control_answers"] = score(llm, job["prompts"], job["new_tokens"], batched=True)
+    result["control"] = result["control_answers"].pop("logprobs")
+    if config.dtype.itemsize == 2:
+        llm.collective_rpc("fse_control", args=(1.0,))
+        llm.collective_rpc("fse_jitter", args=(0,))
+        result["jittered"] = score(llm, job["prompts"], 1, batched=True)["logprobs"]
+    return result
 
 
 def shut_down(llm: Any) -> None:

@@ -1,0 +1,52 @@
+"""Pipeline stages, and whole experts spread over processes, in the real SGLang with merged layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fse_patch.lab import verify
+
+from ..parallel import LONG, RECIPES, check_right, check_spread, check_stages
+from ..running import Case, Results, parameters
+from .conftest import Runs
+
+TWO = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+# SGLang's own path on a CPU counts what its map leaves out; the stand-in of the kernel package does not.
+LEAVE_OUT = {"FSE_PATCH_TEST_LEAVE_OUT": "1"}
+STAGES = [Case(recipe, engine_args={"pp_size": 2}) for recipe in RECIPES]
+SPREAD = [Case(recipe, engine_args={"tp_size": 2, "ep_size": 2}) for recipe in RECIPES]
+
+
+@pytest.fixture(scope="module")
+def stock() -> Results:
+    """Stock in one process, by case: a stage, or an expert, in the wrong place shows too."""
+    return {}
+
+
+def both(runs: Runs, case: Case, stock: Results, arm: str, env: dict[str, str] = TWO) -> tuple[Any, Any]:
+    if case.name not in stock:
+        stock |= runs.arm([case.plain], False, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "ARM", arm)
+        (ours,) = runs.arm([case], True, env).values()
+    assert "error" not in ours, f"{ours['error']}\n{ours['log']}"
+    return stock[case.name], ours
+
+
+@pytest.mark.parametrize("case", parameters(STAGES, (), LONG))
+def test_two_stages(runs: Runs, stock: Results, case: Case) -> None:
+    plain, ours = both(runs, case, stock, "tests.sglang.arm")
+    check_right(runs.report(case, plain, ours))
+    (decision,) = runs.checkpoints.job(case).decisions
+    check_stages(decision, ours)
+
+
+@pytest.mark.parametrize("case", parameters(SPREAD, (), LONG))
+def test_whole_experts_over_two_processes(runs: Runs, stock: Results, case: Case) -> None:
+    plain, ours = both(runs, case, stock, "tests.sglang.spread_arm", TWO | LEAVE_OUT)
+    report = runs.report(case, plain, ours)
+    check_right(report)
+    assert report["replaced_operations"] == ["moe_forward_native"]
+    check_spread(plain, ours)

@@ -1,0 +1,64 @@
+"""Pipeline stages, and whole experts spread over processes, in the real vLLM with merged layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fse_patch.lab import verify
+
+from ..parallel import LONG, RECIPES, check_right, check_spread, check_stages
+from ..running import ROOT, Results, parameters
+from .cases import NEWEST
+from .conftest import Runs
+from .engine import Case
+
+TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+STAGES = [Case(recipe, engine_args={"pipeline_parallel_size": 2}) for recipe in RECIPES]
+EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+SPREAD = [Case(recipe, engine_args=EXPERTS) for recipe in RECIPES]
+
+
+# In earlier releases the experts of a CPU route by themselves, and no stand-in can come between.
+ROUTED = pytest.mark.skipif(not NEWEST, reason="experts of a CPU route by themselves")
+
+
+@pytest.fixture(scope="module")
+def stock() -> Results:
+    """Stock in one process, by case: a stage, or an expert, in the wrong place shows too."""
+    return {}
+
+
+def both(runs: Runs, case: Case, stock: Results, arm: str, path: str = "") -> tuple[Any, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "ARM", arm)
+        if case.name not in stock:
+            stock |= runs.arm([case.plain], False, {"PYTHONPATH": str(ROOT)})
+        (ours,) = runs.arm([case], True, {"PYTHONPATH": f"{ROOT}:{path}", **TWO}).values()
+    assert "error" not in ours, f"{ours['error']}\n{ours['log']}"
+    return stock[case.name], ours
+
+
+@pytest.mark.parametrize("case", parameters(STAGES, (), LONG))
+def test_two_stages(runs: Runs, stock: Results, case: Case) -> None:
+    plain, ours = both(runs, case, stock, "tests.vllm.fault_arm")
+    check_right(runs.report(case, plain, ours))
+    (decision,) = runs.checkpoints.job(case).decisions
+    check_stages(decision, ours)
+
+
+@ROUTED
+@pytest.mark.parametrize("case", parameters(SPREAD, (), LONG))
+def test_whole_experts_over_two_processes(runs: Runs, stock: Results, case: Case) -> None:
+    shim = str(ROOT / "tests" / "shims" / "cpu_experts")
+    plain, ours = both(runs, case, stock, "tests.vllm.spread_arm", shim)
+    check_right(runs.report(case, plain, ours))
+    check_spread(plain, ours)
+
+
+@pytest.mark.long
+def test_kernels_that_leave_nothing_out_are_refused(runs: Runs) -> None:
+    """Without the stand-in vLLM's own kernels for a CPU would read past the end of the weights."""
+    (ended,) = runs.arm([SPREAD[0]], True, {"PYTHONPATH": str(ROOT), **TWO}).values()
+    assert "not fused: parallel.ep: the MoE backend here (cpu)" in ended["log"]
