@@ -17,9 +17,11 @@ from .int4 import Matrix, drawn, packed, read
 HELD = {
     "marlin g128": (Layout.MARLIN_TILE, 128, False, False),
     "marlin g32": (Layout.MARLIN_TILE, 32, False, False),
-    "marlin channel": (Layout.MARLIN_TILE, 4096, False, False),
+    "marlin channel": (Layout.MARLIN_TILE, 0, False, False),
     "awq g128": (Layout.MARLIN_TILE, 128, True, False),
     "awq channel": (Layout.MARLIN_TILE, 4096, True, False),
+    "humming g128": (Layout.MARLIN_TILE, 128, False, True),
+    "humming channel": (Layout.MARLIN_TILE, 0, False, True),
     "humming awq g64": (Layout.MARLIN_TILE, 64, True, True),
     "bytes g32": (Layout.PACKED_BYTES, 32, False, False),
     "bytes awq g128": (Layout.PACKED_BYTES, 128, True, False),
@@ -84,6 +86,15 @@ def test_zero_points_of_humming_are_not_those_of_marlin() -> None:
     int4 = weights.int4
     assert int4 is not None
     assert not alike(read(replace(weights, int4=replace(int4, humming=False)), "w13"), w13)
+
+
+def test_scales_of_one_group_are_not_in_the_order_of_marlin_where_humming_packed_them() -> None:
+    weights, w13, w2 = made("humming g128", 2, 256, 128, torch.float16)
+    int4 = weights.int4
+    assert int4 is not None
+    otherwise = replace(weights, int4=replace(int4, humming=False))
+    assert alike(read(otherwise, "w13"), w13)
+    assert not alike(read(otherwise, "w2"), w2)
 
 
 def test_what_does_not_fit_is_refused() -> None:
