@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fse_patch.fusion_core.kernels import experts, experts_fp8
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 from fse_patch.fusion_core.kernels.int4 import Layout
 
@@ -95,6 +96,14 @@ def test_scales_of_one_group_are_not_in_the_order_of_marlin_where_humming_packed
     otherwise = replace(weights, int4=replace(int4, humming=False))
     assert alike(read(otherwise, "w13"), w13)
     assert not alike(read(otherwise, "w2"), w2)
+
+
+def test_kernels_for_plain_weights_refuse_others() -> None:
+    weights, _, _ = made("bytes g32", 2, 128, 64, torch.float16)
+    states, ids = torch.zeros(1, 128, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.int32)
+    for kernel, words in ((experts.small_experts, "plain"), (experts_fp8.small_experts, "without scales")):
+        with pytest.raises(ValueError, match=words):
+            kernel(states, weights, torch.ones(1, 1), ids)
 
 
 def test_what_does_not_fit_is_refused() -> None:
