@@ -131,9 +131,9 @@ def _tiles(weights: ExpertWeights, tokens: int) -> tuple[Tile, Tile]:
 def beside(tile: Tile, shared: Tile, width: int) -> Tile:
     """Return ``tile`` with a way of its own through a shared expert of ``width`` columns."""
     warps = tile.warps * tile.experts
-    # Deeper tiles take registers from those of the routed experts.
-    depth = min(64, shared.depth, max(32, triton.next_power_of_2(width // warps)))
-    return replace(tile, shared=Tile(tile.rows, warps, depth, shared.stages))
+    # Larger tiles take registers and shared memory from those of the routed experts.
+    depth = min(1024 // tile.rows, shared.depth, max(32, triton.next_power_of_2(width // warps)))
+    return replace(tile, shared=Tile(tile.rows, warps, depth, min(shared.stages, 7)))
 
 
 def within(tile: Tile, block: Block) -> Tile:

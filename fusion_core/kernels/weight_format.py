@@ -74,15 +74,23 @@ def format_of(weights: ExpertWeights, name: str) -> Format:
     weight: torch.Tensor = getattr(weights, name)
     if weights.int4 is not None:
         return _int4(weights.int4, name, weight)
-    strides = {"expert": weight.stride(0), "row": weight.stride(1)}
+    held = Format(PLAIN.value, expert=weight.stride(0), row=weight.stride(1))
     if weights.scales is None:
-        return Format(PLAIN.value, **strides)
+        return held
     scale: torch.Tensor = getattr(weights.scales, name)
     expert, row, column = (
         step if size > 1 else 0 for step, size in zip(scale.stride(), scale.shape, strict=True)
     )
     rows, columns = weights.scales.block
-    return Format(FP8.value, rows, columns, expert, row, column, **strides, half=scale.shape[1] // 2)
+    return held._replace(
+        kind=FP8.value,
+        rows=rows,
+        columns=columns,
+        scale_expert=expert,
+        scale_row=row,
+        scale_column=column,
+        half=scale.shape[1] // 2,
+    )
 
 
 def fits(form: Format, rows: int, depth: int, in_tiles: bool) -> None:

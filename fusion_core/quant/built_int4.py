@@ -43,8 +43,8 @@ def refusal(built: BuiltInt4) -> Reason | None:
     if built.packing == "marlin" and 0 < built.width <= built.group:
         return Reason(
             "upstream.wrong",
-            f"I of a rank is {built.width}, no more than a group of {built.group}: the engine itself brings the "
-            "scales of w13 in Marlin's order for one group, though w13 has several, so that most rows get "
+            f"I of a rank is {built.width}, no more than a group of {built.group}: the engine itself "
+            "brings the scales of w13 in Marlin's order for one group, though w13 has several, so that most rows get "
             "another row's scale (vLLM pull request 50196)",
         )
     if built.act_order:
