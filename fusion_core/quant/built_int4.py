@@ -44,8 +44,8 @@ def refusal(built: BuiltInt4) -> Reason | None:
         return Reason(
             "upstream.wrong",
             f"I of a rank is {built.width}, no more than a group of {built.group}: the engine itself "
-            "brings the scales of w13 in Marlin's order for one group, though w13 has several, so that most rows get "
-            "another row's scale (vLLM pull request 50196)",
+            "brings the scales of w13 in Marlin's order for one group, though w13 has several, so that most "
+            "rows get another row's scale (vLLM pull request 50196)",
         )
     if built.act_order:
         return Reason("quant.layout", "act-order: columns are sorted by g_idx, each expert's otherwise")
