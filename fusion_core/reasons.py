@@ -21,6 +21,7 @@ Code = Literal[
     "quant.quark",
     "quant.mxfp4",
     "quant.nvfp4",
+    "quant.layout",
     "quant.online",
     "backend.routing",
     "backend.topk_format",
@@ -105,6 +106,11 @@ REASONS: Mapping[Code, Meaning] = {
     "quant.mxfp4": Meaning("MXFP4 kernels take another layout for the shared expert."),
     "quant.nvfp4": Meaning(
         "NVFP4 scales of the shared expert are of its own, and kernels pack experts together."
+    ),
+    "quant.layout": Meaning(
+        "A setting, or the checkpoint, has the engine keep 4-bit experts in a layout that the kernels for "
+        "few tokens do not read.",
+        "run without the setting",
     ),
     "quant.online": Meaning(
         "The engine quantises while it loads: a plain checkpoint, or one that `--quantization` gives another "

@@ -62,6 +62,11 @@ class ExpertWeights:
         """Return I."""
         return self.w2.shape[2] if self.int4 is None else self.int4.shape(self.w2)[1]
 
+    @property
+    def plain(self) -> bool:
+        """Return whether the weights are plain numbers."""
+        return self.scales is None and self.int4 is None
+
     def __post_init__(self) -> None:
         if self.int4 is not None:
             checked(self.int4, self.w13, self.w2)

@@ -63,7 +63,12 @@ def small_experts(
 
     Returns:
         [num_tokens, H] in the dtype of ``hidden_states``.
+
+    Raises:
+        ValueError: weights are not plain numbers.
     """
+    if any(weights is not None and not weights.plain for weights in (routed, shared)):
+        raise ValueError("quantised weights; this kernel reads plain ones")
     tokens, hidden = hidden_states.shape
     width, slots = routed.width, topk_ids.shape[1]
     other = routed if shared is None else shared

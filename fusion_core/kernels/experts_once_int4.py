@@ -109,7 +109,7 @@ def _product(
             w_ptr, first, row, there, limit, FORMAT.row, ALL, ROWS, DEPTH, DTYPE, WIDE
         )  # fmt: skip
         scale = marlin_tile.scale(
-            scale_ptr, group, row, known, GROUP == 0, FORMAT.scale_column, ALL, ROWS
+            scale_ptr, group, row, known, FORMAT.single, FORMAT.scale_column, ALL, ROWS
         )  # fmt: skip
     else:
         left, right, ones = packed_bytes.tile(

@@ -25,10 +25,11 @@ class Int4:
 
     Args:
         w13, w2: scales, of any float dtype: [E, groups, N] beside tiles, [E, N, groups] beside bytes.
-        group: columns that share a scale; a matrix of fewer has one group.
+        group: columns that share a scale; a matrix of fewer has one group. 0: all of them.
         w13_zeros, w2_zeros: int32 [E, groups, N / 8] beside tiles, uint8 [E, N / 2, groups] beside bytes;
             None: they are all 8.
-        humming: whether Humming packed the zero points, and not Marlin.
+        humming: whether Humming packed tiles, and not Marlin: they differ in zero points, and in scales
+            of a matrix that is as wide as a group.
     """
 
     layout: Layout
@@ -51,7 +52,13 @@ class Int4:
 
     def groups(self, columns: int) -> int:
         """Return how many groups a matrix of so many columns has."""
-        return -(-columns // self.group)
+        return -(-columns // self.group) if self.group else 1
+
+    def single(self, columns: int) -> bool:
+        """Return whether scales are in the order that tiles have for a matrix of one group."""
+        if self.humming:
+            return self.group == 0
+        return self.tiles and self.groups(columns) == 1
 
 
 def checked(int4: Int4, w13: torch.Tensor, w2: torch.Tensor) -> None:

@@ -5,8 +5,9 @@ n = 64 * a + 16 * w + 8 * h + j and a column k = 16 * t + 8 * b + 2 * q + p, wor
 number in its nibble 4 * p + 2 * h + b. A byte (p, h) has two columns of a row, and 16 rows of a tile, of two
 j, are 128 bytes: a line of the cache, and an operand of a matrix product, each byte with its thread.
 
-Scales [groups, N] have row n at 64 * a + 8 * j + 2 * w + h; those of a matrix of one group otherwise. Zero
-points are int32 [groups, N / 8]: word (a, j) has those of w and h.
+Scales [groups, N] have row n at 64 * a + 8 * j + 2 * w + h. Those of one group have another order: in Marlin
+if the matrix has no more columns, in Humming if scales were declared by channel. Zero points are int32
+[groups, N / 8]: word (a, j) has those of w and h.
 """
 
 from __future__ import annotations
@@ -65,15 +66,16 @@ def states(x_ptr, base, first, there, limit, DEPTH: tl.constexpr, DTYPE: tl.cons
 
 @triton.jit
 def scale(
-    s_ptr, group, row, there, ONE: tl.constexpr, STRIDE: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr
+    s_ptr, group, row, there, SINGLE: tl.constexpr, STRIDE: tl.constexpr, WARPS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Read scales of a tile's rows: [WARPS, ROWS, 1] float32.
 
     Args:
         group: [WARPS, 1, 1].
-        ONE: whether the matrix has one group, and STRIDE: scales of a group.
+        SINGLE: whether scales have the order of one group; STRIDE: scales of a group.
     """
-    if ONE:
+    if SINGLE:
         n = rows(row, ROWS)[None, :, None]
         at = n // 32 * 32 + n % 8 // 2 * 8 + n // 8 % 4 * 2 + n % 2
         return tl.load(s_ptr + group * STRIDE + at, mask=there, other=0.0).to(tl.float32)
@@ -111,12 +113,12 @@ def numbers(weight: torch.Tensor) -> torch.Tensor:
     return (words >> nibble * 4 & 15).to(torch.uint8).to(weight.device)
 
 
-def scales(scale: torch.Tensor) -> torch.Tensor:
-    """Bring scales [E, groups, N] in order: [E, N, groups], the same dtype."""
+def scales(scale: torch.Tensor, single: bool) -> torch.Tensor:
+    """Bring scales [E, groups, N] in order: [E, N, groups]; ``single``: from the order of one group."""
     n = torch.arange(scale.shape[2])
     c = n % 64
     at = n // 64 * 64 + c % 8 * 8 + c // 8
-    if scale.shape[1] == 1:
+    if single:
         c = n % 32
         at = n // 32 * 32 + c % 8 // 2 * 8 + c // 8 * 2 + c % 2
     return scale[:, :, at.to(scale.device)].transpose(1, 2)

@@ -89,7 +89,7 @@ def takes(weights: ExpertWeights) -> bool:
 
 def int4_tiles(hidden: int, width: int, group: int) -> tuple[Tile, Tile]:
     """Return the tiles of both kernels for 4-bit weights; each lies in one group. Not timed yet."""
-    depth = gcd(128, group) if group < max(hidden, width) else 128
+    depth = gcd(128, group)
     parts = 128 // depth
     # As many blocks as registers have room for where another format is read beside this one.
     first = Tile(rows=16, warps=2, depth=depth, parts=parts, stages=4, blocks=4)
@@ -129,11 +129,11 @@ def _tiles(weights: ExpertWeights, tokens: int) -> tuple[Tile, Tile]:
 
 
 def beside(tile: Tile, shared: Tile, width: int) -> Tile:
-    """Return ``tile`` with the way of ``shared`` through a shared expert of ``width`` columns."""
+    """Return ``tile`` with a way of its own through a shared expert of ``width`` columns."""
     warps = tile.warps * tile.experts
-    # Deeper tiles take registers from those of the routed experts.
-    depth = min(64, shared.depth, max(32, triton.next_power_of_2(width // warps)))
-    return replace(tile, shared=Tile(tile.rows, warps, depth, shared.stages))
+    # Larger tiles take registers and shared memory from those of the routed experts.
+    depth = min(1024 // tile.rows, shared.depth, max(32, triton.next_power_of_2(width // warps)))
+    return replace(tile, shared=Tile(tile.rows, warps, depth, min(shared.stages, 7)))
 
 
 def within(tile: Tile, block: Block) -> Tile:

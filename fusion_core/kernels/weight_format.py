@@ -24,6 +24,7 @@ class Format(NamedTuple):
         scale_expert, scale_row, scale_column: strides of scales.
         expert, row: strides of weights; in Marlin's tiles ``row`` is that of 16 columns.
         half: rows of scales of w1, after which those of w3 are.
+        single: whether scales beside Marlin's tiles have the order of one group.
         zeros: kind of zero points; zero_expert, zero_row, zero_column: their strides.
     """
 
@@ -36,6 +37,7 @@ class Format(NamedTuple):
     expert: int = 0
     row: int = 0
     half: int = 0
+    single: bool = False
     zeros: int = NO_ZEROS.value
     zero_expert: int = 0
     zero_row: int = 0
@@ -72,15 +74,23 @@ def format_of(weights: ExpertWeights, name: str) -> Format:
     weight: torch.Tensor = getattr(weights, name)
     if weights.int4 is not None:
         return _int4(weights.int4, name, weight)
-    strides = {"expert": weight.stride(0), "row": weight.stride(1)}
+    held = Format(PLAIN.value, expert=weight.stride(0), row=weight.stride(1))
     if weights.scales is None:
-        return Format(PLAIN.value, **strides)
+        return held
     scale: torch.Tensor = getattr(weights.scales, name)
     expert, row, column = (
         step if size > 1 else 0 for step, size in zip(scale.stride(), scale.shape, strict=True)
     )
     rows, columns = weights.scales.block
-    return Format(FP8.value, rows, columns, expert, row, column, **strides, half=scale.shape[1] // 2)
+    return held._replace(
+        kind=FP8.value,
+        rows=rows,
+        columns=columns,
+        scale_expert=expert,
+        scale_row=row,
+        scale_column=column,
+        half=scale.shape[1] // 2,
+    )
 
 
 def fits(form: Format, rows: int, depth: int, in_tiles: bool) -> None:
@@ -100,7 +110,7 @@ def fits(form: Format, rows: int, depth: int, in_tiles: bool) -> None:
 
 
 def _int4(int4: Int4, name: str, weight: torch.Tensor) -> Format:
-    n, k = int4.shape(weight)
+    _, k = int4.shape(weight)
     scale: torch.Tensor = getattr(int4, name)
     zero: torch.Tensor | None = getattr(int4, f"{name}_zeros")
     # Beside tiles rows of scales are contiguous, else columns.
@@ -118,7 +128,7 @@ def _int4(int4: Int4, name: str, weight: torch.Tensor) -> Format:
         scale_column=column,
         expert=weight.stride(0) * weight.element_size(),
         row=weight.stride(1) * weight.element_size(),
-        half=n // 2 if name == "w13" else 0,
+        single=int4.single(k),
         zeros=zeros.value,
         zero_expert=zero_expert,
         zero_row=zero_row,

@@ -214,6 +214,12 @@ FLAGS = [
     ("vllm", "-dp 2", "parallel.dp"),
     ("vllm", "--prefill-context-parallel-size 2", "parallel.dp"),
     ("vllm", "--enable-lora", "lora"),
+    ("vllm", "--enable-lora --lora-target-modules q_proj o_proj", None),
+    ("vllm", "--enable-lora --lora-target-modules q_proj down_proj", "lora"),
+    ("vllm", "-dp 2 --enable-expert-parallel", "parallel.all2all"),
+    ("vllm", "--cpu-offload-gb 4", "memory.offload"),
+    ("vllm", "--enable-sleep-mode", "memory.sleep"),
+    ("vllm", "-tp 3", "parallel.tp"),
     ("vllm", "--enable-return-routed-experts", "routing.capture"),
     ("vllm", '--weight-transfer-config \'{"backend": "other"}\'', "load.format"),
     ("vllm", "--quantization fp8", "quant.online"),
@@ -225,9 +231,9 @@ FLAGS = [
     ("sglang", "", None),
     ("sglang", "--disable-shared-experts-fusion", "disabled"),
     ("sglang", "--ep-size 2", "parallel.ep"),
-    ("sglang", "--moe-a2a-backend deepep", "parallel.ep"),
+    ("sglang", "--moe-a2a-backend deepep", "parallel.all2all"),
     ("sglang", "--dp-size 2", "parallel.dp"),
-    ("sglang", "--pp-size 2", "parallel.pp"),
+    ("sglang", "--pp-size 2", None),
     ("sglang", "--moe-runner-backend flashinfer_cutlass", "backend.topk_format"),
     ("sglang", "--enable-deterministic-inference", "slower.unmeasured"),
     ("sglang", "--expert-distribution-recorder-mode stat", "routing.capture"),
@@ -324,7 +330,7 @@ def test_the_first_line_is_the_verdict(tmp_path: Path) -> None:
     done = fse_patch("plan", folder, *given, "FSE_PATCH=1", "vllm", "serve", folder)
     assert len(done.stdout.splitlines()) == 1
     done = fse_patch("plan", folder, *given, "vllm", "serve", folder, "--enable-lora")
-    assert done.stdout.startswith("stock: lora: LoRA is enabled")
+    assert done.stdout.startswith("stock: lora: LoRA adapters may change experts")
     assert done.returncode == 3
 
 

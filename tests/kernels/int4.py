@@ -41,9 +41,9 @@ def marlin_weights(numbers: torch.Tensor) -> torch.Tensor:
     return words(torch.stack(held, -1)).flatten(2)
 
 
-def marlin_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Order scales [E, N, groups]: [E, groups, N]."""
-    order = ONE if scales.shape[2] == 1 else MANY
+def marlin_scales(scales: torch.Tensor, single: bool) -> torch.Tensor:
+    """Order scales [E, N, groups]: [E, groups, N]; ``single``: as those of one group."""
+    order = ONE if single else MANY
     scales = scales.transpose(1, 2)
     return scales.unflatten(2, (-1, len(order)))[..., order].flatten(2).contiguous()
 
@@ -83,7 +83,7 @@ def drawn(shape: tuple[int, int, int], group: int, zeros: bool, dtype: torch.dty
     """Draw a matrix of weights of about 0.05, all different from group to group."""
     generator = torch.Generator().manual_seed(seed)
     experts, n, k = shape
-    groups = -(-k // group)
+    groups = -(-k // group) if group else 1
     numbers = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
     scales = (torch.rand(experts, n, groups, generator=generator) + 0.5) * 0.01
     points = torch.randint(16, (experts, n, groups), generator=generator, dtype=torch.uint8)
@@ -100,7 +100,12 @@ def packed(w13: Matrix, w2: Matrix, layout: Layout, group: int, humming: bool = 
         return marlin_zeros(matrix.zeros, humming) if tiles else byte_zeros(matrix.zeros)
 
     weights = [marlin_weights(each.numbers) if tiles else byte_weights(each.numbers) for each in (w13, w2)]
-    scales = [marlin_scales(each.scales) if tiles else each.scales for each in (w13, w2)]
+    # Humming goes by what was declared, Marlin by what there is.
+    single = [group == 0 if humming else each.scales.shape[2] == 1 for each in (w13, w2)]
+    scales = [
+        marlin_scales(each.scales, alone) if tiles else each.scales
+        for each, alone in zip((w13, w2), single, strict=True)
+    ]
     beside = Int4(layout, *scales, group, zeros(w13), zeros(w2), humming)
     return ExpertWeights(*weights, int4=beside)
 
@@ -114,5 +119,6 @@ def read(weights: ExpertWeights, name: str) -> Matrix:
     zeros: torch.Tensor | None = getattr(int4, f"{name}_zeros")
     if int4.tiles:
         points = None if zeros is None else marlin_tile.zeros(zeros, int4.humming)
-        return Matrix(marlin_tile.numbers(weight), marlin_tile.scales(scales), points)
+        single = int4.single(int4.shape(weight)[1])
+        return Matrix(marlin_tile.numbers(weight), marlin_tile.scales(scales, single), points)
     return Matrix(packed_bytes.numbers(weight), scales, None if zeros is None else packed_bytes.zeros(zeros))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fse_patch.fusion_core.kernels import experts, experts_fp8
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 from fse_patch.fusion_core.kernels.int4 import Layout
 
@@ -17,9 +18,11 @@ from .int4 import Matrix, drawn, packed, read
 HELD = {
     "marlin g128": (Layout.MARLIN_TILE, 128, False, False),
     "marlin g32": (Layout.MARLIN_TILE, 32, False, False),
-    "marlin channel": (Layout.MARLIN_TILE, 4096, False, False),
+    "marlin channel": (Layout.MARLIN_TILE, 0, False, False),
     "awq g128": (Layout.MARLIN_TILE, 128, True, False),
     "awq channel": (Layout.MARLIN_TILE, 4096, True, False),
+    "humming g128": (Layout.MARLIN_TILE, 128, False, True),
+    "humming channel": (Layout.MARLIN_TILE, 0, False, True),
     "humming awq g64": (Layout.MARLIN_TILE, 64, True, True),
     "bytes g32": (Layout.PACKED_BYTES, 32, False, False),
     "bytes awq g128": (Layout.PACKED_BYTES, 128, True, False),
@@ -84,6 +87,23 @@ def test_zero_points_of_humming_are_not_those_of_marlin() -> None:
     int4 = weights.int4
     assert int4 is not None
     assert not alike(read(replace(weights, int4=replace(int4, humming=False)), "w13"), w13)
+
+
+def test_scales_of_one_group_are_not_in_the_order_of_marlin_where_humming_packed_them() -> None:
+    weights, w13, w2 = made("humming g128", 2, 256, 128, torch.float16)
+    int4 = weights.int4
+    assert int4 is not None
+    otherwise = replace(weights, int4=replace(int4, humming=False))
+    assert alike(read(otherwise, "w13"), w13)
+    assert not alike(read(otherwise, "w2"), w2)
+
+
+def test_kernels_for_plain_weights_refuse_others() -> None:
+    weights, _, _ = made("bytes g32", 2, 128, 64, torch.float16)
+    states, ids = torch.zeros(1, 128, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.int32)
+    for kernel, words in ((experts.small_experts, "plain"), (experts_fp8.small_experts, "without scales")):
+        with pytest.raises(ValueError, match=words):
+            kernel(states, weights, torch.ones(1, 1), ids)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -24,7 +24,7 @@ def test_marlin_tiles(group: int) -> None:
     weight = marlin_utils_test.marlin_weights(numbers[0].t().int(), K, N, 4, order)
     assert torch.equal(marlin_tile.numbers(weight[None]), numbers)
     ordered = marlin_utils.marlin_permute_scales(scales[0].t().contiguous(), K, N, group)
-    assert torch.equal(marlin_tile.scales(ordered[None]), scales)
+    assert torch.equal(marlin_tile.scales(ordered[None], group == K), scales)
     # As AWQ checkpoints have zero points.
     awq = int4.words(zeros[0].t().unflatten(1, (-1, 8))[..., int4.IN_A_WORD].flatten(1))
     points = marlin_utils.awq_to_marlin_zero_points(awq, K // group, N, 4)
