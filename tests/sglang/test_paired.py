@@ -40,8 +40,8 @@ FAULTY = [
 ]
 SHOWN = [Case(case.recipe, fault=UNPROVED + (case.fault or "")) for case in FAULTY]
 STOCK = [*FAMILIES, Case("qwen2_moe")]
-# Compared with one process: a shard in the wrong place shows too. With expert parallelism SGLang's own experts
-# fail on a CPU: they take the number -1, of an expert that is elsewhere, for one of their own.
+# Compared with one process: a shard in the wrong place shows too. With expert parallelism SGLang's own
+# experts fail on a CPU: they take the number -1, of an expert that is elsewhere, for one of their own.
 PARALLEL = [Case("qwen2_moe_wide4", engine_args={"tp_size": 2})]
 RECIPE = "qwen2_moe_wide4"
 
