@@ -102,13 +102,15 @@ def probe_refusals(checkpoint: str) -> dict[str, Any]:
         for _, path, value in REFUSED:
             with put(config, path, value):
                 found[path] = reason(config)
-        with put(config, "parallel_config.tensor_parallel_size", 2):
-            with put(config, "parallel_config.enable_expert_parallel", True):
-                found["experts by rank"] = reason(config)
-                with patch.object(spread, "LEAVE_OUT", {"cpu"}):
-                    found["experts by rank, left out"] = reason(config)
-                with put(config, "parallel_config.data_parallel_size", 2):
-                    found["experts dispatched"] = reason(config)
+        with (
+            put(config, "parallel_config.tensor_parallel_size", 2),
+            put(config, "parallel_config.enable_expert_parallel", True),
+        ):
+            found["experts by rank"] = reason(config)
+            with patch.object(spread, "LEAVE_OUT", {"cpu"}):
+                found["experts by rank, left out"] = reason(config)
+            with put(config, "parallel_config.data_parallel_size", 2):
+                found["experts dispatched"] = reason(config)
         owners = {p: getattr(config, p.partition(".")[0], None) for p in CAPTURE}
         capture = next(p for p, owner in owners.items() if hasattr(owner, p.partition(".")[2]))
         with put(config, capture, True):
