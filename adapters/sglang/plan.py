@@ -48,7 +48,7 @@ def native_plan(decision: Decision, moe: MoeSpec, model_config: Any, effective: 
     """
     from sglang.srt.runtime_context import get_server_args
 
-    if native.platform() != "cuda" or decision.quant_method != UNQUANTISED:
+    if native.platform() != "cuda" or decision.quant_method != UNQUANTISED or expert_ranks() > 1:
         return None
     if moe.layout.num_shared_slots != 1 or get_server_args().enable_deterministic_inference:
         return None

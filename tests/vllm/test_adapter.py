@@ -111,11 +111,22 @@ def quantised(config: Any, method: str | None) -> str:
 def probe_refusals(checkpoint: str) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
+    from fse_patch.adapters.vllm import spread
+
     with building(checkpoint) as config:
         found: dict[str, Any] = {"plain": reason(config)}
         for _, path, value in REFUSED:
             with put(config, path, value):
                 found[path] = reason(config)
+        with (
+            put(config, "parallel_config.tensor_parallel_size", 2),
+            put(config, "parallel_config.enable_expert_parallel", True),
+        ):
+            found["experts by rank"] = reason(config)
+            with patch.object(spread, "LEAVE_OUT", {"cpu"}):
+                found["experts by rank, left out"] = reason(config)
+            with put(config, "parallel_config.data_parallel_size", 2):
+                found["experts dispatched"] = reason(config)
         owners = {p: getattr(config, p.partition(".")[0], None) for p in CAPTURE}
         capture = next(p for p, owner in owners.items() if hasattr(owner, p.partition(".")[2]))
         with put(config, capture, True):
@@ -228,6 +239,10 @@ def test_what_is_not_proven_is_refused_before_it_is_built(checkpoint: str) -> No
     found = in_process(f"{__name__}:probe_refusals", checkpoint, FSE_PATCH="vllm")
     assert found["plain"] == found["plain again"] == "ok"
     assert {path: found[path] for _, path, _ in REFUSED} == {path: code for code, path, _ in REFUSED}
+    # A CPU's kernels leave out nothing; where they did, it would fuse.
+    assert found["experts by rank"] == "parallel.ep"
+    assert found["experts by rank, left out"] == "ok"
+    assert found["experts dispatched"] == "parallel.all2all"
     assert found["capture"] == "routing.capture"
     assert found["simulator"] == "routing.simulator"
     assert found["experts replaced by constants"] == ["backend.routing"] * 2 + ["ok"]
