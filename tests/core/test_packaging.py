@@ -16,6 +16,11 @@ import yaml
 from envs import matrix
 
 ROOT = Path(__file__).parents[2]
+# The environment of these tests has this clone on its path.
+WITHOUT_THIS_CLONE = """
+import os, site, sys
+sys.path[1:] = [p for p in sys.path[1:] if not os.path.exists(os.path.join(p, "fse_patch", "__init__.py"))]
+"""
 IMPORTS = """
 import fse_patch, fse_patch.adapters, fse_patch.fusion_core, fse_patch.patches
 from fse_patch import __version__, apply
@@ -32,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def python(code: str, cwd: Path, site: Path | None = None) -> str:
     """What Python prints that was started in a folder, with ``site`` as its site-packages."""
-    before = f"import site; site.addsitedir({str(site)!r})\n" if site else ""
+    before = WITHOUT_THIS_CLONE + (f"site.addsitedir({str(site)!r})\n" if site else "")
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", before + code], cwd=cwd, env=clean, capture_output=True, text=True
