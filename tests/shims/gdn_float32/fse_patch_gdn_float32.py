@@ -48,6 +48,18 @@ def patch(module):
 
     cpu_gdn_attention_core.fse_patch_float32 = True
     module.cpu_gdn_attention_core = cpu_gdn_attention_core
+    leave_plain(getattr(module, "ops", None))
+
+
+def leave_plain(ops):
+    """Keep float32 weights of convolutions as they are: up to 0.28 all are packed where there is AMX."""
+    import torch
+
+    pack = getattr(ops, "causal_conv1d_weight_pack", None)
+    if pack is not None:
+        ops.causal_conv1d_weight_pack = lambda weight: (
+            pack(weight) if weight.dtype == torch.bfloat16 else weight
+        )
 
 
 class Sequence:
