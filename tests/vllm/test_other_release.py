@@ -26,11 +26,11 @@ def test_with_another_seam_it_is_served_unfused_or_not_at_all(
 ) -> None:
     copied = other_release.copy("vllm", tmp_path, SEAM)
     job = checkpoints.job(CASE)
-    results, lines, status = other_release.serve("vllm", job, copied, FSE_PATCH_STRICT=strict, **IN_PROCESS)
+    results, lines, ending = other_release.serve("vllm", job, copied, FSE_PATCH_STRICT=strict, **IN_PROCESS)
     if not strict:
         other_release.check_stock(results, lines, SEAM)
         return
-    assert (results, status) == ([], 3)
+    assert (results, ending) == ([], "ended with status 3")
     assert len(lines) == 1
     assert lines[0].startswith(f"fse_patch: vllm: release.seam: vllm {other_release.VERSION}: patch ")
     assert f": {SEAM} reads " in lines[0]
