@@ -116,12 +116,20 @@ class PairedEngine(ABC):
         """Return what layers run in outside of serving."""
 
     @abstractmethod
+    def group(self) -> Any:
+        """Return the engine's group of processes of tensor parallelism, which share the layers."""
+
     def gather(self, value: Any) -> list[Any]:
         """Return the value of each process that shares the layers, in their order."""
+        group = self.group()
+        values: list[Any] = [value] * group.world_size
+        if group.world_size > 1:
+            torch.distributed.all_gather_object(values, value, group=group.cpu_group)
+        return values
 
-    @abstractmethod
     def processes(self) -> int:
         """Return how many processes share the layers."""
+        return int(self.group().world_size)
 
     @abstractmethod
     def release(self) -> str:

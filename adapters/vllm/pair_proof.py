@@ -48,24 +48,12 @@ class Engine(paired.PairedEngine):
         ):
             yield
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the value of each process of tensor parallelism."""
-        group = _group()
-        values: list[Any] = [value] * group.world_size
-        if group.world_size > 1:
-            torch.distributed.all_gather_object(values, value, group=group.cpu_group)
-        return values
+    def group(self) -> Any:
+        """Return vLLM's group of processes of tensor parallelism."""
+        from vllm.distributed import parallel_state
 
-    def processes(self) -> int:
-        """Return the size of tensor parallelism."""
-        return int(_group().world_size)
+        return parallel_state.get_tp_group()
 
     def release(self) -> str:
         """Return vLLM's release."""
         return Version(guards.engine_version(ledger.load(ENGINE))).public
-
-
-def _group() -> Any:
-    from vllm.distributed import parallel_state
-
-    return parallel_state.get_tp_group()

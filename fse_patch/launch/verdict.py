@@ -6,37 +6,28 @@ are asked of a command line.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 from packaging.version import InvalidVersion, Version
 
-from ..adapters.lora import refused_targets
 from ..adapters.patching import ledger, standing
-from ..adapters.refusals import quantised_online, undivided, without_proof
-from ..adapters.running_config import config_differs
 from ..errors import FsePatchError, RefusedError
-from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.checkpoint.families import family_of
 from ..fusion_core.decision.native import fusing, gets_wrong
 from ..fusion_core.decision.outcome import Decision, Merged, Paired, Stock, paired
-from ..fusion_core.decision.paired_places import unrun
-from ..fusion_core.engines import EngineFacts, Refusal, facts_of
+from ..fusion_core.engines import EngineFacts, facts_of
 from ..fusion_core.forward.plan import ModePlan
 from ..fusion_core.forward.threshold import merged_gains
 from ..fusion_core.reasons import CONTRADICTIONS, Code, Reason
-from ..settings import CPU_THRESHOLD, Settings
+from ..settings import Settings
 from .command import Asked
 from .machine import Device
 from .modes import beside_native, plan_of
+from .refusals import held, merged_refusals, pair_refusals
 
 Served = Literal["fused", "native", "stock"]
-# What forbids to merge and not to pair: each rank runs the experts that it has.
-MERGED_ALONE = {"parallel.ep"}
 
 
 @dataclass(frozen=True)
@@ -174,33 +165,13 @@ def _laid_out(
         return found
     apart = paired(decision)
     if isinstance(apart, Paired):
-        reason = next(_pair_refusals(apart, asked, facts, made.device, config, now), None)
+        reason = next(pair_refusals(apart, asked, facts, made.device, config, now), None)
         if reason is None:
             return replace(made, served="fused", layout="paired")
         apart = apart.refused(reason)
-    return (
-        found if now.layout == "auto" or not isinstance(apart, Stock) else _refused(made, apart.reason, now)
-    )
-
-
-def _pair_refusals(
-    decision: Paired,
-    asked: Asked,
-    facts: EngineFacts,
-    device: Device,
-    config: Mapping[str, Any],
-    now: Settings,
-) -> Iterator[Reason]:
-    assert facts.launch is not None
-    if device.platform == "cpu":
-        if not now.cpu_threshold:
-            yield Reason("backend.layout", f"engines pack weights on a CPU; for tests, set {CPU_THRESHOLD}")
-    elif now.layout != "paired" and (reason := unrun(facts.engine, device.platform, device.name)) is not None:
-        yield reason
-    yield from _overrides(decision, asked, config)
-    rows = (row for row in _held(facts.launch.refuses, asked) if row.reason not in MERGED_ALONE)
-    yield from (Reason(row.reason, row.detail.format(value=asked[row.ask])) for row in rows)
-    yield from _lora_and_sizes(decision, asked, facts)
+    if now.layout == "auto" or not isinstance(apart, Stock):
+        return found
+    return _refused(made, apart.reason, now)
 
 
 def _settled(
@@ -219,7 +190,7 @@ def _settled(
             return replace(made, served="native", reason=by_itself)
         return _refused(made, decision.reason, now)
     right = native is not None and not wrong
-    reasons = _refusals(decision, asked, facts, right, made.device, config, now)
+    reasons = merged_refusals(decision, asked, facts, right, made.device, config, now)
     reason = next(reasons, None)
     # Modes for what the engine fuses by itself, where nothing else forbids them.
     beside = beside_native(decision, asked, facts, made, config, now) if right and not any(reasons) else None
@@ -235,68 +206,12 @@ def _refused(made: Verdict, reason: Reason, now: Settings) -> Verdict:
     return replace(made, reason=reason, ends=reason.code in CONTRADICTIONS and bool(now.strict))
 
 
-def _refusals(
-    decision: Merged,
-    asked: Asked,
-    facts: EngineFacts,
-    native_right: bool,
-    device: Device,
-    config: Mapping[str, Any],
-    now: Settings,
-) -> Iterator[Reason]:
-    assert facts.launch is not None
-    rows = _held(facts.launch.refuses, asked)
-    # What switches the engine's own fusion off is asked before it.
-    if native_right:
-        yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
-    yield from _overrides(decision, asked, config)
-    yield from (Reason(row.reason, row.detail.format(value=asked[row.ask])) for row in rows)
-    yield from _lora_and_sizes(decision, asked, facts)
-    method = asked["quantization"]
-    found = None if decision.quant_method == UNQUANTISED else decision.read_as or decision.quant_method
-    yield from quantised_online(decision, str(method) if method else found, method)
-    yield from without_proof(decision, device.platform, now)
-
-
-def _held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
-    return (
-        row for row in rows if row.holds(asked[row.ask]) and (row.beside is None or bool(asked[row.beside]))
-    )
-
-
-def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts) -> Iterator[Reason]:
-    """Refuse adapters that may change experts, and widths that do not divide over processes."""
-    assert facts.launch is not None
-    targets = asked["lora_targets"]
-    if asked["lora"] or asked["lora_paths"]:
-        names = re.split(r"[\s,]+", targets) if isinstance(targets, str) and targets else None
-        yield from refused_targets(names, "--lora-target-modules")
-    flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
-    if not asked["ep"] or asked["ep"] == 1:
-        yield from undivided(decision.moe.layout, asked.number("tp"), None, flag)
-
-
-def _overrides(decision: Merged | Paired, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:
-    """Refuse overrides of what the decision rests on, as the engine does when it has applied them."""
-    text = asked["overrides"]
-    if not text:
-        return
-    try:
-        overrides = json.loads(str(text))
-    except ValueError:
-        return  # the name of a function, or what the engine itself will complain of
-    if isinstance(overrides, dict):
-        nested = overrides.pop("text_config", {})
-        held = dict(config.get("text_config") or config)
-        yield from config_differs(decision, SimpleNamespace(**{**held, **overrides, **dict(nested)}))
-
-
 def _native(
     decision: Decision, asked: Asked, facts: EngineFacts, device: Device, version: str
 ) -> dict[str, Any] | None:
     """Return what is known of the engine's own fusion, if this launch would have it."""
     family, launch = family_of(decision.model_type), facts.launch
-    if family is None or launch is None or any(_held(launch.native_declined, asked)):
+    if family is None or launch is None or any(held(launch.native_declined, asked)):
         return None
     wanted = bool(launch.native_wanted) and all(r.holds(asked[r.ask]) for r in launch.native_wanted)
     here = fusing(facts.engine, family.name, device.platform, version)

@@ -44,7 +44,7 @@ class MoeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class _Decided:
-    """Fields of both outcomes.
+    """Fields of every outcome.
 
     Args:
         role: "main" or "draft" (the MTP layers): their quantisation can differ.
@@ -135,8 +135,8 @@ class _Decided:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merged(_Decided):
-    """Outcome: in all layers of ``moe`` the shared expert becomes the last slots of the experts' tensors.
+class _Fuses(_Decided):
+    """Fields of both outcomes that run layers of ours.
 
     Args:
         detail: one line for people: what was seen and where.
@@ -144,11 +144,6 @@ class Merged(_Decided):
 
     moe: MoeSpec
     detail: str = ""
-    weight_layout: ClassVar[str] = "merged"
-
-    def __post_init__(self) -> None:
-        if not self.moe.layers:
-            raise ValueError(f"a decision to fuse no layer: {self}")
 
     def refused(self, reason: Reason) -> Stock:
         """Return what is decided where something else speaks against it."""
@@ -162,26 +157,21 @@ class Merged(_Decided):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paired(_Decided):
-    """Outcome: weights stay where the engine keeps them, and few tokens run in one pass over both kinds.
+class Merged(_Fuses):
+    """Outcome: in all layers of ``moe`` the shared expert becomes the last slots of the experts' tensors."""
 
-    Args:
-        detail: one line for people.
-    """
+    weight_layout: ClassVar[str] = "merged"
 
-    moe: MoeSpec
-    detail: str = ""
+    def __post_init__(self) -> None:
+        if not self.moe.layers:
+            raise ValueError(f"a decision to fuse no layer: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired(_Fuses):
+    """Outcome: weights stay where the engine keeps them, and few tokens run in one pass over both kinds."""
+
     weight_layout: ClassVar[str] = "paired"
-
-    def refused(self, reason: Reason) -> Stock:
-        """Return what is decided where something else speaks against it."""
-        return self._refused(reason, self.moe)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the decision as plain data, for reports."""
-        moe = self.moe
-        reason = Reason(FUSES, self.detail)
-        return self._to_dict(reason, moe.layout, moe.routing, moe.shared_weight, moe.layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,9 @@ class Engine(PairedEngine):
     def context(self, num_tokens: int) -> Iterator[None]:
         yield
 
+    def group(self) -> Any:
+        raise NotImplementedError
+
     def gather(self, value: Any) -> list[Any]:
         self.gathered += 1
         return [value, *(other for other in self.others if type(other) is type(value))]

@@ -1,0 +1,111 @@
+"""What of a launch forbids layers of ours: asked of a command line, as adapters ask it of an engine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from ..adapters.lora import refused_targets
+from ..adapters.refusals import quantised_online, undivided, without_proof
+from ..adapters.running_config import config_differs
+from ..fusion_core.checkpoint.config import UNQUANTISED
+from ..fusion_core.decision.outcome import Merged, Paired
+from ..fusion_core.decision.paired_places import unrun
+from ..fusion_core.engines import EngineFacts, Refusal
+from ..fusion_core.reasons import Reason
+from ..settings import CPU_THRESHOLD, Settings
+from .command import Asked
+from .machine import Device
+
+# What forbids to merge and not to pair: each rank runs the experts that it has.
+MERGED_ALONE = {"parallel.ep"}
+
+
+def merged_refusals(
+    decision: Merged,
+    asked: Asked,
+    facts: EngineFacts,
+    native_right: bool,
+    device: Device,
+    config: Mapping[str, Any],
+    now: Settings,
+) -> Iterator[Reason]:
+    """Say what of a launch forbids to merge, first reason first."""
+    # What switches the engine's own fusion off is asked before it.
+    if native_right:
+        yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
+    yield from _of_either(decision, asked, facts, config)
+    method = asked["quantization"]
+    found = None if decision.quant_method == UNQUANTISED else decision.read_as or decision.quant_method
+    yield from quantised_online(decision, str(method) if method else found, method)
+    yield from without_proof(decision, device.platform, now)
+
+
+def pair_refusals(
+    decision: Paired,
+    asked: Asked,
+    facts: EngineFacts,
+    device: Device,
+    config: Mapping[str, Any],
+    now: Settings,
+) -> Iterator[Reason]:
+    """Say what of a launch forbids to pair, first reason first."""
+    if device.platform == "cpu":
+        if not now.cpu_threshold:
+            yield Reason("backend.layout", f"engines pack weights on a CPU; for tests, set {CPU_THRESHOLD}")
+    elif now.layout != "paired" and (reason := unrun(facts.engine, device.platform, device.name)) is not None:
+        yield reason
+    yield from _of_either(decision, asked, facts, config, except_for=MERGED_ALONE)
+
+
+def _of_either(
+    decision: Merged | Paired,
+    asked: Asked,
+    facts: EngineFacts,
+    config: Mapping[str, Any],
+    except_for: Container[str] = (),
+) -> Iterator[Reason]:
+    """Refuse what forbids both layouts; rows with a code in ``except_for`` do not count."""
+    assert facts.launch is not None
+    yield from _overrides(decision, asked, config)
+    for row in held(facts.launch.refuses, asked):
+        if row.reason not in except_for:
+            yield Reason(row.reason, row.detail.format(value=asked[row.ask]))
+    yield from _lora_and_sizes(decision, asked, facts)
+
+
+def held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
+    """Return the rows that hold for what is asked."""
+    return (
+        row for row in rows if row.holds(asked[row.ask]) and (row.beside is None or bool(asked[row.beside]))
+    )
+
+
+def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts) -> Iterator[Reason]:
+    """Refuse adapters that may change experts, and widths that do not divide over processes."""
+    assert facts.launch is not None
+    targets = asked["lora_targets"]
+    if asked["lora"] or asked["lora_paths"]:
+        names = re.split(r"[\s,]+", targets) if isinstance(targets, str) and targets else None
+        yield from refused_targets(names, "--lora-target-modules")
+    flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
+    if not asked["ep"] or asked["ep"] == 1:
+        yield from undivided(decision.moe.layout, asked.number("tp"), None, flag)
+
+
+def _overrides(decision: Merged | Paired, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:
+    """Refuse overrides of what the decision rests on, as the engine does when it has applied them."""
+    text = asked["overrides"]
+    if not text:
+        return
+    try:
+        overrides = json.loads(str(text))
+    except ValueError:
+        return  # the name of a function, or what the engine itself will complain of
+    if isinstance(overrides, dict):
+        nested = overrides.pop("text_config", {})
+        held = dict(config.get("text_config") or config)
+        yield from config_differs(decision, SimpleNamespace(**{**held, **overrides, **dict(nested)}))
