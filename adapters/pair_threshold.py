@@ -20,6 +20,7 @@ from ..fusion_core.forward.threshold import ROUTINGS, SIZES, Threshold, lower_bo
 from ..fusion_core.proof.paired import inputs_of
 from ..fusion_core.reasons import Reason
 from ..version import __version__
+from .graph_timing import reading
 from .paired import EngineLayer, PairedEngine, PairedRole
 
 # Layers of one shape that run in turn: one alone would stay in the cache of the device.
@@ -175,21 +176,10 @@ def _capture(function: Callable[[], object]) -> Any:
 def _in_turn(graphs: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return seconds of each graph in each round; rounds alternate, none always follows the other."""
     for graph in graphs.values():
-        _reading(graph, 2)
-    replays = max(3, min(200, int(READING / _reading(graphs["stock"], 3))))
+        reading(graph, 2)
+    replays = max(3, min(200, int(READING / reading(graphs["stock"], 3))))
     seconds: dict[str, list[float]] = {name: [] for name in graphs}
     for number in range(ROUNDS):
         for name in list(graphs) if number % 2 == 0 else list(graphs)[::-1]:
-            seconds[name].append(_reading(graphs[name], replays))
+            seconds[name].append(reading(graphs[name], replays))
     return seconds
-
-
-def _reading(graph: Any, replays: int) -> float:
-    event: Any = torch.cuda.Event
-    begin, end = event(enable_timing=True), event(enable_timing=True)
-    begin.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / replays

@@ -6,10 +6,10 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from ..adapters.graph_timing import reading
 from ..fusion_core.decision.layout import ExpertLayout
 
 # Seconds of GPU time that one reading of one graph takes, about: long against a clock's resolution.
@@ -30,18 +30,6 @@ def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         function()
     return graph
-
-
-def reading(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    """Return the seconds of one replay."""
-    event: Any = torch.cuda.Event
-    start, end = event(enable_timing=True), event(enable_timing=True)
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / replays
 
 
 def in_turn(arms: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:

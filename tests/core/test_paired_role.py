@@ -392,7 +392,7 @@ def test_arms_are_timed_against_each_other(
 ) -> None:
     monkeypatch.setattr(pair_threshold, "SIZES", (1, 2))
     monkeypatch.setattr(pair_threshold, "_capture", lambda function: function)
-    monkeypatch.setattr(pair_threshold, "_reading", timed)
+    monkeypatch.setattr(pair_threshold, "reading", timed)
     role = role_of()
     for number, layer in ((n, Slowed(n, role)) for n in (0, 1)):
         layer.stock_seconds, layer.ours_seconds = stock, ours
