@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py stock benchmarks/shapes/qwen3_next_80b --layers 48 --quant fp8-block --csv F
     python benchmarks/serving.py fused ...                       then stock once more: runs differ
-    python benchmarks/serving.py stock ... --profile F           also kernels by time of 8192 tokens of prompts
+    python benchmarks/serving.py stock ... --profile F          also kernels of 8192 tokens by time
 
 For models of which two do not fit one device. Weights are random (`fse-patch bench --end-to-end` draws the
 same), prompts are token ids, answers greedy; those to one prompt are drawn at temperature 1. A row of the
