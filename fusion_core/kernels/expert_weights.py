@@ -79,3 +79,29 @@ class ExpertWeights:
 def slots_of(shared: ExpertWeights, width: int) -> int:
     """Return S, how many slots of routed width ``width`` the shared expert takes."""
     return -(-shared.width // width)
+
+
+# What the L2 cache of a Hopper device keeps for one half of its multiprocessors, less what others use.
+CACHED = 20 << 20
+# Stride of an expert, and of a part of its w2, in elements; bytes of a part, 0 for none.
+Ahead = tuple[int, int, int]
+NOTHING_AHEAD: Ahead = (0, 0, 0)
+
+
+def ahead(weights: ExpertWeights, pairs: int, parts: int) -> Ahead:
+    """Return what the programs of w13 ask into the L2 cache for those of w2.
+
+    Args:
+        pairs: (token, slot) pairs; each has an expert.
+        parts: programs a pair.
+    """
+    w2, size = weights.w2, weights.w2.element_size()
+    _, hidden, width = w2.shape
+    rows = hidden // parts
+    part = ((rows - 1) * w2.stride(1) + width) * size
+    whole = all(
+        number % 16 == 0 for number in (part, w2.stride(0) * size, w2.stride(1) * size, w2.data_ptr())
+    )
+    if hidden % parts or not whole or pairs * hidden * width * size > CACHED:
+        return NOTHING_AHEAD
+    return w2.stride(0), rows * w2.stride(1), part

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_weights import ExpertWeights, slots_of
-from .launch import begin, options
+from .expert_weights import NOTHING_AHEAD, ExpertWeights, ahead, slots_of
+from .launch import ask_ahead, begin, options
 
 
 def w13_tile(hidden: int, width: int) -> tuple[int, int, int]:
@@ -77,10 +77,13 @@ def small_experts(
     inner = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
     block_n, block_k, warps = w13_tile(hidden, width)
-    _w13[(tokens * slots, triton.cdiv(width, block_n))](
+    pairs, parts = tokens * slots, triton.cdiv(width, block_n)
+    _w13[(pairs, parts)](
         states,
         routed.w13,
         other.w13,
+        routed.w2,
+        other.w2,
         topk_ids,
         inner,
         len(routed.w2),
@@ -90,6 +93,8 @@ def small_experts(
         WIDTH=width,
         SHARED_WIDTH=other.width,
         STRIDES=(*routed.w13.stride()[:2], other.w13.stride(1)),
+        AHEAD=ahead(routed, pairs, parts),
+        SHARED_AHEAD=ahead(other, pairs, parts) if other.width == width else NOTHING_AHEAD,
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(hidden)),
         num_warps=warps,
@@ -124,6 +129,8 @@ def _w13(
     x_ptr,
     w13_ptr,
     shared_ptr,
+    w2_ptr,
+    shared_w2_ptr,
     ids_ptr,
     inner_ptr,
     E,
@@ -133,6 +140,8 @@ def _w13(
     WIDTH: tl.constexpr,
     SHARED_WIDTH: tl.constexpr,
     STRIDES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SHARED_AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -162,6 +171,16 @@ def _w13(
         w3 = tl.load(tile_ptr + wide * stride + start, mask=mask, other=0.0).to(tl.float32)
         acc_gate += w1 * x[None, :]
         acc_up += w3 * x[None, :]
+        if start == 0:
+            # This program's part of w2, for the next kernel.
+            if APART:
+                if pair % SLOTS < SLOTS - APART:
+                    if expert >= 0:
+                        ask_ahead(w2_ptr + expert * AHEAD[0] + tl.program_id(1) * AHEAD[1], AHEAD[2], PDL)
+                else:
+                    ask_ahead(shared_w2_ptr + tl.program_id(1) * SHARED_AHEAD[1], SHARED_AHEAD[2], PDL)
+            else:
+                ask_ahead(w2_ptr + expert * AHEAD[0] + tl.program_id(1) * AHEAD[1], AHEAD[2], PDL)
     gate = tl.sum(acc_gate, 1)
     value = gate / (1.0 + tl.exp(-gate)) * tl.sum(acc_up, 1)
     tl.store(inner_ptr + pair * WIDTH + offs_n, value.to(inner_ptr.dtype.element_ty), mask=offs_n < WIDTH)

@@ -13,12 +13,14 @@ import torch
 import triton
 
 from . import experts
-from .expert_weights import Block, ExpertWeights, Scales, slots_of
+from .expert_weights import NOTHING_AHEAD, Block, ExpertWeights, Scales, ahead, slots_of
 from .experts_fp8_kernels import w2_kernel, w13_kernel
 from .launch import options
 
 # Most weights that a thread loads at once, 16 bytes: blocks of scales must be whole numbers of them.
 CHUNK = 16
+# Weights of w2 that a thread holds before it waits: as many as fit the registers beside others.
+EARLY_BYTES = 176
 # Rows or columns that share a scale where there is one for all.
 ALL = 1 << 30
 # BLOCK_N, CHUNKS, warps, and CHUNK: weights that a thread multiplies and adds up by itself.
@@ -135,13 +137,19 @@ def launch_w13(
     """Write SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [num_tokens * (k + S), I]."""
     (block_n, chunks, warps, chunk), hidden = tile, states.shape[1]
     chunks = min(chunks, triton.next_power_of_2(hidden // chunk))
-    w13_kernel[(inner.shape[0], triton.cdiv(inner.shape[1], block_n))](
+    pairs, parts = inner.shape[0], triton.cdiv(inner.shape[1], block_n)
+    alike = shared is None or shared.width == routed.width
+    w13_kernel[(pairs, parts)](
         states,
         *_tensors("w13", routed, shared),
+        routed.w2,
+        (shared or routed).w2,
         ids,
         inner,
         len(routed.w2),
         **_sizes("w13", routed, shared, ids),
+        AHEAD=ahead(routed, pairs, parts),
+        SHARED_AHEAD=ahead(shared or routed, pairs, parts) if alike else NOTHING_AHEAD,
         BLOCK_N=block_n,
         CHUNKS=chunks,
         CHUNK=chunk,
@@ -171,6 +179,7 @@ def launch_w2(
         output,
         len(routed.w2),
         **_sizes("w2", routed, shared, ids),
+        EARLY=early_slots(block_n * width // (32 * warps), ids.shape[1] - _apart(routed, shared)),
         BLOCK_N=block_n,
         CHUNKS=chunks,
         CHUNK=chunk,
@@ -178,6 +187,15 @@ def launch_w2(
         num_warps=warps,
         **options(inner),
     )
+
+
+def _apart(routed: ExpertWeights, shared: ExpertWeights | None) -> int:
+    return 0 if shared is None else slots_of(shared, routed.width)
+
+
+def early_slots(bytes_: int, slots: int) -> int:
+    """Return of how many slots a thread loads ``bytes_`` of w2 each before it waits for w13."""
+    return min(slots, EARLY_BYTES // bytes_)
 
 
 def _whole(routed: ExpertWeights, shared: ExpertWeights | None) -> bool:
@@ -201,7 +219,7 @@ def _sizes(
     other = shared or routed
     return {
         "SLOTS": ids.shape[1],
-        "APART": 0 if shared is None else slots_of(shared, routed.width),
+        "APART": _apart(routed, shared),
         "HIDDEN": routed.w2.shape[1],
         "WIDTH": routed.width,
         "SHARED_WIDTH": other.width,
