@@ -153,16 +153,15 @@ def w2_kernel(
     acc = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
     early = ()
     if EARLY:
-        # Weights of the first slots, while w13's kernel still runs. The ids are there: it has waited for them.
+        # Weights of the first slots, while w13's kernel runs. The ids are there: it has waited for them.
         for j in tl.static_range(EARLY):
             here = tl.maximum(tl.load(ids_ptr + token * SLOTS + j).to(tl.int64), 0)
             for start in tl.static_range(0, WIDTH, CHUNKS * CHUNK):
                 offs_c = start // CHUNK + tl.arange(0, CHUNKS)
-                early = early + (
-                    _tile(
-                        w2_ptr + here * FORMAT[0], offs_n, offs_c, HIDDEN, WIDTH, 0, 0, FORMAT[1], CHUNK, EVEN
-                    ),
+                tile = _tile(
+                    w2_ptr + here * FORMAT[0], offs_n, offs_c, HIDDEN, WIDTH, 0, 0, FORMAT[1], CHUNK, EVEN
                 )
+                early = early + (tile,)  # noqa: RUF005 - Triton has no unpacking here
     begin(PDL)
     TILES: tl.constexpr = (WIDTH + CHUNKS * CHUNK - 1) // (CHUNKS * CHUNK)
     # Unrolled: the loads of all slots are under way at once.
@@ -176,8 +175,9 @@ def w2_kernel(
             if j < EARLY:
                 here = tl.maximum(expert, 0) if APART else expert
                 acc += weight * _multiplied(
-                    early[j * TILES + start // (CHUNKS * CHUNK)], scale_ptr + here * FORMAT[2], offs_n, offs_c,
-                    HIDDEN, WIDTH, 0, 0, FORMAT[3], FORMAT[4], x, FORMAT[5], FORMAT[6], BLOCK_N, CHUNK,
+                    early[j * TILES + start // (CHUNKS * CHUNK)], scale_ptr + here * FORMAT[2], offs_n,
+                    offs_c, HIDDEN, WIDTH, 0, 0, FORMAT[3], FORMAT[4], x, FORMAT[5], FORMAT[6], BLOCK_N,
+                    CHUNK,
                 )  # fmt: skip
             elif APART and j >= SLOTS - APART:
                 # Columns of a slot come after those of the slots before it.

@@ -46,7 +46,8 @@ def ask_ahead(ptr, BYTES: tl.constexpr, PDL: tl.constexpr):
     if PDL and BYTES:
         tl.inline_asm_elementwise(
             "{ .reg .pred %first; .reg .u32 %thread; mov.u32 %thread, %tid.x; "
-            "setp.eq.u32 %first, %thread, 0; @%first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "setp.eq.u32 %first, %thread, 0; @%first cp.async.bulk.prefetch.L2.global [$1], $2; "
+            "mov.u32 $0, 0; }",
             "=r,l,r",
             [ptr.to(tl.int64), BYTES],
             dtype=tl.int32,
