@@ -1,4 +1,4 @@
-"""What w2's kernel does before it waits for w13's: the same numbers, from weights that were asked for early."""
+"""What w2's kernel does before it waits for w13's: the same numbers, from weights asked for early."""
 
 from __future__ import annotations
 
