@@ -224,7 +224,8 @@ def _w2(
                 offs_k = start + tl.arange(0, BLOCK_K)
                 mask = (offs_n < HIDDEN)[:, None] & ((offs_k < WIDTH) & (expert >= 0))[None, :]
                 tile_ptr = w2_ptr + expert * STRIDES[0] + offs_n[:, None] * STRIDES[1] + offs_k[None, :]
-                early = early + (tl.load(tile_ptr, mask=mask, other=0.0),)  # noqa: RUF005 - no unpacking here
+                tile = tl.load(tile_ptr, mask=mask, other=0.0)
+                early = early + (tile,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
     begin(PDL)
     if EARLY:
         for j in tl.static_range(EARLY):

@@ -161,7 +161,7 @@ def w2_kernel(
                 tile = _tile(
                     w2_ptr + here * FORMAT[0], offs_n, offs_c, HIDDEN, WIDTH, 0, 0, FORMAT[1], CHUNK, EVEN
                 )
-                early = early + (tile,)  # noqa: RUF005 - Triton has no unpacking here
+                early = early + (tile,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
     begin(PDL)
     TILES: tl.constexpr = (WIDTH + CHUNKS * CHUNK - 1) // (CHUNKS * CHUNK)
     # Unrolled: the loads of all slots are under way at once.
