@@ -61,7 +61,7 @@ def _products(
     GROUP_K: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Load a tile as of `_tile`, and multiply it as of `_multiplied`."""
-    tile = _tile(w_ptr, offs_n, offs_c, n, k, row, column, stride_n, CHUNK, EVEN)
+    tile = _tile(w_ptr, offs_n, offs_c, n, k, row, column, stride_n, CHUNK, EVEN).to(tl.float32)
     return _multiplied(
         tile, scale_ptr, offs_n, offs_c, n, k, row, column, scale_n, scale_k, x, GROUP_N, GROUP_K, BLOCK_N,
         CHUNK,
@@ -148,6 +148,8 @@ def w2_kernel(
     SHARED_WIDTH: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if not EARLY:
+        begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
