@@ -28,7 +28,7 @@ def differences(facts: EngineFacts, page: str, matrix: list[tuple[str, str]]) ->
         found.append(f"matrix: {sorted(built ^ cpu)}")
     cells = re.findall(r"^\| (\w+) \| (\d[\d.]*) \| ([^|]*) \|", page, re.MULTILINE)
     told = {(release, where) for name, release, where in cells if NAMES[name] == facts.engine}
-    known = {(r.release, ", ".join([*(["CPU"] if r.cpu else []), *r.cuda])) for r in facts.releases}
+    known = {(r.release, ", ".join([*(["CPU"] if r.cpu else []), *r.cuda]) or "-") for r in facts.releases}
     return found + [f"page: {row}" for row in sorted(told ^ known)]
 
 
