@@ -129,13 +129,13 @@ def int4_experts(experts: Any) -> ExpertWeights | None:
         activations=model,
         model=model,
         scales=word(scales[0].dtype),
-        act_order=row.act_order(scheme) or both(order) is not None,
+        act_order=row.act_order(scheme) or (row.packing == "marlin" and both(order) is not None),
         width=int(experts.intermediate_size_per_partition),
         group=group_of(row.group(scheme, experts)),
         wrong=row.wrong(scheme),
     )
     zeros = both(zero) if row.zeros(scheme) else None
-    if row.zeros(scheme) and zeros is None:
+    if row.zeros(scheme) and zeros is None and not built.wrong:
         raise Unreadable("4-bit experts have no zero points under a name that is known")
     return int4_of(KeptInt4(built, int(experts.hidden_size), weights, scales, zeros))
 

@@ -101,7 +101,7 @@ def int4_experts(experts: Any) -> ExpertWeights | None:
         activations=activations,
         model=model,
         scales=word(scales[0].dtype),
-        act_order=row.act_order(method) or pair(*_orders(experts)) is not None,
+        act_order=row.act_order(method) or (packing == "marlin" and pair(*_orders(experts)) is not None),
         width=int(experts.intermediate_size_per_partition),
         group=group,
         biases=pair(config.w1_bias, config.w2_bias) is not None,

@@ -1,0 +1,198 @@
+"""vLLM's own methods load 4-bit experts and pack them for Marlin and Triton; what is read is what was drawn.
+
+Repacking for Marlin runs on a GPU alone; vLLM's own layout of the same in torch stands in for that one step.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fse_patch.adapters.expert_reading import Unreadable
+from fse_patch.adapters.vllm.int4 import int4_backend, int4_experts
+
+from ..int4_layers import (
+    DTYPE,
+    EXPERTS,
+    FAULTS,
+    HIDDEN,
+    WIDTH,
+    Drawn,
+    awq_numbers,
+    drawn,
+    fill,
+    gptq_numbers,
+    harmed,
+    off,
+)
+
+pytestmark = pytest.mark.every_release
+ORACLE = "vllm.model_executor.layers.fused_moe.oracle.int_wna16"
+
+
+def repacked(unpack: Any) -> Any:
+    """Marlin's layout of all experts, by vLLM's own tables; older releases hand in an order of columns."""
+    from vllm.model_executor.layers.quantization.utils import marlin_utils_test
+
+    def repack(packed: torch.Tensor, *sizes: Any, **named: Any) -> torch.Tensor:
+        eight = named.get("is_a_8bit", False)
+        order = marlin_utils_test.get_weight_perm(4, is_a_8bit=eight)
+        tiles = []
+        for expert in packed:
+            numbers = unpack(expert)
+            k, n = numbers.shape
+            tiles.append(marlin_utils_test.marlin_weights(numbers, k, n, 4, order, is_a_8bit=eight))
+        return torch.stack(tiles)
+
+    return repack
+
+
+@pytest.fixture(autouse=True)
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{ORACLE}.ops.gptq_marlin_moe_repack", repacked(gptq_numbers))
+    monkeypatch.setattr(f"{ORACLE}.ops.awq_marlin_moe_repack", repacked(awq_numbers))
+
+
+def config_of(held: Drawn) -> Any:
+    from vllm.model_executor.layers.quantization import auto_awq, auto_gptq
+
+    if held.kind == "awq":
+        return auto_awq.AutoAWQConfig(4, held.group, True, False, [], {})
+    return auto_gptq.AutoGPTQConfig(4, held.group, False, True, False, {}, {})
+
+
+def method_of(held: Drawn, backend: str, runs: str) -> Any:
+    """A method as vLLM makes it on a GPU: which kernel it picks is the one thing that is said here."""
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+    from vllm.model_executor.layers.quantization import auto_awq, auto_gptq
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as packed,
+    )
+
+    if held.kind == "packed":
+        from compressed_tensors.quantization import QuantizationArgs
+
+        method = object.__new__(packed.CompressedTensorsWNA16MoEMethod)
+        method.weight_quant = QuantizationArgs(
+            num_bits=4, type="int", strategy="group", group_size=held.group
+        )
+        method.symmetric, method.num_bits, method.group_size = True, 4, held.group
+        method.packed_factor, method.strategy, method.is_transposed = 8, "group", False
+        method.wna16_backend, method.is_marlin = int_wna16.WNA16MoEBackend[backend], backend == "MARLIN"
+    else:
+        cls = auto_awq.AutoAWQMoEMethod if held.kind == "awq" else auto_gptq.AutoGPTQMoEMethod
+        method = object.__new__(cls)
+        method.quant_config = config_of(held)
+        method.wna16_moe_backend = int_wna16.WNA16MoEBackend[backend]
+    method.moe = SimpleNamespace(w13_num_shards=2, is_act_and_mul=True, has_bias=False, activation=None)
+    method.experts_cls, method.input_dtype, method.moe_quant_config = getattr(int_wna16, runs), None, None
+    method.moe_kernel = None
+    return method
+
+
+def layer_of(held: Drawn, backend: str = "MARLIN", runs: str = "MarlinExperts", width: int = WIDTH) -> Any:
+    """A layer that vLLM's method has made, loaded and packed."""
+    method = method_of(held, backend, runs)
+    layer = torch.nn.Module()
+    layer.quant_method = method
+    layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, width
+    layer.moe_config, layer._loaded_expert_biases = SimpleNamespace(in_dtype=DTYPE), set()
+    method.create_weights(layer, EXPERTS, HIDDEN, width, DTYPE, weight_loader=None)
+    fill(layer, held)
+    # All but the kernel itself, which asks for a GPU.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(method), "_setup_kernel", lambda *_: None)
+        method.process_weights_after_loading(layer)
+    return layer
+
+
+KINDS = [("gptq", 128), ("gptq", 32), ("auto_round", 128), ("awq", 128), ("packed", 32), ("packed", 128)]
+
+
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+def test_marlin(kind: str, group: int) -> None:
+    held = drawn(kind, group)
+    layer = layer_of(held)
+    assert int4_backend(layer) == "int4 marlin"
+    weights = int4_experts(layer)
+    assert weights is not None
+    assert weights.w13.data_ptr() == layer.w13_weight.data_ptr()  # in place
+    assert weights.format.startswith(f"int4 g{group}")
+    assert off(weights, held) == 0.0
+    for fault in FAULTS:
+        assert off(harmed(weights, fault), held) > 1e-4, fault
+
+
+@pytest.mark.parametrize(("kind", "group"), [kind for kind in KINDS if kind[0] != "awq"])
+def test_triton(kind: str, group: int) -> None:
+    held = drawn(kind, group)
+    weights = int4_experts(layer_of(held, "TRITON", "TritonWNA16Experts"))
+    assert weights is not None
+    assert weights.format == f"int4 g{group}, packed_bytes"
+    assert off(weights, held) == 0.0
+    assert off(harmed(weights, FAULTS[0]), held) > 1e-4
+
+
+def refused(layer: Any) -> tuple[str, str]:
+    with pytest.raises(Unreadable) as found:
+        int4_experts(layer)
+    return found.value.code, str(found.value)
+
+
+def test_what_a_setting_brings_is_refused() -> None:
+    held = drawn("packed", 128)
+    layer = layer_of(held)
+    layer.quant_method.input_dtype = torch.int8
+    layer.quant_method.moe_kernel = SimpleNamespace(fused_experts=SimpleNamespace(input_dtype=torch.int8))
+    code, words = refused(layer)
+    assert (code, "VLLM_MARLIN_INPUT_DTYPE" in words) == ("quant.layout", True)
+    # AutoRound's are packed without a look at the setting, by which the kernel then multiplies.
+    layer.quant_method.input_dtype = None
+    code, words = refused(layer)
+    assert (code, "multiplies in int8" in words) == ("upstream.wrong", True)
+    layer.quant_method.moe_kernel = None
+    layer.moe_config.in_dtype = torch.bfloat16
+    assert refused(layer) == ("quant.layout", "scales are in float16, states in bfloat16")
+
+
+def test_what_a_checkpoint_brings_is_refused() -> None:
+    layer = layer_of(drawn("gptq"))
+    layer.quant_method.quant_config.desc_act = True
+    assert refused(layer)[0] == "quant.layout"
+    layer = layer_of(drawn("gptq"))
+    layer.w13_g_idx = layer.w2_g_idx = torch.zeros(EXPERTS, 8, dtype=torch.int32)
+    assert "g_idx" in refused(layer)[1]
+    layer = layer_of(drawn("gptq"))
+    layer.w13_bias = torch.nn.Parameter(torch.zeros(EXPERTS, 2 * WIDTH, dtype=DTYPE))
+    layer.w2_bias = torch.nn.Parameter(torch.zeros(EXPERTS, HIDDEN, dtype=DTYPE))
+    assert refused(layer) == ("quant.layout", "experts have biases")
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "packed"])
+def test_where_vllm_itself_is_wrong(kind: str) -> None:
+    """With one group in a row of w2, vLLM orders the scales of w13 as if it had one as well."""
+    held = drawn(kind, 128, width=128)
+    layer = layer_of(held, width=128)
+    code, words = refused(layer)
+    assert code == "upstream.wrong"
+    assert "50196" in words
+    # The control, without the refusal: what lies there is not what was loaded.
+    layer.intermediate_size_per_partition = 2 * WIDTH
+    weights = int4_experts(layer)
+    assert weights is not None
+    assert off(weights, held) > 1e-3
+
+
+def test_another_kernel_is_named() -> None:
+    layer = layer_of(drawn("gptq"))
+    layer.quant_method.experts_cls = type("TrtLlmMxint4ExpertsMonolithic", (), {})
+    assert int4_backend(layer) == "int4 TrtLlmMxint4ExpertsMonolithic"
+
+
+def test_other_experts_are_none_of_these() -> None:
+    layer = layer_of(drawn("gptq"))
+    layer.quant_method.quant_config.weight_bits = 8
+    assert (int4_backend(layer), int4_experts(layer)) == ("", None)
