@@ -1,10 +1,12 @@
 """Writes a checkpoint with the dimensions of a published model, fewer layers and random weights.
 
-    python benchmarks/checkpoint.py OUT [--shape qwen3_next] [--layers 4] [--quant fp8-block] [--config-only]
+    python benchmarks/checkpoint.py OUT [--shape qwen3_next] [--layers 4] [--quant fp8-block|fp8-routed]
+        [--config-only]
     python benchmarks/checkpoint.py OUT --config benchmarks/shapes/SHAPE/config.json [--layers 24]
 
 Tensors have their published names, an expert and projection each. They are drawn on the GPU where there
-is one: a layer of Qwen3-Next has 3.2 GB. In FP8 the experts, routed and shared, have a scale for each block.
+is one: a layer of Qwen3-Next has 3.2 GB. In FP8 the experts, routed and shared, have a scale for each block;
+`fp8-routed` leaves the shared one in bfloat16.
 """
 
 from __future__ import annotations
@@ -129,9 +131,13 @@ def values(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Te
     return noise.mul_(1.5 * shape[-1] ** -0.5)
 
 
-def is_expert(name: str) -> bool:
-    """Whether a tensor is one of an expert's projections, routed or shared."""
-    return ".mlp." in name and name.endswith("_proj.weight")
+# What each choice of --quant stores in FP8.
+QUANTISED = {"fp8-block": (".mlp.experts.", ".mlp.shared_expert."), "fp8-routed": (".mlp.experts.",)}
+
+
+def is_quantised(name: str, quant: str) -> bool:
+    """Whether a tensor is one of an expert's projections that is stored in FP8."""
+    return name.endswith("_proj.weight") and any(part in name for part in QUANTISED.get(quant, ()))
 
 
 def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +162,7 @@ def config_of(shape: str, layers: int, quant: str = "") -> dict[str, Any]:
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": [name for name in plain if not is_expert(f"{name}.weight")],
+            "modules_to_not_convert": [name for name in plain if not is_quantised(f"{name}.weight", quant)],
         }
     }
 
@@ -182,7 +188,7 @@ def write(out: Path, shape: str, layers: int, quant: str = "", seed: int = 0) ->
     for name, size in shapes_of(config):
         tensor = values(name, size, draw).to(torch.bfloat16)
         found = {name: tensor}
-        if quant and is_expert(name):
+        if is_quantised(name, quant):
             found = dict(zip((name, f"{name}_scale_inv"), fp8_blocks(tensor), strict=True))
         part.update({name: tensor.cpu() for name, tensor in found.items()})
         size_here = sum(tensor.nbytes for tensor in found.values())
@@ -210,7 +216,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3_next")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--quant", choices=["fp8-block"], default="", help="of the experts")
+    parser.add_argument("--quant", choices=QUANTISED, default="", help="of the experts")
     parser.add_argument("--config-only", action="store_true", help="for engines that make up the weights")
     parser.add_argument("--config", type=Path, help="in place of a shape; writes the configuration alone")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py stock benchmarks/shapes/qwen3_next_80b --layers 48 --quant fp8-block --csv F
     python benchmarks/serving.py fused ...                       then stock once more: runs differ
+    python benchmarks/serving.py stock ... --profile F          also kernels of 8192 tokens by time
 
 For models of which two do not fit one device. Weights are random (`fse-patch bench --end-to-end` draws the
 same), prompts are token ids, answers greedy; those to one prompt are drawn at temperature 1. A row of the
@@ -44,6 +45,8 @@ ENVIRONMENT = {
 STREAMS = "1,2,4,8,16,32,64"
 # Answers to one prompt.
 ALIKE = 16
+# Tokens of one step at most.
+BATCH = 8192
 
 
 def folder_of(shape: Path, layers: int, quant: str, place: Path) -> Path:
@@ -70,7 +73,7 @@ def open_engine(folder: Path, streams: list[int], tokens: int) -> Any:
         skip_tokenizer_init=True,
         max_model_len=4 * tokens,
         max_num_seqs=max(*streams, ALIKE),
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=BATCH,
         gpu_memory_utilization=0.9,
         enable_prefix_caching=False,
         gdn_prefill_backend="triton",
@@ -84,30 +87,50 @@ def calls(
     engine: Any, streams: list[int], rounds: int, prompt: int, answer: int
 ) -> Iterator[tuple[str, int, int, int, float]]:
     """Yield kind, streams, prompts, tokens of an answer and seconds of each call, warm ones apart."""
+    for count, each in [*((n, 1) for n in streams), (1, ALIKE)]:
+        ask(engine, count, each, prompt, 8, 1)
+        for number in range(rounds):
+            first = ask(engine, count, each, prompt, 1, 2 + 2 * number)
+            yield "first", count * each, count, 1, first
+            whole = ask(engine, count, each, prompt, answer, 3 + 2 * number)
+            yield "whole", count * each, count, answer, whole
+
+
+def ask(engine: Any, count: int, each: int, prompt: int, tokens: int, seed: int) -> float:
+    """Send ``count`` prompts at once, ``each`` answers to one; returns seconds until the last answer."""
     from vllm import SamplingParams
 
-    def ask(count: int, each: int, tokens: int, seed: int) -> float:
-        ids = [
-            {"prompt_token_ids": [(i * 7919 + j * 104729 + seed * 31) % 150000 + 100 for j in range(prompt)]}
-            for i in range(count)
-        ]
-        how = SamplingParams(
-            n=each,
-            temperature=1.0 if each > 1 else 0.0,
-            seed=seed if each > 1 else None,
-            max_tokens=tokens,
-            ignore_eos=True,
-            detokenize=False,
-        )
-        start = time.perf_counter()
-        engine.generate(ids, how, use_tqdm=False)
-        return time.perf_counter() - start
+    ids = [
+        {"prompt_token_ids": [(i * 7919 + j * 104729 + seed * 31) % 150000 + 100 for j in range(prompt)]}
+        for i in range(count)
+    ]
+    how = SamplingParams(
+        n=each,
+        temperature=1.0 if each > 1 else 0.0,
+        seed=seed if each > 1 else None,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+    )
+    start = time.perf_counter()
+    engine.generate(ids, how, use_tqdm=False)
+    return time.perf_counter() - start
 
-    for count, each in [*((n, 1) for n in streams), (1, ALIKE)]:
-        ask(count, each, 8, 1)
-        for number in range(rounds):
-            yield "first", count * each, count, 1, ask(count, each, 1, 2 + 2 * number)
-            yield "whole", count * each, count, answer, ask(count, each, answer, 3 + 2 * number)
+
+def profile(engine: Any, prompt: int, file: Path) -> None:
+    """Write the kernels of prompts of `BATCH` tokens in one step, those that take longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    ask(engine, BATCH // prompt, 1, prompt, 1, 101)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        ask(engine, BATCH // prompt, 1, prompt, 1, 102)
+    kernels = [event for event in seen.key_averages() if event.self_device_time_total]
+    with file.open("w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(("milliseconds", "calls", "kernel"))
+        for event in sorted(kernels, key=lambda event: -event.self_device_time_total):
+            rows.writerow((f"{event.self_device_time_total / 1e3:.3f}", event.count, event.key))
 
 
 def main() -> None:
@@ -124,6 +147,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--answer", type=int, default=257)
     parser.add_argument("--csv", type=Path, required=True, help="rows are appended as they are measured")
+    parser.add_argument("--profile", type=Path, help="a CSV of kernels by time")
     parser.add_argument("--commit", default="")
     given = parser.parse_args()
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
@@ -157,6 +181,8 @@ def main() -> None:
                 rows.writerow([*head, given.arm, kind, *row, *tail])
                 file.flush()
                 print(given.arm, kind, *row, flush=True)
+        if given.profile:
+            profile(engine, given.prompt, given.profile)
         if given.arm != "stock":
             import fse_patch
 

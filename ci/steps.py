@@ -60,11 +60,12 @@ def core(rows: list[Row]) -> Step:
     return Step("core tests", command, 1800, {"ENGINE_SITES": os.pathsep.join(sites)})
 
 
-def kernels(rows: list[Row]) -> Step:
+def kernels(rows: list[Row], marks: str = "not long") -> Step:
     """Test Triton kernels in its interpreter, in the environment that has one for them."""
     row = next(row for row in rows if row.get("kernels"))
-    python = str(VENVS / str(row["name"]) / "bin" / "python")
-    return Step("kernel tests", [python, "-m", "pytest", "tests/kernels"], 1800, {"TRITON_INTERPRET": "1"})
+    command = [str(VENVS / str(row["name"]) / "bin" / "python"), "-m", "pytest", "tests/kernels"]
+    marked = ["-m", marks] if marks else []
+    return Step("kernel tests", command + marked, 1800, {"TRITON_INTERPRET": "1"})
 
 
 def mutants() -> Step:

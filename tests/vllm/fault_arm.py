@@ -32,16 +32,16 @@ def scaled_twice(logits: Any, top_k: int, spec: Any, bias: Any = None) -> Any:
     return weights * spec.routed_scaling_factor, ids
 
 
-def shared_scaled(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
-    return honest_append(weights, ids, slots, slot_weight * 2.5)
+def shared_scaled(weights: Any, ids: Any, slots: range, slot_weight: Any, ranks: int = 1) -> Any:
+    return honest_append(weights, ids, slots, slot_weight * 2.5, ranks)
 
 
 def in_few_tokens(factor: float) -> Any:
     """The shared expert's weight times ``factor`` where answers are decoded."""
 
-    def append(weights: Any, ids: Any, slots: range, slot_weight: Any) -> Any:
+    def append(weights: Any, ids: Any, slots: range, slot_weight: Any, ranks: int = 1) -> Any:
         few = factor if weights.shape[0] <= FEW else 1.0
-        return honest_append(weights, ids, slots, slot_weight * few)
+        return honest_append(weights, ids, slots, slot_weight * few, ranks)
 
     return patch.object(router, "append_shared_slots", append)
 
