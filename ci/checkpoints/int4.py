@@ -112,15 +112,19 @@ class Kind:
     config: Callable[[list[str], int], dict[str, Any]]
 
 
+# Parts of names, as tools write them: engines match these against merged modules too, such as qkv_proj.
+_KEPT = ("self_attn", "linear_attn", "mlp.gate", "shared_expert", "shared_expert_gate", "shared_experts")
+
+
 def _gptq_config(plain: list[str], group: int) -> dict[str, Any]:
-    excluded = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in plain}
+    excluded = {rf"-:.*\.{part.replace('.', chr(92) + '.')}(\.|$).*": {} for part in _KEPT}
     head = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False}
     return head | {"checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False, "dynamic": excluded}
 
 
 def _awq_config(plain: list[str], group: int) -> dict[str, Any]:
     head = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-    return head | {"modules_to_not_convert": plain}
+    return head | {"modules_to_not_convert": [*_KEPT, "lm_head"]}
 
 
 def _auto_round_config(plain: list[str], group: int) -> dict[str, Any]:
@@ -175,6 +179,21 @@ def declared(kind: Kind, names: Iterable[str], group: int) -> dict[str, Any]:
     plain = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     kept = sorted(name for name in plain if not is_routed(f"{name}.weight") and "norm" not in name)
     return kind.config([name for name in kept if "embed" not in name], group)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Stores routed experts as a kind does; what `benchmarks/checkpoint.py` takes."""
+
+    kind: Kind
+
+    def stored(self, name: str, weight: torch.Tensor) -> Tensors:
+        """Return what is stored in place of ``weight``."""
+        return stored(self.kind, name, weight, self.kind.group)
+
+    def declared(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return ``quantization_config`` of a checkpoint of tensors of these names."""
+        return declared(self.kind, names, self.kind.group)
 
 
 def to_int4(folder: Path, name: str, group: int = 0) -> None:

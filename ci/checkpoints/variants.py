@@ -173,5 +173,5 @@ VARIANTS: dict[str, Variant] = {
     "names_of_the_engine": Variant("qwen3_5_vl_3d", engine_names),
     "names_twice": Variant("qwen3_5_vl_3d", tower_twice),
     "declared_kv_cache": Variant("qwen2_moe", kv_cache_only),
-    **{f"int4_{kind}": Variant("qwen2_moe", four_bits(kind)) for kind in int4.KINDS},
+    **{f"int4_{kind}": Variant("qwen3_next", four_bits(kind)) for kind in int4.KINDS},
 }

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from fse_patch.adapters.expert_reading import Unreadable
+from fse_patch.adapters.patching import guards, ledger
 from fse_patch.adapters.vllm.int4 import int4_backend, int4_experts
 
 from ..int4_layers import (
@@ -30,6 +32,8 @@ from ..int4_layers import (
 )
 
 pytestmark = pytest.mark.every_release
+# Parameters of compressed-tensors, as these releases make them.
+COLUMNS_FIRST = Version(guards.engine_version(ledger.load("vllm"))) < Version("0.30")
 ORACLE = "vllm.model_executor.layers.fused_moe.oracle.int_wna16"
 
 
@@ -80,7 +84,8 @@ def method_of(held: Drawn, backend: str, runs: str) -> Any:
             num_bits=4, type="int", strategy="group", group_size=held.group
         )
         method.symmetric, method.num_bits, method.group_size = True, 4, held.group
-        method.packed_factor, method.strategy, method.is_transposed = 8, "group", False
+        method.actorder = None  # of releases before 0.30
+        method.packed_factor, method.strategy, method.is_transposed = 8, "group", COLUMNS_FIRST
         method.wna16_backend, method.is_marlin = int_wna16.WNA16MoEBackend[backend], backend == "MARLIN"
     else:
         cls = auto_awq.AutoAWQMoEMethod if held.kind == "awq" else auto_gptq.AutoGPTQMoEMethod
@@ -100,8 +105,10 @@ def layer_of(held: Drawn, backend: str = "MARLIN", runs: str = "MarlinExperts", 
     layer.quant_method = method
     layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, width
     layer.moe_config, layer._loaded_expert_biases = SimpleNamespace(in_dtype=DTYPE), set()
-    method.create_weights(layer, EXPERTS, HIDDEN, width, DTYPE, weight_loader=None)
-    fill(layer, held)
+    method.create_weights(
+        layer, EXPERTS, HIDDEN, width, DTYPE, weight_loader=None, intermediate_size_full=width
+    )
+    fill(layer, held, transposed=held.kind == "packed" and COLUMNS_FIRST)
     # All but the kernel itself, which asks for a GPU.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(method), "_setup_kernel", lambda *_: None)
@@ -163,7 +170,9 @@ def test_what_a_checkpoint_brings_is_refused() -> None:
     layer.quant_method.quant_config.desc_act = True
     assert refused(layer)[0] == "quant.layout"
     layer = layer_of(drawn("gptq"))
-    layer.w13_g_idx = layer.w2_g_idx = torch.zeros(EXPERTS, 8, dtype=torch.int32)
+    for part in ("w13", "w2"):
+        order = torch.nn.Parameter(torch.zeros(EXPERTS, 8, dtype=torch.int32), requires_grad=False)
+        setattr(layer, f"{part}_g_idx", order)
     assert "g_idx" in refused(layer)[1]
     layer = layer_of(drawn("gptq"))
     layer.w13_bias = torch.nn.Parameter(torch.zeros(EXPERTS, 2 * WIDTH, dtype=DTYPE))
