@@ -90,6 +90,8 @@ def int4_experts(experts: Any) -> ExpertWeights | None:
     if weights is None or scales is None:
         raise Unreadable("4-bit experts have no weights under a name that is known")
     packing, group = _packing(experts), group_of(row.group(method, experts))
+    if packing not in PACKINGS.values():
+        raise Unreadable(f"the engine runs 4-bit experts by {packing}")
     model = word(experts.moe_config.in_dtype)
     activations, wrong = model, ""
     if packing == "humming":

@@ -199,6 +199,10 @@ def test_another_kernel_is_named() -> None:
     layer = layer_of(drawn("gptq"))
     layer.quant_method.experts_cls = type("TrtLlmMxint4ExpertsMonolithic", (), {})
     assert int4_backend(layer) == "int4 TrtLlmMxint4ExpertsMonolithic"
+    assert refused(layer) == (
+        "backend.layout",
+        "the engine runs 4-bit experts by TrtLlmMxint4ExpertsMonolithic",
+    )
 
 
 def test_other_experts_are_none_of_these() -> None:
