@@ -209,3 +209,81 @@ def test_other_experts_are_none_of_these() -> None:
     layer = layer_of(drawn("gptq"))
     layer.quant_method.quant_config.weight_bits = 8
     assert (int4_backend(layer), int4_experts(layer)) == ("", None)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_plain_bytes(zeros: bool) -> None:
+    """MoeWNA16's own parameters; its loader brings a checkpoint's in their order as it loads them."""
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+    from vllm.model_executor.layers.quantization.moe_wna16 import MoeWNA16Method
+
+    held = drawn("packed", 32)
+    layer, method = torch.nn.Module(), object.__new__(MoeWNA16Method)
+    method.quant_config = SimpleNamespace(
+        weight_bits=4, group_size=32, bit8_pack_factor=2, has_zp=zeros, linear_quant_method="gptq",
+        full_config={},
+    )  # fmt: skip
+    method.experts_cls, method.wna16_backend = int_wna16.TritonWNA16Experts, int_wna16.WNA16MoEBackend.TRITON
+    method.moe, method.moe_quant_config = SimpleNamespace(w13_num_shards=2, is_act_and_mul=True), None
+    layer.quant_method, layer.moe_config = method, SimpleNamespace(in_dtype=DTYPE)
+    layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, WIDTH
+    method.create_weights(layer, EXPERTS, HIDDEN, WIDTH, DTYPE, weight_loader=None)
+    for part in ("w13", "w2"):
+        packed = held.loaded[f"{part}_weight_packed"].contiguous().view(torch.uint8)
+        getattr(layer, f"{part}_qweight").data.copy_(packed)
+        getattr(layer, f"{part}_scales").data.copy_(held.loaded[f"{part}_weight_scale"])
+        if zeros:
+            getattr(layer, f"{part}_qzeros").data.fill_(0x88)
+    assert int4_backend(layer) == "int4 bytes"
+    weights = int4_experts(layer)
+    assert weights is not None
+    assert off(weights, held) == 0.0
+    if zeros:
+        layer.w2_qzeros.data.fill_(0x87)  # the control
+        weights = int4_experts(layer)
+        assert weights is not None
+        assert off(weights, held) > 1e-4
+
+
+def humming_layer(group: int = 128) -> tuple[Any, Drawn]:
+    """A layer as Humming leaves it, by its published layout: its own code runs on a GPU alone."""
+    held = drawn("gptq", group)
+    layer = layer_of(held)  # tiles are Marlin's, and so are scales of several groups
+    layer.quant_method.experts_cls = type("HummingIndexedExperts", (), {})
+    config = SimpleNamespace(
+        a_dtype="float16", b_dtype="uint4", weight_scale_group_size=group, is_fp_zero_point=False
+    )
+    layer.humming_configs = {"w13": config, "w2": config}
+    layer.weight_schemas = {"w13": SimpleNamespace(hadamard_block_size=0)}
+    return layer, held
+
+
+def test_humming() -> None:
+    layer, held = humming_layer()
+    assert int4_backend(layer) == "int4 humming"
+    weights = int4_experts(layer)
+    assert weights is not None
+    assert weights.format == "int4 g128, marlin_tile by humming"
+    assert off(weights, held) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"a_dtype": "int8"}, "VLLM_HUMMING_INPUT_QUANT_CONFIG"),
+        ({"b_dtype": "float8e4m3"}, "weights as float8e4m3"),
+        ({"is_fp_zero_point": True}, "zero points that are no integers"),
+    ],
+)
+def test_what_humming_keeps_otherwise_is_refused(changes: dict[str, Any], words: str) -> None:
+    layer, _ = humming_layer()
+    config = SimpleNamespace(**{**vars(layer.humming_configs["w13"]), **changes})
+    layer.humming_configs = {"w13": config, "w2": config}
+    code, said = refused(layer)
+    assert (code, words in said) == ("quant.layout", True)
+
+
+def test_rotated_weights_of_humming_are_refused() -> None:
+    layer, _ = humming_layer()
+    layer.weight_schemas = {"w13": SimpleNamespace(hadamard_block_size=64)}
+    assert refused(layer) == ("quant.layout", "Humming keeps weights rotated")
