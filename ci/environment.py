@@ -68,6 +68,9 @@ class Env:
             log.write(f"\n$ pip {' '.join(args)}\n")
             log.flush()
             command = [self.python, "-m", "pip", "--disable-pip-version-check", "--no-input", *args]
+            # Python compiles what is imported, which is a small part of what an engine brings.
+            if args[0] == "install":
+                command.append("--no-compile")
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
         if code:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
@@ -90,15 +93,13 @@ class Env:
             return
         shutil.rmtree(self.path, ignore_errors=True)
         VENVS.mkdir(exist_ok=True)
-        begun = time.monotonic()
-        say(f"{self.name}: virtual environment ")
-        if self.base:
-            # The base's interpreter: the compiled packages there are for no other.
-            self.base.run("-m", "venv", "--copies", "--without-pip", str(self.path))
-            self._link_file().write_text(link)
-        else:
-            venv.create(self.path, with_pip=True)
-        print(f" {time.monotonic() - begun:.0f} s", flush=True)
+        with Progress(f"{self.name}: virtual environment"):
+            if self.base:
+                # The base's interpreter: the compiled packages there are for no other.
+                self.base.run("-m", "venv", "--copies", "--without-pip", str(self.path))
+                self._link_file().write_text(link)
+            else:
+                venv.create(self.path, with_pip=True)
 
     def _link_file(self) -> Path:
         assert self.base
@@ -126,29 +127,32 @@ class Env:
             self._record(title, key)
             say(f"{self.name}: {title}: already there\n")
             return
-        begun = time.monotonic()
-        say(f"{self.name}: {title} ")
-        with Dots():
+        with Progress(f"{self.name}: {title}"):
             do()
         self._record(title, key)
-        print(f" {time.monotonic() - begun:.0f} s", flush=True)
 
     def _record(self, title: str, key: str) -> None:
         self.stamp.write_text(json.dumps(self.stamped() | {title: key}, indent=1) + "\n")
 
 
-class Dots:
-    """A dot every 5 seconds, so that a long step does not look dead."""
+class Progress:
+    """A line every 20 seconds, so that a long step does not look dead; several may be under way."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
 
     def __enter__(self) -> None:
+        self.begun = time.monotonic()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        while not self.done.wait(5):
-            print(".", end="", flush=True)
+        while not self.done.wait(20):
+            say(f"{self.title} ...\n")
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self.done.set()
         self.thread.join()
+        if error is None:
+            say(f"{self.title}: {time.monotonic() - self.begun:.0f} s\n")

@@ -65,7 +65,7 @@ def name_of(step: Step) -> str:
 
 def parts(rows: list[Row]) -> dict[str, Step]:
     """Return all parts by name."""
-    made = [*steps.lint(), steps.core(rows), steps.kernels(rows, ""), steps.mutants()]
+    made = [*steps.lint(), steps.core(rows), steps.kernels(rows), steps.mutants()]
     for row in rows:
         if row.get("short"):
             made.append(steps.short(row))

@@ -104,6 +104,19 @@ def steps(
     return ranges[:-1], ranges[-1]["mode"]
 
 
+def gains(rows: Rows, split_is_stock: bool = False, small_up_to: int = ALONE) -> dict[int, float]:
+    """Return by number of tokens the lower bound of stock over the mode of `steps`, the least over routings.
+
+    Sizes of which nothing is as fast as stock have none. Arguments as of `steps`.
+    """
+    found: dict[int, float] = {}
+    for tokens in sorted({int(row["tokens"]) for row in rows}):
+        here = [row for row in rows if row["tokens"] == tokens]
+        if (mode := best_mode(here, split_is_stock, small_up_to)) != SLOWER:
+            found[tokens] = round(min(float(row[f"{mode}_lower"]) for row in here), 2)
+    return found
+
+
 def routings_in_words(rows: Rows) -> str:
     """Say under which routings the rows were measured, and what follows for `small`."""
     names = list(dict.fromkeys(row["routing"] for row in rows))
@@ -127,8 +140,9 @@ def store(
     """
     key = {name: value for name, value in asdict(situation).items() if name not in HEAD}
     head = {name: value for name, value in asdict(situation).items() if name in HEAD}
-    between, otherwise = steps(rows, split_is_stock(situation, platform))
-    row = {**key, "steps": between, "otherwise": otherwise}
+    as_stock = split_is_stock(situation, platform)
+    between, otherwise = steps(rows, as_stock)
+    row = {**key, "steps": between, "otherwise": otherwise, "gains": gains(rows, as_stock)}
     kept: list[dict[str, Any]] = []
     if path.exists():
         old = read_table(path).model_dump()

@@ -55,7 +55,7 @@ class Verdict:
     ends: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON. ``gain`` is null: tables say which mode is the fastest, not by how much."""
+        """Return it for JSON. ``gain``: how many times as fast as stock layers are at least, by tokens."""
         plan = self.plan
         modes = None
         if plan is not None:
@@ -68,7 +68,7 @@ class Verdict:
             "modes": modes,
             "reason": None if self.reason is None else self.reason.code,
             "detail": plan.source if self.reason is None and plan else getattr(self.reason, "detail", ""),
-            "gain": None,
+            "gain": None if plan is None or not plan.gains else dict(plan.gains),
             "engine_version": self.version,
             "version": self.standing,
             "platform": self.device.platform,
@@ -79,7 +79,7 @@ class Verdict:
         where = f"{self.engine} {self.version} on {self.device}"
         if self.served == "fused":
             how = "few tokens, measured at the first start"
-            how = how if self.plan is None else f"{self.plan} ({self.plan.source})"
+            how = how if self.plan is None else f"{self.plan} ({self.plan.source}{_gain(self.plan)})"
             return f"fused, {self.layout}: {how}; {where}"
         assert self.reason is not None
         head = "fused by the engine itself" if self.served == "native" else "stock"
@@ -88,6 +88,14 @@ class Verdict:
         if self.plan is not None:
             head += f", with modes of ours: {self.plan} ({self.plan.source})"
         return f"{head}: {self.reason.code}: {self.reason.detail}; {where}"
+
+
+def _gain(plan: ModePlan) -> str:
+    """Say what the smallest size gains, in two digits."""
+    if not plan.gains:
+        return ""
+    tokens = min(plan.gains)
+    return f": layers at least {plan.gains[tokens]:.2g}x at {tokens} token{'s' if tokens > 1 else ''}"
 
 
 def verdict(

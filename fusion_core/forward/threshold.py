@@ -14,6 +14,8 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 ROUTINGS = ("even", "alike")
 # Of times stock over ours: below this a size counts as slower.
 LEAST = 0.985
+# What merged weights must gain beyond those sizes: paired ones are easier to load, to update and to prove.
+WORTH = 1.02
 # Standard errors between a mean and its lower bound.
 _ERRORS = 2.0
 
@@ -35,9 +37,14 @@ class Threshold:
 
 
 def merged_gains(plan: ModePlan) -> bool:
-    """Tell whether merged weights gain where a pass for few tokens does not reach: the plan fuses there."""
-    beyond = [mode for limit, mode in plan.steps if limit > SIZES[-1]]
-    return "fused" in (*beyond, plan.otherwise)
+    """Tell whether merged weights gain where a pass for few tokens does not reach: the plan fuses there.
+
+    Where it was not measured by how much, that it fuses is enough.
+    """
+    if plan.gains:
+        beyond = {size: gain for size, gain in plan.gains.items() if size > SIZES[-1]}
+        return any(plan.mode_of(size) == "fused" and gain >= WORTH for size, gain in beyond.items())
+    return "fused" in (*(mode for limit, mode in plan.steps if limit > SIZES[-1]), plan.otherwise)
 
 
 def lower_bound(ratios: Sequence[float]) -> float:

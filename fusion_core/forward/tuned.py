@@ -101,7 +101,7 @@ class Step(_Written):
 
 
 class Row(_Written):
-    """One shape."""
+    """One shape; ``gains`` as of `ModePlan`: tables of users may be without."""
 
     num_routed: Size
     num_shared_slots: Size
@@ -114,6 +114,12 @@ class Row(_Written):
     quant: Text = UNQUANTISED
     steps: list[Step]
     otherwise: Choice
+    gains: dict[Size, float] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Return what a row is looked up by, beside the head of its table."""
+        return self.model_dump(exclude={"steps", "otherwise", "gains"})
 
     @model_validator(mode="after")
     def _ascending(self) -> Row:
@@ -210,15 +216,14 @@ def split_is_stock(situation: Situation, platform: str, places: Iterable[Split] 
 
 def _holds(table: Table, row: Row, situation: Situation) -> bool:
     known = table.model_dump(include={"engine", "release", "backend", "device"})
-    known |= row.model_dump(exclude={"steps", "otherwise"})
-    return known == asdict(situation)
+    return known | row.key == asdict(situation)
 
 
 def _plan(row: Row, source: str) -> ModePlan | Literal["slower"]:
     if SLOWER in (row.otherwise, *(step.mode for step in row.steps)):
         return "slower"
     steps = tuple((step.up_to, step.mode) for step in row.steps)
-    return ModePlan(steps, row.otherwise, source)
+    return ModePlan(steps, row.otherwise, source, row.gains)
 
 
 def _is_stock(place: Split, situation: Situation, platform: str) -> bool:

@@ -10,23 +10,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_weights import ExpertWeights, slots_of
-from .launch import begin, options
+from .expert_weights import ExpertWeights, asked_ahead, slots_of
+from .launch import ask_ahead, begin, options
 
 
-def w13_tile(hidden: int, width: int) -> tuple[int, int, int]:
-    """Return BLOCK_N, BLOCK_K and warps for w13 [2 * I, H]: the fastest ones on an H200."""
-    if hidden <= 2048:
-        return (4, 1024, 2)
-    return (8, 2048, 8) if width > 512 else (4, 2048, 4)
+def w13_tile(hidden: int, width: int) -> tuple[int, int, int, bool]:
+    """Return BLOCK_N, BLOCK_K and warps for w13 [2 * I, H], and whether it asks for w2 ahead.
 
-
-def w2_tile(width: int) -> tuple[int, int, int, bool]:
-    """Return BLOCK_N, BLOCK_K and warps for w2 [H, I], and whether to unroll the slots.
-
-    Unrolling pays only where a slot takes few tiles.
+    They are the fastest ones on an H200.
     """
-    return (2, 128 if width <= 128 else 256, 1, width <= 512)
+    if hidden <= 2048:
+        return (4, 1024, 2, False)
+    return (8, 2048, 8, False) if width > 512 else (4, 2048, 4, False)
+
+
+def w2_tile(width: int) -> tuple[int, int, int, bool, int]:
+    """Return BLOCK_N, BLOCK_K and warps for w2 [H, I], whether to unroll the slots, and slots loaded early.
+
+    Unrolling pays only where a slot takes few tiles. What is early is loaded before the wait for w13.
+    """
+    return (2, 128 if width <= 128 else 256, 1, width <= 512, 0)
 
 
 def reference(
@@ -76,11 +79,14 @@ def small_experts(
     states = hidden_states.contiguous()
     inner = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
-    block_n, block_k, warps = w13_tile(hidden, width)
-    _w13[(tokens * slots, triton.cdiv(width, block_n))](
+    block_n, block_k, warps, ask = w13_tile(hidden, width)
+    pairs, parts = tokens * slots, triton.cdiv(width, block_n)
+    _w13[(pairs, parts)](
         states,
         routed.w13,
         other.w13,
+        routed.w2,
+        other.w2,
         topk_ids,
         inner,
         len(routed.w2),
@@ -90,12 +96,13 @@ def small_experts(
         WIDTH=width,
         SHARED_WIDTH=other.width,
         STRIDES=(*routed.w13.stride()[:2], other.w13.stride(1)),
+        **asked_ahead(routed, shared, pairs, parts, bool(ask)),
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(hidden)),
         num_warps=warps,
         **options(states),
     )
-    block_n, block_k, warps, unroll = w2_tile(width)
+    block_n, block_k, warps, unroll, early = w2_tile(width)
     _w2[(tokens, triton.cdiv(hidden, block_n))](
         inner,
         routed.w2,
@@ -113,6 +120,7 @@ def small_experts(
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(width)),
         UNROLL=unroll,
+        EARLY=min(early, slots - apart) if unroll else 0,
         num_warps=warps,
         **options(states),
     )
@@ -124,6 +132,8 @@ def _w13(
     x_ptr,
     w13_ptr,
     shared_ptr,
+    w2_ptr,
+    shared_w2_ptr,
     ids_ptr,
     inner_ptr,
     E,
@@ -133,6 +143,8 @@ def _w13(
     WIDTH: tl.constexpr,
     SHARED_WIDTH: tl.constexpr,
     STRIDES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SHARED_AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -162,6 +174,16 @@ def _w13(
         w3 = tl.load(tile_ptr + wide * stride + start, mask=mask, other=0.0).to(tl.float32)
         acc_gate += w1 * x[None, :]
         acc_up += w3 * x[None, :]
+        if start == 0:
+            # This program's part of w2, for the next kernel.
+            if APART:
+                if pair % SLOTS < SLOTS - APART:
+                    if expert >= 0:
+                        ask_ahead(w2_ptr + expert * AHEAD[0] + tl.program_id(1) * AHEAD[1], AHEAD[2], PDL)
+                else:
+                    ask_ahead(shared_w2_ptr + tl.program_id(1) * SHARED_AHEAD[1], SHARED_AHEAD[2], PDL)
+            else:
+                ask_ahead(w2_ptr + expert * AHEAD[0] + tl.program_id(1) * AHEAD[1], AHEAD[2], PDL)
     gate = tl.sum(acc_gate, 1)
     value = gate / (1.0 + tl.exp(-gate)) * tl.sum(acc_up, 1)
     tl.store(inner_ptr + pair * WIDTH + offs_n, value.to(inner_ptr.dtype.element_ty), mask=offs_n < WIDTH)
@@ -185,15 +207,37 @@ def _w2(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     pair = token * SLOTS
+    TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    early = ()
+    if EARLY:
+        # Weights of the first slots, while w13's kernel runs. The ids are there: it has waited for them.
+        for j in tl.static_range(EARLY):
+            expert = tl.load(ids_ptr + pair + j).to(tl.int64)
+            for start in tl.static_range(0, WIDTH, BLOCK_K):
+                offs_k = start + tl.arange(0, BLOCK_K)
+                mask = (offs_n < HIDDEN)[:, None] & ((offs_k < WIDTH) & (expert >= 0))[None, :]
+                tile_ptr = w2_ptr + expert * STRIDES[0] + offs_n[:, None] * STRIDES[1] + offs_k[None, :]
+                tile = tl.load(tile_ptr, mask=mask, other=0.0)
+                early = early + (tile,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
+    begin(PDL)
+    if EARLY:
+        for j in tl.static_range(EARLY):
+            weight = tl.load(weights_ptr + pair + j)
+            here = tl.load(ids_ptr + pair + j) >= 0
+            for part in tl.static_range(TILES):
+                offs_k = part * BLOCK_K + tl.arange(0, BLOCK_K)
+                x_ptr = inner_ptr + (pair + j) * WIDTH + offs_k
+                x = tl.load(x_ptr, mask=(offs_k < WIDTH) & here, other=0.0).to(tl.float32)
+                acc += early[j * TILES + part].to(tl.float32) * (x * weight)[None, :]
     if UNROLL:
-        for j in tl.static_range(SLOTS - APART):
+        for j in tl.static_range(EARLY, SLOTS - APART):
             acc = _add_slot(
                 acc, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, 0, STRIDES[0], STRIDES[1],
                 HIDDEN, WIDTH, WIDTH, BLOCK_K,

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from . import experts
-from .expert_weights import Block, ExpertWeights, Scales, slots_of
+from .expert_weights import Block, ExpertWeights, Scales, asked_ahead, slots_of
 from .experts_fp8_kernels import w2_kernel, w13_kernel
 from .launch import options
 
@@ -21,18 +21,19 @@ from .launch import options
 CHUNK = 16
 # Rows or columns that share a scale where there is one for all.
 ALL = 1 << 30
-# BLOCK_N, CHUNKS, warps, and CHUNK: weights that a thread multiplies and adds up by itself.
-Tile = tuple[int, int, int, int]
+# BLOCK_N, CHUNKS, warps, CHUNK: weights that a thread multiplies and adds up by itself. Then, of w13, whether
+# it asks for w2 ahead; of w2, how many slots are loaded before it waits for w13.
+Tile = tuple[int, int, int, int, int]
 
 
 def w13_tile(hidden: int) -> Tile:
     """Return the tile for w13 [2 * I, H]: the fastest one on an H200."""
-    return (2, 64, 1, 16) if hidden <= 2048 else (1, 128, 2, 16)
+    return (2, 64, 1, 16, 0) if hidden <= 2048 else (1, 128, 2, 16, 0)
 
 
 def w2_tile(width: int) -> Tile:
     """Return the tile for w2 [H, I]; chunks of 8, because a thread loads so many inner states at once."""
-    return (4, 16, 1, 8) if width <= 128 else (1, 64, 1, 8)
+    return (4, 16, 1, 8, 0) if width <= 128 else (1, 64, 1, 8, 0)
 
 
 def dequantised(weight: torch.Tensor, scale: torch.Tensor, block: Block, halves: int = 1) -> torch.Tensor:
@@ -133,15 +134,19 @@ def launch_w13(
     tile: Tile,
 ) -> None:
     """Write SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [num_tokens * (k + S), I]."""
-    (block_n, chunks, warps, chunk), hidden = tile, states.shape[1]
+    (block_n, chunks, warps, chunk, ask), hidden = tile, states.shape[1]
     chunks = min(chunks, triton.next_power_of_2(hidden // chunk))
-    w13_kernel[(inner.shape[0], triton.cdiv(inner.shape[1], block_n))](
+    pairs, parts = inner.shape[0], triton.cdiv(inner.shape[1], block_n)
+    w13_kernel[(pairs, parts)](
         states,
         *_tensors("w13", routed, shared),
+        routed.w2,
+        (shared or routed).w2,
         ids,
         inner,
         len(routed.w2),
         **_sizes("w13", routed, shared, ids),
+        **asked_ahead(routed, shared, pairs, parts, bool(ask)),
         BLOCK_N=block_n,
         CHUNKS=chunks,
         CHUNK=chunk,
@@ -161,7 +166,7 @@ def launch_w2(
     tile: Tile,
 ) -> None:
     """Write the weighted sum over a token's slots of w2 · inner into ``output`` [num_tokens, H]."""
-    (block_n, chunks, warps, chunk), (hidden, width) = tile, routed.w2.shape[1:]
+    (block_n, chunks, warps, chunk, early), (hidden, width) = tile, routed.w2.shape[1:]
     chunks = min(chunks, triton.next_power_of_2(width // chunk))
     w2_kernel[(output.shape[0], triton.cdiv(hidden, block_n))](
         inner,
@@ -171,6 +176,7 @@ def launch_w2(
         output,
         len(routed.w2),
         **_sizes("w2", routed, shared, ids),
+        EARLY=min(early, ids.shape[1] - _apart(routed, shared)),
         BLOCK_N=block_n,
         CHUNKS=chunks,
         CHUNK=chunk,
@@ -178,6 +184,10 @@ def launch_w2(
         num_warps=warps,
         **options(inner),
     )
+
+
+def _apart(routed: ExpertWeights, shared: ExpertWeights | None) -> int:
+    return 0 if shared is None else slots_of(shared, routed.width)
 
 
 def _whole(routed: ExpertWeights, shared: ExpertWeights | None) -> bool:
@@ -201,7 +211,7 @@ def _sizes(
     other = shared or routed
     return {
         "SLOTS": ids.shape[1],
-        "APART": 0 if shared is None else slots_of(shared, routed.width),
+        "APART": _apart(routed, shared),
         "HIDDEN": routed.w2.shape[1],
         "WIDTH": routed.width,
         "SHARED_WIDTH": other.width,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import begin
+from .launch import ask_ahead, begin
 
 
 @triton.jit
@@ -18,22 +18,29 @@ def _states(row_ptr, offs_c, K: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.cons
 
 
 @triton.jit
-def _products(
-    w_ptr, scale_ptr, offs_n, offs_c, n, k, row, column, stride_n, scale_n, scale_k, x, GROUP_N: tl.constexpr,
-    GROUP_K: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+def _tile(
+    w_ptr, offs_n, offs_c, n, k, row, column, stride_n, CHUNK: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """Add up products of a matrix [n, k] with ``x`` within each chunk, and scale: [BLOCK_N, CHUNKS].
+    """Load a tile of a matrix [n, k]: [BLOCK_N, CHUNKS, CHUNK].
 
     ``row``, ``column``: where the matrix begins in the one that is in memory.
     """
     first_k = offs_c * CHUNK
     offs_k = column + first_k[:, None] + tl.arange(0, CHUNK)[None, :]
-    mask = (offs_n < n)[:, None] & (first_k < k)[None, :]
     tile_ptr = w_ptr + (row + offs_n)[:, None, None] * stride_n + offs_k[None, :, :]
     if EVEN:
-        w = tl.load(tile_ptr).to(tl.float32)
-    else:
-        w = tl.load(tile_ptr, mask=mask[:, :, None], other=0.0).to(tl.float32)
+        return tl.load(tile_ptr)
+    mask = (offs_n < n)[:, None] & (first_k < k)[None, :]
+    return tl.load(tile_ptr, mask=mask[:, :, None], other=0.0)
+
+
+@triton.jit
+def _multiplied(
+    tile, scale_ptr, offs_n, offs_c, n, k, row, column, scale_n, scale_k, x, GROUP_N: tl.constexpr,
+    GROUP_K: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Add up products of a tile with ``x`` within each chunk, and scale: [BLOCK_N, CHUNKS]."""
+    first_k = offs_c * CHUNK
     scale_at = scale_ptr + (column + first_k) // GROUP_K * scale_k
     if GROUP_N % BLOCK_N == 0:
         # All rows of the tile lie in one row of blocks.
@@ -43,20 +50,38 @@ def _products(
         scale = scale[None, :]
     else:
         down = (row + offs_n) // GROUP_N * scale_n
+        mask = (offs_n < n)[:, None] & (first_k < k)[None, :]
         scale = tl.load(scale_at[None, :] + down[:, None], mask=mask, other=0.0)
-    return tl.sum(w * x[None, :, :], 2) * scale
+    return tl.sum(tile.to(tl.float32) * x[None, :, :], 2) * scale
+
+
+@triton.jit
+def _products(
+    w_ptr, scale_ptr, offs_n, offs_c, n, k, row, column, stride_n, scale_n, scale_k, x, GROUP_N: tl.constexpr,
+    GROUP_K: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Load a tile as of `_tile`, and multiply it as of `_multiplied`."""
+    tile = _tile(w_ptr, offs_n, offs_c, n, k, row, column, stride_n, CHUNK, EVEN).to(tl.float32)
+    return _multiplied(
+        tile, scale_ptr, offs_n, offs_c, n, k, row, column, scale_n, scale_k, x, GROUP_N, GROUP_K, BLOCK_N,
+        CHUNK,
+    )  # fmt: skip
 
 
 @triton.jit
 def w13_kernel(
-    x_ptr, w13_ptr, scale_ptr, shared_ptr, shared_scale_ptr, ids_ptr, inner_ptr, E, SLOTS: tl.constexpr,
-    APART: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SHARED_WIDTH: tl.constexpr,
-    FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w13_ptr, scale_ptr, shared_ptr, shared_scale_ptr, w2_ptr, shared_w2_ptr, ids_ptr, inner_ptr, E,
+    SLOTS: tl.constexpr, APART: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    SHARED_WIDTH: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, AHEAD: tl.constexpr,
+    SHARED_AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
+    # This program's part of w2, for the next kernel.
+    ahead_ptr = w2_ptr + expert * AHEAD[0] + tl.program_id(1) * AHEAD[1]
+    shared_ahead_ptr = shared_w2_ptr + tl.program_id(1) * SHARED_AHEAD[1]
     x_ptr += pair // SLOTS * HIDDEN
     inner_ptr += pair * WIDTH
     if APART:
@@ -66,28 +91,28 @@ def w13_kernel(
                 tl.store(inner_ptr + offs_n, 0.0, mask=offs_n < WIDTH)
             else:
                 _gate_up(
-                    x_ptr, w13_ptr, scale_ptr, inner_ptr, expert, 0, HIDDEN, WIDTH, WIDTH, FORMAT, BLOCK_N,
-                    CHUNKS, CHUNK, EVEN,
+                    x_ptr, w13_ptr, scale_ptr, inner_ptr, ahead_ptr, expert, 0, HIDDEN, WIDTH, WIDTH, FORMAT,
+                    AHEAD[2], BLOCK_N, CHUNKS, CHUNK, EVEN, PDL,
                 )  # fmt: skip
         else:
             # Rows of a slot come after those of the slots before it.
             row = (expert - E).to(tl.int32) * WIDTH
             _gate_up(
-                x_ptr, shared_ptr, shared_scale_ptr, inner_ptr, 0, row, HIDDEN, WIDTH, SHARED_WIDTH,
-                SHARED_FORMAT, BLOCK_N, CHUNKS, CHUNK, EVEN,
+                x_ptr, shared_ptr, shared_scale_ptr, inner_ptr, shared_ahead_ptr, 0, row, HIDDEN, WIDTH,
+                SHARED_WIDTH, SHARED_FORMAT, SHARED_AHEAD[2], BLOCK_N, CHUNKS, CHUNK, EVEN, PDL,
             )  # fmt: skip
     else:
         _gate_up(
-            x_ptr, w13_ptr, scale_ptr, inner_ptr, expert, 0, HIDDEN, WIDTH, WIDTH, FORMAT, BLOCK_N, CHUNKS,
-            CHUNK, EVEN,
+            x_ptr, w13_ptr, scale_ptr, inner_ptr, ahead_ptr, expert, 0, HIDDEN, WIDTH, WIDTH, FORMAT,
+            AHEAD[2], BLOCK_N, CHUNKS, CHUNK, EVEN, PDL,
         )  # fmt: skip
 
 
 @triton.jit
 def _gate_up(
-    x_ptr, w_ptr, scale_ptr, inner_ptr, expert, row, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    WIDE: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, inner_ptr, ahead_ptr, expert, row, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr, FORMAT: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the inner states of one pair; `WIDE`: rows of w1, and of w3."""
     GROUP_N: tl.constexpr = FORMAT[5]
@@ -109,6 +134,8 @@ def _gate_up(
             w1_ptr + WIDE * FORMAT[1], s1_ptr + FORMAT[7] * FORMAT[3], offs_n, offs_c, n, HIDDEN, row, 0,
             FORMAT[1], FORMAT[3], FORMAT[4], x, GROUP_N, GROUP_K, BLOCK_N, CHUNK, EVEN,
         )  # fmt: skip
+        if start == 0:
+            ask_ahead(ahead_ptr, BYTES, PDL)
     g = tl.sum(gate, 1)
     value = g / (1.0 + tl.exp(-g)) * tl.sum(up, 1)
     tl.store(inner_ptr + offs_n, value.to(inner_ptr.dtype.element_ty), mask=offs_n < WIDTH)
@@ -118,13 +145,27 @@ def _gate_up(
 def w2_kernel(
     inner_ptr, w2_ptr, scale_ptr, shared_ptr, shared_scale_ptr, ids_ptr, weights_ptr, out_ptr, E,
     SLOTS: tl.constexpr, APART: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    SHARED_WIDTH: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    SHARED_WIDTH: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
+    if not EARLY:
+        begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
+    early = ()
+    if EARLY:
+        # Weights of the first slots, while w13's kernel runs. The ids are there: it has waited for them.
+        for j in tl.static_range(EARLY):
+            here = tl.maximum(tl.load(ids_ptr + token * SLOTS + j).to(tl.int64), 0)
+            for start in tl.static_range(0, WIDTH, CHUNKS * CHUNK):
+                offs_c = start // CHUNK + tl.arange(0, CHUNKS)
+                tile = _tile(
+                    w2_ptr + here * FORMAT[0], offs_n, offs_c, HIDDEN, WIDTH, 0, 0, FORMAT[1], CHUNK, EVEN
+                )
+                early = early + (tile,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
+    begin(PDL)
+    TILES: tl.constexpr = (WIDTH + CHUNKS * CHUNK - 1) // (CHUNKS * CHUNK)
     # Unrolled: the loads of all slots are under way at once.
     for j in tl.static_range(SLOTS):
         pair = token * SLOTS + j
@@ -133,7 +174,14 @@ def w2_kernel(
         for start in tl.static_range(0, WIDTH, CHUNKS * CHUNK):
             offs_c = start // CHUNK + tl.arange(0, CHUNKS)
             x = _states(inner_ptr + pair * WIDTH, offs_c, WIDTH, CHUNK, EVEN)
-            if APART and j >= SLOTS - APART:
+            if j < EARLY:
+                here = tl.maximum(expert, 0) if APART else expert
+                acc += weight * _multiplied(
+                    early[j * TILES + start // (CHUNKS * CHUNK)], scale_ptr + here * FORMAT[2], offs_n,
+                    offs_c, HIDDEN, WIDTH, 0, 0, FORMAT[3], FORMAT[4], x, FORMAT[5], FORMAT[6], BLOCK_N,
+                    CHUNK,
+                )  # fmt: skip
+            elif APART and j >= SLOTS - APART:
                 # Columns of a slot come after those of the slots before it.
                 column = (expert - E).to(tl.int32) * WIDTH
                 acc += weight * _products(

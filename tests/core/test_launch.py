@@ -200,6 +200,9 @@ def test_real_deployments(row: dict[str, Any], tmp_path: Path) -> None:
         assert status == (0 if served == "fused" else 3)
         assert runtime["layout"] == ("merged" if served == "fused" else None)
         assert (runtime["modes"] is not None) >= (served == "fused")
+        # What a table knows is told; where nothing runs of ours, nothing is gained.
+        by_table = ".yaml" in runtime["detail"] and runtime["modes"] is not None
+        assert (runtime["gain"] is not None) == by_table
 
 
 def test_thirty_two_deployments_are_there() -> None:

@@ -79,3 +79,12 @@ def test_merged_weights_gain_where_fused_runs_beyond_few_tokens() -> None:
     assert merged_gains(ModePlan(((16, "small"), (8192, "fused")), "split", "a table"))
     assert not merged_gains(ModePlan(((16, "small"), (64, "fused")), "split", "a table"))
     assert not merged_gains(ModePlan(((16, "small"),), "split", "a table"))
+
+
+def test_what_they_gain_there_must_be_worth_it() -> None:
+    steps = ((16, "small"), (512, "fused"))
+    assert merged_gains(ModePlan(steps, "split", "a table", {1: 2.0, 512: 1.02}))
+    assert not merged_gains(ModePlan(steps, "split", "a table", {1: 2.0, 512: 1.01}))
+    # Nor counts what another mode gains, or what few tokens gain.
+    assert not merged_gains(ModePlan(steps, "split", "a table", {1: 2.0, 512: 1.0, 1024: 1.1}))
+    assert not merged_gains(ModePlan(((64, "fused"),), "split", "a table", {64: 1.1}))

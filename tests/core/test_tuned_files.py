@@ -75,9 +75,10 @@ def test_a_table_is_what_was_measured(file: str) -> None:
     head = table.model_dump(include=set(tune.HEAD))
     assert {shape_of(row) for row in table.rows} == SHAPES_OF[file]
     for row in table.rows:
-        here = Situation(**head, **row.model_dump(exclude={"steps", "otherwise"}))
+        here = Situation(**head, **row.key)
         as_stock = split_is_stock(here, "cuda")
         stored = [step.model_dump() for step in row.steps], row.otherwise
+        assert row.gains
         rows = measured(FILES[file], shape_of(row))
         alike = tune.ALONE
         if len(FILES[file]) == 1:
@@ -93,6 +94,7 @@ def test_a_table_is_what_was_measured(file: str) -> None:
             for found in rows:
                 found.pop(f"{held}_lower")
         assert tune.steps(rows, as_stock, alike) == stored, shape_of(row)
+        assert tune.gains(rows, as_stock, alike) == row.gains, shape_of(row)
         # The control: what runs one token is slower than stock.
         first = min(rows, key=lambda found: int(found["tokens"]))
         first[f"{row.steps[0].mode}_lower"] = 0.9

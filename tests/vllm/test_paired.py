@@ -35,6 +35,8 @@ FAMILIES = [
     Case("glm4_moe_grouped"),
 ]
 LONG = {"qwen3_5_vl_3d", "glm4_moe_grouped"}
+FEW_FAMILIES = [case for case in FAMILIES if case.recipe in ("qwen3_next", "glm4_moe_scale")]
+OTHER_FAMILIES = [case for case in FAMILIES if case not in FEW_FAMILIES]
 # vLLM serves routed + shared / scale in this dtype, and so do we.
 HALF = [Case("glm4_moe_scale", "float16"), Case("qwen2_moe", "bfloat16")]
 DRAFTS = [Case("qwen3_next_mtp", engine_args=SPECULATIVE)]
@@ -66,9 +68,15 @@ def test_all_tokens(paired: PairedRuns, case: Case) -> None:
     check_all_tokens(report(paired, case, FAMILIES, ALL)[0])
 
 
-@pytest.mark.parametrize("case", parameters(FAMILIES, (), LONG))
+@pytest.mark.parametrize("case", parameters(FEW_FAMILIES))
 def test_few_tokens(paired: PairedRuns, case: Case) -> None:
-    check_few_tokens(*report(paired, case, FAMILIES, FEW))
+    check_few_tokens(*report(paired, case, FEW_FAMILIES, FEW))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", parameters(OTHER_FAMILIES))
+def test_few_tokens_of_other_families(paired: PairedRuns, case: Case) -> None:
+    check_few_tokens(*report(paired, case, OTHER_FAMILIES, FEW))
 
 
 @pytest.mark.parametrize("case", parameters(HALF, (), {"qwen2_moe"}))
