@@ -160,7 +160,10 @@ def _humming(experts: Any) -> tuple[str, int]:
     Raises:
         Unreadable: it keeps weights otherwise than as plain numbers of 4 bits with one scale each.
     """
-    both = [experts.humming_configs[name] for name in ("w13", "w2")]
+    configs = getattr(experts, "humming_configs", None)
+    if configs is None:
+        raise Unreadable("this release's Humming does not say how it keeps weights", "quant.layout")
+    both = [configs[name] for name in ("w13", "w2")]
     first, second = ((str(one.a_dtype), int(one.weight_scale_group_size)) for one in both)
     otherwise = {
         f"weights as {both[0].b_dtype} and {both[1].b_dtype}": {str(one.b_dtype) for one in both}

@@ -287,3 +287,5 @@ def test_rotated_weights_of_humming_are_refused() -> None:
     layer, _ = humming_layer()
     layer.weight_schemas = {"w13": SimpleNamespace(hadamard_block_size=64)}
     assert refused(layer) == ("quant.layout", "Humming keeps weights rotated")
+    del layer.humming_configs  # as of releases before it was the default
+    assert "does not say" in refused(layer)[1]
