@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..fusion_core.kernels.expert_weights import Block, ExpertWeights, Scales
+from ..fusion_core.reasons import Code
 
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
@@ -20,7 +21,15 @@ SCALES = ("weight_scale_inv", "weight_scale")
 
 
 class Unreadable(Exception):
-    """Weights lie in a layout that the pass does not read; the text says which, and where."""
+    """Weights lie in a layout that the pass does not read; the text says which, and where.
+
+    Args:
+        code: of the refusal that this is.
+    """
+
+    def __init__(self, detail: str, code: Code = "backend.layout") -> None:
+        super().__init__(detail)
+        self.code: Code = code
 
 
 def routed_of(experts: Any, block: Block | None) -> ExpertWeights:
@@ -34,6 +43,18 @@ def routed_of(experts: Any, block: Block | None) -> ExpertWeights:
     """
     scales = tuple(_first(experts, [f"{part}_{name}" for name in SCALES]) for part in ("w13", "w2"))
     return experts_of(experts.w13_weight, experts.w2_weight, (scales[0], scales[1]), block)
+
+
+def dense_weights(*layers: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights of a shared expert's two linear layers.
+
+    Raises:
+        Unreadable: they have none of that name: packed ones have another.
+    """
+    first, second = (getattr(layer, "weight", None) for layer in layers)
+    if first is None or second is None:
+        raise Unreadable("the shared expert is packed; the kernels read it in 16 bits or in FP8")
+    return first, second
 
 
 def dense_scales(*layers: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:

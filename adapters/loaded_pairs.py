@@ -49,7 +49,7 @@ def words(error: Exception) -> str:
 def failed(error: Exception) -> PairProof:
     """Return the proof of a role in which something went wrong."""
     if isinstance(error, Unreadable):
-        return PairProof("failed", detail=str(error), code="backend.layout")
+        return PairProof("failed", detail=str(error), code=error.code)
     return PairProof("failed", detail=words(error))
 
 

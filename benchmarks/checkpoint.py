@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -60,6 +60,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+
+class Packer(Protocol):
+    """Stores tensors of a checkpoint in a way of its own."""
+
+    def stored(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what is stored in place of ``weight``."""
+
+    def declared(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return ``quantization_config`` of a checkpoint of tensors of these names."""
 
 
 def shapes_of(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -167,9 +177,17 @@ def config_of(shape: str, layers: int, quant: str = "") -> dict[str, Any]:
     }
 
 
-def write(out: Path, shape: str, layers: int, quant: str = "", seed: int = 0) -> int:
-    """Write the checkpoint; returns its bytes."""
+def write(
+    out: Path, shape: str, layers: int, quant: str = "", seed: int = 0, packer: Packer | None = None
+) -> int:
+    """Write the checkpoint; returns its bytes.
+
+    Args:
+        packer: stores tensors in a way of its own, in place of ``quant``.
+    """
     config = config_of(shape, layers, quant)
+    if packer is not None:
+        config["quantization_config"] = packer.declared(name for name, _ in shapes_of(config))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     draw = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
@@ -190,6 +208,8 @@ def write(out: Path, shape: str, layers: int, quant: str = "", seed: int = 0) ->
         found = {name: tensor}
         if is_quantised(name, quant):
             found = dict(zip((name, f"{name}_scale_inv"), fp8_blocks(tensor), strict=True))
+        if packer is not None:
+            found = packer.stored(name, tensor)
         part.update({name: tensor.cpu() for name, tensor in found.items()})
         size_here = sum(tensor.nbytes for tensor in found.values())
         held += size_here

@@ -18,6 +18,7 @@ from .errors import FsePatchError, RefusedError, did_you_mean
 from .fusion_core.checkpoint.families import families
 from .fusion_core.decision.native import fusing
 from .fusion_core.decision.paired_places import unrun
+from .fusion_core.decision.pairing import READS
 from .fusion_core.decision.policy_file import load_policy
 from .fusion_core.engines import Plugins
 from .fusion_core.forward import tuned
@@ -135,6 +136,7 @@ def _layout(effective: settings.Settings, here: dict[str, Any]) -> dict[str, Any
             engine: any(unrun(engine, here["platform"], device) is None for device in here["devices"])
             for engine in ENGINES
         },
+        "reads": list(READS),
         "cache": str(effective.cache_folder),
         "measured": {name: entry.threshold for name, entry in kept(effective.cache_folder).items()},
     }

@@ -16,11 +16,13 @@ from torch.nn.functional import linear
 from ...fusion_core.decision.outcome import MoeSpec
 from ...fusion_core.forward.paired import PAIRED, STOCK, OutputScale, PairedWeights
 from ...fusion_core.kernels.expert_weights import Block, ExpertWeights
-from ..expert_reading import Unreadable, dense_scales, experts_of, routed_of
+from .. import int4_reading
+from ..expert_reading import Unreadable, dense_scales, dense_weights, experts_of, routed_of
 from ..paired import EngineLayer, PairedRole
 from .check import output_scale
+from .int4 import int4_backend, int4_experts
 
-READABLE = frozenset({"triton"})
+READABLE = frozenset({"triton"}) | int4_reading.READABLE
 
 
 def pair_block(role: PairedRole, block: Any, number: int | None) -> None:
@@ -110,7 +112,7 @@ class BlockLayer(EngineLayer):
         if self.mlp is None and experts.moe_ep_size > 1:
             raise Unreadable("each process has the shared slots, and SGLang divides their weight")
         return PairedWeights(
-            routed=routed_of(experts, _block(experts.quant_method)),
+            routed=int4_experts(experts) or routed_of(experts, _block(experts.quant_method)),
             shared=None if self.mlp is None else _shared(self.mlp),
             gate=block.gate.weight,
             shared_gate=None if self.shared_gate is None else self.shared_gate.weight,
@@ -179,6 +181,8 @@ class BlockLayer(EngineLayer):
     @property
     def backend(self) -> str:
         """Return the runner's word for who runs the experts; "" where there is no such runner."""
+        if packed := int4_backend(self.block.experts):
+            return packed
         runner = getattr(self.block.experts.quant_method, "runner", None)
         return "" if runner is None else str(runner.runner_backend.value)
 
@@ -273,7 +277,8 @@ def _first(answer: Any) -> torch.Tensor:
 
 def _shared(mlp: Any) -> ExpertWeights:
     up, down = mlp.gate_up_proj, mlp.down_proj
-    return experts_of(_rows(up.weight), _rows(down.weight), dense_scales(up, down), _block(up.quant_method))
+    w13, w2 = dense_weights(up, down)
+    return experts_of(_rows(w13), _rows(w2), dense_scales(up, down), _block(up.quant_method))
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:

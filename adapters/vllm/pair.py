@@ -16,13 +16,15 @@ from torch.nn.functional import linear
 from ...errors import FsePatchError
 from ...fusion_core.forward.paired import OutputScale, PairedWeights
 from ...fusion_core.kernels.expert_weights import Block, ExpertWeights
-from ..expert_reading import dense_scales, experts_of, routed_of
+from .. import int4_reading
+from ..expert_reading import dense_scales, dense_weights, experts_of, routed_of
 from ..paired import EngineLayer, PairedRole
+from .int4 import int4_backend, int4_experts
 from .plan import built_backend
 from .role import LAYER
 
 # Backends that keep rows of gate before rows of up, as they were loaded.
-READABLE = frozenset({"triton", "deepgemm", "vllm_cutlass"})
+READABLE = frozenset({"triton", "deepgemm", "vllm_cutlass"}) | int4_reading.READABLE
 
 
 def pair_block(role: PairedRole, block: Any) -> None:
@@ -84,7 +86,7 @@ class RunnerLayer(EngineLayer):
         if self.spec.has_correction_bias and bias is None:
             bias = self.block.gate.e_score_correction_bias
         return PairedWeights(
-            routed=routed_of(experts, _block(experts.quant_method)),
+            routed=int4_experts(experts) or routed_of(experts, _block(experts.quant_method)),
             shared=_shared(mlp),
             gate=None if gate is None else gate.weight,
             shared_gate=None if shared_gate is None else shared_gate.weight,
@@ -161,8 +163,10 @@ class RunnerLayer(EngineLayer):
     @property
     def backend(self) -> str:
         """Return the backend that the layer was built with."""
-        monolithic = self.runner.routed_experts.quant_method.is_monolithic
-        return "a monolithic kernel" if monolithic else built_backend(self.runner)
+        experts = self.runner.routed_experts
+        if experts.quant_method.is_monolithic:
+            return "a monolithic kernel"
+        return int4_backend(experts) or built_backend(self.runner)
 
 
 class _Given(torch.nn.Module):
@@ -180,7 +184,8 @@ class _Given(torch.nn.Module):
 def _shared(mlp: Any) -> ExpertWeights:
     up, down = mlp.gate_up_proj, mlp.down_proj
     width, hidden = int(down.input_size_per_partition), int(down.output_size)
-    w13, w2 = _rows(up.weight, 2 * width, hidden), _rows(down.weight, hidden, width)
+    w13, w2 = dense_weights(up, down)
+    w13, w2 = _rows(w13, 2 * width, hidden), _rows(w2, hidden, width)
     return experts_of(w13, w2, dense_scales(up, down), _block(up.quant_method))
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from . import models, weights
 
 
-def enlarge() -> None:
-    """Make checkpoints of about 20 MB from here on: hidden size 256, 32 experts of width 128."""
-    models.VOCAB, models.HIDDEN, models.MOE_WIDTH, models.EXPERTS = 1024, 256, 128, 32
+def enlarge(width: int = 128) -> None:
+    """Make checkpoints of about 20 MB from here on: hidden size 256, 32 experts of ``width``."""
+    models.VOCAB, models.HIDDEN, models.MOE_WIDTH, models.EXPERTS = 1024, 256, width, 32
     models.HEAD_DIM = 128
     models.COMMON.update(vocab_size=models.VOCAB, hidden_size=models.HIDDEN)
     models.LINEAR_ATTENTION.update(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import int4
 from .raw import write_index
 
 Tensors = dict[str, torch.Tensor]
@@ -151,6 +152,11 @@ def kv_cache_only(folder: Path, _: Path) -> None:
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
+def four_bits(kind: str) -> Callable[[Path, Path], None]:
+    """Store the routed experts in 4 bits, and the shared one as it is."""
+    return lambda folder, _: int4.to_int4(folder, kind)
+
+
 VARIANTS: dict[str, Variant] = {
     "files_hidden": Variant("qwen2_moe", hidden_file),
     "files_stale": Variant("qwen2_moe", stale_file),
@@ -167,4 +173,5 @@ VARIANTS: dict[str, Variant] = {
     "names_of_the_engine": Variant("qwen3_5_vl_3d", engine_names),
     "names_twice": Variant("qwen3_5_vl_3d", tower_twice),
     "declared_kv_cache": Variant("qwen2_moe", kv_cache_only),
+    **{f"int4_{kind}": Variant("qwen3_next", four_bits(kind)) for kind in int4.KINDS},
 }

@@ -57,7 +57,8 @@ def table(report: Mapping[str, Any]) -> dict[str, Any]:
     pairing = [engine for engine, pairs in layout["pairs_by_itself"].items() if pairs]
     rows["layout"] = (
         f"{layout['asked']}; pairs here by itself: {', '.join(pairing) or 'no engine'}; "
-        f"{len(layout['measured'])} thresholds in {layout['cache']}"
+        f"{len(layout['measured'])} thresholds in {layout['cache']}; "
+        f"reads {', '.join(layout['reads'])}"
     )
     rows["modes"] = "\n".join(
         f"{entry['file']}: {entry['for']}{'' if entry['here'] else ' (no such device here)'}: "

@@ -61,6 +61,7 @@ class _Decided:
         config: sizes and routing by config.json, which the decision rests on; None where nothing was read.
         stored_layers: layers with experts in the checkpoint; by config.json alone, the sparse ones.
         pairing: what could run over weights that stay apart, or why not; None where nothing was read.
+        stored: how routed and shared experts are stored, in words; "" where no headers show it.
     """
 
     role: Role
@@ -76,6 +77,7 @@ class _Decided:
     config: MoeConfig | None = None
     stored_layers: tuple[int, ...] = ()
     pairing: MoeSpec | Reason | None = None
+    stored: str = ""
     # How the weights of both kinds of experts lie where the role fuses.
     weight_layout: ClassVar[str] = ""
 
@@ -213,6 +215,8 @@ def paired(decision: Decision) -> Decision:
     if isinstance(decision.pairing, MoeSpec):
         layers = len(decision.pairing.layers)
         detail = f"{layers} sparse layers, in one pass over routed and shared weights where they lie"
+        if decision.stored:
+            detail += f"; {decision.stored}"
         return Paired(**decision._common(), moe=decision.pairing, detail=detail)
     if isinstance(decision, Merged):
         return decision.refused(decision.pairing)

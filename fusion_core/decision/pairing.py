@@ -6,13 +6,40 @@ the weights is read and proved after it has loaded them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..checkpoint.config import MoeConfig
 from ..evidence.gather import LayerEvidence, RoleEvidence
+from ..evidence.specs import MlpSpec
 from ..reasons import Reason
 from .layout import ExpertLayout
 from .policy import Policy, PolicyFacts
+
+# Formats of experts that the pass reads where an engine left them, routed and shared ones in any combination.
+READS = (
+    "bfloat16",
+    "float16",
+    "FP8 (block, channel, tensor)",
+    "4-bit integers of routed experts (GPTQ, AWQ, AutoRound, compressed-tensors)",
+)
+
+
+def pairing_words(layers: Iterable[LayerEvidence]) -> str:
+    """Say how experts are stored: "routed int4-gptq, shared BF16"; "" where no headers show it."""
+    found = set()
+    for layer in layers:
+        if layer.routed is None or layer.shared is None:
+            continue
+        named = layer.config.format if layer.config else ""
+        routed = named if named not in ("", "plain") else _dtypes(layer.routed)
+        found.add(f"routed {routed}, shared {_dtypes(layer.shared)}")
+    return "; ".join(sorted(found))
+
+
+def _dtypes(spec: MlpSpec) -> str:
+    if spec.packed:
+        return "packed " + "/".join(sorted({tensor.suffix for tensor in spec.tensors}))
+    return "/".join(sorted({tensor.dtype for tensor in spec.tensors if tensor.suffix == "weight"}))
 
 
 def pairing_layout(

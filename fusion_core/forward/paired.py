@@ -84,18 +84,11 @@ class PairedWeights:
     @property
     def formats(self) -> tuple[str, str]:
         """Name how routed and shared experts are stored, "" where the shared ones are among the routed."""
-        return _format(self.routed), "" if self.shared is None else _format(self.shared)
+        return self.routed.format, "" if self.shared is None else self.shared.format
 
 
 def _addresses(weights: ExpertWeights) -> tuple[int, ...]:
-    scales = () if weights.scales is None else (weights.scales.w13, weights.scales.w2)
-    return tuple(tensor.data_ptr() for tensor in (weights.w13, weights.w2, *scales))
-
-
-def _format(weights: ExpertWeights) -> str:
-    """Name dtype and scales: "bfloat16", "float8_e4m3fn 128x128"."""
-    name = str(weights.w13.dtype).removeprefix("torch.")
-    return name if weights.scales is None else "{} {}x{}".format(name, *weights.scales.block)
+    return tuple(tensor.data_ptr() for tensor in weights.tensors)
 
 
 @dataclass(frozen=True)

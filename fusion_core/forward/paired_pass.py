@@ -31,6 +31,8 @@ def run_pass(
     kinds = [weights for weights in (routed, shared) if weights is not None]
     alike = len({weights.scales is None for weights in kinds}) == 1
     most = SMALL if shared is None or shared.width <= routed.width else SMALL_WIDE
+    if any(weights.int4 is not None for weights in kinds):
+        most = 0  # the other kernels do not read them
     if (alike and len(hidden_states) <= most) or not all(takes(weights) for weights in kinds):
         small = experts.small_experts if routed.scales is None else experts_fp8.small_experts
         return small(hidden_states, routed, topk_weights, topk_ids, shared)

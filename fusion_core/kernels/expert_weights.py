@@ -67,6 +67,23 @@ class ExpertWeights:
         """Return whether the weights are plain numbers."""
         return self.scales is None and self.int4 is None
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return all that is read."""
+        beside = self.int4 or self.scales
+        found = [self.w13, self.w2, *(() if beside is None else (beside.w13, beside.w2))]
+        if self.int4 is not None:
+            found += [zeros for zeros in (self.int4.w13_zeros, self.int4.w2_zeros) if zeros is not None]
+        return tuple(found)
+
+    @property
+    def format(self) -> str:
+        """Name what is stored: "bfloat16", "float8_e4m3fn 128x128", "int4 g128, packed_bytes"."""
+        name = str(self.w13.dtype).removeprefix("torch.")
+        if self.int4 is not None:
+            return self.int4.name
+        return name if self.scales is None else "{} {}x{}".format(name, *self.scales.block)
+
     def __post_init__(self) -> None:
         if self.int4 is not None:
             checked(self.int4, self.w13, self.w2)

@@ -45,6 +45,14 @@ class Int4:
         """Return whether weights lie in Marlin's tiles."""
         return self.layout is Layout.MARLIN_TILE
 
+    @property
+    def name(self) -> str:
+        """Name the format: "int4 g128, marlin_tile"."""
+        size = f"g{self.group}" if self.group else "channel"
+        zeros = "" if self.w13_zeros is None else " zero points"
+        packed = f" by {'humming' if self.humming else 'marlin'}" if self.tiles else ""
+        return f"int4 {size}{zeros}, {self.layout.value}{packed}"
+
     def shape(self, weight: torch.Tensor) -> tuple[int, int]:
         """Return N and K of an expert's matrix."""
         _, first, second = weight.shape

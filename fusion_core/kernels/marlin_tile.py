@@ -12,7 +12,6 @@ if the matrix has no more columns, in Humming if scales were declared by channel
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -101,33 +100,3 @@ def zero(z_ptr, group, row, there, HUMMING: tl.constexpr, STRIDE: tl.constexpr, 
     w, h = at % 4, at // 8 % 2
     nibble = w * 2 + h if HUMMING else h * 4 + w
     return ((word >> nibble * 4) & 15).to(tl.float32) - 8.0
-
-
-def numbers(weight: torch.Tensor) -> torch.Tensor:
-    """Unpack int32 [E, K / 16, 2 * N]: numbers from 0 to 15, [E, N, K] uint8."""
-    _, deep, wide = weight.shape
-    n, k = torch.arange(wide // 2)[:, None], torch.arange(deep * 16)[None, :]
-    word = n // 64 * 128 + (n % 8 * 4 + k % 8 // 2) * 4 + n % 64 // 16
-    nibble = k % 2 * 4 + n % 16 // 8 * 2 + k % 16 // 8
-    words = weight.long().cpu()[:, (k // 16).expand_as(word), word]
-    return (words >> nibble * 4 & 15).to(torch.uint8).to(weight.device)
-
-
-def scales(scale: torch.Tensor, single: bool) -> torch.Tensor:
-    """Bring scales [E, groups, N] in order: [E, N, groups]; ``single``: from the order of one group."""
-    n = torch.arange(scale.shape[2])
-    c = n % 64
-    at = n // 64 * 64 + c % 8 * 8 + c // 8
-    if single:
-        c = n % 32
-        at = n // 32 * 32 + c % 8 // 2 * 8 + c // 8 * 2 + c % 2
-    return scale[:, :, at.to(scale.device)].transpose(1, 2)
-
-
-def zeros(zero: torch.Tensor, humming: bool = False) -> torch.Tensor:
-    """Unpack zero points int32 [E, groups, N / 8]: [E, N, groups] uint8; ``humming``: packed by it."""
-    n = torch.arange(zero.shape[2] * 8)
-    m = n % 64 // 8
-    nibble = m if humming else m % 2 * 4 + m // 2
-    words = zero.long().cpu()[:, :, n // 64 * 8 + n % 8]
-    return (words >> nibble * 4 & 15).to(torch.uint8).transpose(1, 2).to(zero.device)

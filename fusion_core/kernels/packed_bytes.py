@@ -5,7 +5,6 @@ Scales are [N, groups]. Zero points are uint8 [N / 2, groups], the lower half of
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -57,13 +56,3 @@ def zero(z_ptr, group, row, there, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexp
     n = row + tl.arange(0, ROWS)[None, :, None]
     byte = tl.load(z_ptr + n // 2 * STRIDE_N + group * STRIDE_K, mask=there, other=0)
     return ((byte.to(tl.int32) >> n % 2 * 4) & 15).to(tl.float32) - 8.0
-
-
-def numbers(weight: torch.Tensor) -> torch.Tensor:
-    """Unpack uint8 [E, N, K / 2]: numbers from 0 to 15, [E, N, K] uint8."""
-    return torch.stack([weight & 15, weight >> 4], -1).flatten(2)
-
-
-def zeros(zero: torch.Tensor) -> torch.Tensor:
-    """Unpack zero points uint8 [E, N / 2, groups]: [E, N, groups] uint8."""
-    return torch.stack([zero & 15, zero >> 4], 2).flatten(1, 2)

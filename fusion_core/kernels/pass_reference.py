@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from . import int4_reference
 from .expert_weights import Block, ExpertWeights, slots_of
 
 
@@ -47,6 +48,11 @@ def experts_once(
 
 def dense(experts: ExpertWeights, dtype: torch.dtype, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return w13 [2 * I, H] and w2 [H, I] of one expert with their scales applied."""
+    if (int4 := experts.int4) is not None:
+        return (
+            int4_reference.dense(int4, "w13", experts.w13, expert, dtype),
+            int4_reference.dense(int4, "w2", experts.w2, expert, dtype),
+        )
     w13, w2 = experts.w13[expert].to(dtype), experts.w2[expert].to(dtype)
     if (scales := experts.scales) is not None:
         half = w13.shape[0] // 2

@@ -27,6 +27,9 @@ class BuiltInt4:
         act_order: whether rows are sorted by g_idx.
         width: I of a rank, as built.
         group: columns that share a scale; 0: all.
+        held: I as it is in memory; 0: not asked.
+        biases: whether experts have biases.
+        wrong: what the engine itself does wrongly, in words.
     """
 
     packing: Literal["marlin", "humming", "bytes"]
@@ -36,10 +39,15 @@ class BuiltInt4:
     act_order: bool
     width: int
     group: int
+    held: int = 0
+    biases: bool = False
+    wrong: str = ""
 
 
 def refusal(built: BuiltInt4) -> Reason | None:
     """Return why the kernels for few tokens must not read these experts; None if they may."""
+    if built.wrong:
+        return Reason("upstream.wrong", built.wrong)
     if built.packing == "marlin" and 0 < built.width <= built.group:
         return Reason(
             "upstream.wrong",
@@ -55,6 +63,14 @@ def refusal(built: BuiltInt4) -> Reason | None:
             "quant.layout",
             f"{setting.get(built.packing, 'a setting')} has the engine multiply in {built.activations}, for "
             "which it packs weights otherwise",
+        )
+    if built.biases:
+        return Reason("quant.layout", "experts have biases")
+    if built.packing == "humming" and built.held not in (0, built.width):
+        return Reason(
+            "quant.layout",
+            f"I of a rank is {built.width}, padded to {built.held}: Humming pads w13 as one matrix, so that "
+            "its two halves are no more of one size",
         )
     for what, dtype in (("the engine's kernel multiplies", built.activations), ("scales are", built.scales)):
         if dtype != built.model:

@@ -30,7 +30,7 @@ from fse_patch.fusion_core.checkpoint.families import Role
 from fse_patch.fusion_core.checkpoint.weight_files import AUTO
 from fse_patch.fusion_core.decision import decide
 from fse_patch.fusion_core.decision.explain import explain
-from fse_patch.fusion_core.decision.outcome import Merged
+from fse_patch.fusion_core.decision.outcome import Merged, MoeSpec
 from fse_patch.fusion_core.decision.policy import Policy
 from fse_patch.fusion_core.decision.policy_file import load_policy
 from fse_patch.fusion_core.evidence.gather import read_evidence
@@ -104,6 +104,9 @@ class Runner:
             assert len(detail.splitlines()) == 1, f"a detail of two lines: {detail!r}"
             if isinstance(decision, Merged):
                 self._check(case, engine, role)
+        if case.pairs is not None and case.policy is None and "main" in decisions:
+            pairs = isinstance(decisions["main"].pairing, MoeSpec)
+            assert pairs == case.pairs, f"main {'pairs' if pairs else 'does not pair'}"
         return code(decisions["main"])
 
     def _check(self, case: Case, engine: str, role: Role) -> None:

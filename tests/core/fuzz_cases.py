@@ -10,11 +10,20 @@ from typing import Any
 
 from fse_patch.fusion_core.decision.policy_file import DEFAULT_POLICY
 
-from .checkpoints import Tensors
+from .checkpoints import SHARED, Tensors
 from .fuzz_files import FORMATS, FileSet, merge, rename, spread
-from .golden import ROWS, config_and_tensors
+from .golden import MODELS, ROWS, config_and_tensors, projections, shared_width
 
 SEEDS = [(row, *config_and_tensors(row)) for row in ROWS if "stored" in row]
+# Checkpoints of one 4-bit format, and what their shared experts may be stored as beside it.
+FOUR_BITS = [
+    seed
+    for seed in SEEDS
+    if seed[0]["stored"]["routed"].startswith("int4") and seed[0]["expect"]["reason"] in ("ok", "quant.mixed")
+]
+BESIDE = ["bf16", "f16", "fp8-channel", "fp8-block:128", "fp8-tensor", "int8-gptq:128", "int8-packed:128"]
+# Methods that nothing of ours reads, by any layout.
+NEVER = ("quark", "mxfp4")
 _DTYPES = ["BF16", "F16", "F32", "F8_E4M3", "I32", "I8", "U8", "I64"]
 _WORDS = ["fp8", "awq", "gptq", "inc", "quark", "mxfp4", "modelopt", "compressed-tensors", "auto-round", "x"]
 _PATTERNS = ["re:.*", "-:.*", "+:(a+)+$", ".*experts.*", "re:(", "*", "model.layers.0", "experts", "é\n"]
@@ -55,6 +64,8 @@ class Case:
     raw: tuple[tuple[str, float, int], ...] = ()
     layers: str = ""
     files: FileSet[Any] | None = None
+    # Whether weights that stay apart may pair by the default policy; None: nothing is known.
+    pairs: bool | None = None
 
 
 def make(rng: random.Random) -> Case:
@@ -62,7 +73,13 @@ def make(rng: random.Random) -> Case:
     row, config, tensors = rng.choice(SEEDS)
     case = Case(copy.deepcopy(config), dict(tensors or {}), copy.deepcopy(row.get("modelopt")))
     case.layers = layers_in(config)
+    quant = row.get("quantization") or {}
+    if quant.get("quant_method") in NEVER and rng.random() < 0.5:
+        case.pairs = False
+        return case
     kind = rng.random()
+    if kind < 0.06:
+        return _mixed(rng)
     if kind < 0.2:
         _lay_out(rng, case)
     elif kind < 0.5:
@@ -86,6 +103,26 @@ def make(rng: random.Random) -> Case:
         case.policy = ALLOW_ALL
     elif choice < 0.35:
         case.policy = _policy(rng)
+    return case
+
+
+def _mixed(rng: random.Random) -> Case:
+    """4-bit routed experts beside a shared one that is stored otherwise, in some layers or in all."""
+    row, config, tensors = rng.choice(FOUR_BITS)
+    model = MODELS[row["model"]]
+    case = Case(copy.deepcopy(config), dict(tensors or {}), layers=layers_in(config), pairs=True)
+    assert case.tensors is not None
+    numbers = _sparse(case)
+    for number in rng.sample(numbers, rng.randint(1, len(numbers))):
+        owner = f"{_module(case, number)}.{SHARED[model['family']]}."
+        kept = {name: header for name, header in case.tensors.items() if not name.startswith(owner)}
+        way = rng.choice(BESIDE)
+        case.tensors = kept | projections(owner, shared_width(model), model["hidden"], way)
+        if way.startswith("int8"):
+            case.pairs = None  # packed integers look alike in the headers: that is a contradiction
+    case.forbidden = "routed experts of 4 bits beside a shared one of another format"
+    if rng.random() < 0.4:
+        case.policy = ALLOW_ALL
     return case
 
 

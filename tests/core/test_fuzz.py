@@ -12,6 +12,8 @@ from fse_patch.fusion_core.checkpoint import weight_files
 from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.checkpoint.weight_files import WeightFiles
 from fse_patch.fusion_core.decision import decide
+from fse_patch.fusion_core.decision.policy import Policy
+from fse_patch.fusion_core.decision.policy_file import load_policy
 from fse_patch.fusion_core.evidence import gather
 
 from . import fuzz as fuzzing
@@ -75,6 +77,27 @@ def test_it_finds_an_index_that_is_believed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_it_finds_names_that_nobody_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorNaming, "role_of_unplaced", lambda *_: None)
     assert found("is under no prefix that is known")
+
+
+def test_it_finds_4_bits_that_are_not_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: Any) -> Policy:
+        rules = tuple(
+            rule.model_copy(update={"pair": False}) if rule.id == "mixed" else rule
+            for rule in load_policy().rules
+        )
+        return Policy(rules)
+
+    monkeypatch.setattr(fuzzing, "load_policy", without)
+    assert found("main does not pair")
+
+
+def test_it_finds_a_method_that_must_not_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    def every(*_: Any) -> Policy:
+        rules = tuple(rule.model_copy(update={"pair": True}) for rule in load_policy().rules)
+        return Policy(rules)
+
+    monkeypatch.setattr(fuzzing, "load_policy", every)
+    assert found("main pairs")
 
 
 def test_it_finds_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fse_patch.fusion_core.kernels import marlin_tile, packed_bytes
+from fse_patch.fusion_core.kernels import int4_reference
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 from fse_patch.fusion_core.kernels.int4 import Int4, Layout
 
@@ -118,7 +118,11 @@ def read(weights: ExpertWeights, name: str) -> Matrix:
     scales: torch.Tensor = getattr(int4, name)
     zeros: torch.Tensor | None = getattr(int4, f"{name}_zeros")
     if int4.tiles:
-        points = None if zeros is None else marlin_tile.zeros(zeros, int4.humming)
+        points = None if zeros is None else int4_reference.tile_zeros(zeros, int4.humming)
         single = int4.single(int4.shape(weight)[1])
-        return Matrix(marlin_tile.numbers(weight), marlin_tile.scales(scales, single), points)
-    return Matrix(packed_bytes.numbers(weight), scales, None if zeros is None else packed_bytes.zeros(zeros))
+        return Matrix(int4_reference.tile_numbers(weight), int4_reference.tile_scales(scales, single), points)
+    return Matrix(
+        int4_reference.byte_numbers(weight),
+        scales,
+        None if zeros is None else int4_reference.byte_zeros(zeros),
+    )

@@ -17,6 +17,7 @@ from fse_patch.fusion_core.kernels import router_logits
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 
 from ..core.moe import moe_spec
+from .test_int4_readers import made
 from .test_kernels import DEVICE, draw, off
 from .test_shared_apart import weights_in
 
@@ -72,6 +73,23 @@ def deviation(layer: PairedLayer, tokens: int, scale: OutputScale = OutputScale(
 @pytest.mark.parametrize(("routed", "shared"), [("plain", "plain"), ("block", "plain"), ("block", "block")])
 def test_formats(routed: str, shared: str, tokens: int) -> None:
     assert deviation(layer_of(held("qwen", routed, shared), QWEN), tokens) <= ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("how", "tokens"), [("marlin g32", 1), ("awq g128", 9), ("humming awq g64", 3), ("bytes g32", 3)]
+)
+def test_4_bits(how: str, tokens: int) -> None:
+    """As few tokens as one go through the kernels that read such experts; the control: a word of another."""
+    plain = held("qwen")
+    four, _, _ = made(how, E, H, I, DTYPE)
+    assert deviation(layer_of(replace(plain, routed=four), QWEN), tokens) <= ALLOWED
+    layer = layer_of(replace(plain, routed=four), QWEN)
+    exact = layer.exact
+    layer.read = lambda: replace(plain, routed=replace(four, w2=four.w2.roll(1, 0)))
+    states, logits = draw(tokens, H, seed=4, dtype=DTYPE), given_logits(tokens)
+    wrong = exact(states, logits, OutputScale())
+    layer.read = lambda: replace(plain, routed=four)
+    assert off(wrong, exact(states, logits, OutputScale())) > ALLOWED
 
 
 @pytest.mark.parametrize("width", [4 * I, 2 * I + 32])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fse_patch.fusion_core.kernels import marlin_tile
+from fse_patch.fusion_core.kernels import int4_reference
 
 from ..kernels import int4
 
@@ -22,14 +22,14 @@ def test_marlin_tiles(group: int) -> None:
     assert zeros is not None
     order = marlin_utils_test.get_weight_perm(4)
     weight = marlin_utils_test.marlin_weights(numbers[0].t().int(), K, N, 4, order)
-    assert torch.equal(marlin_tile.numbers(weight[None]), numbers)
+    assert torch.equal(int4_reference.tile_numbers(weight[None]), numbers)
     ordered = marlin_utils.marlin_permute_scales(scales[0].t().contiguous(), K, N, group)
-    assert torch.equal(marlin_tile.scales(ordered[None], group == K), scales)
+    assert torch.equal(int4_reference.tile_scales(ordered[None], group == K), scales)
     # As AWQ checkpoints have zero points.
     awq = int4.words(zeros[0].t().unflatten(1, (-1, 8))[..., int4.IN_A_WORD].flatten(1))
     points = marlin_utils.awq_to_marlin_zero_points(awq, K // group, N, 4)
-    assert torch.equal(marlin_tile.zeros(points[None]), zeros)
+    assert torch.equal(int4_reference.tile_zeros(points[None]), zeros)
     # The control: repacked for activations of 8 bits, which is another layout.
     other = marlin_utils_test.get_weight_perm(4, is_a_8bit=True)
     weight = marlin_utils_test.marlin_weights(numbers[0].t().int(), K, N, 4, other, is_a_8bit=True)
-    assert not torch.equal(marlin_tile.numbers(weight.view(1, K // 16, 2 * N)), numbers)
+    assert not torch.equal(int4_reference.tile_numbers(weight.view(1, K // 16, 2 * N)), numbers)
