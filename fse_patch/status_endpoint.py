@@ -54,5 +54,8 @@ class StatusEndpoint:
             return []
         try:
             return list(await self._client.collective_rpc(METHOD))
-        except Exception as error:  # no worker has a model of ours: nothing was decided there
-            return [{"on": False, "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}]
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if METHOD in why:  # no worker has our method
+                why = "FSE_PATCH is not set in this server"
+            return [{"engine": "vllm", "on": False, "reason": why}]

@@ -85,8 +85,10 @@ def command(
     load = client.Load(streams, rounds, input_tokens, output_tokens, timeout)
     facts: dict[str, Any] = {"fse_patch": __version__, "date": time.strftime("%Y-%m-%d %H:%M")}
     if words:
-        target = launched(checkpoint, folder, words)
+        target = read_command(checkpoint, folder, words)
         engine, float32 = target.engine, target.text("dtype") in ("float32", "float")
+        bench = client.find(engine)
+        refuse_early(target, checkpoint)
         number = port or target.asked["port"] or free_port()
         opened = partial(_start, engine, words, int(number), timeout)
         facts |= {"engine": f"{engine} {target.release}", "device": str(machine.here())}
@@ -94,13 +96,14 @@ def command(
     else:
         stock, fused = (status.address(url) for url in (stock, fused))
         engine, float32 = _engine_of(stock, api_key), False
+        bench = client.find(engine)
         opened = partial(_given, stock, fused)
         facts |= {"engine": engine, "servers": f"stock {stock}, fused {fused}"}
-    job = Job(engine, client.find(engine), folder, vocab, float32, load, api_key)
+    job = Job(engine, bench, folder, vocab, float32, load, api_key)
     picture = find_spec("matplotlib") is not None
     if not picture:
         print(f"{NAME}: {NO_PICTURE}", file=sys.stderr)
-    report = _run(job, opened, facts)
+    report = compared(job, opened, facts)
     made = files.write(place, report, picture)
     if json:
         print_json({**report, "files": list(map(str, made))})
@@ -110,12 +113,11 @@ def command(
         raise typer.Exit(FAILED)
 
 
-def launched(checkpoint: str, folder: Path, words: list[str]) -> Target:
-    """Read the launch command, and refuse at once what no server would fuse: the stock one may take long.
+def read_command(checkpoint: str, folder: Path, words: list[str]) -> Target:
+    """Read the launch command.
 
     Raises:
-        FsePatchError: the command is of no known engine, or serves another model.
-        RefusedError: the server would not be fused.
+        FsePatchError: it is of no known engine, has an unknown flag, or serves another model.
     """
     engine = engine_asked(None, words)
     target = Target(engine, words, None, None, None)
@@ -123,15 +125,23 @@ def launched(checkpoint: str, folder: Path, words: list[str]) -> Target:
     if model != checkpoint and (not model or Path(model).expanduser().resolve() != folder.resolve()):
         named = f"serves {model!r}" if model else "names no model"
         raise FsePatchError(f"the command behind -- {named}, and CHECKPOINT is {checkpoint!r}")
+    return target
+
+
+def refuse_early(target: Target, checkpoint: str) -> None:
+    """Refuse at once what no server would fuse: the stock one, which comes first, may take long.
+
+    Raises:
+        RefusedError: the server would not be fused.
+    """
     source, now = source_of(checkpoint), target.settings
     rules, load_format = load_policy(now.policy_file), target.text("load_format") or AUTO
-    decisions = decide_roles(source, engine, rules, load_format)
+    decisions = decide_roles(source, target.engine, rules, load_format)
     if now.layout == "paired":
         decisions = {role: paired(decision) for role, decision in decisions.items()}
     told = target.runtime(decisions, source.read_json(CONFIG_NAME), None)
     if told["served"] != "fused":
         raise RefusedError(told["reason"], told["detail"])
-    return target
 
 
 def _engine_of(url: str, key: str) -> str:
@@ -154,7 +164,7 @@ def _given(stock: str, fused: str, name: str, folder: Path) -> AbstractContextMa
     return servers.given(name, fused if name == FUSED else stock)
 
 
-def _run(job: Job, opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
+def compared(job: Job, opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Measure; whatever ends us, no server is left."""
 
     def ask(url: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from ...fusion_core.engines import Bench, facts_of
 from ..cause import first_cause
 from .process import Child
 from .servers import QUIET, Running
+from .steps import phase_of
 
 POLL = 0.3  # seconds between looks at client and server
 # What is kept of a result. Milliseconds are medians: to the first token, and of each one after it.
@@ -97,7 +98,7 @@ def run(
     requests = streams * load.rounds
     asked = {"input": load.input, "output": load.output, "requests": requests, "streams": streams}
     place = {"url": server.url, "checkpoint": checkpoint, "model": model, "folder": folder}
-    name = f"{engine} bench client, {streams} streams"
+    name = f"{engine} bench client, {phase_of(streams)}"
     result, log = folder / f"{streams}.json", folder / f"{streams}.log"
     command = words_of(bench, **asked, **place, seed=streams, file=result.name)
     with Child(name, command, environment(key, os.environ), log) as client:

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from . import table
+from .steps import phase_of
 from .style import STYLE
 from .table import Row
 
@@ -15,8 +16,8 @@ READING = (
     "Stock means the engine without fse_patch. Three servers were measured, one at a time: stock, fused, and "
     "stock again. The second stock shows how much a figure moves by itself.",
     "Times as fast means the fused server's tokens a second over the mean of both stock servers. The range "
-    "is over the faster and over the slower of them. Faster is said only where fused beats both stock servers, "
-    "and by more than they differ from each other.",
+    "is over the faster and over the slower of them. Faster is said only where fused beats both, and by more "
+    "than they differ from each other.",
     "Answers are a small check, on a few fixed prompts. fse-patch verify is the proof: it has a control.",
 )
 
@@ -63,16 +64,16 @@ def _chart(rows: Sequence[Row]) -> str:
     for row in rows:
         width = 100 * (row["upper"] - row["lower"]) / most
         lines.append(
-            f'<span class="label">{row["streams"]} streams</span>'
+            f'<span class="label">{phase_of(row["streams"])}</span>'
             f'<span class="track {CLASSES[row["verdict"]]}">'
             f'<span class="bar" style="width:{at(row["ratio"])}"></span>'
             f'<span class="span" style="left:{at(row["lower"])};width:{width:.2f}%"></span>'
             f'<span class="one" style="left:{at(1.0)}"></span></span>'
             f"<span>{row['ratio']:.2f}</span>"
         )
-    told = "; ".join(f"{row['streams']} streams {row['ratio']:.2f}" for row in rows)
+    told = "; ".join(f"{phase_of(row['streams'])} {row['ratio']:.2f}" for row in rows)
     label = escape(f"times as fast as stock: {told}", quote=True)
-    legend = "<p>The dashed line is stock. The dark range shows how much stock moved by itself.</p>"
+    legend = "<p>The dashed line is stock. The range with two ends shows how much stock moved by itself.</p>"
     return f'<div class="chart" role="img" aria-label="{label}">{"".join(lines)}</div>{legend}'
 
 

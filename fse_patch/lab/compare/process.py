@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -16,6 +17,7 @@ from .. import verify
 from ..cause import with_cause
 
 PARTING = 15.0  # seconds in which a process may end its children itself
+GOING = 20.0  # seconds that a killed process may take to go
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -100,6 +102,29 @@ class Child:
                 self.wait(PARTING)
         finally:
             verify.end(self.process)
+            end_session(self.process.pid)
+
+
+def end_session(session: int) -> None:
+    """End what is left of a session, and wait until it is gone: it may hold the memory of a device."""
+    limit = time.monotonic() + GOING
+    while (left := _of_session(session)) and time.monotonic() < limit:
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _of_session(session: int) -> list[int]:
+    """Return the processes of a session; those that have ended, and nobody has asked for, do not count."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # Behind the name, which may hold anything: state, parent, group, session.
+            state, _, _, of = file.read_text(errors="replace").rpartition(")")[2].split()[:4]
+            if int(of) == session and state not in "ZX":
+                found.append(int(file.parent.name))
+    return found
 
 
 @contextlib.contextmanager

@@ -120,15 +120,13 @@ def state_of(name: str, server: Running, status: Status) -> tuple[bool | None, l
         # A server that we did not start may be silent; of ours there is the log.
         server.check()
         ours = [line for line in server.log().splitlines() if any(told in line for told in SAID_IN_LOG)]
-        fused, said = (True if ours else None), ours or ["it does not say"]
-        if server.start_seconds is not None and not ours:
-            fused = False
+        is_ours = server.start_seconds is not None
+        fused = True if ours else False if is_ours else None
+        said = ours or ["started without fse_patch" if is_ours else "it does not say"]
         first: Mapping[str, Any] = {}
     else:
-        fused, said = (
-            bool(ranks) and all(rank["fused"] for rank in ranks),
-            [str(rank["line"]) for rank in ranks],
-        )
+        fused = bool(ranks) and all(rank["fused"] for rank in ranks)
+        said = [str(rank["line"]) for rank in ranks]
         first = next((rank for rank in ranks if not rank["fused"]), {})
     if name == FUSED and fused is False:
         detail = first.get("detail") or "its log has no line that says so"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .client import KEPT, Level
+from .steps import phase_of
 
 Row = dict[str, Any]
 SHORT = {"stock": "stock", "fused": "fused", "again": "stock again"}
@@ -54,10 +55,11 @@ def sentence(rows: Sequence[Row]) -> str:
         held = [row for row in rows if row["verdict"] == verdict]
         if not held:
             continue
-        at = ", ".join(str(row["streams"]) for row in held)
+        at = ", ".join(str(row["streams"]) for row in held[:-1]) + (", " if held[1:] else "")
+        at += phase_of(held[-1]["streams"])
         ratios = [row["ratio"] for row in held]
         times = f"{min(ratios):.2f}x to {max(ratios):.2f}x" if len(held) > 1 else f"{ratios[0]:.2f}x"
-        parts.append(f"{verdict} at {at} streams ({times})")
+        parts.append(f"{verdict} at {at} ({times})")
     return "fused is " + "; ".join(parts) if parts else "nothing was measured"
 
 
