@@ -38,6 +38,7 @@ from .ending import NAME
 from .output import Colour, print_json, say
 from .target import Target, engine_asked
 from .verify import engines_end_with_us, vocab_size
+from .verify import say as show
 
 NO_PICTURE = "no picture: it needs matplotlib: pip install 'fse-patch[plot]'"
 ENDED = "interrupted; no server is left, and nothing is written"
@@ -174,10 +175,12 @@ def compared(job: Job, opened: Opened, facts: Mapping[str, Any]) -> dict[str, An
         with (
             engines_end_with_us(),
             tempfile.TemporaryDirectory(prefix="fse_patch_", ignore_cleanup_errors=True) as work,
-            Display() as display,
         ):
-            steps = Steps(ARMS, job.load.streams, display)
-            return report_of(job, measure(job, opened, ask, steps, Path(work)), facts)
+            show("trying the engine's bench client")
+            client.try_out(job.engine, job.bench, Path(work))
+            with Display() as display:
+                steps = Steps(ARMS, job.load.streams, display)
+                return report_of(job, measure(job, opened, ask, steps, Path(work)), facts)
     except KeyboardInterrupt:
         print(f"{NAME}: {ENDED}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

@@ -1,4 +1,4 @@
-"""A server with the pages that a comparison asks for, and its client; they import nothing of ours, to start fast.
+"""A server with the pages that a comparison asks for, and its client; both start fast, with nothing of ours.
 
     python compare_parts.py serve PORT stock|fused OUT FAULT      client FILE REQUESTS OUT FAULT
 
@@ -65,6 +65,8 @@ def measure(file: Path, requests: int, fault: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[2:] == ["--help"]:
+        sys.exit(0)
     what, first, second, out, fault = sys.argv[1:]
     with_a_deaf_child(out)
     if what == "serve":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,54 +16,14 @@ from fse_patch.errors import EngineError, FsePatchError
 from fse_patch.lab.compare import servers
 from fse_patch.lab.compare.process import Child, held_back
 
+from ..comparisons import Comparison, left
 from .compare_parts import DEAF
 
 RUN = Path(__file__).with_name("compare_run.py")
-LIMIT = 60.0
 
 
-def left(mark: str) -> list[str]:
-    """The commands of all processes that name a mark."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = file.read_bytes().decode(errors="replace").replace("\0", " ")
-        except OSError:
-            continue
-        if mark in words and file.parent.name != str(os.getpid()):
-            found.append(words)
-    return found
-
-
-class Comparison:
-    """One that runs in a process; its temporary files are below ``folder``."""
-
-    def __init__(self, folder: Path, fault: str = "none") -> None:
-        self.folder, self.out = folder, folder / "out"
-        (folder / "tmp").mkdir()
-        self.process = subprocess.Popen(
-            [sys.executable, str(RUN), str(self.out), fault],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TMPDIR": str(folder / "tmp")},
-        )
-
-    def until(self, words: str) -> None:
-        """Wait until it says so."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if words in line:
-                return
-        raise AssertionError(f"{words}: was not said")
-
-    def end(self) -> tuple[int, list[str]]:
-        """Its status, and lines of stderr that are no progress; nothing of it may be left."""
-        _, told = self.process.communicate(timeout=LIMIT)
-        assert left(str(self.out)) == []
-        assert list((self.folder / "tmp").iterdir()) == []
-        assert not list(self.folder.glob(".out*"))
-        return self.process.returncode, [line for line in told.splitlines() if " of 12: " not in line]
+def comparison(folder: Path, fault: str = "none") -> Comparison:
+    return Comparison([sys.executable, str(RUN), str(folder / "out"), fault], folder, {})
 
 
 @pytest.mark.parametrize(
@@ -78,11 +37,11 @@ class Comparison:
     ],
 )
 def test_interrupted_in_every_phase(tmp_path: Path, phase: str, number: signal.Signals) -> None:
-    one = Comparison(tmp_path)
+    one = comparison(tmp_path)
     one.until(phase)
     time.sleep(0.1)
-    if "answers" not in phase:
-        assert left(str(one.out))  # the control: there is something to end
+    # The control: there is something to end.
+    assert len(one.note()) > 1
     one.process.send_signal(number)
     status, told = one.end()
     assert status == 128 + number
@@ -91,7 +50,7 @@ def test_interrupted_in_every_phase(tmp_path: Path, phase: str, number: signal.S
 
 
 def test_it_ends_well_and_leaves_its_files_alone(tmp_path: Path) -> None:
-    one = Comparison(tmp_path)
+    one = comparison(tmp_path)
     assert one.end() == (0, [])
     assert sorted(path.name for path in one.out.iterdir()) == ["compare.csv", "compare.html", "compare.json"]
 
@@ -109,7 +68,7 @@ def test_it_ends_well_and_leaves_its_files_alone(tmp_path: Path) -> None:
     ],
 )
 def test_a_failure_is_a_line_and_a_status(tmp_path: Path, fault: str, status: int, words: str) -> None:
-    one = Comparison(tmp_path, fault)
+    one = comparison(tmp_path, fault)
     ended, told = one.end()
     assert ended == status
     assert len(told) == 1
@@ -118,13 +77,13 @@ def test_a_failure_is_a_line_and_a_status(tmp_path: Path, fault: str, status: in
 
 
 def test_wrong_answers_are_status_1(tmp_path: Path) -> None:
-    one = Comparison(tmp_path, "wrong")
+    one = comparison(tmp_path, "wrong")
     assert one.end()[0] == 1
     assert "DO NOT agree" in (one.out / "compare.html").read_text()
 
 
 def test_a_server_that_is_killed_is_a_line(tmp_path: Path) -> None:
-    one = Comparison(tmp_path)
+    one = comparison(tmp_path)
     one.until("fused: 1 stream")
     time.sleep(0.1)
     for file in Path("/proc").glob("[0-9]*/cmdline"):

@@ -66,6 +66,27 @@ def find(engine: str) -> Bench:
     return bench
 
 
+def try_out(engine: str, bench: Bench, folder: Path) -> None:
+    """Let the client print its help: what it lacks is better known before a server has started.
+
+    Raises:
+        FsePatchError: it cannot run here.
+    """
+    words = bench.words.split()
+    own = next(n for n, word in enumerate([*words, "--"]) if word.startswith("--") or "{" in word)
+    command = [sys.executable, *words[:own], "--help"]
+    with Child(f"{engine} bench client", command, environment("", os.environ), folder / "help.log") as client:
+        while not client.wait(POLL):
+            pass
+        if client.status != 0:
+            raise _failed(client)
+
+
+def _failed(client: Child) -> FsePatchError:
+    cause = first_cause(client.log) or _last_line(client.log)
+    return FsePatchError(f"{client.name}: ended with status {client.status}: {cause}")
+
+
 def words_of(bench: Bench, **values: Any) -> list[str]:
     """Return the command of the client."""
     return [sys.executable, *(word.format(**values) for word in bench.words.split())]
@@ -110,8 +131,7 @@ def run(
                 raise FsePatchError(f"{name}: not done in {load.limit:g} s; give a longer --timeout")
         server.check()
         if client.status != 0 or not result.is_file():
-            cause = first_cause(client.log) or _last_line(client.log)
-            raise FsePatchError(f"{name}: ended with status {client.status}: {cause}")
+            raise _failed(client)
     return read(result, name, requests)
 
 

@@ -66,7 +66,7 @@ def sentence(rows: Sequence[Row]) -> str:
 def cells(row: Row) -> list[str]:
     """Return a row in words, below `HEADS`."""
     speeds = [f"{row[f'{arm}_tokens_per_second']:.4g}" for arm in SHORT]
-    times = f"{row['ratio']:.2f} ({row['lower']:.2f} to {row['upper']:.2f})"
+    times = f"{row['ratio']:.2f} ({row['lower']:.2f}-{row['upper']:.2f})"
     return [str(row["streams"]), *speeds, times, row["verdict"]]
 
 

@@ -1,0 +1,115 @@
+"""`fse-patch compare` with the real `vllm serve` and its own bench client."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fse_patch.cli.compare import ENDED
+
+from ..comparisons import Comparison, processes
+from ..running import ROOT
+from .engine import Checkpoints
+from .test_serve import CASE, named
+
+FLAGS = "--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eager"
+
+
+def comparison(checkpoint: Path, folder: Path, *flags: str, serves: Path | None = None) -> Comparison:
+    path = os.pathsep.join(filter(None, [str(named(folder)), str(ROOT), os.environ.get("PYTHONPATH")]))
+    how = ["--concurrency", "1,2", "--rounds", "3", "--input-tokens", "16", "--output-tokens", "8"]
+    ours = ["-m", "fse_patch.cli.app", "compare", str(checkpoint), *how, "--out", str(folder / "out")]
+    theirs = ["vllm", "serve", str(serves or checkpoint), *FLAGS.split(), *flags]
+    env = {"PYTHONPATH": path, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return Comparison([sys.executable, *ours, "--", *theirs], folder, env)
+
+
+def test_a_wrong_model_a_port_in_use_and_an_unknown_flag(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoint = checkpoints.path(CASE.recipe)
+    (tmp_path / "a").mkdir()
+    status, told = comparison(checkpoint, tmp_path / "a", serves=tmp_path / "other").end()
+    assert (status, len(told)) == (2, 1)
+    assert f"serves '{tmp_path / 'other'}'" in told[0]
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        (tmp_path / "b").mkdir()
+        status, told = comparison(checkpoint, tmp_path / "b", "--port", str(port)).end()
+    assert (status, len(told)) == (2, 1)
+    assert f"port {port} is in use" in told[0]
+
+
+def test_ctrl_c_while_the_server_starts(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    one = comparison(checkpoints.path(CASE.recipe), tmp_path)
+    one.until("stock: starting")
+    time.sleep(3)
+    assert len(one.note()) > 1
+    one.process.send_signal(signal.SIGINT)
+    assert one.end() == (130, [f"fse-patch: {ENDED}"])
+    assert not one.out.exists()
+
+
+@pytest.mark.long
+def test_an_engine_that_does_not_start(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    one = comparison(
+        checkpoints.path(CASE.recipe), tmp_path, "--quantization", "fp8", "--max-model-len", "999999"
+    )
+    status, told = one.end()
+    assert (status, len(told)) in ((3, 1), (4, 1)), told
+
+
+@pytest.mark.long
+def test_stock_fused_and_stock_again(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    one = comparison(checkpoints.path(CASE.recipe), tmp_path)
+    one.until("fused: 1 stream")
+    one.note()
+    status, told = one.end()
+    assert (status, told) == (0, [])
+    report = json.loads((one.out / "compare.json").read_text())
+    stock, fused, again = report["servers"]
+    assert (stock["fused"], fused["fused"], again["fused"]) == (False, True, False)
+    assert "fused, merged, layers 1-2, proof passed" in fused["said"][0]
+    assert [row["streams"] for row in report["rows"]] == [1, 2]
+    for row in report["rows"]:
+        assert min(row[f"{arm}_tokens_per_second"] for arm in ("stock", "fused", "again")) > 0
+    assert report["answers"]["holds"]
+    assert report["answers"]["fused"]["mean"] > 0  # the control: they are two servers, and not one
+    page = (one.out / "compare.html").read_text()
+    assert report["speed"][1:] in page
+    assert fused["said"][0] in page
+    with (one.out / "compare.csv").open(newline="") as file:
+        assert [row["streams"] for row in csv.DictReader(file)] == ["1", "2"]
+    assert (one.out / "compare.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("phase", "number"), [("stock: 1 stream", signal.SIGTERM), ("fused: starting", signal.SIGHUP)]
+)
+def test_ended_later(checkpoints: Checkpoints, tmp_path: Path, phase: str, number: signal.Signals) -> None:
+    one = comparison(checkpoints.path(CASE.recipe), tmp_path)
+    one.until(phase)
+    time.sleep(3)
+    assert len(one.note()) > 1
+    one.process.send_signal(number)
+    assert one.end() == (128 + number, [f"fse-patch: {ENDED}"])
+
+
+@pytest.mark.long
+def test_a_server_that_is_killed(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    one = comparison(checkpoints.path(CASE.recipe), tmp_path)
+    one.until("stock: 1 stream")
+    there = processes()
+    for process in one.note():
+        if " serve " in there[process][1] and process != one.process.pid:
+            os.kill(process, signal.SIGKILL)
+    assert one.end() == (4, ["fse-patch: stock server: ended with status -9"])
