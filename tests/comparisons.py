@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,12 @@ def processes() -> dict[int, tuple[int, str]]:
         if state not in "ZX":
             found[int(folder.name)] = (int(parent), words)
     return found
+
+
+def listen() -> None:
+    """Take signals as a process of a terminal does: those of a shell's background ignore Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def left(mark: str) -> list[str]:
@@ -49,6 +56,7 @@ class Comparison:
             stderr=subprocess.PIPE,
             text=True,
             env={**clean, "TMPDIR": str(folder / "tmp"), **env},
+            preexec_fn=listen,
         )
 
     def until(self, words: str) -> None:

@@ -82,7 +82,6 @@ def command(
     folder = folder_of(checkpoint)
     place = out or Path(f"compare-{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")
     files.check(place)
-    vocab = vocab_size(read_json(folder / CONFIG_NAME), folder)
     load = client.Load(streams, rounds, input_tokens, output_tokens, timeout)
     facts: dict[str, Any] = {"fse_patch": __version__, "date": time.strftime("%Y-%m-%d %H:%M")}
     if words:
@@ -90,8 +89,9 @@ def command(
         engine, float32 = target.engine, target.text("dtype") in ("float32", "float")
         bench = client.find(engine)
         refuse_early(target, checkpoint)
-        number = port or target.asked["port"] or free_port()
-        opened = partial(_start, engine, words, int(number), timeout)
+        number = int(port or target.asked["port"] or free_port())
+        servers.check_port(number)
+        opened = partial(_start, engine, words, number, timeout)
         facts |= {"engine": f"{engine} {target.release}", "device": str(machine.here())}
         facts["command"] = shlex.join(words)
     else:
@@ -100,6 +100,7 @@ def command(
         bench = client.find(engine)
         opened = partial(_given, stock, fused)
         facts |= {"engine": engine, "servers": f"stock {stock}, fused {fused}"}
+    vocab = vocab_size(read_json(folder / CONFIG_NAME), folder)
     job = Job(engine, bench, folder, vocab, float32, load, api_key)
     picture = find_spec("matplotlib") is not None
     if not picture:

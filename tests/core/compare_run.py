@@ -6,7 +6,6 @@ python compare_run.py OUT FAULT
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ def run(out: Path, fault: str) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     app = typer.Typer(add_completion=False)
     app.command()(run)
     ending.run(typer.main.get_command(app), sys.argv[1:])

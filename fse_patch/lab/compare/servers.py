@@ -91,15 +91,18 @@ def environment_of(
     return environment
 
 
-def port_is_free(port: int) -> bool:
-    """Return whether nothing listens on a port of loopback."""
+def check_port(port: int) -> None:
+    """Look whether a server could have a port of loopback.
+
+    Raises:
+        FsePatchError: it is in use.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError:
-            return False
-    return True
+            raise FsePatchError(f"port {port} is in use; give another --port, or none") from None
 
 
 @contextmanager
@@ -115,8 +118,7 @@ def started(
         FsePatchError: the port is in use, or there is no such program.
         EngineError: it ended, or was not ready in time.
     """
-    if not port_is_free(port):
-        raise FsePatchError(f"port {port} is in use; give another --port, or none")
+    check_port(port)
     url, begun = f"http://{HOST}:{port}", time.monotonic()
     with Child(f"{name} server", words, env, log) as child:
         while not http.is_up(url):
