@@ -7,8 +7,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,8 +105,9 @@ def command(
     picture = find_spec("matplotlib") is not None
     if not picture:
         print(f"{NAME}: {NO_PICTURE}", file=sys.stderr)
-    report = compared(job, opened, facts)
-    made = files.write(place, report, picture)
+    with told_when_ended():
+        report = compared(job, opened, facts)
+        made = files.write(place, report, picture)
     if json:
         print_json({**report, "files": list(map(str, made))})
     else:
@@ -166,28 +167,32 @@ def _given(stock: str, fused: str, name: str, folder: Path) -> AbstractContextMa
     return servers.given(name, fused if name == FUSED else stock)
 
 
-def compared(job: Job, opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure; whatever ends us, no server is left."""
-
-    def ask(url: str) -> list[dict[str, Any]]:
-        return [{**rank, "line": status.line(rank)} for rank in status.ask(url, job.key, http.TIMEOUT)]
-
+@contextmanager
+def told_when_ended() -> Iterator[None]:
+    """Let Python clean up when a signal ends us, and say so in a line."""
     try:
-        with (
-            engines_end_with_us(),
-            tempfile.TemporaryDirectory(prefix="fse_patch_", ignore_cleanup_errors=True) as work,
-        ):
-            show("trying the engine's bench client")
-            client.try_out(job.engine, job.bench, Path(work))
-            with Display() as display:
-                steps = Steps(ARMS, job.load.streams, display)
-                return report_of(job, measure(job, opened, ask, steps, Path(work)), facts)
+        with engines_end_with_us():
+            yield
     except KeyboardInterrupt:
         print(f"{NAME}: {ENDED}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except SystemExit:  # SIGTERM, SIGHUP
         print(f"{NAME}: {ENDED}", file=sys.stderr)
         raise
+
+
+def compared(job: Job, opened: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Try the client, measure, and return the report."""
+
+    def ask(url: str) -> list[dict[str, Any]]:
+        return [{**rank, "line": status.line(rank)} for rank in status.ask(url, job.key, http.TIMEOUT)]
+
+    with tempfile.TemporaryDirectory(prefix="fse_patch_", ignore_cleanup_errors=True) as work:
+        show("trying the engine's bench client")
+        client.try_out(job.engine, job.bench, Path(work))
+        with Display() as display:
+            steps = Steps(ARMS, job.load.streams, display)
+            return report_of(job, measure(job, opened, ask, steps, Path(work)), facts)
 
 
 def _print(report: Mapping[str, Any], made: list[Path]) -> None:

@@ -32,8 +32,9 @@ def run(out: Path, fault: str) -> None:
         command = [sys.executable, PARTS, "serve", str(port), which, str(out), fault]
         return servers.started(name, command, os.environ, port, folder / "log", 30.0)
 
-    report = compare.compared(job, opened, {"command": "stand-ins"})
-    files.write(out, report, picture=False)
+    with compare.told_when_ended():
+        report = compare.compared(job, opened, {"command": "stand-ins"})
+        files.write(out, report, picture=False)
     if not report["ok"]:
         raise typer.Exit(1)
 

@@ -32,7 +32,7 @@ def comparison(checkpoint: Path, folder: Path, *flags: str, serves: Path | None 
     return Comparison([sys.executable, *ours, "--", *theirs], folder, env)
 
 
-def test_a_wrong_model_a_port_in_use_and_an_unknown_flag(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_a_wrong_model_and_a_port_in_use(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoint = checkpoints.path(CASE.recipe)
     (tmp_path / "a").mkdir()
     status, told = comparison(checkpoint, tmp_path / "a", serves=tmp_path / "other").end()

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,7 +102,6 @@ def run(
     streams: int,
     folder: Path,
     key: str,
-    tick: Callable[[], None] = lambda: None,
 ) -> Level:
     """Measure one number of streams; keys as the values of `KEPT`.
 
@@ -125,7 +124,6 @@ def run(
     with Child(name, command, environment(key, os.environ), log) as client:
         end = time.monotonic() + load.limit
         while not client.wait(POLL):
-            tick()
             server.check()
             if time.monotonic() > end:
                 raise FsePatchError(f"{name}: not done in {load.limit:g} s; give a longer --timeout")

@@ -76,7 +76,8 @@ def environment_of(
     """
     own = dict(parts_of(engine, words).environment)
     environment = {**QUIET, **around, **own, ENABLE: engine if fused else "0"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), around.get("PATH", os.defpath)])
+    found = environment.get("PATH", os.defpath)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found])
     plugins = facts_of(engine).plugins
     if plugins.pages and plugins.variable not in {**around, **own}:
         groups = entry_points()
