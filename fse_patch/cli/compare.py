@@ -41,7 +41,7 @@ from .verify import engines_end_with_us, vocab_size
 from .verify import say as show
 
 NO_PICTURE = "no picture: it needs matplotlib: pip install 'fse-patch[plot]'"
-ENDED = "interrupted; no server is left, and nothing is written"
+ENDED = "interrupted; nothing that it started is left, and nothing is written"
 INTERRUPTED = 130
 COLOURS: dict[str, Colour] = {table.FASTER: "green", table.SLOWER: "red"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fse_patch.errors import FsePatchError, RefusedError
+from fse_patch.errors import EngineError, FsePatchError, RefusedError
 from fse_patch.fusion_core.engines import Bench, facts_of
 from fse_patch.lab.compare import client, http, servers
 from fse_patch.lab.compare.run import FUSED, state_of
@@ -135,6 +135,14 @@ def test_a_silent_server_is_known_by_its_log() -> None:
             state_of(FUSED, running(url, "a\n"), asked)
         # One that we did not start may be anything.
         assert state_of(FUSED, running(url, ours=False), asked) == (None, ["it does not say"])
+
+
+def test_a_server_that_runs_already_is_looked_after() -> None:
+    with server({"/health": {}}) as url, servers.given("stock", url) as one:
+        one.check()
+        assert (one.url, one.start_seconds) == (url, None)
+    with pytest.raises(EngineError, match=r"stock server: .* does not answer"):
+        one.check()
 
 
 def test_what_a_server_serves() -> None:
