@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -58,6 +59,8 @@ class Comparison:
             env={**clean, "TMPDIR": str(folder / "tmp"), **env},
             preexec_fn=listen,
         )
+        # Where a test fails, its servers would go on.
+        atexit.register(self.process.terminate)
 
     def until(self, words: str) -> None:
         """Wait until it says so."""

@@ -126,10 +126,9 @@ def test_a_server_that_is_killed(checkpoints: Checkpoints, tmp_path: Path) -> No
     checkpoint = checkpoints.path(CASE.recipe)
     one = comparison(checkpoint, tmp_path, "--", *launch(checkpoint))
     one.until("stock: 1 stream")
-    there = processes()
-    for process in one.note():
-        if " serve " in there[process][1] and process != one.process.pid:
-            os.kill(process, signal.SIGKILL)
+    mine, there = one.note() - {one.process.pid}, processes()
+    (server,) = (process for process in mine if "vllm serve " in there.get(process, (0, ""))[1])
+    os.kill(server, signal.SIGKILL)
     assert one.end() == (4, ["fse-patch: stock server: ended with status -9"])
 
 
