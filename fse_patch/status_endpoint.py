@@ -56,6 +56,6 @@ class StatusEndpoint:
             return list(await self._client.collective_rpc(METHOD))
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            if METHOD in why:  # no worker has our method
+            if f"no attribute '{METHOD}'" in why:  # nothing of ours is in the workers
                 why = "FSE_PATCH is not set in this server"
             return [{"engine": "vllm", "on": False, "reason": why}]

@@ -93,6 +93,7 @@ def test_stock_fused_and_stock_again(checkpoints: Checkpoints, tmp_path: Path) -
     report = json.loads((one.out / "compare.json").read_text())
     stock, fused, again = report["servers"]
     assert (stock["fused"], fused["fused"], again["fused"]) == (False, True, False)
+    assert "FSE_PATCH is not set in this server" in stock["said"][0]
     assert "fused, merged, layers 1-2, proof passed" in fused["said"][0]
     assert [row["streams"] for row in report["rows"]] == [1, 2]
     for row in report["rows"]:
