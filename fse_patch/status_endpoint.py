@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .settings import load
+
 PATH = "/fse_patch/status"
 # The method of vLLM's workers that answers for a process, and the module of their base class.
 METHOD = "fse_patch_status"
@@ -52,7 +54,11 @@ class StatusEndpoint:
     async def _ranks(self) -> list[Any]:
         if self._client is None:
             return []
+        off = {"engine": "vllm", "on": False}
+        if "vllm" not in load().engines:
+            # Its workers would fail at our question, and write a traceback into the log.
+            return [{**off, "reason": "FSE_PATCH is not set in this server"}]
         try:
             return list(await self._client.collective_rpc(METHOD))
         except Exception as error:  # no worker has a model of ours: nothing was decided there
-            return [{"on": False, "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}]
+            return [{**off, "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}]

@@ -30,10 +30,15 @@ class ReleaseRow(Strict):
 
 
 class Plugins(Strict):
-    """An engine's way to find plugins: a group of entry points, and a variable that allows some only."""
+    """An engine's way to find plugins: a group of entry points, and a variable that allows some only.
+
+    Args:
+        pages: a group of plugins that add pages to its server; loaded only where the variable names them.
+    """
 
     group: Text
     variable: Text
+    pages: Text = ""
 
 
 class TunedTables(Strict):
@@ -147,6 +152,19 @@ class DeviceBackend(Strict):
     backend: Text
 
 
+class Bench(Strict):
+    """The engine's own client that measures a server.
+
+    Args:
+        file: of it, below the engine's package.
+        words: behind Python's name, with url, checkpoint, model, input, output, requests, streams, seed,
+            folder and file in braces. It leaves one JSON object in the file.
+    """
+
+    file: Text
+    words: Text
+
+
 class Launch(Strict):
     """How a server of the engine is launched, and what of that matters here.
 
@@ -157,6 +175,7 @@ class Launch(Strict):
         dotted: --flag.key VALUE is a key of the flag's JSON object.
         joined: letters that are followed by a value without a space -> the flag that they stand for.
         model: where its parser puts the model; the first that is given counts.
+        bench: None where the engine has no client of its own.
         asks: what a launch can ask for, by a name of ours that both engines share.
         refuses: what forbids to fuse, in the order in which the engine is asked.
         native_declined: what makes the engine leave its own fusion out.
@@ -172,6 +191,7 @@ class Launch(Strict):
     dotted: bool = False
     joined: dict[Text, Text] = Field(default_factory=dict)
     model: Annotated[list[Text], Field(min_length=1)]
+    bench: Bench | None = None
     asks: dict[Text, Ask]
     refuses: list[Refusal]
     native_declined: list[Refusal] = Field(default_factory=list)

@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "Will it work on this machine? What is wrong?",
     "status": "Is it on, in a server that runs?",
     "verify": "Run the real engine stock and fused and compare log-probabilities.",
+    "compare": "Was it worth it? Servers stock and fused, by the engine's own bench client.",
     "policy": "Explain a decision rule by rule, or check a policy file.",
     "bench": "Stock against fused on this device: every mode of the block, or decoding end to end.",
     "tune": "Measure the crossovers between the modes on this device, and store them.",

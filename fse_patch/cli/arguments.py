@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def given(checkpoint: str) -> str:
 
 def _holds_gguf_alone(folder: Path) -> bool:
     return not (folder / "config.json").exists() and next(folder.glob("*.gguf"), None) is not None
+
+
+def words_of(launch: list[str] | None) -> list[str]:
+    """Return the words of a launch command; it may be given whole, in quotes.
+
+    Raises:
+        FsePatchError: its quotes are wrong.
+    """
+    if launch is None or len(launch) != 1:
+        return launch or []
+    try:
+        return shlex.split(launch[0])
+    except ValueError as error:
+        raise FsePatchError(f"{launch[0]}: {error}") from None
 
 
 def source_of(checkpoint: str, revision: str | None = None) -> Source:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, paired
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.decision.proven import proven_platforms
-from .arguments import engine_option, source_of
+from .arguments import engine_option, source_of, words_of
 from .output import Colour, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -47,12 +46,7 @@ def command(
     load_format: Annotated[str | None, typer.Option(help="The engine's --load-format.")] = None,
 ) -> None:
     """Run the command. Exit status: 0 fuses, 3 refused, 2 bad input."""
-    words = launch or []
-    if len(words) == 1:  # the whole command in quotes
-        try:
-            words = shlex.split(words[0])
-        except ValueError as error:
-            raise FsePatchError(f"{words[0]}: {error}") from None
+    words = words_of(launch)
     asked_about = (platform, device, engine_version, tp)
     target = None
     if words or any(value is not None for value in asked_about):

@@ -34,9 +34,8 @@ def command(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer.")] = 10,
 ) -> None:
     """Run the command. Exit status: 0 fused in every process that answers, 3 not, 2 no answer."""
-    if not url.startswith(("http://", "https://")):
-        url = f"http://{url}"
-    ranks = ask(url.rstrip("/"), api_key, timeout)
+    url = address(url)
+    ranks = ask(url, api_key, timeout)
     on = bool(ranks) and all(rank["fused"] for rank in ranks)
     if json:
         print_json({"url": url, "fused": on, "ranks": ranks})
@@ -45,6 +44,11 @@ def command(
             say(line(rank), "green" if rank["fused"] else "red")
     if not on:
         raise typer.Exit(RefusedError.exit_status)
+
+
+def address(url: str) -> str:
+    """Return where a server is, as others of ours take it: with http://, without / at the end."""
+    return (url if url.startswith(("http://", "https://")) else f"http://{url}").rstrip("/")
 
 
 def ask(url: str, api_key: str, timeout: float) -> list[dict[str, Any]]:

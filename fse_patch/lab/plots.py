@@ -44,6 +44,11 @@ def plot_streams(models: Mapping[str, Rows], path: Path) -> None:
     _save(draw(models, figure_class(), _streams_panel), path)
 
 
+def plot_servers(models: Mapping[str, Rows], path: Path) -> None:
+    """Plot a panel for each model; rows as of `compare.table.rows`."""
+    _save(draw(models, figure_class(), _servers_panel), path)
+
+
 def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=DPI)
@@ -108,6 +113,19 @@ def _streams_panel(panel: Any, name: str, rows: Rows) -> None:
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:.0f}")
     panel.set(title=name, xlabel="streams", ylabel="times as fast as stock, end to end")
+    panel.legend()
+
+
+def _servers_panel(panel: Any, name: str, rows: Rows) -> None:
+    streams = [int(row["streams"]) for row in rows]
+    ratios, lower, upper, again = ([row[key] for row in rows] for key in ("ratio", "lower", "upper", "again"))
+    panel.plot(streams, ratios, marker="o", markersize=3, label="fused")
+    panel.fill_between(streams, lower, upper, alpha=0.25, label="over either stock")
+    panel.plot(streams, again, linestyle=":", color="grey", marker="o", markersize=2, label="stock again")
+    panel.axhline(1.0, color="black", linewidth=0.8)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:.0f}")
+    panel.set(title=name, xlabel="streams", ylabel="tokens a second, times stock")
     panel.legend()
 
 

@@ -50,6 +50,38 @@ class Asked:
         return value if isinstance(value, int) else 1
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A launch command in parts: variables in front, what starts the server, and the server's arguments.
+
+    Args:
+        start: the program and all before it, such as ``nice -n 5 python``; without the command's own words.
+        command: as `Launch.commands` has it.
+    """
+
+    environment: Mapping[str, str]
+    start: tuple[str, ...]
+    command: str
+    arguments: tuple[str, ...]
+
+
+def parts_of(engine: str, words: Sequence[str]) -> Parts:
+    """Take a launch command apart.
+
+    Raises:
+        FsePatchError: it launches no server of the engine.
+    """
+    own, rest = _environment(words)
+    found = _own_arguments(engine, rest)
+    if found is None:
+        raise FsePatchError(f"{' '.join(rest[:3]) or 'nothing'}: no launch command of {engine}")
+    command, arguments = found
+    start = rest[: len(rest) - len(arguments) - len(command.split())]
+    if not command.startswith("-"):  # a program of its own: the path of it counts
+        start = [*start, rest[len(start)]]
+    return Parts(own, tuple(start), command, tuple(arguments))
+
+
 def engine_of_command(words: Sequence[str]) -> str | None:
     """Return the engine that a command launches, or None."""
     return next((engine for engine in ENGINES if _own_arguments(engine, words) is not None), None)

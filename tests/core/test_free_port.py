@@ -9,24 +9,24 @@ import sys
 
 import pytest
 
-from fse_patch.lab.sglang import standalone
+from fse_patch.lab import free_port as module
 
 IN_TURN = """
 import random
 random.sample = lambda *_: {ports}
-from fse_patch.lab.sglang.standalone import free_port
+from fse_patch.lab.free_port import free_port
 print(free_port())
 """
 
 
 def test_a_port_is_given_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standalone, "HELD", [])
-    first = standalone.free_port()
+    monkeypatch.setattr(module, "HELD", [])
+    first = module.free_port()
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         taken = listening.getsockname()[1]
-        ports = [taken, first, standalone.free_port(), *random.sample(range(20000, 32000), 20)]
+        ports = [taken, first, module.free_port(), *random.sample(range(20000, 32000), 20)]
 
         def elsewhere() -> int:
             code = IN_TURN.format(ports=ports)
@@ -35,6 +35,6 @@ def test_a_port_is_given_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
         # Another process passes over what listens, and over both that this one holds.
         assert elsewhere() in ports[3:]
         # The control: no longer held, the first is given out again.
-        standalone.HELD[0].close()
+        module.HELD[0].close()
         assert elsewhere() == first
-        standalone.HELD[1].close()
+        module.HELD[1].close()

@@ -20,8 +20,8 @@ from typing import Any
 
 from fse_patch.errors import FsePatchError
 from fse_patch.lab import decode_arm
+from fse_patch.lab.free_port import free_port
 from fse_patch.lab.sglang import decode_worker, verify_arm
-from fse_patch.lab.sglang.standalone import free_port
 
 # SGLang tells of an answer when it has one token more than a multiple of this, and of its end.
 EVERY = 32

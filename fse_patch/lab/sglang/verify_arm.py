@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fse_patch.errors import FsePatchError
+from fse_patch.lab.free_port import free_port
 from fse_patch.lab.sglang import worker
-from fse_patch.lab.sglang.standalone import free_port
 from fse_patch.lab.verify_arm import BEST, run_jobs
 
 DEFAULTS: dict[str, Any] = {
