@@ -68,9 +68,6 @@ class Env:
             log.write(f"\n$ pip {' '.join(args)}\n")
             log.flush()
             command = [self.python, "-m", "pip", "--disable-pip-version-check", "--no-input", *args]
-            # Python compiles what is imported, which is a small part of what an engine brings.
-            if args[0] == "install":
-                command.append("--no-compile")
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
         if code:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
