@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from ...fusion_core.kernels.expert_weights import ExpertWeights
@@ -51,6 +51,15 @@ def _without_zeros(scheme: Any) -> str:
     return "" if scheme.sym else "SGLang's Triton experts leave out zero points"
 
 
+_COMPRESSED = Scheme(
+    "marlin",
+    _PACKED,
+    bits=lambda scheme: scheme.num_bits,
+    group=lambda scheme, _: scheme.group_size,
+    act_order=lambda scheme: scheme.actorder == "group",
+    zeros=lambda scheme: not scheme.sym,
+    wrong=_order_of_awq,
+)
 SCHEMES: Final = {
     # GPTQ, and AutoRound in its packing.
     "GPTQMarlinMoEScheme": Scheme(
@@ -70,23 +79,9 @@ SCHEMES: Final = {
         act_order=lambda _: False,
         zeros=lambda _: True,
     ),
-    "CompressedTensorsWNA16MoE": Scheme(
-        "marlin",
-        _PACKED,
-        bits=lambda scheme: scheme.num_bits,
-        group=lambda scheme, _: scheme.group_size,
-        act_order=lambda scheme: scheme.actorder == "group",
-        zeros=lambda scheme: not scheme.sym,
-        wrong=_order_of_awq,
-    ),
-    "CompressedTensorsWNA16TritonMoE": Scheme(
-        "bytes",
-        _PACKED,
-        bits=lambda scheme: scheme.num_bits,
-        group=lambda scheme, _: scheme.group_size,
-        act_order=lambda scheme: scheme.actorder == "group",
-        zeros=lambda _: False,
-        wrong=_without_zeros,
+    "CompressedTensorsWNA16MoE": _COMPRESSED,
+    "CompressedTensorsWNA16TritonMoE": replace(
+        _COMPRESSED, packing="bytes", zeros=lambda _: False, wrong=_without_zeros
     ),
     # Groups may be smaller here than the checkpoint's, whose scales are repeated then.
     "MoeWNA16Method": Scheme(
