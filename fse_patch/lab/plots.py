@@ -93,13 +93,9 @@ def _panel(panel: Any, name: str, rows: Rows) -> None:
     floor = [float(row["stock_us"]) / float(row["floor_us"]) for row in first]
     tokens = [int(row["tokens"]) for row in first]
     panel.plot(tokens, floor, linestyle=":", color="grey", label="memory floor")
-    panel.axhline(1.0, color="black", linewidth=0.8)
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter("{x:.0f}")
     # The floor leaves the panel where compute decides.
     panel.set_ylim(0.5, 1.15 * max(best, floor[0]))
-    panel.set(title=name, xlabel="tokens", ylabel="times as fast as stock")
-    panel.legend()
+    _label(panel, name, "tokens", "times as fast as stock")
 
 
 def _streams_panel(panel: Any, name: str, rows: Rows) -> None:
@@ -109,11 +105,7 @@ def _streams_panel(panel: Any, name: str, rows: Rows) -> None:
     panel.plot(streams, ratios, marker="o", markersize=3, label="fused")
     panel.plot(streams, lower, linestyle="--", linewidth=0.8, label="lower end of 95 %")
     panel.plot(streams, again, linestyle=":", color="grey", marker="o", markersize=2, label="stock again")
-    panel.axhline(1.0, color="black", linewidth=0.8)
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter("{x:.0f}")
-    panel.set(title=name, xlabel="streams", ylabel="times as fast as stock, end to end")
-    panel.legend()
+    _label(panel, name, "streams", "times as fast as stock, end to end")
 
 
 def _servers_panel(panel: Any, name: str, rows: Rows) -> None:
@@ -122,10 +114,15 @@ def _servers_panel(panel: Any, name: str, rows: Rows) -> None:
     panel.plot(streams, ratios, marker="o", markersize=3, label="fused")
     panel.fill_between(streams, lower, upper, alpha=0.25, label="over either stock")
     panel.plot(streams, again, linestyle=":", color="grey", marker="o", markersize=2, label="stock again")
+    _label(panel, name, "streams", "tokens a second, times stock")
+
+
+def _label(panel: Any, name: str, across: str, up: str) -> None:
+    """Draw the line of stock, and name axes and curves; sizes double from tick to tick."""
     panel.axhline(1.0, color="black", linewidth=0.8)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:.0f}")
-    panel.set(title=name, xlabel="streams", ylabel="tokens a second, times stock")
+    panel.set(title=name, xlabel=across, ylabel=up)
     panel.legend()
 
 

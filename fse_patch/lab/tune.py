@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,7 @@ def steps(
             f"stock was not as fast as stock at {noisy} tokens; measure again on a quiet device"
         )
     ranges: list[dict[str, Any]] = []
-    for tokens in sorted({int(row["tokens"]) for row in rows}):
-        mode = best_mode([row for row in rows if row["tokens"] == tokens], split_is_stock, small_up_to)
+    for tokens, mode, _ in _by_size(rows, split_is_stock, small_up_to):
         if ranges and ranges[-1]["mode"] == mode:
             ranges[-1]["up_to"] = tokens
         else:
@@ -109,12 +108,18 @@ def gains(rows: Rows, split_is_stock: bool = False, small_up_to: int = ALONE) ->
 
     Sizes of which nothing is as fast as stock have none. Arguments as of `steps`.
     """
-    found: dict[int, float] = {}
+    return {
+        tokens: round(min(float(row[f"{mode}_lower"]) for row in here), 2)
+        for tokens, mode, here in _by_size(rows, split_is_stock, small_up_to)
+        if mode != SLOWER
+    }
+
+
+def _by_size(rows: Rows, split_is_stock: bool, small_up_to: int) -> Iterator[tuple[int, str, Rows]]:
+    """Yield each number of tokens in ascending order, its mode as of `best_mode`, and its rows."""
     for tokens in sorted({int(row["tokens"]) for row in rows}):
         here = [row for row in rows if row["tokens"] == tokens]
-        if (mode := best_mode(here, split_is_stock, small_up_to)) != SLOWER:
-            found[tokens] = round(min(float(row[f"{mode}_lower"]) for row in here), 2)
-    return found
+        yield tokens, best_mode(here, split_is_stock, small_up_to), here
 
 
 def routings_in_words(rows: Rows) -> str:

@@ -105,7 +105,7 @@ Ahead = tuple[int, int, int]
 
 
 def asked_ahead(
-    routed: ExpertWeights, shared: ExpertWeights | None, pairs: int, parts: int, wanted: bool
+    routed: ExpertWeights, shared: ExpertWeights | None, pairs: int, parts: int, ask: bool
 ) -> dict[str, Ahead]:
     """Return what the programs of w13 ask into the L2 cache, for those of w2 to find there.
 
@@ -115,8 +115,8 @@ def asked_ahead(
     """
     whole = shared is None or shared.width == routed.width
     return {
-        "AHEAD": _ahead(routed, pairs, parts) if wanted else (0, 0, 0),
-        "SHARED_AHEAD": _ahead(shared or routed, pairs, parts) if wanted and whole else (0, 0, 0),
+        "AHEAD": _ahead(routed, pairs, parts) if ask else (0, 0, 0),
+        "SHARED_AHEAD": _ahead(shared or routed, pairs, parts) if ask and whole else (0, 0, 0),
     }
 
 
