@@ -20,7 +20,7 @@ from ..errors import FAILED, FsePatchError, RefusedError
 from ..fusion_core.checkpoint.sources import CONFIG_NAME, read_json
 from ..fusion_core.checkpoint.weight_files import AUTO
 from ..fusion_core.decision.decide import decide_roles
-from ..fusion_core.decision.outcome import paired
+from ..fusion_core.decision.outcome import in_layout
 from ..fusion_core.decision.policy_file import load_policy
 from ..lab.compare import client, files, http, servers, table
 from ..lab.compare.report import report_of
@@ -139,9 +139,7 @@ def refuse_early(target: Target, checkpoint: str) -> None:
     """
     source, now = source_of(checkpoint), target.settings
     rules, load_format = load_policy(now.policy_file), target.text("load_format") or AUTO
-    decisions = decide_roles(source, target.engine, rules, load_format)
-    if now.layout == "paired":
-        decisions = {role: paired(decision) for role, decision in decisions.items()}
+    decisions = in_layout(decide_roles(source, target.engine, rules, load_format), now.layout)
     told = target.runtime(decisions, source.read_json(CONFIG_NAME), None)
     if told["served"] != "fused":
         raise RefusedError(told["reason"], told["detail"])

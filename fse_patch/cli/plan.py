@@ -12,7 +12,7 @@ from ..errors import FsePatchError, RefusedError
 from ..fusion_core.checkpoint.sources import CONFIG_NAME
 from ..fusion_core.checkpoint.weight_files import AUTO
 from ..fusion_core.decision.decide import decide_roles
-from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, paired
+from ..fusion_core.decision.outcome import Decision, Merged, MoeSpec, Stock, in_layout
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.decision.proven import proven_platforms
 from .arguments import engine_option, source_of, words_of
@@ -64,9 +64,7 @@ def command(
     # Without --policy, the file that serving would use.
     rules = load_policy(policy or now.policy_file)
     source = source_of(checkpoint, revision)
-    decisions = decide_roles(source, engine, rules, load_format)
-    if now.layout == "paired":
-        decisions = {role: paired(decision) for role, decision in decisions.items()}
+    decisions = in_layout(decide_roles(source, engine, rules, load_format), now.layout)
     main = decisions["main"]
     report = plan_report(main)
     if "draft" in decisions:

@@ -17,7 +17,7 @@ from ..errors import EngineError, FsePatchError, RefusedError
 from ..fusion_core.checkpoint.families import Role, family_of
 from ..fusion_core.checkpoint.sources import read_json
 from ..fusion_core.decision.decide import decide_roles
-from ..fusion_core.decision.outcome import Decision, Merged, Paired, Stock, paired
+from ..fusion_core.decision.outcome import Decision, Merged, Paired, Stock, in_layout
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.engines import facts_of
 from ..lab.verify import VerifyJob
@@ -49,8 +49,7 @@ def command(
     if dtype != "auto":
         dtype_of(dtype)
     folder = folder_of(checkpoint)
-    apart = load_settings().layout == "paired"
-    decisions, _, version = decided(folder, engine, apart)
+    decisions, _, version = decided(folder, engine, load_settings().layout)
     check_arguments(engine, version, arguments)
     # A draft is built only where the engine is told to speculate.
     drafts = facts_of(engine).lab.draft_argument in arguments
@@ -78,12 +77,12 @@ def command(
 
 
 def decided(
-    checkpoint: Path, engine: str, apart: bool = False
+    checkpoint: Path, engine: str, layout: str = "merged"
 ) -> tuple[dict[Role, Decision], Merged | Paired, str]:
     """Decide for each role of a checkpoint whose main model fuses.
 
     Args:
-        apart: weights are to stay apart.
+        layout: as of `in_layout`.
 
     Returns:
         The decisions, that of the main model, and the installed engine's version.
@@ -93,11 +92,9 @@ def decided(
         FsePatchError: the checkpoint cannot be read, or the engine is not installed.
     """
     settings = load_settings()
-    decisions = decide_roles(checkpoint, engine, load_policy(settings.policy_file))
+    decisions = in_layout(decide_roles(checkpoint, engine, load_policy(settings.policy_file)), layout)
     book = ledger.load(engine)
     version = guards.engine_version(book)
-    if apart:
-        decisions = {role: paired(decision) for role, decision in decisions.items()}
     main = decisions["main"]
     if isinstance(main, Stock):
         raise RefusedError(main.reason.code, main.reason.detail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -221,6 +222,14 @@ def paired(decision: Decision) -> Decision:
     if isinstance(decision, Merged):
         return decision.refused(decision.pairing)
     return dataclasses.replace(decision, reason=decision.pairing)
+
+
+def in_layout(decisions: Mapping[Role, Decision], layout: str) -> dict[Role, Decision]:
+    """Return decisions under a layout that was asked for, as `Settings` names it.
+
+    Under "auto" and "merged" they are as the files have them: only the machine tells what "auto" takes.
+    """
+    return {role: paired(d) if layout == "paired" else d for role, d in decisions.items()}
 
 
 def remarked(decision: Decision, remark: str) -> Decision:
