@@ -13,7 +13,6 @@ Exit status 1 if one fails.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_groups import GDN, GRAPHS, MORE_CACHE, SGLANG, SGLANG_GRAPHS, VLLM, Group, paired
-from gpu_verify import line, run
+from gpu_verify import passes
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("gptq", "awq", "auto_round", "packed")
@@ -71,15 +70,16 @@ def checkpoint(size: str, kind: str, folder: Path, layers: int) -> Path:
 
 
 def told(report: Mapping[str, Any]) -> str:
-    """Say what the pass read, and what its proof found."""
+    """Say in a further line what the pass read, and what its proof says."""
     (role, *_) = [role for role in report.get("roles", ()) if role["role"] == "main"] or [{}]
     now = role.get("paired")
     if now is None:
-        return "nothing was paired"
+        return "\n  nothing was paired"
     proof = now["proof"]
     why = f"{now['reason']}: {now['detail']}" if now["reason"] else f"up to {now['threshold']} tokens"
     return (
-        f"{'; '.join(now['formats'])}; {why}; proof {proof['state']}: ours {proof['ours']:.2g} off float32, "
+        f"\n  {'; '.join(now['formats'])}; {why}; "
+        f"proof {proof['state']}: ours {proof['ours']:.2g} off float32, "
         f"stock {proof['stock']:.2g}, {proof['between']:.2g} apart"
     )
 
@@ -105,13 +105,7 @@ def main() -> int:
         names = {f"{size}_{kind}": kind for kind in args.kinds}
         folders = {name: checkpoint(size, kind, args.out / name, args.layers) for name, kind in names.items()}
         for name, jobs in groups(args.engine, args.kinds, size).items():
-            for job, report in zip(jobs.jobs, run(args.engine, name, jobs, folders, args.out), strict=True):
-                print(f"{args.engine} {job}: {line(report)}\n  {told(report)}", flush=True)
-                report.pop("log", None)
-                report["checkpoint"] = Path(report["checkpoint"]).name
-                out = args.out / f"{args.engine}_{name}_{job}.json"
-                out.write_text(json.dumps(report, indent=2) + "\n")
-                failed |= not report["passed"]
+            failed |= not passes(args.engine, name, jobs, folders, args.out, told)
     print(f"{args.engine}: {'FAILED' if failed else 'passed'}", flush=True)
     return int(failed)
 

@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -107,6 +107,29 @@ def line(report: Mapping[str, Any]) -> str:
     )
 
 
+def passes(
+    engine: str,
+    name: str,
+    group: Group,
+    folders: Mapping[str, Path],
+    out: Path,
+    told: Callable[[Mapping[str, Any]], str] = lambda _: "",
+) -> bool:
+    """Run a group, print and keep the report of each job; return whether all passed.
+
+    Args:
+        told: what else to print of a report.
+    """
+    passed = True
+    for job, report in zip(group.jobs, run(engine, name, group, folders, out), strict=True):
+        print(f"{engine} {name} {job}: {line(report)}{told(report)}", flush=True)
+        report.pop("log", None)
+        report["checkpoint"] = Path(report["checkpoint"]).name
+        (out / f"{engine}_{name}_{job}.json").write_text(json.dumps(report, indent=2) + "\n")
+        passed &= report["passed"]
+    return passed
+
+
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -131,15 +154,10 @@ def main() -> int:
     gpu.enlarge()
     recipes = {recipe for group in groups.values() for recipe in group.recipes} - given.keys()
     folders = {recipe: make(recipe, args.out / recipe, "bfloat16") for recipe in sorted(recipes)} | given
-    failed = False
-    for name, group in groups.items():
-        for job, report in zip(group.jobs, run(args.engine, name, group, folders, args.out), strict=True):
-            print(f"{args.engine} {name} {job}: {line(report)}", flush=True)
-            report.pop("log", None)
-            report["checkpoint"] = Path(report["checkpoint"]).name
-            (args.out / f"{args.engine}_{name}_{job}.json").write_text(json.dumps(report, indent=2) + "\n")
-            failed |= not report["passed"]
-    return int(failed)
+    failed = [
+        name for name, group in groups.items() if not passes(args.engine, name, group, folders, args.out)
+    ]
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
