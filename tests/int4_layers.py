@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from checkpoints import int4
 from checkpoints.int4 import KINDS, Numbers, Tensors
 
+from fse_patch.adapters.expert_reading import Unreadable
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 from fse_patch.fusion_core.kernels.pass_reference import dense
 
 EXPERTS, HIDDEN, WIDTH = 3, 256, 256
 DTYPE = torch.float16
+# What both engines pack for Marlin: kinds of checkpoints, and groups.
+PACKED_FOR_MARLIN = [
+    ("gptq", 128),
+    ("gptq", 32),
+    ("auto_round", 128),
+    ("awq", 128),
+    ("packed", 32),
+    ("packed", 128),
+]
 # Names of what is packed along the rows of a matrix: there halves of w13 follow each other in columns.
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
 
@@ -119,3 +131,37 @@ def _shapes(weights: ExpertWeights) -> list[tuple[int, ...]]:
 
 
 FAULTS = ("nibbles swapped", "scales as they are", "zero points off by one")
+
+
+def check_read(weights: ExpertWeights | None, held: Drawn, faults: Iterable[str] = ()) -> ExpertWeights:
+    """Hold what was read against what was drawn; each fault in reading it must show."""
+    assert weights is not None
+    assert off(weights, held) == 0.0
+    for fault in faults:
+        assert off(harmed(weights, fault), held) > 1e-4, fault
+    return weights
+
+
+def check_plain_bytes(
+    read: Callable[[Any], ExpertWeights | None], layer: torch.nn.Module, held: Drawn, zeros: bool
+) -> None:
+    """Fill a layer of MoeWNA16 as its loader does, and read it; the control is a zero point less 1."""
+    for part in ("w13", "w2"):
+        packed = held.loaded[f"{part}_weight_packed"].contiguous().view(torch.uint8)
+        getattr(layer, f"{part}_qweight").data.copy_(packed)
+        getattr(layer, f"{part}_scales").data.copy_(held.loaded[f"{part}_weight_scale"])
+        if zeros:
+            getattr(layer, f"{part}_qzeros").data.fill_(0x88)
+    check_read(read(layer), held)
+    if zeros:
+        layer.w2_qzeros.data.fill_(0x87)
+        weights = read(layer)
+        assert weights is not None
+        assert off(weights, held) > 1e-4
+
+
+def refusal_of(read: Callable[[Any], ExpertWeights | None], layer: torch.nn.Module) -> tuple[str, str]:
+    """Return code and text of the refusal to read a layer."""
+    with pytest.raises(Unreadable) as seen:
+        read(layer)
+    return seen.value.code, str(seen.value)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from fse_patch.adapters.expert_reading import Unreadable
 from fse_patch.adapters.sglang.int4 import int4_backend, int4_experts
 
 from ..int4_layers import (
@@ -19,14 +18,17 @@ from ..int4_layers import (
     EXPERTS,
     FAULTS,
     HIDDEN,
+    PACKED_FOR_MARLIN,
     WIDTH,
     Drawn,
     awq_numbers,
+    check_plain_bytes,
+    check_read,
     drawn,
     fill,
     gptq_numbers,
-    harmed,
     off,
+    refusal_of,
 )
 from ..kernels import int4
 
@@ -89,32 +91,22 @@ def layer_of(held: Drawn, width: int = WIDTH, **how: Any) -> Any:
     return layer
 
 
-KINDS = [("gptq", 128), ("gptq", 32), ("auto_round", 128), ("awq", 128), ("packed", 32), ("packed", 128)]
-
-
-@pytest.mark.parametrize(("kind", "group"), KINDS)
+@pytest.mark.parametrize(("kind", "group"), PACKED_FOR_MARLIN)
 def test_marlin(kind: str, group: int) -> None:
     held = drawn(kind, group)
     layer = layer_of(held)
     assert int4_backend(layer) == "int4 marlin"
-    weights = int4_experts(layer)
-    assert weights is not None
+    weights = check_read(int4_experts(layer), held, FAULTS)
     name = "w13_weight_packed" if kind == "packed" else "w13_qweight"
     assert weights.w13.data_ptr() == getattr(layer, name).data_ptr()  # in place
     assert weights.format.startswith(f"int4 g{group}")
-    assert off(weights, held) == 0.0
-    for fault in FAULTS:
-        assert off(harmed(weights, fault), held) > 1e-4, fault
 
 
 @pytest.mark.parametrize("group", [32, 128])
 def test_triton(group: int) -> None:
     held = drawn("packed", group)
-    weights = int4_experts(layer_of(held, triton=True))
-    assert weights is not None
+    weights = check_read(int4_experts(layer_of(held, triton=True)), held, FAULTS[:1])
     assert weights.format == f"int4 g{group}, packed_bytes"
-    assert off(weights, held) == 0.0
-    assert off(harmed(weights, FAULTS[0]), held) > 1e-4
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -129,27 +121,12 @@ def test_plain_bytes(zeros: bool) -> None:
     layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, WIDTH
     layer.moe_runner_config = SimpleNamespace(params_dtype=DTYPE)
     method.create_weights(layer, EXPERTS, HIDDEN, WIDTH, DTYPE, weight_loader=None)
-    for part in ("w13", "w2"):
-        packed = held.loaded[f"{part}_weight_packed"].contiguous().view(torch.uint8)
-        getattr(layer, f"{part}_qweight").data.copy_(packed)
-        getattr(layer, f"{part}_scales").data.copy_(held.loaded[f"{part}_weight_scale"])
-        if zeros:
-            getattr(layer, f"{part}_qzeros").data.fill_(0x88)
     assert int4_backend(layer) == "int4 bytes"
-    weights = int4_experts(layer)
-    assert weights is not None
-    assert off(weights, held) == 0.0
-    if zeros:
-        layer.w2_qzeros.data.fill_(0x87)  # the control
-        weights = int4_experts(layer)
-        assert weights is not None
-        assert off(weights, held) > 1e-4
+    check_plain_bytes(int4_experts, layer, held, zeros)
 
 
 def refused(layer: Any) -> tuple[str, str]:
-    with pytest.raises(Unreadable) as found:
-        int4_experts(layer)
-    return found.value.code, str(found.value)
+    return refusal_of(int4_experts, layer)
 
 
 def test_what_a_checkpoint_or_a_setting_brings_is_refused() -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from packaging.version import Version
 
-from fse_patch.adapters.expert_reading import Unreadable
 from fse_patch.adapters.patching import guards, ledger
 from fse_patch.adapters.vllm.int4 import int4_backend, int4_experts
 
@@ -21,14 +20,17 @@ from ..int4_layers import (
     EXPERTS,
     FAULTS,
     HIDDEN,
+    PACKED_FOR_MARLIN,
     WIDTH,
     Drawn,
     awq_numbers,
+    check_plain_bytes,
+    check_read,
     drawn,
     fill,
     gptq_numbers,
-    harmed,
     off,
+    refusal_of,
 )
 
 pytestmark = pytest.mark.every_release
@@ -116,37 +118,25 @@ def layer_of(held: Drawn, backend: str = "MARLIN", runs: str = "MarlinExperts", 
     return layer
 
 
-KINDS = [("gptq", 128), ("gptq", 32), ("auto_round", 128), ("awq", 128), ("packed", 32), ("packed", 128)]
-
-
-@pytest.mark.parametrize(("kind", "group"), KINDS)
+@pytest.mark.parametrize(("kind", "group"), PACKED_FOR_MARLIN)
 def test_marlin(kind: str, group: int) -> None:
     held = drawn(kind, group)
     layer = layer_of(held)
     assert int4_backend(layer) == "int4 marlin"
-    weights = int4_experts(layer)
-    assert weights is not None
+    weights = check_read(int4_experts(layer), held, FAULTS)
     assert weights.w13.data_ptr() == layer.w13_weight.data_ptr()  # in place
     assert weights.format.startswith(f"int4 g{group}")
-    assert off(weights, held) == 0.0
-    for fault in FAULTS:
-        assert off(harmed(weights, fault), held) > 1e-4, fault
 
 
-@pytest.mark.parametrize(("kind", "group"), [kind for kind in KINDS if kind[0] != "awq"])
+@pytest.mark.parametrize(("kind", "group"), [kind for kind in PACKED_FOR_MARLIN if kind[0] != "awq"])
 def test_triton(kind: str, group: int) -> None:
     held = drawn(kind, group)
-    weights = int4_experts(layer_of(held, "TRITON", "TritonWNA16Experts"))
-    assert weights is not None
+    weights = check_read(int4_experts(layer_of(held, "TRITON", "TritonWNA16Experts")), held, FAULTS[:1])
     assert weights.format == f"int4 g{group}, packed_bytes"
-    assert off(weights, held) == 0.0
-    assert off(harmed(weights, FAULTS[0]), held) > 1e-4
 
 
 def refused(layer: Any) -> tuple[str, str]:
-    with pytest.raises(Unreadable) as found:
-        int4_experts(layer)
-    return found.value.code, str(found.value)
+    return refusal_of(int4_experts, layer)
 
 
 def test_what_a_setting_brings_is_refused() -> None:
@@ -228,21 +218,8 @@ def test_plain_bytes(zeros: bool) -> None:
     layer.quant_method, layer.moe_config = method, SimpleNamespace(in_dtype=DTYPE)
     layer.hidden_size, layer.intermediate_size_per_partition = HIDDEN, WIDTH
     method.create_weights(layer, EXPERTS, HIDDEN, WIDTH, DTYPE, weight_loader=None)
-    for part in ("w13", "w2"):
-        packed = held.loaded[f"{part}_weight_packed"].contiguous().view(torch.uint8)
-        getattr(layer, f"{part}_qweight").data.copy_(packed)
-        getattr(layer, f"{part}_scales").data.copy_(held.loaded[f"{part}_weight_scale"])
-        if zeros:
-            getattr(layer, f"{part}_qzeros").data.fill_(0x88)
     assert int4_backend(layer) == "int4 bytes"
-    weights = int4_experts(layer)
-    assert weights is not None
-    assert off(weights, held) == 0.0
-    if zeros:
-        layer.w2_qzeros.data.fill_(0x87)  # the control
-        weights = int4_experts(layer)
-        assert weights is not None
-        assert off(weights, held) > 1e-4
+    check_plain_bytes(int4_experts, layer, held, zeros)
 
 
 def humming_layer(group: int = 128) -> tuple[Any, Drawn]:
