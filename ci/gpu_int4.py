@@ -70,16 +70,15 @@ def checkpoint(size: str, kind: str, folder: Path, layers: int) -> Path:
 
 
 def told(report: Mapping[str, Any]) -> str:
-    """Say in a further line what the pass read, and what its proof says."""
+    """Say what the pass read, and what its proof found."""
     (role, *_) = [role for role in report.get("roles", ()) if role["role"] == "main"] or [{}]
     now = role.get("paired")
     if now is None:
-        return "\n  nothing was paired"
+        return "nothing was paired"
     proof = now["proof"]
     why = f"{now['reason']}: {now['detail']}" if now["reason"] else f"up to {now['threshold']} tokens"
     return (
-        f"\n  {'; '.join(now['formats'])}; {why}; "
-        f"proof {proof['state']}: ours {proof['ours']:.2g} off float32, "
+        f"{'; '.join(now['formats'])}; {why}; proof {proof['state']}: ours {proof['ours']:.2g} off float32, "
         f"stock {proof['stock']:.2g}, {proof['between']:.2g} apart"
     )
 

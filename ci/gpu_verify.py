@@ -113,16 +113,18 @@ def passes(
     group: Group,
     folders: Mapping[str, Path],
     out: Path,
-    told: Callable[[Mapping[str, Any]], str] = lambda _: "",
+    told: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> bool:
     """Run a group, print and keep the report of each job; return whether all passed.
 
     Args:
-        told: what else to print of a report.
+        told: what a second line says of a report.
     """
     passed = True
     for job, report in zip(group.jobs, run(engine, name, group, folders, out), strict=True):
-        print(f"{engine} {name} {job}: {line(report)}{told(report)}", flush=True)
+        print(f"{engine} {name} {job}: {line(report)}", flush=True)
+        if told is not None:
+            print(f"  {told(report)}", flush=True)
         report.pop("log", None)
         report["checkpoint"] = Path(report["checkpoint"]).name
         (out / f"{engine}_{name}_{job}.json").write_text(json.dumps(report, indent=2) + "\n")
