@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,15 @@ def test_a_child_goes_with_its_children(tmp_path: Path) -> None:
     assert left(mark) == []
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """A process in a shell's background does not, and hands that on to its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_signal_waits_while_a_process_is_made() -> None:
     reached: list[str] = []
 
