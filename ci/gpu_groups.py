@@ -78,6 +78,11 @@ class Group:
         """Return what its jobs run."""
         return {recipe for recipe, _ in self.jobs.values()}
 
+    @property
+    def gpus(self) -> int:
+        """Return how many GPUs its jobs take; merged experts are cut for them."""
+        return max(given.get(name, 1) for _, given in self.jobs.values() for name in GPUS)
+
 
 def paired(jobs: Mapping[str, tuple[str, Mapping[str, Any]]], dtype: str = "bfloat16") -> Group:
     """Verify the paired layout up to 16 tokens: what layers so small gain is not asked."""
@@ -90,6 +95,30 @@ def fp8(choice: Mapping[str, Any]) -> Group:
     jobs = {"qwen3_next": (FP8, arguments)}
     return Group(jobs, "triton+deepgemm", choice, "fp8-block 128x128", env=FP8_ENV)
 
+
+def with_(jobs: Mapping[str, tuple[str, Mapping[str, Any]]], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Add engine arguments to each job."""
+    return {name: (recipe, {**arguments, **more}) for name, (recipe, arguments) in jobs.items()}
+
+
+# Families on two GPUs: routed experts of three dimensions and two slots of the shared expert among them.
+VLLM_TWO = {
+    "qwen3_next": ("qwen3_next", {**VLLM, **GDN, **GRAPHS}),
+    "qwen3_5_3d": ("qwen3_5_vl_3d", {**VLLM, **GDN, **GRAPHS, "language_model_only": True}),
+    "glm4_shared2": ("glm4_moe_shared2_scale", {**VLLM, **GRAPHS}),
+    "qwen2_moe_wide4": ("qwen2_moe_wide4", {**VLLM, **GRAPHS}),
+}
+SGLANG_TWO = {
+    "qwen3_next": ("qwen3_next", {**SGLANG, **SGLANG_GRAPHS}),
+    "qwen3_5_3d": ("qwen3_5_text_3d", {**SGLANG, **SGLANG_GRAPHS}),
+    "glm4_shared2": ("glm4_moe_shared2_scale", {**SGLANG, **SGLANG_GRAPHS}),
+    "qwen2_moe_wide4": ("qwen2_moe_wide4", {**SGLANG, **SGLANG_GRAPHS}),
+}
+GPUS = ("tensor_parallel_size", "tp_size")
+VLLM_TP = {"tensor_parallel_size": 2}
+VLLM_EP = {**VLLM_TP, "enable_expert_parallel": True}
+SGLANG_TP = {"tp_size": 2}
+SGLANG_EP = {**SGLANG_TP, "ep_size": 2}
 
 GROUPS: dict[str, dict[str, Group]] = {
     "vllm": {
@@ -137,6 +166,9 @@ GROUPS: dict[str, dict[str, Group]] = {
         "paired_float16": paired({"glm4": ("glm4_moe_scale", {**VLLM, **GRAPHS})}, "float16"),
         "paired_fp8": paired({"qwen3_next": (FP8, {**VLLM, **GDN, **GRAPHS, **MORE_CACHE})}),
         "paired_mixed": paired({"qwen3_next": (MIXED, {**VLLM, **GDN, **GRAPHS, **MORE_CACHE})}),
+        "tp2": Group(with_(VLLM_TWO, VLLM_TP)),
+        "paired_tp2": paired(with_(VLLM_TWO, VLLM_TP)),
+        "paired_ep2": paired(with_(VLLM_TWO, VLLM_EP)),
     },
     "sglang": {
         "ours": Group(
@@ -174,5 +206,7 @@ GROUPS: dict[str, dict[str, Group]] = {
         ),
         "paired_fp8": paired({"qwen3_next": (FP8, {**SGLANG, **SGLANG_GRAPHS})}),
         "paired_mixed": paired({"qwen3_next": (MIXED, {**SGLANG, **SGLANG_GRAPHS})}),
+        "paired_tp2": paired(with_(SGLANG_TWO, SGLANG_TP)),
+        "paired_ep2": paired(with_(SGLANG_TWO, SGLANG_EP)),
     },
 }

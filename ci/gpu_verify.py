@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from gpu_groups import FP8, GROUPS, MIXED, Group
 
@@ -44,7 +45,7 @@ def table(
         moe = decision.moe
         situation = Situation.of(
             moe.layout,
-            1,
+            group.gpus,
             engine=engine,
             release=release,
             backend=group.backend,
@@ -144,10 +145,16 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     given = {recipe: folder for recipe, folder in ((FP8, args.fp8), (MIXED, args.mixed)) if folder}
     absent = {FP8, MIXED} - given.keys()
-    groups = {name: group for name, group in GROUPS[args.engine].items() if not absent & group.recipes}
+    count = torch.cuda.device_count()
+    groups = {
+        name: group
+        for name, group in GROUPS[args.engine].items()
+        if not absent & group.recipes and group.gpus <= count
+    }
     if unknown := set(args.only) - groups.keys():
         parser.error(
-            f"--only {sorted(unknown)[0]}: not among {', '.join(groups)}; FP8 needs --fp8 or --mixed"
+            f"--only {sorted(unknown)[0]}: not among {', '.join(groups)}; "
+            f"FP8 needs --fp8 or --mixed, others two GPUs"
         )
     groups = {name: groups[name] for name in args.only or groups}
     from checkpoints import gpu

@@ -96,35 +96,3 @@ class ExpertWeights:
 def slots_of(shared: ExpertWeights, width: int) -> int:
     """Return S, how many slots of routed width ``width`` the shared expert takes."""
     return -(-shared.width // width)
-
-
-# Bytes of w2 that stay in the L2 cache until they are read, where it has 50 MB in two halves.
-CACHED = 20 << 20
-# Stride of an expert and of a part of its w2, in elements, and the bytes of a part; 0: nothing is asked for.
-Ahead = tuple[int, int, int]
-
-
-def asked_ahead(
-    routed: ExpertWeights, shared: ExpertWeights | None, pairs: int, parts: int, ask: bool
-) -> dict[str, Ahead]:
-    """Return what the programs of w13 ask into the L2 cache, for those of w2 to find there.
-
-    Args:
-        pairs: (token, slot) pairs; each has an expert.
-        parts: programs of a pair; each asks for as many rows.
-    """
-    whole = shared is None or shared.width == routed.width
-    return {
-        "AHEAD": _ahead(routed, pairs, parts) if ask else (0, 0, 0),
-        "SHARED_AHEAD": _ahead(shared or routed, pairs, parts) if ask and whole else (0, 0, 0),
-    }
-
-
-def _ahead(weights: ExpertWeights, pairs: int, parts: int) -> Ahead:
-    w2, size = weights.w2, weights.w2.element_size()
-    _, hidden, width = w2.shape
-    rows = hidden // parts
-    part = ((rows - 1) * w2.stride(1) + width) * size
-    whole = not any(number % 16 for number in (part, w2.stride(0) * size, w2.stride(1) * size, w2.data_ptr()))
-    fits = pairs * hidden * width * size <= CACHED
-    return (w2.stride(0), rows * w2.stride(1), part) if whole and fits and hidden % parts == 0 else (0, 0, 0)

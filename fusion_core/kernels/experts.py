@@ -10,26 +10,37 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_weights import ExpertWeights, asked_ahead, slots_of
-from .launch import ask_ahead, begin, options
+from .expert_weights import ExpertWeights, slots_of
+from .launch import begin, options
+
+# More slots than a layer has.
+MANY = 1 << 10
 
 
-def w13_tile(hidden: int, width: int) -> tuple[int, int, int, bool]:
-    """Return BLOCK_N, BLOCK_K and warps for w13 [2 * I, H], and whether it asks for w2 ahead.
+def w13_tile(hidden: int, width: int) -> tuple[int, int, int]:
+    """Return BLOCK_N, BLOCK_K and warps for w13 [2 * I, H]: the fastest ones on an H200."""
+    if width <= 1024:
+        return (2, 1024, 2) if width <= 512 else (1, 2048, 2)
+    return (4, 1024, 2) if hidden <= 2048 else (8, 2048, 8)
 
-    They are the fastest ones on an H200.
+
+def w2_tile(width: int) -> tuple[int, int, int, bool]:
+    """Return BLOCK_N, BLOCK_K and warps for w2 [H, I], and whether to unroll the slots.
+
+    Unrolling pays only where a slot takes few tiles.
     """
-    if hidden <= 2048:
-        return (4, 1024, 2, False)
-    return (8, 2048, 8, False) if width > 512 else (4, 2048, 4, False)
+    if width <= 128:
+        return (4, 128, 1, True)
+    if width <= 512:
+        return (2, 256, 1, True)
+    return (1, 256, 1, True) if width <= 1024 else (2, 256, 1, False)
 
 
-def w2_tile(width: int) -> tuple[int, int, int, bool, int]:
-    """Return BLOCK_N, BLOCK_K and warps for w2 [H, I], whether to unroll the slots, and slots loaded early.
-
-    Unrolling pays only where a slot takes few tiles. What is early is loaded before the wait for w13.
-    """
-    return (2, 128 if width <= 128 else 256, 1, width <= 512, 0)
+def early_slots(tokens: int, width: int) -> int:
+    """Return of how many slots w2 is loaded before the wait for w13: the fastest number on an H200."""
+    if tokens == 1:
+        return MANY if width <= 128 else 8 if width <= 512 else 3
+    return 0 if 128 < width <= 512 else 3
 
 
 def reference(
@@ -79,14 +90,11 @@ def small_experts(
     states = hidden_states.contiguous()
     inner = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
-    block_n, block_k, warps, ask = w13_tile(hidden, width)
-    pairs, parts = tokens * slots, triton.cdiv(width, block_n)
-    _w13[(pairs, parts)](
+    block_n, block_k, warps = w13_tile(hidden, width)
+    _w13[(tokens * slots, triton.cdiv(width, block_n))](
         states,
         routed.w13,
         other.w13,
-        routed.w2,
-        other.w2,
         topk_ids,
         inner,
         len(routed.w2),
@@ -96,13 +104,12 @@ def small_experts(
         WIDTH=width,
         SHARED_WIDTH=other.width,
         STRIDES=(*routed.w13.stride()[:2], other.w13.stride(1)),
-        **asked_ahead(routed, shared, pairs, parts, bool(ask)),
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(hidden)),
         num_warps=warps,
         **options(states),
     )
-    block_n, block_k, warps, unroll, early = w2_tile(width)
+    block_n, block_k, warps, unroll = w2_tile(width)
     _w2[(tokens, triton.cdiv(hidden, block_n))](
         inner,
         routed.w2,
@@ -120,7 +127,7 @@ def small_experts(
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(width)),
         UNROLL=unroll,
-        EARLY=min(early, slots - apart) if unroll else 0,
+        EARLY=min(early_slots(tokens, width), slots - apart) if unroll else 0,
         num_warps=warps,
         **options(states),
     )
@@ -132,8 +139,6 @@ def _w13(
     x_ptr,
     w13_ptr,
     shared_ptr,
-    w2_ptr,
-    shared_w2_ptr,
     ids_ptr,
     inner_ptr,
     E,
@@ -143,8 +148,6 @@ def _w13(
     WIDTH: tl.constexpr,
     SHARED_WIDTH: tl.constexpr,
     STRIDES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    SHARED_AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -174,16 +177,6 @@ def _w13(
         w3 = tl.load(tile_ptr + wide * stride + start, mask=mask, other=0.0).to(tl.float32)
         acc_gate += w1 * x[None, :]
         acc_up += w3 * x[None, :]
-        if start == 0:
-            # This program's part of w2, for the next kernel.
-            if APART:
-                if pair % SLOTS < SLOTS - APART:
-                    if expert >= 0:
-                        ask_ahead(w2_ptr + expert * AHEAD[0] + tl.program_id(1) * AHEAD[1], AHEAD[2], PDL)
-                else:
-                    ask_ahead(shared_w2_ptr + tl.program_id(1) * SHARED_AHEAD[1], SHARED_AHEAD[2], PDL)
-            else:
-                ask_ahead(w2_ptr + expert * AHEAD[0] + tl.program_id(1) * AHEAD[1], AHEAD[2], PDL)
     gate = tl.sum(acc_gate, 1)
     value = gate / (1.0 + tl.exp(-gate)) * tl.sum(acc_up, 1)
     tl.store(inner_ptr + pair * WIDTH + offs_n, value.to(inner_ptr.dtype.element_ty), mask=offs_n < WIDTH)

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from . import experts
-from .expert_weights import Block, ExpertWeights, Scales, asked_ahead, slots_of
+from .expert_weights import Block, ExpertWeights, Scales, slots_of
 from .experts_fp8_kernels import w2_kernel, w13_kernel
 from .launch import options
 
@@ -21,19 +21,29 @@ from .launch import options
 CHUNK = 16
 # Rows or columns that share a scale where there is one for all.
 ALL = 1 << 30
-# BLOCK_N, CHUNKS, warps, CHUNK: weights that a thread multiplies and adds up by itself. Then, of w13, whether
-# it asks for w2 ahead; of w2, how many slots are loaded before it waits for w13.
-Tile = tuple[int, int, int, int, int]
+# BLOCK_N, CHUNKS, warps, CHUNK: weights that a thread multiplies and adds up by itself.
+Tile = tuple[int, int, int, int]
 
 
-def w13_tile(hidden: int) -> Tile:
+def w13_tile(tokens: int, hidden: int) -> Tile:
     """Return the tile for w13 [2 * I, H]: the fastest one on an H200."""
-    return (2, 64, 1, 16, 0) if hidden <= 2048 else (1, 128, 2, 16, 0)
+    if hidden <= 2048:
+        return (2, 64, 1, 16)
+    return (1, 64, 1, 16) if tokens == 1 else (1, 128, 2, 16)
 
 
-def w2_tile(width: int) -> Tile:
-    """Return the tile for w2 [H, I]; chunks of 8, because a thread loads so many inner states at once."""
-    return (4, 16, 1, 8, 0) if width <= 128 else (1, 64, 1, 8, 0)
+def w2_tile(tokens: int, width: int) -> Tile:
+    """Return the tile for w2 [H, I]; chunks of 8: a thread loads so many inner states at once."""
+    if width <= 128:
+        return (2, 32, 1, 8) if tokens <= 2 else (4, 16, 1, 8)
+    return (2, 32, 1, 16) if 512 < width <= 1024 else (1, 64, 1, 8)
+
+
+def early_slots(tokens: int, width: int) -> int:
+    """Return of how many slots w2 is loaded before the wait for w13: the fastest number on an H200."""
+    if 512 < width <= 1024:
+        return 0
+    return experts.MANY if tokens == 1 and width <= 512 else 3
 
 
 def dequantised(weight: torch.Tensor, scale: torch.Tensor, block: Block, halves: int = 1) -> torch.Tensor:
@@ -90,8 +100,8 @@ def small_experts(
     states = hidden_states.contiguous()
     inner = torch.empty(tokens * slots, width, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
-    launch_w13(states, routed, shared, topk_ids, inner, w13_tile(hidden))
-    launch_w2(inner, routed, shared, topk_weights, topk_ids, output, w2_tile(width))
+    launch_w13(states, routed, shared, topk_ids, inner, w13_tile(tokens, hidden))
+    launch_w2(inner, routed, shared, topk_weights, topk_ids, output, w2_tile(tokens, width))
     return output
 
 
@@ -134,19 +144,15 @@ def launch_w13(
     tile: Tile,
 ) -> None:
     """Write SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [num_tokens * (k + S), I]."""
-    (block_n, chunks, warps, chunk, ask), hidden = tile, states.shape[1]
+    (block_n, chunks, warps, chunk), hidden = tile, states.shape[1]
     chunks = min(chunks, triton.next_power_of_2(hidden // chunk))
-    pairs, parts = inner.shape[0], triton.cdiv(inner.shape[1], block_n)
-    w13_kernel[(pairs, parts)](
+    w13_kernel[(inner.shape[0], triton.cdiv(inner.shape[1], block_n))](
         states,
         *_tensors("w13", routed, shared),
-        routed.w2,
-        (shared or routed).w2,
         ids,
         inner,
         len(routed.w2),
         **_sizes("w13", routed, shared, ids),
-        **asked_ahead(routed, shared, pairs, parts, bool(ask)),
         BLOCK_N=block_n,
         CHUNKS=chunks,
         CHUNK=chunk,
@@ -166,7 +172,7 @@ def launch_w2(
     tile: Tile,
 ) -> None:
     """Write the weighted sum over a token's slots of w2 · inner into ``output`` [num_tokens, H]."""
-    (block_n, chunks, warps, chunk, early), (hidden, width) = tile, routed.w2.shape[1:]
+    (block_n, chunks, warps, chunk), (hidden, width) = tile, routed.w2.shape[1:]
     chunks = min(chunks, triton.next_power_of_2(width // chunk))
     w2_kernel[(output.shape[0], triton.cdiv(hidden, block_n))](
         inner,
@@ -176,7 +182,7 @@ def launch_w2(
         output,
         len(routed.w2),
         **_sizes("w2", routed, shared, ids),
-        EARLY=min(early, ids.shape[1] - _apart(routed, shared)),
+        EARLY=min(early_slots(len(output), width), ids.shape[1] - _apart(routed, shared)),
         BLOCK_N=block_n,
         CHUNKS=chunks,
         CHUNK=chunk,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import ask_ahead, begin
+from .launch import begin
 
 
 @triton.jit
@@ -70,18 +70,14 @@ def _products(
 
 @triton.jit
 def w13_kernel(
-    x_ptr, w13_ptr, scale_ptr, shared_ptr, shared_scale_ptr, w2_ptr, shared_w2_ptr, ids_ptr, inner_ptr, E,
-    SLOTS: tl.constexpr, APART: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    SHARED_WIDTH: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, AHEAD: tl.constexpr,
-    SHARED_AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w13_ptr, scale_ptr, shared_ptr, shared_scale_ptr, ids_ptr, inner_ptr, E, SLOTS: tl.constexpr,
+    APART: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SHARED_WIDTH: tl.constexpr,
+    FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
-    # This program's part of w2, for the next kernel.
-    ahead_ptr = w2_ptr + expert * AHEAD[0] + tl.program_id(1) * AHEAD[1]
-    shared_ahead_ptr = shared_w2_ptr + tl.program_id(1) * SHARED_AHEAD[1]
     x_ptr += pair // SLOTS * HIDDEN
     inner_ptr += pair * WIDTH
     if APART:
@@ -91,28 +87,28 @@ def w13_kernel(
                 tl.store(inner_ptr + offs_n, 0.0, mask=offs_n < WIDTH)
             else:
                 _gate_up(
-                    x_ptr, w13_ptr, scale_ptr, inner_ptr, ahead_ptr, expert, 0, HIDDEN, WIDTH, WIDTH, FORMAT,
-                    AHEAD[2], BLOCK_N, CHUNKS, CHUNK, EVEN, PDL,
+                    x_ptr, w13_ptr, scale_ptr, inner_ptr, expert, 0, HIDDEN, WIDTH, WIDTH, FORMAT, BLOCK_N,
+                    CHUNKS, CHUNK, EVEN,
                 )  # fmt: skip
         else:
             # Rows of a slot come after those of the slots before it.
             row = (expert - E).to(tl.int32) * WIDTH
             _gate_up(
-                x_ptr, shared_ptr, shared_scale_ptr, inner_ptr, shared_ahead_ptr, 0, row, HIDDEN, WIDTH,
-                SHARED_WIDTH, SHARED_FORMAT, SHARED_AHEAD[2], BLOCK_N, CHUNKS, CHUNK, EVEN, PDL,
+                x_ptr, shared_ptr, shared_scale_ptr, inner_ptr, 0, row, HIDDEN, WIDTH, SHARED_WIDTH,
+                SHARED_FORMAT, BLOCK_N, CHUNKS, CHUNK, EVEN,
             )  # fmt: skip
     else:
         _gate_up(
-            x_ptr, w13_ptr, scale_ptr, inner_ptr, ahead_ptr, expert, 0, HIDDEN, WIDTH, WIDTH, FORMAT,
-            AHEAD[2], BLOCK_N, CHUNKS, CHUNK, EVEN, PDL,
+            x_ptr, w13_ptr, scale_ptr, inner_ptr, expert, 0, HIDDEN, WIDTH, WIDTH, FORMAT, BLOCK_N, CHUNKS,
+            CHUNK, EVEN,
         )  # fmt: skip
 
 
 @triton.jit
 def _gate_up(
-    x_ptr, w_ptr, scale_ptr, inner_ptr, ahead_ptr, expert, row, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
-    WIDE: tl.constexpr, FORMAT: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, inner_ptr, expert, row, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the inner states of one pair; `WIDE`: rows of w1, and of w3."""
     GROUP_N: tl.constexpr = FORMAT[5]
@@ -134,8 +130,6 @@ def _gate_up(
             w1_ptr + WIDE * FORMAT[1], s1_ptr + FORMAT[7] * FORMAT[3], offs_n, offs_c, n, HIDDEN, row, 0,
             FORMAT[1], FORMAT[3], FORMAT[4], x, GROUP_N, GROUP_K, BLOCK_N, CHUNK, EVEN,
         )  # fmt: skip
-        if start == 0:
-            ask_ahead(ahead_ptr, BYTES, PDL)
     g = tl.sum(gate, 1)
     value = g / (1.0 + tl.exp(-g)) * tl.sum(up, 1)
     tl.store(inner_ptr + offs_n, value.to(inner_ptr.dtype.element_ty), mask=offs_n < WIDTH)

@@ -41,22 +41,6 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def ask_ahead(ptr, BYTES: tl.constexpr, PDL: tl.constexpr):
-    """Ask for `BYTES` at ``ptr`` into the L2 cache, where `PDL` says Hopper; both are multiples of 16."""
-    if PDL and BYTES:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred %first; .reg .u32 %thread; mov.u32 %thread, %tid.x; "
-            "setp.eq.u32 %first, %thread, 0; @%first cp.async.bulk.prefetch.L2.global [$1], $2; "
-            "mov.u32 $0, 0; }",
-            "=r,l,r",
-            [ptr.to(tl.int64), BYTES],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def dot(left, right, acc, WIDE: tl.constexpr):
     """Multiply matrices in 16 bit into float32; ``WIDE``: as Triton's interpreter needs it for bfloat16."""
     if WIDE:

@@ -48,11 +48,11 @@ class Tile:
 def w13_tile(tokens: int, fp8: bool) -> Tile:
     """Return the tile for w13 [2 * I, H]: the fastest one on an H200, for all shapes that were tried."""
     if not fp8:
-        return Tile(rows=16, warps=2, depth=128, stages=3, blocks=3)
+        return Tile(rows=16, warps=2, depth=128, stages=3, blocks=3 if tokens <= COLUMNS[0] else 12)
     # In FP8 the states in shared memory are the limit: fewer warps load them less often.
     if tokens <= COLUMNS[0]:
         return Tile(rows=16, warps=1, depth=128, stages=3, blocks=10)
-    return Tile(rows=16, warps=1, depth=128, stages=4, blocks=6)
+    return Tile(rows=16, warps=1, depth=128, stages=4, blocks=8)
 
 
 def w2_tile(tokens: int, hidden: int, width: int, fp8: bool) -> Tile:
