@@ -61,12 +61,35 @@ def folder_of(shape: Path, layers: int, quant: str, place: Path) -> Path:
     return place
 
 
+def draw_blocks() -> None:
+    """Draw the experts of dummy weights as they are loaded: in FP8 vLLM's own are nearly all 0.
+
+    What is proved at the start has to be seen above rounding.
+    """
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    from fse_patch.lab.random_weights import fill
+
+    stock = DummyModelLoader.load_weights
+
+    def load_weights(self: Any, model: Any, model_config: Any) -> None:
+        stock(self, model, model_config)
+        blocks = [
+            module for module in model.modules() if hasattr(module, "experts") and hasattr(module, "gate")
+        ]
+        for seed, block in enumerate(blocks):
+            fill(block, seed)
+
+    DummyModelLoader.load_weights = load_weights
+
+
 def open_engine(folder: Path, streams: list[int], tokens: int) -> Any:
     """Start vLLM on dummy weights, and draw what routes."""
     from vllm import LLM
 
     from fse_patch.lab.random_weights import spread
 
+    draw_blocks()
     engine = LLM(
         model=str(folder),
         load_format="dummy",

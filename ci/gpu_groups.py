@@ -41,6 +41,7 @@ SGLANG_ALL_GRAPHS = {
     "disable_prefill_cuda_graph": False,
     "cuda_graph_bs_prefill": PROMPT_GRAPHS,
 }
+CHUNKED, BATCHED = "chunked_prefill_size", "max_num_batched_tokens"
 NATIVE = "triton, fused natively"
 # Recipes that are folders of the command line: routed and shared experts in FP8, or the routed ones alone.
 FP8, MIXED = "fp8", "mixed"
@@ -85,8 +86,15 @@ class Group:
 
 
 def paired(jobs: Mapping[str, tuple[str, Mapping[str, Any]]], dtype: str = "bfloat16") -> Group:
-    """Verify the paired layout up to 16 tokens: what layers so small gain is not asked."""
-    return Group(jobs, dtype=dtype, env=PAIRED_ENV, paired=True)
+    """Verify the paired layout up to 16 tokens: what layers so small gain is not asked.
+
+    Prompts run in chunks of as many: the control acts on our pass alone.
+    """
+    few = {
+        name: (recipe, {**given, **({CHUNKED: FEW} if CHUNKED in given else {BATCHED: FEW})})
+        for name, (recipe, given) in jobs.items()
+    }
+    return Group(few, dtype=dtype, env=PAIRED_ENV, paired=True)
 
 
 def fp8(choice: Mapping[str, Any]) -> Group:

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,7 @@ def main() -> int:
     parser.add_argument("--fp8", type=Path, help="an FP8 checkpoint; its groups are left out without it")
     parser.add_argument("--mixed", type=Path, help="one with a bfloat16 shared expert; likewise")
     parser.add_argument("--only", nargs="*", default=[], help="these groups alone")
+    parser.add_argument("--jobs", nargs="*", default=[], help="these jobs of theirs alone")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     given = {recipe: folder for recipe, folder in ((FP8, args.fp8), (MIXED, args.mixed)) if folder}
@@ -157,6 +158,12 @@ def main() -> int:
             f"FP8 needs --fp8 or --mixed, others two GPUs"
         )
     groups = {name: groups[name] for name in args.only or groups}
+    if args.jobs:
+        kept = {
+            name: {job: group.jobs[job] for job in args.jobs if job in group.jobs}
+            for name, group in groups.items()
+        }
+        groups = {name: replace(group, jobs=kept[name]) for name, group in groups.items() if kept[name]}
     from checkpoints import gpu
     from checkpoints.make import make
 

@@ -47,12 +47,9 @@ def reset() -> None:
 
 def control(factor: float) -> None:
     """Multiply the first shared slot of every layer of the main model by ``factor``; 1.0 puts it back."""
-    for fused_role in constructed():
-        if fused_role.name == "main":
-            slot_control.multiply(fused_role, factor)
-    for role in paired.constructed():
-        for layer in role.layers.values():
-            layer.layer.control_factor = factor
+    for role in (*constructed(), *paired.constructed()):
+        if role.name == "main":
+            slot_control.multiply(role, factor)
 
 
 def jitter(modules: Iterable[Any], seed: int) -> None:
@@ -65,7 +62,7 @@ def jitter(modules: Iterable[Any], seed: int) -> None:
     Raises:
         FsePatchError: the control is in force: the yardstick would measure that, and allow as much.
     """
-    if any(map(slot_control.in_force, constructed())):
+    if any(map(slot_control.in_force, (*constructed(), *paired.constructed()))):
         raise FsePatchError("the control must be undone before the noise of one more rounding is measured")
     for module in modules:
         if type(module).__name__ == "VocabParallelEmbedding":

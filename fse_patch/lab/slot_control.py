@@ -1,4 +1,4 @@
-"""The positive control of `verify`: a factor on the first shared slot of a model's fused layers.
+"""The positive control of `verify`: a factor on the first shared slot of a model's fused or paired layers.
 
 A captured graph holds the addresses of the weights, and no number of the host. So on a GPU the factor goes
 into the slot's w2, where every mode, eager or captured, reads it.
@@ -6,21 +6,23 @@ into the slot's w2, where every mode, eager or captured, reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 
+from ..adapters.paired import PairedRole
 from ..adapters.role import FusedRole
 from ..fusion_core.decision.layout import ExpertLayout
+from ..fusion_core.forward.paired import PairedWeights
 from ..fusion_core.forward.router import on_gpu
 
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCALES = ("w2_weight_scale", "w2_weight_scale_inv")
 
 # How to put back what holds a factor. Weak: a model that is gone needs nothing put back.
-_IN_FORCE: WeakKeyDictionary[FusedRole, ExitStack] = WeakKeyDictionary()
+_IN_FORCE: WeakKeyDictionary[FusedRole | PairedRole, ExitStack] = WeakKeyDictionary()
 
 
 def slot_rows(experts: torch.nn.Module, layout: ExpertLayout, scales: bool, rows: int) -> torch.Tensor | None:
@@ -52,38 +54,63 @@ def slot_rows(experts: torch.nn.Module, layout: ExpertLayout, scales: bool, rows
     return factors[0].data[first : first + 1]
 
 
+def pair_rows(held: PairedWeights) -> torch.Tensor | None:
+    """Return the same of a paired layer: a view of w2 or of its scales, or None for weights of 4 bits.
+
+    Where all slots of a shared expert have one scale, that is all of them.
+    """
+    weights, rows = (held.routed, held.slots.start) if held.shared is None else (held.shared, 0)
+    if weights.int4 is not None:
+        return None
+    factors = (weights.w2 if weights.scales is None else weights.scales.w2)[rows : rows + 1]
+    columns = factors.shape[-1] * held.routed.width // weights.width
+    return factors[..., : max(columns, 1)]
+
+
 @torch.inference_mode()
-def multiply(fused_role: FusedRole, factor: float) -> None:
+def multiply(role: FusedRole | PairedRole, factor: float) -> None:
     """Multiply the first shared slot of every layer by ``factor``; 1.0 puts back what was there, bit by bit.
 
     Factors do not add up: each call starts from the weights as they were loaded. Where a layer's weights
-    cannot be changed, or are in the host's memory, where engines pack them, its router has the factor.
+    cannot be changed, or are in the host's memory, where engines pack them, the layer itself has the factor.
+    A paired layer's weights are the engine's: with many tokens its own forward has the factor too.
     """
-    restore(fused_role)
+    restore(role)
     if factor == 1.0:
         return
-    stack = _IN_FORCE.setdefault(fused_role, ExitStack())
-    for layer in fused_role.layers.values():
-        # Layers with modes run kernels that take scales as they lie.
-        held, scales = fused_role.engine.rows(fused_role.layout, layer.experts), layer.execution is not None
-        rows = slot_rows(layer.experts, fused_role.layout, scales, held)
+    stack = _IN_FORCE.setdefault(role, ExitStack())
+    for rows, weighted in _slots(role):
         if rows is not None and on_gpu(rows):
             stack.enter_context(_times(rows, factor))
         else:
-            stack.enter_context(layer.weighted(factor))
+            stack.enter_context(weighted(factor))
+
+
+def _slots(
+    role: FusedRole | PairedRole,
+) -> Iterator[tuple[torch.Tensor | None, Callable[[float], AbstractContextManager[None]]]]:
+    """Yield of each layer what holds its first shared slot, and what gives the layer itself the factor."""
+    if isinstance(role, PairedRole):
+        for held in role.layers.values():
+            yield pair_rows(held.read()), held.layer.weighted
+        return
+    for layer in role.layers.values():
+        # Layers with modes run kernels that take scales as they lie.
+        count, scales = role.engine.rows(role.layout, layer.experts), layer.execution is not None
+        yield slot_rows(layer.experts, role.layout, scales, count), layer.weighted
 
 
 @torch.inference_mode()
-def restore(fused_role: FusedRole) -> None:
+def restore(role: FusedRole | PairedRole) -> None:
     """Put everything back as it was before `multiply`: the last layer first, as layers may share weights."""
-    if (stack := _IN_FORCE.get(fused_role)) is not None:
+    if (stack := _IN_FORCE.get(role)) is not None:
         stack.close()
-        del _IN_FORCE[fused_role]
+        del _IN_FORCE[role]
 
 
-def in_force(fused_role: FusedRole) -> bool:
+def in_force(role: FusedRole | PairedRole) -> bool:
     """Return whether a factor is on any layer."""
-    return fused_role in _IN_FORCE
+    return role in _IN_FORCE
 
 
 @contextmanager

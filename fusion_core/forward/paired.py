@@ -226,6 +226,15 @@ class PairedLayer:
         return pass_reference.experts_once(states, held.routed, weights, ids, held.shared)
 
     @contextmanager
+    def weighted(self, factor: float) -> Iterator[None]:
+        """Run with the weight of the first shared slot times ``factor``: the fault that a proof must see."""
+        before, self.control_factor = self.control_factor, factor
+        try:
+            yield
+        finally:
+            self.control_factor = before
+
+    @contextmanager
     def given(self, logits: torch.Tensor) -> Iterator[None]:
         """Route by ``logits`` [num_tokens, E] in place of the gate's, which are computed all the same."""
         before, self.given_logits = self.given_logits, logits

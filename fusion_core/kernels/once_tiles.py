@@ -45,14 +45,15 @@ class Tile:
         return Steps(self.warps, self.depth, self.parts, rounds, self.stages, self.experts)
 
 
-def w13_tile(tokens: int, fp8: bool) -> Tile:
-    """Return the tile for w13 [2 * I, H]: the fastest one on an H200, for all shapes that were tried."""
+def w13_tile(tokens: int, hidden: int, fp8: bool) -> Tile:
+    """Return the tile for w13 [2 * I, H]: the fastest one on an H200."""
+    several = tokens > COLUMNS[0] and hidden <= 2048
     if not fp8:
-        return Tile(rows=16, warps=2, depth=128, stages=3, blocks=3 if tokens <= COLUMNS[0] else 12)
+        return Tile(rows=16, warps=2, depth=128, stages=3, blocks=12 if several else 3)
     # In FP8 the states in shared memory are the limit: fewer warps load them less often.
     if tokens <= COLUMNS[0]:
         return Tile(rows=16, warps=1, depth=128, stages=3, blocks=10)
-    return Tile(rows=16, warps=1, depth=128, stages=4, blocks=8)
+    return Tile(rows=16, warps=1, depth=128, stages=4, blocks=8 if several else 6)
 
 
 def w2_tile(tokens: int, hidden: int, width: int, fp8: bool) -> Tile:
@@ -122,7 +123,8 @@ def _tiles(weights: ExpertWeights, tokens: int) -> tuple[Tile, Tile]:
     hidden, width, scales = weights.hidden, weights.width, weights.scales
     if weights.int4 is not None:
         return int4_tiles(hidden, width, weights.int4.group)
-    first, second = w13_tile(tokens, scales is not None), w2_tile(tokens, hidden, width, scales is not None)
+    fp8 = scales is not None
+    first, second = w13_tile(tokens, hidden, fp8), w2_tile(tokens, hidden, width, fp8)
     if scales is not None:
         return within(first, scales.block), within(second, scales.block)
     return first, second

@@ -38,8 +38,8 @@ def test_a_table_leads_to_the_modes_of_its_group(tmp_path: Path, engine: str, na
     # Two models of one shape are one row.
     file.write_text(yaml.safe_dump(gpu_verify.table(engine, "1.0", "A GPU", group, [DECISION, DECISION])))
     here = Situation.of(
-        LAYOUT, group.gpus, engine=engine, release="1.0", backend=group.backend, device="A GPU", dtype=group.dtype,
-        scoring="softmax", gated=True, quant=group.quant,
+        LAYOUT, group.gpus, engine=engine, release="1.0", backend=group.backend, device="A GPU",
+        dtype=group.dtype, scoring="softmax", gated=True, quant=group.quant,
     )  # fmt: skip
     plan = plan_for(here, "cuda", file, places=())
     assert isinstance(plan, ModePlan)

@@ -82,7 +82,7 @@ def test_experts_once(shape: tuple[int, ...], kind: str, dtype: torch.dtype, of:
     w2 = draw(experts_ + slots, hidden, width, seed=6, dtype=dtype, scale=0.05)
     ids = routed(kind, tokens, experts_, top_k, slots)
     weights = draw(tokens, top_k + slots, seed=7).sigmoid()
-    tiles = w13_tile(tokens, False), replace(w2_tile(tokens, hidden, width, False), tokens=of)
+    tiles = w13_tile(tokens, hidden, False), replace(w2_tile(tokens, hidden, width, False), tokens=of)
     got = experts_once(states, ExpertWeights(w13, w2), weights, ids, tiles=tiles)
     expected = experts.reference(states, w13, w2, weights, ids)
     # The interpreter cuts bfloat16 off instead of rounding it.
@@ -203,7 +203,7 @@ def test_a_tile_in_two_blocks_of_scales_is_refused() -> None:
     scales = Scales(w13.float(), w2.float(), (128, 24))
     w13, w2 = (tensor.to(torch.float8_e4m3fn) for tensor in (w13, w2))
     assert not takes(ExpertWeights(w13, w2, scales))
-    tiles = w13_tile(9, True), w2_tile(9, 128, 48, True)
+    tiles = w13_tile(9, 128, True), w2_tile(9, 128, 48, True)
     with pytest.raises(ValueError, match="blocks of 128 x 24"):
         experts_once(states, ExpertWeights(w13, w2, scales), weights, ids, tiles=tiles)
 
@@ -216,7 +216,7 @@ def test_tiles_lie_in_one_block_of_scales() -> None:
 
     for block in ((128, 128), (16, 16), (48, 64), (1, 0), (0, 0)):
         assert taken(block)
-        for tile in (w13_tile(9, True), w2_tile(4, 4096, 128, True)):
+        for tile in (w13_tile(9, 4096, True), w2_tile(4, 4096, 128, True)):
             cut = within(tile, block)
             assert block[0] <= 1 or block[0] % cut.rows == 0
             assert block[1] % cut.depth == 0
