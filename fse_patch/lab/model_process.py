@@ -11,9 +11,14 @@ import torch
 
 from .. import runtime
 from ..adapters import paired
-from ..adapters.role import constructed
+from ..adapters.paired import PairedRole
+from ..adapters.role import FusedRole, constructed
 from ..errors import FsePatchError
 from . import slot_control
+
+
+def _roles() -> list[FusedRole | PairedRole]:
+    return [*constructed(), *paired.constructed()]
 
 
 def report(stage: int = 0) -> dict[str, Any]:
@@ -25,8 +30,7 @@ def report(stage: int = 0) -> dict[str, Any]:
         stage: pipeline stage of the process.
     """
     stand_in = sys.modules.get("sgl_kernel")
-    roles = [fused_role.report() for fused_role in constructed()]
-    roles += [role.report() for role in paired.constructed()]
+    roles = [role.report() for role in _roles()]
     ours = {role["role"] for role in roles}
     return {
         "pid": os.getpid(),
@@ -39,15 +43,13 @@ def report(stage: int = 0) -> dict[str, Any]:
 
 def reset() -> None:
     """Forget the calls of the engine's own warm-up; graphs that it captured run later."""
-    for fused_role in constructed():
-        fused_role.counter.reset()
-    for role in paired.constructed():
+    for role in _roles():
         role.counter.reset()
 
 
 def control(factor: float) -> None:
     """Multiply the first shared slot of every layer of the main model by ``factor``; 1.0 puts it back."""
-    for role in (*constructed(), *paired.constructed()):
+    for role in _roles():
         if role.name == "main":
             slot_control.multiply(role, factor)
 
@@ -62,7 +64,7 @@ def jitter(modules: Iterable[Any], seed: int) -> None:
     Raises:
         FsePatchError: the control is in force: the yardstick would measure that, and allow as much.
     """
-    if any(map(slot_control.in_force, (*constructed(), *paired.constructed()))):
+    if any(map(slot_control.in_force, _roles())):
         raise FsePatchError("the control must be undone before the noise of one more rounding is measured")
     for module in modules:
         if type(module).__name__ == "VocabParallelEmbedding":
