@@ -7,7 +7,7 @@ from typing import Any
 
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.reasons import Reason
-from ..lora import refused_targets
+from ..lora import folders_of, refused_adapters
 from ..refusals import undivided
 
 # Switches of its TopK, which not every mode asks.
@@ -25,7 +25,8 @@ def refusals_of_either(layout: ExpertLayout, quantised: object) -> Iterator[Reas
     server = get_server_args()
     yield from _spread(layout, server, quantised)
     if server.enable_lora or server.lora_paths:
-        yield from refused_targets(server.lora_target_modules, "--lora-target-modules")
+        adapters = folders_of(server.lora_paths)
+        yield from refused_adapters(server.lora_target_modules, adapters, "--lora-target-modules")
     if server.cpu_offload_gb or server.offload_group_size > 0:
         flags = "--cpu-offload-gb and --offload-group-size"
         yield Reason("memory.offload", f"weights are kept in the host's memory; run without {flags}")

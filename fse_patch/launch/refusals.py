@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from ..adapters.lora import refused_targets
+from ..adapters.lora import folders_of, refused_adapters
 from ..adapters.refusals import quantised_online, undivided, without_proof
 from ..adapters.running_config import config_differs
 from ..fusion_core.checkpoint.config import UNQUANTISED
@@ -90,7 +90,8 @@ def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts)
     targets = asked["lora_targets"]
     if asked["lora"] or asked["lora_paths"]:
         names = re.split(r"[\s,]+", targets) if isinstance(targets, str) and targets else None
-        yield from refused_targets(names, "--lora-target-modules")
+        adapters = folders_of(str(asked["lora_paths"] or "").split(","))
+        yield from refused_adapters(names, adapters, "--lora-target-modules")
     flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
     if not asked["ep"] or asked["ep"] == 1:
         yield from undivided(decision.moe.layout, asked.number("tp"), None, flag)

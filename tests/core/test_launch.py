@@ -237,6 +237,8 @@ FLAGS = [
     ("sglang", "--moe-a2a-backend deepep", "parallel.all2all"),
     ("sglang", "--dp-size 2", "parallel.dp"),
     ("sglang", "--pp-size 2", None),
+    ("sglang", "--enable-lora --lora-target-modules q_proj", None),
+    ("sglang", "--lora-paths a=/nowhere", "lora"),
     ("sglang", "--moe-runner-backend flashinfer_cutlass", "backend.topk_format"),
     ("sglang", "--enable-deterministic-inference", "slower.unmeasured"),
     ("sglang", "--expert-distribution-recorder-mode stat", "routing.capture"),
@@ -252,6 +254,16 @@ def test_each_flag_has_its_reason(engine: str, flags_given: str, reason: str | N
     assert report["runtime"]["reason"] == reason, report["runtime"]["detail"]
     # What the checkpoint is does not depend on the launch, but for the files that are loaded.
     assert report["fuse"] is ("--load-format" not in flags_given)
+
+
+def test_adapters_of_a_launch_are_looked_at(tmp_path: Path) -> None:
+    folder, adapter = checkpoint("qwen3.5_35b_text", tmp_path), tmp_path / "adapter"
+    adapter.mkdir()
+    words = shlex.split(f"{COMMANDS['sglang']} --lora-paths first={adapter} {adapter}")
+    for module, reason in (("o_proj", None), ("down_proj", "lora")):
+        (adapter / "adapter_config.json").write_text(json.dumps({"target_modules": [module]}))
+        _, report = plan(folder, "--engine-version", BEST["sglang"], "--device", "NVIDIA H200", "--", *words)
+        assert report["runtime"]["reason"] == reason, report["runtime"]["detail"]
 
 
 def test_a_command_in_quotes_is_the_same(tmp_path: Path) -> None:
