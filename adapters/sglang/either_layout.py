@@ -8,7 +8,7 @@ from typing import Any
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.reasons import Reason
 from ..lora import folders_of, refused_adapters
-from ..refusals import undivided
+from ..refusals import undivided, unshared
 
 # Switches of its TopK, which not every mode asks.
 SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
@@ -57,10 +57,7 @@ def _spread(layout: ExpertLayout, server: Any, quantised: object) -> Iterator[Re
     block = getattr(quantised, "weight_block_size", None)
     parts = server.tp_size // server.ep_size
     yield from undivided(layout, parts, block, "--tp-size", server.ep_size)
-    if server.ep_size > 1 and layout.num_routed % server.ep_size:
-        fits = next(n for n in range(server.ep_size - 1, 0, -1) if layout.num_routed % n == 0)
-        why = f"{layout.num_routed} experts do not divide by {server.ep_size}; run with --ep-size {fits}"
-        yield Reason("parallel.ep", why)
+    yield from unshared(layout, server.ep_size, "--ep-size")
 
 
 def _routing(server: Any) -> Iterator[Reason]:

@@ -49,6 +49,17 @@ class Asked:
         value = self.values.get(name)
         return value if isinstance(value, int) else 1
 
+    @property
+    def expert_ranks(self) -> int:
+        """Return over how many processes whole experts are spread; 1: they are not.
+
+        It is asked for by their number, or by a switch for all processes of tensor parallelism.
+        """
+        ep = self["ep"]
+        if isinstance(ep, bool):
+            return self.number("tp") if ep else 1
+        return self.number("ep")
+
 
 @dataclass(frozen=True)
 class Parts:

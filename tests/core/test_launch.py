@@ -212,7 +212,10 @@ def test_thirty_two_deployments_are_there() -> None:
 # Flags beside an H200 that fuses, and the code that each of them leads to.
 FLAGS = [
     ("vllm", "", None),
-    ("vllm", "--enable-expert-parallel", "parallel.ep"),
+    # With one process there is nothing to spread.
+    ("vllm", "--enable-expert-parallel", None),
+    ("vllm", "--enable-expert-parallel -tp 2", "slower.unmeasured"),
+    ("vllm", "--enable-expert-parallel -tp 2 --moe-backend flashinfer_cutlass", "parallel.ep"),
     ("vllm", "--enable-eplb", "parallel.eplb"),
     ("vllm", "-dp 2", "parallel.dp"),
     ("vllm", "--prefill-context-parallel-size 2", "parallel.dp"),
@@ -233,7 +236,10 @@ FLAGS = [
     ("vllm", "--load-format runai_streamer_sharded", "load.format"),
     ("sglang", "", None),
     ("sglang", "--disable-shared-experts-fusion", "disabled"),
-    ("sglang", "--ep-size 2", "parallel.ep"),
+    ("sglang", "--ep-size 2 --tp-size 2", "slower.unmeasured"),
+    ("sglang", "--ep-size 2 --tp-size 2 --moe-runner-backend triton", "slower.unmeasured"),
+    ("sglang", "--ep-size 3 --tp-size 3", "parallel.ep"),
+    ("sglang", "--ep-size 2 --tp-size 6", "parallel.tp"),
     ("sglang", "--moe-a2a-backend deepep", "parallel.all2all"),
     ("sglang", "--dp-size 2", "parallel.dp"),
     ("sglang", "--pp-size 2", None),
@@ -254,6 +260,18 @@ def test_each_flag_has_its_reason(engine: str, flags_given: str, reason: str | N
     assert report["runtime"]["reason"] == reason, report["runtime"]["detail"]
     # What the checkpoint is does not depend on the launch, but for the files that are loaded.
     assert report["fuse"] is ("--load-format" not in flags_given)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_expert_parallelism_is_run_where_the_user_takes_it_unmeasured(engine: str, tmp_path: Path) -> None:
+    folder = checkpoint("qwen3.5_35b_text", tmp_path)
+    spread = {"vllm": "-tp 2 --enable-expert-parallel", "sglang": "--tp-size 2 --ep-size 2"}[engine]
+    for device, served in (("NVIDIA H200", "fused"), ("cpu", "stock")):
+        words = shlex.split(f"FSE_PATCH_ALLOW_UNMEASURED=1 {COMMANDS[engine]} {spread}")
+        _, report = plan(folder, "--engine-version", BEST[engine], "--device", device, "--", *words)
+        assert report["runtime"]["served"] == served, report["runtime"]["detail"]
+    # The control: on a CPU it is no matter of speed.
+    assert report["runtime"]["reason"] == "parallel.ep"
 
 
 def test_adapters_of_a_launch_are_looked_at(tmp_path: Path) -> None:
