@@ -8,13 +8,10 @@ from typing import Any
 from fse_patch.fusion_core.proof.compare import difference
 
 from . import lora_adapter
-from .paired import ALL, environment
 from .running import Case, Runs
 
 LIMIT = 5e-6
 KINDS = ("attention", "routed", "shared")
-# By layout: the environment that asks for it.
-LAYOUTS: dict[str, dict[str, str]] = {"merged": {}, "paired": environment(ALL)}
 
 
 def case_of(runs: Runs, recipe: str, folder: Path, declares: tuple[str, ...] = ()) -> Case:

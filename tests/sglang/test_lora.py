@@ -11,8 +11,9 @@ import pytest
 from fse_patch.fusion_core.proof.compare import difference
 from fse_patch.lab import verify
 
-from ..lora import LAYOUTS, LIMIT, case_of, check
+from ..lora import LIMIT, case_of, check
 from ..lora_adapter import ATTENTION
+from ..paired import LAYOUTS
 from ..running import Case
 from .conftest import Runs
 
