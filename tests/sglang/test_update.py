@@ -12,6 +12,7 @@ from fse_patch.fusion_core.proof.compare import difference
 
 from ..running import Case
 from .conftest import Runs
+from .test_parallel import TWO
 
 RECIPE = "qwen2_moe_wide4"
 SHARED, ROUTED = r"\.mlp\.shared_experts?\.", r"\.mlp\.experts\."
@@ -45,17 +46,30 @@ def results(runs: Runs) -> dict[str, list[Any]]:
     return found
 
 
-def test_updates_change_the_output_as_in_stock(results: dict[str, list[Any]]) -> None:
-    fused, stock = results["fused"], results["stock"]
+def check(stock: list[Any], fused: list[Any], processes: int) -> None:
     scored = [i for i, step in enumerate(steps(Path(), Path())) if step[0] == "logprobs"]
     for i in scored:
         assert difference(stock[i], fused[i]).mean <= LIMIT
     for before, after in pairwise(scored):
         assert difference(fused[before], fused[after]).mean > 100 * LIMIT
     assert fused[4] == 1  # one tensor is a partial update, and no error
-    role = fused[-1][0]["roles"][0]
-    assert role["loads"] == 6
-    assert role["slots_loaded"] == len(role["built_layers"]) * 4
+    assert len(fused[-1]) == processes
+    for worker in fused[-1]:
+        (role,) = worker["roles"]
+        assert role["loads"] == 6
+        assert role["slots_loaded"] == len(role["built_layers"]) * 4
+
+
+def test_updates_change_the_output_as_in_stock(results: dict[str, list[Any]]) -> None:
+    check(results["stock"], results["fused"], 1)
+
+
+@pytest.mark.long
+def test_updates_reach_both_processes(runs: Runs, results: dict[str, list[Any]]) -> None:
+    """Compared with one process: a shard in the wrong place shows too."""
+    new, old = runs.checkpoints.path(RECIPE, seed=1), runs.checkpoints.path(RECIPE)
+    case = Case(RECIPE, engine_args={"steps": steps(new, old), "tp_size": 2})
+    check(results["stock"], runs.steps(case, True, TWO), 2)
 
 
 def test_slots_that_stay_old_are_seen(results: dict[str, list[Any]]) -> None:
