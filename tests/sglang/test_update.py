@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,19 @@ def test_slots_that_stay_old_are_seen(results: dict[str, list[Any]]) -> None:
     assert difference(stock[0], deaf[0]).mean <= LIMIT
     for i in (2, 5, 8):
         assert difference(stock[i], deaf[i]).mean > 100 * LIMIT
+
+
+@pytest.mark.long
+def test_a_trainer_reaches_both_processes(runs: Runs) -> None:
+    """Over gloo, where GPUs have NCCL; the call that takes the tensors is the same."""
+    sent = [("from_trainer", {"folder": str(runs.checkpoints.path(RECIPE, seed=1))})]
+    plan = [("logprobs", {}), *sent, ("logprobs", {})]
+    one = Case(RECIPE, engine_args={"steps": plan})
+    two = replace(one, engine_args={**one.engine_args, "tp_size": 2})
+    stock, ours = runs.steps(one, False), runs.steps(two, True, TWO)
+    for i in (0, 2):
+        assert 0 < difference(stock[i], ours[i]).mean <= LIMIT
+    assert difference(ours[0], ours[2]).mean > 100 * LIMIT
+    # The control: slots that stay old are seen.
+    deaf = runs.steps(replace(two, fault="deaf_to_updates"), True, TWO)
+    assert difference(stock[2], deaf[2]).mean > 100 * LIMIT
