@@ -100,6 +100,8 @@ def test_whether_it_is_switched_on(command: str, on: bool | None) -> None:
         ("vllm serve M --zzz", "", "--zzz: no flag of vllm 0.28.0, "),
         ("vllm serve M -tp two", "", "--tensor-parallel-size 'two': not a whole number"),
         ("vllm serve M -tp", "", "expected one argument"),
+        ("vllm serve M -tp 0", "", "--tensor-parallel-size 0: give 1 or more"),
+        ("python -m sglang.launch_server --model M --ep-size -1", "", "--ep-size -1: give 1 or more"),
         ("vllm serve M --speculative-config mtp", "", "--speculative-config: not JSON: mtp"),
         ("vllm serve M --config /none.yaml", "", "/none.yaml"),
         ("vlm serve M", "", "vlm serve M: no launch command that is known; known are vllm serve; "),
@@ -272,6 +274,17 @@ def test_expert_parallelism_is_run_where_the_user_takes_it_unmeasured(engine: st
         assert report["runtime"]["served"] == served, report["runtime"]["detail"]
     # The control: on a CPU it is no matter of speed.
     assert report["runtime"]["reason"] == "parallel.ep"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_who_runs_quantised_experts_is_not_known_without_the_engine(engine: str, tmp_path: Path) -> None:
+    folder = checkpoint("qwen3.5-fp8-block-mtp", tmp_path)
+    spread = {"vllm": "-tp 2 --enable-expert-parallel", "sglang": "--tp-size 2 --ep-size 2"}[engine]
+    given = {"vllm": "--moe-backend triton", "sglang": "--moe-runner-backend triton"}[engine]
+    for flags_given, reason in ((spread, "parallel.ep"), (f"{spread} {given}", "slower.unmeasured")):
+        words = shlex.split(f"FSE_PATCH_ALLOW_UNPROVEN=1 {COMMANDS[engine]} {flags_given}")
+        _, report = plan(folder, "--engine-version", BEST[engine], "--device", "NVIDIA H200", "--", *words)
+        assert report["runtime"]["reason"] == reason, report["runtime"]["detail"]
 
 
 def test_adapters_of_a_launch_are_looked_at(tmp_path: Path) -> None:
