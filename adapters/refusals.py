@@ -112,3 +112,16 @@ def undivided(
         advice = f"run with {flag} {fits * groups}"
         why = f"experts are {width} wide, which does not divide by {parts}{blocks}; {advice}"
         yield Reason("parallel.tp", why)
+
+
+def unshared(layout: ExpertLayout, ranks: int, flag: str) -> Iterator[Reason]:
+    """Refuse a number of experts that does not divide over ``ranks`` processes, with a number that would.
+
+    Args:
+        flag: the argument that says how many processes there are.
+    """
+    total = layout.num_routed
+    if total % ranks:
+        fits = next(count for count in range(ranks - 1, 0, -1) if total % count == 0)
+        why = f"{total} experts do not divide by {ranks}; run with {flag} {fits}"
+        yield Reason("parallel.ep", why)

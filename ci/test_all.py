@@ -32,17 +32,23 @@ STAMPS = ROOT / ".cache" / "test-all"
 GROUPS = {
     "vllm": {
         "verify": ["test_verify.py", "test_compile_cache.py"],
-        "serve": ["test_serve.py", "test_end_to_end.py", "test_update.py"],
+        "serve": ["test_serve.py", "test_end_to_end.py", "test_update.py", "test_parallel_update.py"],
         "compare": ["test_comparison.py"],
         "faults": ["test_faults.py", "test_canary.py"],
-        "parallel": ["test_parallel.py", "test_lora.py", "test_eplb.py", "test_own_files.py"],
+        "parallel": [
+            "test_parallel.py",
+            "test_lora.py",
+            "test_eplb.py",
+            "test_own_files.py",
+            "test_drafts.py",
+        ],
     },
     "sglang": {
         "verify": ["test_verify.py"],
         "serve": ["test_launch.py", "test_end_to_end.py", "test_update.py"],
         "compare": ["test_comparison.py"],
         "faults": ["test_faults.py", "test_canary.py"],
-        "parallel": ["test_parallel.py", "test_lora.py", "test_own_files.py"],
+        "parallel": ["test_parallel.py", "test_lora.py", "test_eplb.py", "test_own_files.py"],
     },
 }
 COUNTED = {"passed": "passed", "failed": "failed|errors?", "skipped": "skipped"}

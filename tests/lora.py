@@ -8,13 +8,10 @@ from typing import Any
 from fse_patch.fusion_core.proof.compare import difference
 
 from . import lora_adapter
-from .paired import ALL, environment
 from .running import Case, Runs
 
 LIMIT = 5e-6
 KINDS = ("attention", "routed", "shared")
-# By layout: the environment that asks for it.
-LAYOUTS: dict[str, dict[str, str]] = {"merged": {}, "paired": environment(ALL)}
 
 
 def case_of(runs: Runs, recipe: str, folder: Path, declares: tuple[str, ...] = ()) -> Case:
@@ -24,17 +21,28 @@ def case_of(runs: Runs, recipe: str, folder: Path, declares: tuple[str, ...] = (
     return Case(recipe, engine_args={"adapters": adapters})
 
 
-def check(stock: dict[str, Any], ours: dict[str, Any], layout: str) -> None:
-    """Adapters of the attention answer as in stock; others are refused when they arrive."""
+def check_attention(
+    stock: dict[str, Any],
+    ours: dict[str, Any],
+    layout: str,
+    answers: tuple[str, ...] = ("plain", "adapted"),
+) -> None:
+    """Layers of ours answer as in stock, without an adapter of the attention and with one."""
     for arm in (stock, ours):
         assert "error" not in arm, f"{arm['error']}\n{arm['log']}"
     (role,) = ours["workers"][0]["roles"]
     assert role.get("weight_layout", "merged") == layout
     assert set(role["calls_by_mode"]) == {"fused" if layout == "merged" else "paired"}
-    for asked in ("plain", "adapted", "after"):
+    for asked in answers:
         assert 0 < difference(stock[asked], ours[asked]).mean <= LIMIT, asked
-    # The controls: the adapter changes answers, and stock takes the others without a word.
+    # The control: the adapter changes answers.
     assert difference(stock["plain"], stock["adapted"]).mean > 1000 * LIMIT
+
+
+def check(stock: dict[str, Any], ours: dict[str, Any], layout: str) -> None:
+    """Adapters of the attention answer as in stock; others are refused when they arrive."""
+    check_attention(stock, ours, layout, ("plain", "adapted", "after"))
+    # The control: stock takes them without a word.
     assert set(stock["said"].values()) == {""}
     for kind in ("routed", "shared"):
         assert f"LoRA adapter '{kind}' changes " in ours["said"][kind]

@@ -20,6 +20,10 @@ def environment(threshold: int, verify: str = "sample") -> dict[str, str]:
     }
 
 
+# By layout: the environment that asks for it.
+LAYOUTS: dict[str, dict[str, str]] = {"merged": {}, "paired": environment(ALL)}
+
+
 class PairedRuns:
     """Runs of one engine: stock once, paired with each threshold."""
 

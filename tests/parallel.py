@@ -23,8 +23,10 @@ def check_right(report: Result) -> None:
     assert 0 < report["mean_abs_logprob_diff"] <= LIMIT
 
 
-def check_stages(decision: Merged, ours: Result) -> None:
+def check_stages(decision: Merged, ours: Result, layout: str) -> None:
     """Two stages ran their own layers, and all of them together."""
+    layouts = {worker["roles"][0].get("weight_layout", "merged") for worker in ours["workers"]}
+    assert layouts == {layout}
     stages = {worker["stage"]: worker["roles"][0]["built_layers"] for worker in ours["workers"]}
     assert sorted(stages) == [0, 1]
     assert [*stages[0], *stages[1]] == list(decision.moe.layers)

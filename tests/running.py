@@ -167,9 +167,9 @@ class Runs:
         results = self.run([self.checkpoints.job(case) for case in cases], fused, env)
         return {case.name: result for case, result in zip(cases, results, strict=True)}
 
-    def steps(self, case: Case, fused: bool) -> list[Any]:
+    def steps(self, case: Case, fused: bool, env: dict[str, str] | None = None) -> list[Any]:
         """What each step of a case gave; an arm that failed fails the test with its log."""
-        (result,) = self.arm([case], fused, {}).values()
+        (result,) = self.arm([case], fused, env or {}).values()
         assert "steps" in result, f"{result['error']}\n{result['log']}"
         found: list[Any] = result["steps"]
         return found

@@ -42,9 +42,18 @@ def twice(self: RoleLoader, part: SlotTensor) -> None:
         honest_write(self, part)
 
 
+def draft_off(self: RoleLoader, part: SlotTensor) -> None:
+    """Answers do not show it: the main model checks what a draft says."""
+    off = self.role.name == "draft" and part.shard == "w2"
+    honest_write(self, dataclasses.replace(part, tensor=part.tensor * 1.5) if off else part)
+
+
 SLOT_FAULTS: dict[str, Callable[[], Any]] = {
     "shared_weight_1_percent": lambda: changed_slots(off_by_1_percent),
     "gate_and_up_swapped": lambda: changed_slots(swapped),
     "down_proj_dropped": lambda: patch.object(RoleLoader, "_write", without_down),
     "slot_written_twice": lambda: patch.object(RoleLoader, "_write", twice),
+    "draft_weight_off": lambda: patch.object(RoleLoader, "_write", draft_off),
 }
+# What the proof at start has to see: the answers cannot.
+PROVED = {"draft_weight_off"}

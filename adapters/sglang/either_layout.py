@@ -7,8 +7,8 @@ from typing import Any
 
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.reasons import Reason
-from ..lora import refused_targets
-from ..refusals import undivided
+from ..lora import folders_of, refused_adapters
+from ..refusals import undivided, unshared
 
 # Switches of its TopK, which not every mode asks.
 SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
@@ -25,7 +25,8 @@ def refusals_of_either(layout: ExpertLayout, quantised: object) -> Iterator[Reas
     server = get_server_args()
     yield from _spread(layout, server, quantised)
     if server.enable_lora or server.lora_paths:
-        yield from refused_targets(server.lora_target_modules, "--lora-target-modules")
+        adapters = folders_of(server.lora_paths)
+        yield from refused_adapters(server.lora_target_modules, adapters, "--lora-target-modules")
     if server.cpu_offload_gb or server.offload_group_size > 0:
         flags = "--cpu-offload-gb and --offload-group-size"
         yield Reason("memory.offload", f"weights are kept in the host's memory; run without {flags}")
@@ -56,10 +57,7 @@ def _spread(layout: ExpertLayout, server: Any, quantised: object) -> Iterator[Re
     block = getattr(quantised, "weight_block_size", None)
     parts = server.tp_size // server.ep_size
     yield from undivided(layout, parts, block, "--tp-size", server.ep_size)
-    if server.ep_size > 1 and layout.num_routed % server.ep_size:
-        fits = next(n for n in range(server.ep_size - 1, 0, -1) if layout.num_routed % n == 0)
-        why = f"{layout.num_routed} experts do not divide by {server.ep_size}; run with --ep-size {fits}"
-        yield Reason("parallel.ep", why)
+    yield from unshared(layout, server.ep_size, "--ep-size")
 
 
 def _routing(server: Any) -> Iterator[Reason]:

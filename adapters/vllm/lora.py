@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...fusion_core.checkpoint.headers import read_file_header
-from ..lora import check_adapter
-
-FILE = "adapter_model.safetensors"
+from ..lora import TENSORS, check_adapter
 
 
 def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,5 +27,5 @@ def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _names(path: str) -> Iterable[str]:
     """Return names of an adapter's tensors by its headers; none where it has none, or is not here yet."""
-    file = Path(path).expanduser() / FILE
+    file = Path(path).expanduser() / TENSORS
     return read_file_header(file).entries if file.is_file() else ()

@@ -42,15 +42,20 @@ def plan_of(
 ) -> ModePlan | Reason:
     """Return the plan for layers that are built fused by us, or why there is none."""
     device, allowed = here.device, now.allow_unmeasured
+    backend, spread = _backend(asked, facts, device), asked.expert_ranks > 1
+    if spread and (runner := _runner(decision, asked, device, backend)) not in facts.leave_out:
+        why = f"the MoE backend here ({runner}) is not known to leave out experts of other processes"
+        return Reason("parallel.ep", why)
     if device.platform == "cpu" and not (device.amx and _has_amx_kernels(facts)):
         return always("fused", "a CPU, where no speed is promised")
     if device.platform != "cuda":
         return unmeasured(allowed, "on this platform")
+    if spread:
+        return unmeasured(allowed, "with whole experts spread over processes")
     if asked["batch_invariant"]:
         return unmeasured(False, "with batch invariance: another mode for another batch breaks its promise")
     if decision.quant_method != UNQUANTISED:
         return unmeasured(allowed, "for quantised experts, as far as can be said without the engine")
-    backend = _backend(asked, facts, device)
     if backend != facts.backends.get("cuda"):
         return unmeasured(False, f"with the MoE backend {backend}")
     return measured(_situation(decision, asked, here, backend, config), now)
@@ -103,6 +108,14 @@ def _backend(asked: Asked, facts: EngineFacts, device: Device) -> str:
         if any(words in device.name for words in row.devices):
             return row.backend
     return facts.backends.get(device.platform, "auto")
+
+
+def _runner(decision: Merged, asked: Asked, device: Device, backend: str) -> str:
+    """Return who runs experts that are spread: quantised ones, as far as can be said without the engine."""
+    if device.platform != "cuda":
+        return device.platform
+    plain = decision.quant_method == UNQUANTISED
+    return backend if plain or asked["moe_backend"] not in (None, "auto") else "auto"
 
 
 def _dtype(asked: Asked, config: Mapping[str, Any]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from ..adapters.lora import refused_targets
-from ..adapters.refusals import quantised_online, undivided, without_proof
+from ..adapters.lora import folders_of, refused_adapters
+from ..adapters.refusals import quantised_online, undivided, unshared, without_proof
 from ..adapters.running_config import config_differs
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.decision.outcome import Merged, Paired
@@ -19,9 +19,6 @@ from ..fusion_core.reasons import Reason
 from ..settings import CPU_THRESHOLD, Settings
 from .command import Asked
 from .machine import Device
-
-# What forbids to merge and not to pair: each rank runs the experts that it has.
-MERGED_ALONE = {"parallel.ep"}
 
 
 def merged_refusals(
@@ -58,22 +55,17 @@ def pair_refusals(
             yield Reason("backend.layout", f"engines pack weights on a CPU; for tests, set {CPU_THRESHOLD}")
     elif now.layout != "paired" and (reason := unrun(facts.engine, device.platform, device.name)) is not None:
         yield reason
-    yield from _of_either(decision, asked, facts, config, except_for=MERGED_ALONE)
+    yield from _of_either(decision, asked, facts, config)
 
 
 def _of_either(
-    decision: Merged | Paired,
-    asked: Asked,
-    facts: EngineFacts,
-    config: Mapping[str, Any],
-    except_for: Container[str] = (),
+    decision: Merged | Paired, asked: Asked, facts: EngineFacts, config: Mapping[str, Any]
 ) -> Iterator[Reason]:
-    """Refuse what forbids both layouts; rows with a code in ``except_for`` do not count."""
+    """Refuse what forbids both layouts."""
     assert facts.launch is not None
     yield from _overrides(decision, asked, config)
     for row in held(facts.launch.refuses, asked):
-        if row.reason not in except_for:
-            yield Reason(row.reason, row.detail.format(value=asked[row.ask]))
+        yield Reason(row.reason, row.detail.format(value=asked[row.ask]))
     yield from _lora_and_sizes(decision, asked, facts)
 
 
@@ -90,10 +82,14 @@ def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts)
     targets = asked["lora_targets"]
     if asked["lora"] or asked["lora_paths"]:
         names = re.split(r"[\s,]+", targets) if isinstance(targets, str) and targets else None
-        yield from refused_targets(names, "--lora-target-modules")
-    flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
-    if not asked["ep"] or asked["ep"] == 1:
-        yield from undivided(decision.moe.layout, asked.number("tp"), None, flag)
+        adapters = folders_of(str(asked["lora_paths"] or "").split(","))
+        yield from refused_adapters(names, adapters, "--lora-target-modules")
+    tp, ep = ("--" + facts.launch.asks[name].flag.replace("_", "-") for name in ("tp", "ep"))
+    ranks = asked.expert_ranks
+    yield from undivided(decision.moe.layout, asked.number("tp") // ranks, None, tp, ranks)
+    # Where a switch spreads experts, the engine gives some processes one more.
+    if not isinstance(asked["ep"], bool):
+        yield from unshared(decision.moe.layout, ranks, ep)
 
 
 def _overrides(decision: Merged | Paired, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:

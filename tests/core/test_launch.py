@@ -100,6 +100,8 @@ def test_whether_it_is_switched_on(command: str, on: bool | None) -> None:
         ("vllm serve M --zzz", "", "--zzz: no flag of vllm 0.28.0, "),
         ("vllm serve M -tp two", "", "--tensor-parallel-size 'two': not a whole number"),
         ("vllm serve M -tp", "", "expected one argument"),
+        ("vllm serve M -tp 0", "", "--tensor-parallel-size 0: give 1 or more"),
+        ("python -m sglang.launch_server --model M --ep-size -1", "", "--ep-size -1: give 1 or more"),
         ("vllm serve M --speculative-config mtp", "", "--speculative-config: not JSON: mtp"),
         ("vllm serve M --config /none.yaml", "", "/none.yaml"),
         ("vlm serve M", "", "vlm serve M: no launch command that is known; known are vllm serve; "),
@@ -212,7 +214,10 @@ def test_thirty_two_deployments_are_there() -> None:
 # Flags beside an H200 that fuses, and the code that each of them leads to.
 FLAGS = [
     ("vllm", "", None),
-    ("vllm", "--enable-expert-parallel", "parallel.ep"),
+    # With one process there is nothing to spread.
+    ("vllm", "--enable-expert-parallel", None),
+    ("vllm", "--enable-expert-parallel -tp 2", "slower.unmeasured"),
+    ("vllm", "--enable-expert-parallel -tp 2 --moe-backend flashinfer_cutlass", "parallel.ep"),
     ("vllm", "--enable-eplb", "parallel.eplb"),
     ("vllm", "-dp 2", "parallel.dp"),
     ("vllm", "--prefill-context-parallel-size 2", "parallel.dp"),
@@ -233,10 +238,15 @@ FLAGS = [
     ("vllm", "--load-format runai_streamer_sharded", "load.format"),
     ("sglang", "", None),
     ("sglang", "--disable-shared-experts-fusion", "disabled"),
-    ("sglang", "--ep-size 2", "parallel.ep"),
+    ("sglang", "--ep-size 2 --tp-size 2", "slower.unmeasured"),
+    ("sglang", "--ep-size 2 --tp-size 2 --moe-runner-backend triton", "slower.unmeasured"),
+    ("sglang", "--ep-size 3 --tp-size 3", "parallel.ep"),
+    ("sglang", "--ep-size 2 --tp-size 6", "parallel.tp"),
     ("sglang", "--moe-a2a-backend deepep", "parallel.all2all"),
     ("sglang", "--dp-size 2", "parallel.dp"),
     ("sglang", "--pp-size 2", None),
+    ("sglang", "--enable-lora --lora-target-modules q_proj", None),
+    ("sglang", "--lora-paths a=/nowhere", "lora"),
     ("sglang", "--moe-runner-backend flashinfer_cutlass", "backend.topk_format"),
     ("sglang", "--enable-deterministic-inference", "slower.unmeasured"),
     ("sglang", "--expert-distribution-recorder-mode stat", "routing.capture"),
@@ -252,6 +262,39 @@ def test_each_flag_has_its_reason(engine: str, flags_given: str, reason: str | N
     assert report["runtime"]["reason"] == reason, report["runtime"]["detail"]
     # What the checkpoint is does not depend on the launch, but for the files that are loaded.
     assert report["fuse"] is ("--load-format" not in flags_given)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_expert_parallelism_is_run_where_the_user_takes_it_unmeasured(engine: str, tmp_path: Path) -> None:
+    folder = checkpoint("qwen3.5_35b_text", tmp_path)
+    spread = {"vllm": "-tp 2 --enable-expert-parallel", "sglang": "--tp-size 2 --ep-size 2"}[engine]
+    for device, served in (("NVIDIA H200", "fused"), ("cpu", "stock")):
+        words = shlex.split(f"FSE_PATCH_ALLOW_UNMEASURED=1 {COMMANDS[engine]} {spread}")
+        _, report = plan(folder, "--engine-version", BEST[engine], "--device", device, "--", *words)
+        assert report["runtime"]["served"] == served, report["runtime"]["detail"]
+    # The control: on a CPU it is no matter of speed.
+    assert report["runtime"]["reason"] == "parallel.ep"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_who_runs_quantised_experts_is_not_known_without_the_engine(engine: str, tmp_path: Path) -> None:
+    folder = checkpoint("qwen3.5-fp8-block-mtp", tmp_path)
+    spread = {"vllm": "-tp 2 --enable-expert-parallel", "sglang": "--tp-size 2 --ep-size 2"}[engine]
+    given = {"vllm": "--moe-backend triton", "sglang": "--moe-runner-backend triton"}[engine]
+    for flags_given, reason in ((spread, "parallel.ep"), (f"{spread} {given}", "slower.unmeasured")):
+        words = shlex.split(f"FSE_PATCH_ALLOW_UNPROVEN=1 {COMMANDS[engine]} {flags_given}")
+        _, report = plan(folder, "--engine-version", BEST[engine], "--device", "NVIDIA H200", "--", *words)
+        assert report["runtime"]["reason"] == reason, report["runtime"]["detail"]
+
+
+def test_adapters_of_a_launch_are_looked_at(tmp_path: Path) -> None:
+    folder, adapter = checkpoint("qwen3.5_35b_text", tmp_path), tmp_path / "adapter"
+    adapter.mkdir()
+    words = shlex.split(f"{COMMANDS['sglang']} --lora-paths first={adapter} {adapter}")
+    for module, reason in (("o_proj", None), ("down_proj", "lora")):
+        (adapter / "adapter_config.json").write_text(json.dumps({"target_modules": [module]}))
+        _, report = plan(folder, "--engine-version", BEST["sglang"], "--device", "NVIDIA H200", "--", *words)
+        assert report["runtime"]["reason"] == reason, report["runtime"]["detail"]
 
 
 def test_a_command_in_quotes_is_the_same(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 import wrapt
 
+from fse_patch.adapters import save
 from fse_patch.adapters.load import RoleLoader
-from fse_patch.adapters.sglang import build
+from fse_patch.adapters.sglang import build, either_layout
 from fse_patch.adapters.sglang.pair import BlockLayer
 from fse_patch.fusion_core.weights.remap import SlotTensor
 from fse_patch.lab import model_process
@@ -42,6 +43,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
     **SLOT_FAULTS,
     **PAIR_FAULTS,
     "scale_in_the_slot": lambda: patch.object(build, "output_scale", lambda *_: 1.0),
+    "balanced_anyway": lambda: patch.object(either_layout, "_spread", lambda *_: iter(())),
+    "saves_anyway": lambda: patch.object(save, "constructed", list),
     "deaf_to_updates": lambda: patch.object(RoleLoader, "_write", deaf),
     "patch_never_fired": lambda: patch.object(build, "start_of", lambda *_: None),
     "control_without_effect": lambda: patch.object(model_process, "control", lambda _: None),

@@ -10,6 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from fse_patch import runtime
 from fse_patch.adapters.sglang import native
+from fse_patch.lab.free_port import free_port
 from fse_patch.lab.sglang import verify_arm
 
 TOKENS = 16
@@ -41,18 +43,53 @@ def from_disk(engine: Any, job: dict[str, Any], folder: str) -> Any:
     assert done, message
 
 
-def from_tensors(engine: Any, job: dict[str, Any], folder: str, names: str) -> int:
-    """A user's partial update: the tensors of a checkpoint whose names match, handed over in memory."""
-    held = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
-    chosen = [(name, tensor) for name, tensor in held.items() if re.search(names, name)]
-    # Newer releases want to know where an update begins and ends.
+@contextmanager
+def an_update(engine: Any) -> Iterator[None]:
+    """Newer releases want to know where an update begins and ends."""
     if sessions := hasattr(engine, "begin_weight_update"):
         engine.begin_weight_update()
-    done, message = engine.update_weights_from_tensor(chosen)[:2]
-    assert done, message
+    yield
     if sessions:
         engine.end_weight_update()
+
+
+def tensors_of(folder: str) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def from_tensors(engine: Any, job: dict[str, Any], folder: str, names: str) -> int:
+    """A user's partial update: the tensors of a checkpoint whose names match, handed over in memory."""
+    chosen = [(name, tensor) for name, tensor in tensors_of(folder).items() if re.search(names, name)]
+    with an_update(engine):
+        done, message = engine.update_weights_from_tensor(chosen)[:2]
+    assert done, message
     return len(chosen)
+
+
+def from_trainer(engine: Any, job: dict[str, Any], folder: str) -> Any:
+    """A trainer's update: it makes a group with the engine's processes, and sends them every tensor."""
+    from sglang.srt.utils.common import init_custom_process_group
+
+    held, port, size = tensors_of(folder), free_port(), engine.server_args.tp_size + 1
+    place = {"init_method": f"tcp://127.0.0.1:{port}", "world_size": size, "rank": 0}
+
+    def send(group: Any) -> None:
+        for tensor in held.values():
+            torch.distributed.broadcast(tensor, src=0, group=group)
+
+    with ThreadPoolExecutor(1) as trainer:
+        joined = trainer.submit(init_custom_process_group, backend="gloo", group_name="trainer", **place)
+        done, message = engine.init_weights_update_group("127.0.0.1", port, 1, size, "trainer", "gloo")
+        assert done, message
+        sent = trainer.submit(send, joined.result())
+        with an_update(engine):
+            told = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in held.values()]
+            dtypes, shapes = zip(*told, strict=True)
+            done, message = engine.update_weights_from_distributed(
+                list(held), list(dtypes), list(shapes), "trainer"
+            )[:2]
+        assert done, message
+        sent.result()
 
 
 def save(engine: Any, job: dict[str, Any], folder: str) -> str:
@@ -92,7 +129,10 @@ def rocm(engine: Any, job: dict[str, Any], builds: list[list[Any]]) -> Any:
         return json.loads(file.read_text())
 
 
-STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, save, build, prove, rocm, reports)}
+STEPS = {
+    f.__name__: f
+    for f in (logprobs, from_disk, from_tensors, from_trainer, save, build, prove, rocm, reports)
+}
 
 
 @contextmanager

@@ -52,8 +52,23 @@ def said(engine: Any, kind: str, path: str) -> str:
     return "" if result.success else str(result.error_message)
 
 
+def started_with(kind: str, path: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Answers of an engine that starts with one adapter, and takes its modules from that."""
+    job["engine_args"] |= {"lora_target_modules": None, "lora_paths": {kind: path}}
+
+    def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
+        engine.collective_rpc("fse_reset")
+        answers = {"plain": logprobs(engine, job, None), "adapted": logprobs(engine, job, kind)}
+        return {**answers, "workers": verify_arm.reports(engine)}
+
+    verify_arm.measure = measure
+    return honest_run(job)
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     adapters = job["engine_args"].pop("adapters")
+    if kind := job["engine_args"].pop("at_start", ""):
+        return started_with(kind, adapters[kind], job)
 
     def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
         engine.collective_rpc("fse_reset")

@@ -39,6 +39,17 @@ MANY = [
     f"{SERVE} --random-seed 3 --mem-fraction-static 0.3",
     f"{SERVE} --enable-mixed-chunk",
     f"{SERVE} --disable-radix-cache --max-running-requests 8",
+    f"{SERVE} --lora-paths a=/nowhere",
+    f"{SERVE} --cpu-offload-gb 1",
+    f"{SERVE} --enable-memory-saver",
+    f"{SERVE} --quantization bitsandbytes",
+    f"{SERVE} --ep-num-redundant-experts 2",
+    f"{SERVE} --tp 2 --dp 2 --enable-dp-attention",
+    f"{SERVE} --tp 3",
+    f"{SERVE} --tp 3 --ep 3",
+    f"{SERVE} --tp 6 --ep 2",
+    # It has no tensorizer.
+    *(f"{SERVE} --load-format {name}" for name in ("bitsandbytes", "gguf", "layered", "runai_streamer")),
 ]
 
 
@@ -57,7 +68,7 @@ def test_four_launches(runs: Runs) -> None:
 
 
 @pytest.mark.long
-def test_twenty_more(runs: Runs) -> None:
+def test_many_more(runs: Runs) -> None:
     check(MANY, runs)
 
 

@@ -1,4 +1,4 @@
-"""Pipeline stages, and whole experts spread over processes, in the real SGLang with merged layers."""
+"""Pipeline stages with both layouts, and whole experts spread over processes, in the real SGLang."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from fse_patch.lab import verify
 
+from ..paired import LAYOUTS
 from ..parallel import LONG, RECIPES, check_right, check_spread, check_stages
 from ..running import Case, Results, parameters
 from .conftest import Runs
@@ -36,11 +37,12 @@ def both(runs: Runs, case: Case, stock: Results, arm: str, env: dict[str, str] =
 
 
 @pytest.mark.parametrize("case", parameters(STAGES, (), LONG))
-def test_two_stages(runs: Runs, stock: Results, case: Case) -> None:
-    plain, ours = both(runs, case, stock, "tests.sglang.arm")
+@pytest.mark.parametrize("layout", ["merged", pytest.param("paired", marks=pytest.mark.long)])
+def test_two_stages(runs: Runs, stock: Results, case: Case, layout: str) -> None:
+    plain, ours = both(runs, case, stock, "tests.sglang.arm", TWO | LAYOUTS[layout])
     check_right(runs.report(case, plain, ours))
     (decision,) = runs.checkpoints.job(case).decisions
-    check_stages(decision, ours)
+    check_stages(decision, ours, layout)
 
 
 @pytest.mark.parametrize("case", parameters(SPREAD, (), LONG))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fse_patch.fusion_core.proof.compare import difference
 
 from ..running import Case
 from .conftest import Runs
+from .test_parallel import TWO
 
 RECIPE = "qwen2_moe_wide4"
 SHARED, ROUTED = r"\.mlp\.shared_experts?\.", r"\.mlp\.experts\."
@@ -45,17 +47,30 @@ def results(runs: Runs) -> dict[str, list[Any]]:
     return found
 
 
-def test_updates_change_the_output_as_in_stock(results: dict[str, list[Any]]) -> None:
-    fused, stock = results["fused"], results["stock"]
+def check(stock: list[Any], fused: list[Any], processes: int) -> None:
     scored = [i for i, step in enumerate(steps(Path(), Path())) if step[0] == "logprobs"]
     for i in scored:
         assert difference(stock[i], fused[i]).mean <= LIMIT
     for before, after in pairwise(scored):
         assert difference(fused[before], fused[after]).mean > 100 * LIMIT
     assert fused[4] == 1  # one tensor is a partial update, and no error
-    role = fused[-1][0]["roles"][0]
-    assert role["loads"] == 6
-    assert role["slots_loaded"] == len(role["built_layers"]) * 4
+    assert len(fused[-1]) == processes
+    for worker in fused[-1]:
+        (role,) = worker["roles"]
+        assert role["loads"] == 6
+        assert role["slots_loaded"] == len(role["built_layers"]) * 4
+
+
+def test_updates_change_the_output_as_in_stock(results: dict[str, list[Any]]) -> None:
+    check(results["stock"], results["fused"], 1)
+
+
+@pytest.mark.long
+def test_updates_reach_both_processes(runs: Runs, results: dict[str, list[Any]]) -> None:
+    """Compared with one process: a shard in the wrong place shows too."""
+    new, old = runs.checkpoints.path(RECIPE, seed=1), runs.checkpoints.path(RECIPE)
+    case = Case(RECIPE, engine_args={"steps": steps(new, old), "tp_size": 2})
+    check(results["stock"], runs.steps(case, True, TWO), 2)
 
 
 def test_slots_that_stay_old_are_seen(results: dict[str, list[Any]]) -> None:
@@ -64,3 +79,19 @@ def test_slots_that_stay_old_are_seen(results: dict[str, list[Any]]) -> None:
     assert difference(stock[0], deaf[0]).mean <= LIMIT
     for i in (2, 5, 8):
         assert difference(stock[i], deaf[i]).mean > 100 * LIMIT
+
+
+@pytest.mark.long
+def test_a_trainer_reaches_both_processes(runs: Runs) -> None:
+    """Over gloo, where GPUs have NCCL; the call that takes the tensors is the same."""
+    sent = [("from_trainer", {"folder": str(runs.checkpoints.path(RECIPE, seed=1))})]
+    plan = [("logprobs", {}), *sent, ("logprobs", {})]
+    one = Case(RECIPE, engine_args={"steps": plan})
+    two = replace(one, engine_args={**one.engine_args, "tp_size": 2})
+    stock, ours = runs.steps(one, False), runs.steps(two, True, TWO)
+    for i in (0, 2):
+        assert 0 < difference(stock[i], ours[i]).mean <= LIMIT
+    assert difference(ours[0], ours[2]).mean > 100 * LIMIT
+    # The control: slots that stay old are seen.
+    deaf = runs.steps(replace(two, fault="deaf_to_updates"), True, TWO)
+    assert difference(stock[2], deaf[2]).mean > 100 * LIMIT

@@ -64,11 +64,15 @@ FAULTS: dict[str, tuple[str, str]] = {
     "slot_written_twice": ("qwen2_moe_wide4", "written more than once"),
     "scale_applied_twice": ("glm4_moe_scale", "log-probabilities differ"),
     "shared_expert_scaled": ("glm4_moe_scale", "log-probabilities differ"),
+    "draft_weight_off": ("glm4_moe_mtp", "draft model: "),
     "answers_1_percent": ("qwen2_moe", "log-probabilities of answers differ"),
     "patch_never_fired": ("qwen2_moe", "was not fused"),
     "control_without_effect": ("qwen2_moe", "the control"),
 }
-FAULTY = [Case(recipe, fault=fault) for fault, (recipe, _) in FAULTS.items()]
+FAULTY = [
+    Case(recipe, engine_args=SPECULATIVE if recipe.endswith("_mtp") else {}, fault=fault)
+    for fault, (recipe, _) in FAULTS.items()
+]
 # The same in 16 bit, where noise is the measure; and what it is compared with.
 ANSWERS = [
     Case("qwen2_moe", "bfloat16"),

@@ -20,7 +20,7 @@ from fse_patch.lab.vllm import verify_arm
 from fse_patch.lab.vllm.worker import VerifyExtension
 
 from ..pair_faults import UNPROVED, faults
-from ..slot_faults import SLOT_FAULTS
+from ..slot_faults import PROVED, SLOT_FAULTS
 
 FEW = 4  # tokens of a decode step: a token of each prompt
 KV_CACHE = 64 << 20  # bytes; what an engine takes it clears
@@ -97,7 +97,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def run_with(fault: str | None, job: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(FAULTS[fault]())
-        proved = fault in PAIR_FAULTS and not fault.startswith(UNPROVED)
+        proved = fault in PROVED or (fault in PAIR_FAULTS and not fault.startswith(UNPROVED))
         if fault is not None and not proved:
             # The log-probabilities have to show it by themselves: the canary would stop most faults before.
             stack.enter_context(patch.dict(os.environ, FSE_PATCH_VERIFY="off"))

@@ -37,6 +37,15 @@ MANY = [
     "vllm serve {m} --pipeline-parallel-size 2",
     "vllm serve {m} --moe-backend triton --seed 3",
     "vllm serve {m} --enable-lora --no-enable-lora",
+    "vllm serve {m} -tp 2 --enable-lora --max-lora-rank 8 --lora-target-modules q_proj o_proj",
+    "vllm serve {m} --enable-lora --lora-target-modules q_proj down_proj",
+    "vllm serve {m} --cpu-offload-gb 1",
+    "vllm serve {m} --offload-group-size 2",
+    # On a CPU vLLM itself ends with --enable-sleep-mode, --enable-eplb, --quantization bitsandbytes.
+    *(
+        f"vllm serve {{m}} --load-format {name}"
+        for name in ("sharded_state", "tensorizer", "bitsandbytes", "gguf", "instanttensor", "runai_streamer")
+    ),
 ]
 
 
@@ -55,7 +64,7 @@ def test_four_launches(checkpoints: Checkpoints) -> None:
 
 
 @pytest.mark.long
-def test_twenty_more(checkpoints: Checkpoints) -> None:
+def test_many_more(checkpoints: Checkpoints) -> None:
     check(MANY, checkpoints)
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from fse_patch.lab import verify
 
-from ..lora import LAYOUTS, case_of, check
+from ..lora import case_of, check
+from ..paired import LAYOUTS
 from ..running import ROOT, Case
 from .conftest import Runs
 

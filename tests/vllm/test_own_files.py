@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ..paired import ALL, environment
 from .engine import IN_PROCESS, Checkpoints
 from .processes import in_process
 
@@ -44,9 +45,15 @@ def probe(folder: str, load_format: str, save: str, around: str) -> dict[str, An
     return {**found, "reasons": [decision["reason"] for decision in runtime.decisions()]}
 
 
-def run(patched: str, folder: Path, load_format: str = "auto", save: str = "", around: str = "") -> Any:
-    arguments = (str(folder), load_format, save, around)
-    return in_process(f"{__name__}:probe", *arguments, FSE_PATCH=patched, HF_HUB_OFFLINE="1", **IN_PROCESS)
+def run(
+    patched: str, folder: Path, load_format: str = "auto", save: str = "", around: str = "", **env: str
+) -> Any:
+    env |= {"FSE_PATCH": patched, "HF_HUB_OFFLINE": "1", **IN_PROCESS}
+    return in_process(f"{__name__}:probe", str(folder), load_format, save, around, **env)
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.mark.long
@@ -61,6 +68,10 @@ def test_sharded_state(checkpoints: Checkpoints, tmp_path: Path) -> None:
     stock = run("0", folder, save=str(stock_files))
     assert (stock["reasons"], stock["said"], stock["error"]) == ([], "", "")
     assert list(stock_files.glob("*.safetensors"))
+    # Paired layers are stock's in memory, and so are their files.
+    paired = run("vllm", folder, save=str(tmp_path / "paired"), **environment(ALL))
+    assert (paired["reasons"], paired["said"], paired["error"]) == (["ok"], "", "")
+    assert held(tmp_path / "paired") == held(stock_files)
     # A fused run builds no slots for them, and ends or serves as stock does.
     read, plain = (run(patched, stock_files, "sharded_state") for patched in ("vllm", "0"))
     assert read["reasons"] == ["load.format"]

@@ -1,4 +1,4 @@
-"""Pipeline stages, and whole experts spread over processes, in the real vLLM with merged layers."""
+"""Pipeline stages with both layouts, and whole experts spread over processes, in the real vLLM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from fse_patch.lab import verify
 
+from ..paired import LAYOUTS
 from ..parallel import LONG, RECIPES, check_right, check_spread, check_stages
 from ..running import ROOT, Results, parameters
 from .cases import NEWEST
@@ -30,22 +31,25 @@ def stock() -> Results:
     return {}
 
 
-def both(runs: Runs, case: Case, stock: Results, arm: str, path: str = "") -> tuple[Any, Any]:
+def both(
+    runs: Runs, case: Case, stock: Results, arm: str, path: str = "", layout: str = "merged"
+) -> tuple[Any, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "ARM", arm)
         if case.name not in stock:
             stock |= runs.arm([case.plain], False, {"PYTHONPATH": str(ROOT)})
-        (ours,) = runs.arm([case], True, {"PYTHONPATH": f"{ROOT}:{path}", **TWO}).values()
+        (ours,) = runs.arm([case], True, {"PYTHONPATH": f"{ROOT}:{path}", **TWO, **LAYOUTS[layout]}).values()
     assert "error" not in ours, f"{ours['error']}\n{ours['log']}"
     return stock[case.name], ours
 
 
 @pytest.mark.parametrize("case", parameters(STAGES, (), LONG))
-def test_two_stages(runs: Runs, stock: Results, case: Case) -> None:
-    plain, ours = both(runs, case, stock, "tests.vllm.fault_arm")
+@pytest.mark.parametrize("layout", ["merged", pytest.param("paired", marks=pytest.mark.long)])
+def test_two_stages(runs: Runs, stock: Results, case: Case, layout: str) -> None:
+    plain, ours = both(runs, case, stock, "tests.vllm.fault_arm", layout=layout)
     check_right(runs.report(case, plain, ours))
     (decision,) = runs.checkpoints.job(case).decisions
-    check_stages(decision, ours)
+    check_stages(decision, ours, layout)
 
 
 @ROUTED
