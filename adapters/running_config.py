@@ -13,6 +13,7 @@ from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.reasons import Reason
 
 ADVICE = "run without overrides of the MoE configuration"
+SUBSTITUTED = "config.json has constants stand in for some experts (approximate_experts)"
 # What one role does not rest on; the draft's layers are compared by themselves.
 LEFT_OUT: Mapping[Role, Collection[str]] = {
     "main": {"draft_layers"},
@@ -72,6 +73,23 @@ def config_differs(decision: Merged | Paired, config: Any) -> Iterator[Reason]:
             f"{key} is {running.get(key)!r}, config.json says {declared.values.get(key)!r}" for key in keys
         )
         yield Reason("config.differs", f"{said or 'its layers differ'}; {ADVICE}")
+
+
+def experts_substituted(*configs: Any) -> bool:
+    """Return whether experts are left out of the tensors, and constants stand in; in vLLM from 0.33 on.
+
+    Args:
+        configs: of the language model, and of the whole one, as objects with attributes.
+    """
+    if any(getattr(config, "approximate_experts", None) is not None for config in configs):
+        return True
+    for config in configs:
+        declared: Any = getattr(config, "compression_config", None)
+        for key in ("transform_config", "expert_substitution"):
+            declared = declared.get(key) if isinstance(declared, Mapping) else None
+        if declared is not None:
+            return True
+    return False
 
 
 def _differs(decision: Merged | Paired, declared: MoeConfig, moe: MoeConfig) -> bool:

@@ -12,10 +12,11 @@ import torch
 
 from ...errors import FsePatchError
 from ...fusion_core.decision.layout import ExpertLayout
+from ...fusion_core.engines import facts_of
+from .native import ENGINE
 
-# Who runs experts and leaves out what the map gives -1, as read in the source of the releases that are
-# patched. On a CPU it is counted like an expert: stock itself ends there.
-LEAVE_OUT = frozenset({"triton"})
+# Who runs experts and leaves out what the map gives -1.
+LEAVE_OUT = frozenset(facts_of(ENGINE).leave_out)
 
 
 def is_spread(experts: Any) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-# Backends whose kernels leave out what the map gives -1, as read in the source of the releases that are
-# patched. On a CPU they take no map and read past the end of the weights: stock itself ends there.
-LEAVE_OUT = frozenset({"triton", "marlin", "deepgemm"})
+from ...fusion_core.engines import facts_of
+from .native import ENGINE
+
+# Backends whose kernels leave out what the map gives -1.
+LEAVE_OUT = frozenset(facts_of(ENGINE).leave_out)
 
 
 @cache

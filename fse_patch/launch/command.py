@@ -49,6 +49,14 @@ class Asked:
         value = self.values.get(name)
         return value if isinstance(value, int) else 1
 
+    @property
+    def expert_ranks(self) -> int:
+        """Return over how many processes whole experts are spread; 1: they are not.
+
+        One engine has a switch that spreads them over all of a layer, another asks for a number.
+        """
+        return self.number("tp") if self["ep"] is True else max(1, self.number("ep"))
+
 
 @dataclass(frozen=True)
 class Parts:

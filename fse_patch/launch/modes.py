@@ -42,10 +42,16 @@ def plan_of(
 ) -> ModePlan | Reason:
     """Return the plan for layers that are built fused by us, or why there is none."""
     device, allowed = here.device, now.allow_unmeasured
+    spread = asked.expert_ranks > 1
+    if spread and (picked := _who_runs(decision, asked, facts, device)) not in ("", *facts.leave_out):
+        why = f"the MoE backend here ({picked}) is not known to leave out experts of other processes"
+        return Reason("parallel.ep", why)
     if device.platform == "cpu" and not (device.amx and _has_amx_kernels(facts)):
         return always("fused", "a CPU, where no speed is promised")
     if device.platform != "cuda":
         return unmeasured(allowed, "on this platform")
+    if spread:
+        return unmeasured(allowed, "with whole experts spread over processes")
     if asked["batch_invariant"]:
         return unmeasured(False, "with batch invariance: another mode for another batch breaks its promise")
     if decision.quant_method != UNQUANTISED:
@@ -92,6 +98,13 @@ def _situation(
 def _has_amx_kernels(facts: EngineFacts) -> bool:
     names = facts.launch.amx_kernels if facts.launch else ()
     return any(True for name in names for _ in metadata.distributions(name=name))
+
+
+def _who_runs(decision: Merged, asked: Asked, facts: EngineFacts, device: Device) -> str:
+    """Return who runs the experts, as far as it can be said without the engine; "" where it cannot."""
+    if device.platform != "cuda":
+        return device.platform
+    return _backend(asked, facts, device) if decision.quant_method == UNQUANTISED else ""
 
 
 def _backend(asked: Asked, facts: EngineFacts, device: Device) -> str:

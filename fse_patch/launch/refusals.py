@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from ..adapters.lora import refused_targets
 from ..adapters.refusals import quantised_online, undivided, without_proof
-from ..adapters.running_config import config_differs
+from ..adapters.running_config import SUBSTITUTED, config_differs, experts_substituted
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.decision.paired_places import unrun
@@ -19,9 +19,6 @@ from ..fusion_core.reasons import Reason
 from ..settings import CPU_THRESHOLD, Settings
 from .command import Asked
 from .machine import Device
-
-# What forbids to merge and not to pair: each rank runs the experts that it has.
-MERGED_ALONE = {"parallel.ep"}
 
 
 def merged_refusals(
@@ -37,7 +34,7 @@ def merged_refusals(
     # What switches the engine's own fusion off is asked before it.
     if native_right:
         yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
-    yield from _of_either(decision, asked, facts, config)
+    yield from _of_either(decision, asked, facts, config, "merged")
     method = asked["quantization"]
     found = None if decision.quant_method == UNQUANTISED else decision.read_as or decision.quant_method
     yield from quantised_online(decision, str(method) if method else found, method)
@@ -48,6 +45,7 @@ def pair_refusals(
     decision: Paired,
     asked: Asked,
     facts: EngineFacts,
+    native_right: bool,
     device: Device,
     config: Mapping[str, Any],
     now: Settings,
@@ -58,7 +56,9 @@ def pair_refusals(
             yield Reason("backend.layout", f"engines pack weights on a CPU; for tests, set {CPU_THRESHOLD}")
     elif now.layout != "paired" and (reason := unrun(facts.engine, device.platform, device.name)) is not None:
         yield reason
-    yield from _of_either(decision, asked, facts, config, except_for=MERGED_ALONE)
+    if native_right and not (facts.launch and facts.launch.native_backend):
+        yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
+    yield from _of_either(decision, asked, facts, config, "paired")
 
 
 def _of_either(
@@ -66,15 +66,18 @@ def _of_either(
     asked: Asked,
     facts: EngineFacts,
     config: Mapping[str, Any],
-    except_for: Container[str] = (),
+    layout: str,
 ) -> Iterator[Reason]:
-    """Refuse what forbids both layouts; rows with a code in ``except_for`` do not count."""
+    """Refuse what forbids a layout, and most of it both."""
     assert facts.launch is not None
     yield from _overrides(decision, asked, config)
     for row in held(facts.launch.refuses, asked):
-        if row.reason not in except_for:
+        if row.layout in (None, layout):
             yield Reason(row.reason, row.detail.format(value=asked[row.ask]))
     yield from _lora_and_sizes(decision, asked, facts)
+    nested = config.get("text_config") or {}
+    if experts_substituted(SimpleNamespace(**config), SimpleNamespace(**nested)):
+        yield Reason("backend.routing", SUBSTITUTED)
 
 
 def held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
@@ -92,8 +95,8 @@ def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts)
         names = re.split(r"[\s,]+", targets) if isinstance(targets, str) and targets else None
         yield from refused_targets(names, "--lora-target-modules")
     flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
-    if not asked["ep"] or asked["ep"] == 1:
-        yield from undivided(decision.moe.layout, asked.number("tp"), None, flag)
+    ranks = asked.expert_ranks
+    yield from undivided(decision.moe.layout, asked.number("tp") // ranks, None, flag, ranks)
 
 
 def _overrides(decision: Merged | Paired, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:

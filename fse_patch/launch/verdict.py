@@ -171,7 +171,9 @@ def _laid_out(
         return found
     apart = paired(decision)
     if isinstance(apart, Paired):
-        reason = next(pair_refusals(apart, asked, facts, made.device, config, now), None)
+        native = _native(decision, asked, facts, made.device, made.version)
+        right = native is not None and not gets_wrong(native, decision)
+        reason = next(pair_refusals(apart, asked, facts, right, made.device, config, now), None)
         if reason is None:
             return replace(made, served="fused", layout="paired")
         apart = apart.refused(reason)

@@ -212,7 +212,10 @@ def test_thirty_two_deployments_are_there() -> None:
 # Flags beside an H200 that fuses, and the code that each of them leads to.
 FLAGS = [
     ("vllm", "", None),
-    ("vllm", "--enable-expert-parallel", "parallel.ep"),
+    # In one process nothing is spread.
+    ("vllm", "--enable-expert-parallel", None),
+    ("vllm", "-tp 2 --enable-expert-parallel", "slower.unmeasured"),
+    ("vllm", "-tp 2 --enable-expert-parallel --moe-backend flashinfer_cutlass", "parallel.ep"),
     ("vllm", "--enable-eplb", "parallel.eplb"),
     ("vllm", "-dp 2", "parallel.dp"),
     ("vllm", "--prefill-context-parallel-size 2", "parallel.dp"),
@@ -233,7 +236,9 @@ FLAGS = [
     ("vllm", "--load-format runai_streamer_sharded", "load.format"),
     ("sglang", "", None),
     ("sglang", "--disable-shared-experts-fusion", "disabled"),
-    ("sglang", "--ep-size 2", "parallel.ep"),
+    ("sglang", "--tp 2 --ep-size 2", "slower.unmeasured"),
+    ("sglang", "--enable-waterfill", "backend.layout"),
+    ("sglang", "--elastic-ep-join-mode x", "backend.layout"),
     ("sglang", "--moe-a2a-backend deepep", "parallel.all2all"),
     ("sglang", "--dp-size 2", "parallel.dp"),
     ("sglang", "--pp-size 2", None),
@@ -303,6 +308,50 @@ def test_layouts_that_a_command_asks_for(tmp_path: Path) -> None:
         *("--", "FSE_PATCH_LAYOUT=paired", "FSE_PATCH=1", "vllm", "serve", "M"),
     )
     assert done.stdout.startswith("fused, paired: few tokens, measured at the first start; vllm 0.26.0 on")
+
+
+# Beside FSE_PATCH_LAYOUT=paired, and the code that each leads to.
+PAIRED_FLAGS = [
+    ("vllm", "", "-tp 2 --enable-expert-parallel", None),
+    ("vllm", "VLLM_BATCH_INVARIANT=1", "", "slower.unmeasured"),
+    ("vllm", "", "--enable-lora", "lora"),
+    # Weights that stay where the engine keeps them are updated as it does.
+    ("vllm", "", '--weight-transfer-config \'{"backend": "other"}\'', None),
+    ("sglang", "", "--tp 2 --ep-size 2", None),
+    ("sglang", "", "--moe-runner-backend flashinfer_cutlass", "backend.layout"),
+    ("sglang", "", "--enable-two-batch-overlap", "backend.layout"),
+    ("sglang", "", "--enable-deterministic-inference", "slower.unmeasured"),
+    ("sglang", "", "--disable-shared-experts-fusion", "disabled"),
+    ("sglang", "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED=1", "", "backend.layout"),
+]
+
+
+@pytest.mark.parametrize(("engine", "variables", "flags_given", "reason"), PAIRED_FLAGS)
+def test_flags_beside_the_paired_layout(
+    engine: str, variables: str, flags_given: str, reason: str | None, tmp_path: Path
+) -> None:
+    folder = checkpoint("qwen3.5_35b_text", tmp_path)
+    words = shlex.split(f"FSE_PATCH_LAYOUT=paired {variables} {COMMANDS[engine]} {flags_given}")
+    _, report = plan(folder, "--engine-version", BEST[engine], "--device", "NVIDIA H200", "--", *words)
+    runtime = report["runtime"]
+    assert (runtime["reason"], runtime["layout"]) == (reason, None if reason else "paired"), runtime["detail"]
+
+
+def test_experts_that_constants_stand_in_for(tmp_path: Path) -> None:
+    folder = sound(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    given = ["--engine-version", "0.33.0", "--device", "cpu", "--", "vllm", "serve", "M"]
+    assert plan(folder, *given)[1]["runtime"]["reason"] is None
+    (folder / "config.json").write_text(json.dumps({**config, "approximate_experts": {"0": [1]}}))
+    assert plan(folder, *given)[1]["runtime"]["reason"] == "backend.routing"
+
+
+def test_experts_spread_whole_run_where_that_is_allowed(tmp_path: Path) -> None:
+    folder = checkpoint("qwen3.5_35b_text", tmp_path)
+    words = shlex.split("FSE_PATCH_ALLOW_UNMEASURED=1 vllm serve M -tp 2 --enable-expert-parallel")
+    for device, reason in (("NVIDIA H200", None), ("cpu", "parallel.ep"), ("MI300X", "parallel.ep")):
+        given = ["--engine-version", "0.26.0", "--device", device, "--", *words]
+        assert plan(folder, *given)[1]["runtime"]["reason"] == reason, device
 
 
 def test_plugins_that_are_not_allowed_are_not_loaded(tmp_path: Path) -> None:
