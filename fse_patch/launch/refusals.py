@@ -59,6 +59,11 @@ def pair_refusals(
     if native_right and not (facts.launch and facts.launch.native_backend):
         yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
     yield from _of_either(decision, asked, facts, config, "paired")
+    # The engine says so when it has loaded them.
+    if decision.unread:
+        yield Reason(
+            "backend.layout", f"experts are stored as the paired kernels do not read: {decision.unread}"
+        )
 
 
 def _of_either(

@@ -337,6 +337,30 @@ def test_flags_beside_the_paired_layout(
     assert (runtime["reason"], runtime["layout"]) == (reason, None if reason else "paired"), runtime["detail"]
 
 
+# Rows of golden/, and what the paired kernels do not read of them.
+UNREAD = [
+    ("qwen3.6-35b-gptq-routed-only", ""),
+    ("qwen3.6-35b-fp8-block", ""),
+    ("qwen3.5-35b-bf16-stacked", ""),
+    ("qwen3-next-config-only", ""),
+    ("qwen3-next-w4a16", "shared packed weight_packed/weight_scale/weight_shape"),
+    ("qwen3.6-35b-nvfp4", "shared packed input_global_scale/weight_global_scale/weight_packed/weight_scale"),
+    ("qwen3.5-122b-nvfp4-shared-in-bf16", "routed nvfp4"),
+    ("qwen3.5-35b-gptq-8bit-routed-only", "routed int8-gptq"),
+    ("qwen3.5-35b-int8", "shared I8"),
+    ("qwen3-next-bitsandbytes-shared-skipped", "routed bitsandbytes-4bit"),
+]
+
+
+@pytest.mark.parametrize(("name", "unread"), UNREAD)
+def test_formats_that_the_paired_kernels_do_not_read(name: str, unread: str, tmp_path: Path) -> None:
+    folder = checkpoint(name, tmp_path)
+    given = ["--engine-version", "0.26.0", "--device", "NVIDIA H200"]
+    runtime = plan(folder, *given, "--", "FSE_PATCH_LAYOUT=paired", "vllm", "serve", "M")[1]["runtime"]
+    assert runtime["reason"] == ("backend.layout" if unread else None)
+    assert runtime["detail"].endswith(unread)
+
+
 def test_experts_that_constants_stand_in_for(tmp_path: Path) -> None:
     folder = sound(tmp_path)
     config = json.loads((folder / "config.json").read_text())
