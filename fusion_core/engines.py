@@ -234,7 +234,7 @@ class EngineFacts(Strict):
     releases: list[ReleaseRow]
     read: Specifier
     backends: dict[Platform, Text]
-    leave_out: list[Text]
+    leave_out: list[Text] = Field(default_factory=list)
     plugins: Plugins
     tuned_tables: TunedTables
     lab: Lab
