@@ -50,7 +50,6 @@ MANY = [
     f"{PAIRED} --enable-two-batch-overlap",
     f"{PAIRED} --enable-single-batch-overlap",
     f"{PAIRED} --enable-symm-mem",
-    f"{PAIRED} --enable-deterministic-inference",
     f"{PAIRED} --moe-runner-backend flashinfer_cutlass",
     f"{PAIRED} --tp 2 --ep-size 2",
     f"{PAIRED} --dp-size 2",
