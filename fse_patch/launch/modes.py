@@ -56,7 +56,7 @@ def plan_of(
         return unmeasured(False, "with batch invariance: another mode for another batch breaks its promise")
     if decision.quant_method != UNQUANTISED:
         return unmeasured(allowed, "for quantised experts, as far as can be said without the engine")
-    backend = _backend(asked, facts, device)
+    backend = backend_of(asked, facts, device)
     if backend != facts.backends.get("cuda"):
         return unmeasured(False, f"with the MoE backend {backend}")
     return measured(_situation(decision, asked, here, backend, config), now)
@@ -104,10 +104,10 @@ def _who_runs(decision: Merged, asked: Asked, facts: EngineFacts, device: Device
     """Return who runs the experts, as far as it can be said without the engine; "" where it cannot."""
     if device.platform != "cuda":
         return device.platform
-    return _backend(asked, facts, device) if decision.quant_method == UNQUANTISED else ""
+    return backend_of(asked, facts, device) if decision.quant_method == UNQUANTISED else ""
 
 
-def _backend(asked: Asked, facts: EngineFacts, device: Device) -> str:
+def backend_of(asked: Asked, facts: EngineFacts, device: Device) -> str:
     """Return the MoE backend that the engine picks: the user's, that of the device, or of its platform."""
     given = asked["moe_backend"]
     if isinstance(given, str) and given != "auto":
