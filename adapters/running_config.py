@@ -13,7 +13,6 @@ from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.reasons import Reason
 
 ADVICE = "run without overrides of the MoE configuration"
-SUBSTITUTED = "config.json has constants stand in for some experts (approximate_experts)"
 # What one role does not rest on; the draft's layers are compared by themselves.
 LEFT_OUT: Mapping[Role, Collection[str]] = {
     "main": {"draft_layers"},
@@ -75,21 +74,20 @@ def config_differs(decision: Merged | Paired, config: Any) -> Iterator[Reason]:
         yield Reason("config.differs", f"{said or 'its layers differ'}; {ADVICE}")
 
 
-def experts_substituted(*configs: Any) -> bool:
-    """Return whether experts are left out of the tensors, and constants stand in; in vLLM from 0.33 on.
+def substituted(*configs: Any) -> Iterator[Reason]:
+    """Refuse where experts are left out of the tensors, and constants stand in: vLLM, from 0.33 on.
 
     Args:
         configs: of the language model, and of the whole one, as objects with attributes.
     """
-    if any(getattr(config, "approximate_experts", None) is not None for config in configs):
-        return True
     for config in configs:
         declared: Any = getattr(config, "compression_config", None)
         for key in ("transform_config", "expert_substitution"):
             declared = declared.get(key) if isinstance(declared, Mapping) else None
-        if declared is not None:
-            return True
-    return False
+        if declared is not None or getattr(config, "approximate_experts", None) is not None:
+            why = "config.json has constants stand in for some experts (approximate_experts)"
+            yield Reason("backend.routing", why)
+            return
 
 
 def _differs(decision: Merged | Paired, declared: MoeConfig, moe: MoeConfig) -> bool:

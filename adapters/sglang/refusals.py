@@ -11,7 +11,7 @@ from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..refusals import quantised_online, without_proof
-from ..running_config import config_differs
+from ..running_config import config_differs, substituted
 from . import native, spread
 from .either_layout import expert_ranks, refusals_of_either, switched_off
 
@@ -51,6 +51,7 @@ def refusals(
         )
     yield from quantised_online(decision, model_config.quantization, quantised)
     yield from config_differs(decision, model_config.hf_text_config)
+    yield from substituted(model_config.hf_text_config, model_config.hf_config)
     yield from without_proof(decision, native.platform(), effective)
 
 

@@ -9,7 +9,7 @@ from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.reasons import Reason
 from ..lora import refused_targets
 from ..refusals import undivided
-from ..running_config import SUBSTITUTED, experts_substituted
+from ..running_config import substituted
 
 
 def refusals_of_either(layout: ExpertLayout, vllm_config: Any) -> Iterator[Reason]:
@@ -20,8 +20,7 @@ def refusals_of_either(layout: ExpertLayout, vllm_config: Any) -> Iterator[Reaso
     yield from _memory(vllm_config)
     yield from _routing(vllm_config)
     model = vllm_config.model_config
-    if experts_substituted(*(getattr(model, name, None) for name in ("hf_text_config", "hf_config"))):
-        yield Reason("backend.routing", SUBSTITUTED)
+    yield from substituted(*(getattr(model, name, None) for name in ("hf_text_config", "hf_config")))
 
 
 def expert_ranks(vllm_config: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..adapters.lora import refused_targets
 from ..adapters.refusals import quantised_online, undivided, without_proof
-from ..adapters.running_config import SUBSTITUTED, config_differs, experts_substituted
+from ..adapters.running_config import config_differs, substituted
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.decision.paired_places import unrun
@@ -75,14 +75,14 @@ def _of_either(
 ) -> Iterator[Reason]:
     """Refuse what forbids a layout, and most of it both."""
     assert facts.launch is not None
-    yield from _overrides(decision, asked, config)
+    whole, text = _running(asked, config)
+    if asked["overrides"]:
+        yield from config_differs(decision, text)
     for row in held(facts.launch.refuses, asked):
         if row.layout in (None, layout):
             yield Reason(row.reason, row.detail.format(value=asked[row.ask]))
     yield from _lora_and_sizes(decision, asked, facts)
-    nested = config.get("text_config") or {}
-    if experts_substituted(SimpleNamespace(**config), SimpleNamespace(**nested)):
-        yield Reason("backend.routing", SUBSTITUTED)
+    yield from substituted(text, whole)
 
 
 def held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
@@ -104,16 +104,13 @@ def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts)
     yield from undivided(decision.moe.layout, asked.number("tp") // ranks, None, flag, ranks)
 
 
-def _overrides(decision: Merged | Paired, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:
-    """Refuse overrides of what the decision rests on, as the engine does when it has applied them."""
-    text = asked["overrides"]
-    if not text:
-        return
+def _running(asked: Asked, config: Mapping[str, Any]) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Return the configuration that runs, with the overrides of the launch, and its language model's."""
     try:
-        overrides = json.loads(str(text))
+        given = json.loads(str(asked["overrides"] or "{}"))
     except ValueError:
-        return  # the name of a function, or what the engine itself will complain of
-    if isinstance(overrides, dict):
-        nested = overrides.pop("text_config", {})
-        held = dict(config.get("text_config") or config)
-        yield from config_differs(decision, SimpleNamespace(**{**held, **overrides, **dict(nested)}))
+        given = None  # the name of a function, or what the engine itself will complain of
+    overrides = dict(given) if isinstance(given, dict) else {}
+    nested = overrides.pop("text_config", {})
+    text = {**(config.get("text_config") or config), **overrides, **dict(nested)}
+    return SimpleNamespace(**{**config, **overrides}), SimpleNamespace(**text)

@@ -111,10 +111,11 @@ def test_formats_that_the_paired_kernels_do_not_read(name: str, unread: str, tmp
     assert runtime["detail"].endswith(unread)
 
 
-def test_experts_that_constants_stand_in_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "release"), [("vllm", "0.33.0"), ("sglang", "0.5.23")])
+def test_experts_that_constants_stand_in_for(engine: str, release: str, tmp_path: Path) -> None:
     folder = sound(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    given = ["--engine-version", "0.33.0", "--device", "cpu", "--", "vllm", "serve", "M"]
+    given = ["--engine-version", release, "--device", "cpu", "--", *COMMANDS[engine].split()]
     assert plan(folder, *given)[1]["runtime"]["reason"] is None
     (folder / "config.json").write_text(json.dumps({**config, "approximate_experts": {"0": [1]}}))
     assert plan(folder, *given)[1]["runtime"]["reason"] == "backend.routing"

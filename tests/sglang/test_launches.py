@@ -43,6 +43,7 @@ MANY = [
     f"{SERVE} --enable-mixed-chunk",
     f"{SERVE} --disable-radix-cache --max-running-requests 8",
     f"{SERVE} --enable-waterfill",
+    f'{SERVE} --json-model-override-args \'{{{{"approximate_experts": {{{{"0": [1]}}}}}}}}\'',
     f"SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED=1 {SERVE}",
     f"FSE_PATCH_LAYOUT=merged {SERVE}",
     f"FSE_PATCH_LAYOUT=paired {SERVE}",

@@ -41,6 +41,7 @@ MANY = [
     "vllm serve {m} --moe-backend triton --seed 3",
     "vllm serve {m} --enable-lora --no-enable-lora",
     "vllm serve {m} --enable-expert-parallel",
+    'vllm serve {m} --hf-overrides \'{{"approximate_experts": {{"0": [1]}}}}\'',
     "FSE_PATCH_LAYOUT=merged vllm serve {m}",
     "FSE_PATCH_LAYOUT=paired vllm serve {m}",
     f"{PAIRED} vllm serve {{m}} -tp 2 --enable-expert-parallel",
