@@ -20,6 +20,9 @@ from ..settings import CPU_THRESHOLD, Settings
 from .command import Asked
 from .machine import Device
 
+# Codes that are asked before adapters are: who holds which experts.
+FIRST = ("parallel.", "disabled")
+
 
 def merged_refusals(
     decision: Merged,
@@ -73,15 +76,17 @@ def _of_either(
     config: Mapping[str, Any],
     layout: str,
 ) -> Iterator[Reason]:
-    """Refuse what forbids a layout, and most of it both."""
+    """Refuse what forbids a layout, and most of it both; in the order in which adapters ask."""
     assert facts.launch is not None
     whole, text = _running(asked, config)
     if asked["overrides"]:
         yield from config_differs(decision, text)
-    for row in held(facts.launch.refuses, asked):
-        if row.layout in (None, layout):
-            yield Reason(row.reason, row.detail.format(value=asked[row.ask]))
-    yield from _lora_and_sizes(decision, asked, facts)
+    rows = [row for row in held(facts.launch.refuses, asked) if row.layout in (None, layout)]
+    reasons = [Reason(row.reason, row.detail.format(value=asked[row.ask])) for row in rows]
+    yield from (reason for reason in reasons if reason.code.startswith(FIRST))
+    yield from _sizes(decision, asked, facts)
+    yield from _lora(asked)
+    yield from (reason for reason in reasons if not reason.code.startswith(FIRST))
     yield from substituted(text, whole)
 
 
@@ -92,16 +97,23 @@ def held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
     )
 
 
-def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts) -> Iterator[Reason]:
-    """Refuse adapters that may change experts, and widths that do not divide over processes."""
+def _sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts) -> Iterator[Reason]:
+    """Refuse widths, and numbers of experts, that do not divide over processes."""
     assert facts.launch is not None
+    flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
+    layout, ranks = decision.moe.layout, asked.expert_ranks
+    yield from undivided(layout, asked.number("tp") // ranks, None, flag, ranks)
+    # With a switch in place of a number, the engine shares them out unevenly.
+    if asked["ep"] is not True and layout.num_routed % ranks:
+        yield Reason("parallel.ep", f"{layout.num_routed} experts do not divide by {ranks}")
+
+
+def _lora(asked: Asked) -> Iterator[Reason]:
+    """Refuse adapters that may change experts."""
     targets = asked["lora_targets"]
     if asked["lora"] or asked["lora_paths"]:
         names = re.split(r"[\s,]+", targets) if isinstance(targets, str) and targets else None
         yield from refused_targets(names, "--lora-target-modules")
-    flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
-    ranks = asked.expert_ranks
-    yield from undivided(decision.moe.layout, asked.number("tp") // ranks, None, flag, ranks)
 
 
 def _running(asked: Asked, config: Mapping[str, Any]) -> tuple[SimpleNamespace, SimpleNamespace]:
