@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from fse_patch.cli.app import app
+from fse_patch.fusion_core.reasons import REASONS
 from fse_patch.launch.command import engine_of_command, read
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,21 @@ def test_a_wrong_command_is_seen() -> None:
     assert problem("fse-patch tune MODEL") != ""
     with pytest.raises(Exception, match="no flag"):
         problem("vllm serve MODEL --nothing-of-the-kind")
+
+
+def codes(text: str) -> set[str]:
+    """What stands in a text as the code of a refusal."""
+    kinds = "|".join({code.partition(".")[0] for code in REASONS if "." in code})
+    # Files, and keys of a report, that look like one.
+    others = {"config.json", "upstream.detail"}
+    return set(re.findall(rf"`((?:{kinds})\.[a-z_0-9]+)`", text)) - others
+
+
+def test_codes_of_refusals_are_codes() -> None:
+    told = {code for page in PAGES if page.name != "CHANGELOG.md" for code in codes(page.read_text())}
+    assert told - set(REASONS) == set()
+    assert {"quant.mixed", "parallel.ep"} <= told
+    assert codes("`parallel.nothing` and `not.a_code`") == {"parallel.nothing"}, "control"
 
 
 def test_every_page_is_in_the_site() -> None:
