@@ -106,7 +106,7 @@ def codes(text: str) -> set[str]:
     """What stands in a text as the code of a refusal."""
     kinds = "|".join({code.partition(".")[0] for code in REASONS if "." in code})
     # Files, and keys of a report, that look like one.
-    others = {"config.json", "upstream.detail"}
+    others = {"config.json", "config.py", "upstream.detail"}
     return set(re.findall(rf"`((?:{kinds})\.[a-z_0-9]+)`", text)) - others
 
 
