@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import make_docs as docs
 import pytest
@@ -91,6 +92,22 @@ def test_a_broken_link_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_commands_are_commands(page: str, command: str) -> None:
     assert problem(command) == ""
+
+
+def leaves(command: Any, name: str) -> list[tuple[str, Any]]:
+    """Every command below a group, with its words."""
+    if not hasattr(command, "list_commands"):
+        return [(name, command)]
+    context = command.make_context(name, [], resilient_parsing=True)
+    below = [(word, command.get_command(context, word)) for word in command.list_commands(context)]
+    return [leaf for word, one in below for leaf in leaves(one, f"{name} {word}".strip())]
+
+
+def test_every_command_takes_json_as_the_page_says() -> None:
+    found = leaves(typer.main.get_command(app), "")
+    assert {"plan", "policy check", "tuned remove"} <= {name for name, _ in found}
+    without = [name for name, one in found if not any("--json" in option.opts for option in one.params)]
+    assert without == []
 
 
 def test_a_wrong_command_is_seen() -> None:
