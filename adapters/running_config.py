@@ -74,6 +74,22 @@ def config_differs(decision: Merged | Paired, config: Any) -> Iterator[Reason]:
         yield Reason("config.differs", f"{said or 'its layers differ'}; {ADVICE}")
 
 
+def substituted(*configs: Any) -> Iterator[Reason]:
+    """Refuse where experts are left out of the tensors, and constants stand in: vLLM, from 0.33 on.
+
+    Args:
+        configs: of the language model, and of the whole one, as objects with attributes.
+    """
+    for config in configs:
+        declared: Any = getattr(config, "compression_config", None)
+        for key in ("transform_config", "expert_substitution"):
+            declared = declared.get(key) if isinstance(declared, Mapping) else None
+        if declared is not None or getattr(config, "approximate_experts", None) is not None:
+            why = "config.json has constants stand in for some experts (approximate_experts)"
+            yield Reason("backend.routing", why)
+            return
+
+
 def _differs(decision: Merged | Paired, declared: MoeConfig, moe: MoeConfig) -> bool:
     """Tell whether anything differs that the role rests on."""
     family, left_out = decision.family, set(LEFT_OUT[decision.role])

@@ -31,14 +31,8 @@ PARTS = {
 }
 # Said of a tree as it should be.
 HARMLESS = ("byte-compiling is disabled", "no previously-included files matching")
-IN_SDIST = (
-    "README.md",
-    "CHANGELOG.md",
-    "LICENSE",
-    "Makefile",
-    "docs/commands.md",
-    "tests/core/test_packaging.py",
-)
+# Of the tree, what a work tree of git needs alone.
+LEFT_OUT = (".ci/", ".gitignore", ".pre-commit-config.yaml")
 
 
 class WheelError(Exception):
@@ -53,7 +47,8 @@ def files() -> list[str]:
         return sorted(name for name in done.stdout.split("\0") if name and (ROOT / name).is_file())
     left = {"build", "dist", "__pycache__"}
     there = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
-    return sorted(str(p) for p in there if not left & set(p.parts) and not p.parts[0].startswith("."))
+    hidden = re.compile(r"\.(?!github/|dockerignore)")
+    return sorted(str(p) for p in there if not left & set(p.parts) and not hidden.match(str(p)))
 
 
 def copy(names: list[str], to: Path) -> None:
@@ -93,9 +88,7 @@ def check(sdist: Path, wheel: Path, names: list[str]) -> None:
     """
     with tarfile.open(sdist) as packed:
         held = {name.partition("/")[2] for name in packed.getnames()}
-    if missing := [
-        name for name in (*IN_SDIST, *(n for n in names if n.startswith("tests/"))) if name not in held
-    ]:
+    if missing := [name for name in names if name not in held and not name.startswith(LEFT_OUT)]:
         raise WheelError(f"{sdist.name}: {missing[0]} is missing")
     with zipfile.ZipFile(wheel) as packed:
         there = {name for name in packed.namelist() if ".dist-info/" not in name and not name.endswith("/")}

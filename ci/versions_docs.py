@@ -32,8 +32,9 @@ that the tests hold `fse-patch plan` to. *Stock* is the engine without this pack
 RELEASES = """## Releases
 
 Of each of these, the code that patches replace or rely on was read. Where a device stands, a model of each
-family was run there, fused, and compared: on a CPU by the test-suite, on a GPU by hand. Another release is
-served where its code is the same; where it differs, the server starts stock and says so: `version.untested`.
+family was run there, fused, and compared: on a CPU by the test-suite, on a GPU by hand. A newer release is
+served fused where its code is the same. Where it differs, the server starts stock and says so:
+`release.seam`. An older release is refused: `version.untested`.
 
 | engine | release | run on | measured |
 | --- | --- | --- | --- |
@@ -103,8 +104,8 @@ def deployments() -> list[str]:
 
 
 def _said(text: str) -> str:
-    served, _, reason = text.partition(" ")
-    return f"{served}: `{reason}`" if reason else f"**{served}**"
+    served, _, why = text.partition(" ")
+    return f"**{served}, {why}**" if served == "fused" else f"{served}: `{why}`"
 
 
 def page() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -122,6 +122,7 @@ class Refusal(Strict):
         ask: its name. The row holds where the value is one of ``one_of``, none of ``none_of``, above
             ``above``, or where anything is ``given``.
         beside: it holds only where this other name is asked for too.
+        layout: it forbids this one alone; None: both.
         detail: what is said; "{value}" stands for the value.
     """
 
@@ -131,6 +132,7 @@ class Refusal(Strict):
     above: int | None = None
     given: bool = False
     beside: Text | None = None
+    layout: Literal["merged", "paired"] | None = None
     reason: Code = "disabled"
     detail: Text = "-"
 
@@ -218,7 +220,8 @@ class EngineFacts(Strict):
         releases: those whose seams were reviewed: every text that patches replace or rely on.
         read: releases whose source was read.
         backends: platform -> stock's MoE backend for unquantised weights, where it is known.
-        leave_out: backends whose kernels leave out experts that are in other processes.
+        leave_out: MoE backends whose kernels leave out experts of other processes, where whole experts are
+            spread; as read in the source of the releases that are patched.
         load_formats: those whose loaders pass every tensor by its name, and the files that they read.
         dropped_beside: a file that is not loaded -> the one beside which it is not, where there is no index.
         added_files: files that are loaded whatever the index says.

@@ -185,7 +185,9 @@ REASONS: Mapping[Code, Meaning] = {
     ),
     "evidence.unreadable": Meaning("`config.json` or the headers of the checkpoint could not be read."),
     "version.untested": Meaning(
-        "This release of the engine is older than every listed one.", "install one of docs/releases.md"
+        "This release of the engine is older than every listed one; or, in `plan`, it is not listed and not "
+        "installed, so that its code cannot be compared.",
+        "install one of docs/releases.md",
     ),
     "fingerprint": Meaning("The engine's source is not the one that the patches were written for."),
     "release.seam": Meaning(

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from typer.testing import CliRunner
 
 from fse_patch.cli.app import app
+
+
+@contextmanager
+def given(command: str, folder: str) -> Iterator[list[str]]:
+    """The words of a launch, {m} in it the model, while the variables in front of it are set."""
+    words = shlex.split(command.format(m=folder))
+    number = next(n for n, word in enumerate(words) if "=" not in word)
+    with mock.patch.dict(os.environ, dict(word.split("=", 1) for word in words[:number])):
+        yield words[number:]
+
+
+def decided(decision: dict[str, Any]) -> dict[str, Any]:
+    """What an engine's decision says: the reason, "ok" where it fuses, and the layout then."""
+    fuses = decision["reason"] == "ok"
+    layout = decision["weight_layout"] if fuses else None
+    return {"reason": decision["reason"], "layout": layout, "detail": decision["detail"]}
 
 
 def planned(command: str, folder: Path, *options: str) -> dict[str, Any]:
@@ -26,7 +46,7 @@ def differences(commands: list[str], folder: Path, found: list[dict[str, Any]]) 
     wrong = []
     for command, engine in zip(commands, found, strict=True):
         plan = planned(command, folder)
-        said = (plan["reason"] or "ok", plan["served"] == "fused")
-        if said != (engine["reason"], engine["reason"] == "ok"):
+        said = (plan["reason"] or "ok", plan["served"] == "fused", plan["layout"])
+        if said != (engine["reason"], engine["reason"] == "ok", engine.get("layout")):
             wrong.append(f"{command}: plan {said}: {plan['detail']}; engine {engine}")
     return wrong

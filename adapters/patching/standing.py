@@ -81,6 +81,31 @@ def public(version: str) -> str:
     return Version(version).public
 
 
+def check_age(ledger: Ledger, version: str) -> None:
+    """Look whether a release is older than every listed one; its source need not be there.
+
+    Raises:
+        RefusedError: ``version.untested``: it is.
+    """
+    if not ledger.listed or Version(version) < min(map(Version, ledger.listed)):
+        which = ", ".join(ledger.listed) or "none"
+        why = f"{ledger.engine} {version} is older than every listed release ({which}); install one of them"
+        raise RefusedError("version.untested", why)
+
+
+def problem_of_named(ledger: Ledger, version: str) -> RefusedError | None:
+    """Return what is wrong with a release that is only named, and not installed; None: it is listed.
+
+    Raises:
+        RefusedError: it is older than every listed one.
+    """
+    if public(version) in ledger.listed:
+        return None
+    check_age(ledger, version)
+    why = f"{ledger.engine} {version} is not listed, and its code is not here to be compared"
+    return RefusedError("version.untested", f"{why}; ask again where it is installed")
+
+
 def standing_of(
     ledger: Ledger, version: str, switches: Iterable[str] = (), site_packages: Sequence[str] | None = None
 ) -> Standing:
@@ -93,11 +118,8 @@ def standing_of(
     Raises:
         RefusedError: ``version.untested``: it is older than every listed release.
     """
+    check_age(ledger, version)
     here, listed = Version(version), [Version(release) for release in ledger.listed]
-    if not listed or here < min(listed):
-        which = ", ".join(ledger.listed) or "none"
-        why = f"{ledger.engine} {version} is older than every listed release ({which}); install one of them"
-        raise RefusedError("version.untested", why)
     read = cache(lambda reference: fingerprint(reference, site_packages))
     asked = frozenset(switches)
     # Of the others newer ones come first: what is new will most often be like the newest.

@@ -12,6 +12,17 @@ from ..refusals import undivided, unshared
 
 # Switches of its TopK, which not every mode asks.
 SIMULATORS = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
+# Options of newer releases: experts that are paged in, that join later, or whose tokens are balanced.
+LAYOUTS = ("enable_paged_experts", "enable_waterfill", "ep_join_mode")
+INTERLEAVED = "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
+
+
+def switched_off() -> Iterator[Reason]:
+    """Refuse where the user asks that no shared expert is fused."""
+    from sglang.srt.runtime_context import get_server_args
+
+    if get_server_args().disable_shared_experts_fusion:
+        yield Reason("disabled", "--disable-shared-experts-fusion is given")
 
 
 def refusals_of_either(layout: ExpertLayout, quantised: object) -> Iterator[Reason]:
@@ -34,6 +45,7 @@ def refusals_of_either(layout: ExpertLayout, quantised: object) -> Iterator[Reas
         why = "weights may be released while it serves; run without --enable-memory-saver"
         yield Reason("memory.sleep", why)
     yield from _routing(server)
+    yield from _laid_otherwise(server)
 
 
 def expert_ranks() -> int:
@@ -72,3 +84,15 @@ def _routing(server: Any) -> Iterator[Reason]:
         yield Reason("routing.capture", f"routed experts are recorded; run without {flags}")
     if any(setting is not None and setting.get() for setting in (getattr(envs, n, None) for n in SIMULATORS)):
         yield Reason("routing.simulator", f"one of {', '.join(SIMULATORS)} is set; unset it")
+
+
+def _laid_otherwise(server: Any) -> Iterator[Reason]:
+    """Refuse experts that do not lie in their tensors as the checkpoint has them."""
+    from sglang.srt.environ import envs
+
+    if options := [name for name in LAYOUTS if getattr(server, name, None)]:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in options)
+        yield Reason("backend.layout", f"experts lie, or are shared out, in another way; run without {flags}")
+    interleaved = getattr(envs, INTERLEAVED, None)
+    if interleaved is not None and interleaved.get():
+        yield Reason("backend.layout", f"{INTERLEAVED} mixes the rows of gate and up; unset it")

@@ -9,9 +9,9 @@ from ...fusion_core.decision.outcome import Paired
 from ...fusion_core.decision.paired_places import unrun
 from ...fusion_core.reasons import Reason
 from ...settings import CPU_THRESHOLD, LAYOUT, Settings
-from ..running_config import config_differs
+from ..running_config import config_differs, substituted
 from . import native
-from .either_layout import refusals_of_either
+from .either_layout import refusals_of_either, switched_off
 from .refusals import RUNNERS
 
 # Switches under which blocks run in pieces, or allocate in memory that other processes see.
@@ -31,6 +31,7 @@ def pair_refusals(
     from sglang.srt.utils import get_device_name
 
     server, platform = get_server_args(), native.platform()
+    yield from switched_off()
     if platform == "cpu":
         if not effective.cpu_threshold:
             yield Reason("backend.layout", f"a CPU pairs for tests alone; set {CPU_THRESHOLD} for one")
@@ -50,3 +51,4 @@ def pair_refusals(
         why = "with --enable-deterministic-inference, another way for another batch breaks its promise"
         yield Reason("slower.unmeasured", why)
     yield from config_differs(decision, model_config.hf_text_config)
+    yield from substituted(model_config.hf_text_config, model_config.hf_config)

@@ -11,16 +11,13 @@ from ...fusion_core.decision.outcome import Merged
 from ...fusion_core.reasons import Reason
 from ...settings import Settings
 from ..refusals import quantised_online, without_proof
-from ..running_config import config_differs
+from ..running_config import config_differs, substituted
 from . import native, spread
-from .either_layout import expert_ranks, refusals_of_either
+from .either_layout import expert_ranks, refusals_of_either, switched_off
 
 UPSTREAM: Final = "upstream.already"
 # Backends whose top-k comes in the standard format; others route by themselves or take no more columns.
 RUNNERS = {"auto", "triton"}
-# Options of newer releases: experts that are paged in, that join later, or whose tokens are balanced.
-LAYOUTS = ("enable_paged_experts", "enable_waterfill", "ep_join_mode")
-INTERLEAVED = "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
 
 
 def refusals(
@@ -37,13 +34,9 @@ def refusals(
         quantised: SGLang's quantisation of the model, None where it has none.
         native_right: SGLang's own fusion is live, and right for this checkpoint.
     """
-    from sglang.srt.environ import envs
     from sglang.srt.layers.moe import get_moe_runner_backend
-    from sglang.srt.runtime_context import get_server_args
 
-    server = get_server_args()
-    if server.disable_shared_experts_fusion:
-        yield Reason("disabled", "--disable-shared-experts-fusion is given")
+    yield from switched_off()
     if native_right:
         yield Reason(UPSTREAM, "SGLang fuses this model by itself here")
     yield from refusals_of_either(decision.moe.layout, quantised)
@@ -56,14 +49,9 @@ def refusals(
             "backend.topk_format",
             f"--moe-runner-backend is {runner}; use one of {', '.join(sorted(RUNNERS))}",
         )
-    if options := [name for name in LAYOUTS if getattr(server, name, None)]:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in options)
-        yield Reason("backend.layout", f"experts lie, or are shared out, in another way; run without {flags}")
-    interleaved = getattr(envs, INTERLEAVED, None)
-    if interleaved is not None and interleaved.get():
-        yield Reason("backend.layout", f"{INTERLEAVED} mixes the rows of gate and up; unset it")
     yield from quantised_online(decision, model_config.quantization, quantised)
     yield from config_differs(decision, model_config.hf_text_config)
+    yield from substituted(model_config.hf_text_config, model_config.hf_config)
     yield from without_proof(decision, native.platform(), effective)
 
 

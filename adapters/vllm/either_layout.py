@@ -9,6 +9,7 @@ from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.reasons import Reason
 from ..lora import refused_targets
 from ..refusals import undivided
+from ..running_config import substituted
 
 
 def refusals_of_either(layout: ExpertLayout, vllm_config: Any) -> Iterator[Reason]:
@@ -18,6 +19,8 @@ def refusals_of_either(layout: ExpertLayout, vllm_config: Any) -> Iterator[Reaso
         yield from refused_targets(vllm_config.lora_config.target_modules, "--lora-target-modules")
     yield from _memory(vllm_config)
     yield from _routing(vllm_config)
+    model = vllm_config.model_config
+    yield from substituted(*(getattr(model, name, None) for name in ("hf_text_config", "hf_config")))
 
 
 def expert_ranks(vllm_config: Any) -> int:

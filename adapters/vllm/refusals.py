@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from ...fusion_core.decision.outcome import Merged
@@ -34,12 +34,8 @@ def refusals(
 
     if native_right:
         yield Reason("upstream.already", "vLLM's own fusion is on here (AITER) and right for this checkpoint")
-    model = vllm_config.model_config
-    yield from config_differs(decision, model.hf_text_config)
+    yield from config_differs(decision, vllm_config.model_config.hf_text_config)
     yield from refusals_of_either(decision.moe.layout, vllm_config)
-    if _substituted(model):
-        why = "config.json has constants stand in for some experts (approximate_experts)"
-        yield Reason("backend.routing", why)
     transfer = vllm_config.weight_transfer_config
     if transfer is not None and transfer.backend not in TRANSFERS:
         yield Reason("load.format", f"weights are updated by {transfer.backend}; use nccl or ipc")
@@ -48,14 +44,3 @@ def refusals(
     known = ("cpu", platform.is_cpu), ("cuda", platform.is_cuda), ("rocm", platform.is_rocm)
     here = next((name for name, is_here in known if is_here()), "this platform")
     yield from without_proof(decision, here, effective)
-
-
-def _substituted(model_config: Any) -> bool:
-    """Return whether experts are left out of the tensors, and constants stand in for them; from 0.33 on."""
-    configs = [getattr(model_config, name, None) for name in ("hf_text_config", "hf_config")]
-    if any(getattr(config, "approximate_experts", None) is not None for config in configs):
-        return True
-    declared: Any = getattr(configs[1], "compression_config", None)
-    for key in ("transform_config", "expert_substitution"):
-        declared = declared.get(key) if isinstance(declared, Mapping) else None
-    return declared is not None

@@ -111,37 +111,66 @@ def _rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     head = {key: state.get(key) for key in ("rank", "engine", "engine_version", "since")}
     rows = []
     for role in state.get("roles") or []:
-        proof = (role.get("canary") or {}).get("state")
-        layers = role.get("fused_layers") or role.get("built_layers") or []
-        layout = "native" if role.get("native") else "merged"
-        told = {"layout": layout, "layers": layers, "modes": role.get("modes"), "proof": proof}
-        rows.append({**head, "role": role.get("role"), "fused": True, **told, "reason": None, "detail": ""})
+        told = _paired(role) if role.get("weight_layout") == "paired" else _merged(role)
+        rows.append({**head, "role": role.get("role"), **told})
     roles = {row["role"] for row in rows}
-    nothing = dict.fromkeys(("layout", "layers", "modes", "proof"))
     for decision in state.get("decisions") or []:
         if decision.get("role") not in roles and not decision.get("fuse"):
-            why = {"reason": decision.get("reason"), "detail": decision.get("detail", "")}
-            rows.append({**head, "role": decision.get("role"), "fused": False, **nothing, **why})
+            stock = _stock(decision.get("reason"), decision.get("detail", ""))
+            rows.append({**head, "role": decision.get("role"), **stock})
     if not rows:
-        why = {"reason": "disabled", "detail": state.get("reason") or "nothing was decided in this process"}
-        rows.append({**head, "role": None, "fused": False, **nothing, **why})
+        why = state.get("reason") or "nothing was decided in this process"
+        rows.append({**head, "role": None, **_stock("disabled", why)})
     return rows
+
+
+def _merged(role: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what runs of a role whose shared experts are slots, ours or the engine's own."""
+    layout = "native" if role.get("native") else "merged"
+    return _fused(layout, role, role.get("modes"), (role.get("canary") or {}).get("state"))
+
+
+def _paired(role: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what runs of a role whose weights stay apart; above its threshold the engine's own forward does."""
+    loaded = role.get("paired")
+    if loaded is None:
+        return _fused("paired", role, None, "not_loaded")
+    if not loaded.get("threshold"):
+        return _stock(loaded.get("reason"), loaded.get("detail", ""))
+    modes = f"paired up to {loaded['threshold']}, the engine's own beyond"
+    return _fused("paired", role, modes, (loaded.get("proof") or {}).get("state"))
+
+
+def _fused(layout: str, role: Mapping[str, Any], modes: str | None, proof: str | None) -> dict[str, Any]:
+    layers = role.get("fused_layers") or role.get("built_layers") or []
+    told = {"layout": layout, "layers": layers, "modes": modes, "proof": proof}
+    return {"fused": True, **told, "reason": None, "detail": ""}
+
+
+def _stock(reason: str | None, detail: str) -> dict[str, Any]:
+    nothing = dict.fromkeys(("layout", "layers", "modes", "proof"))
+    return {"fused": False, **nothing, "reason": reason, "detail": detail}
 
 
 def _of_metrics(text: str) -> list[dict[str, Any]]:
     """Return a row for each decision that is counted; metrics have neither layers nor modes."""
+    found = [match for line in text.splitlines() if (match := _METRIC.match(line))]
+    # Of paired layers: a threshold of 0 where the engine runs all, whatever was decided.
+    unpaired = {
+        dict(_LABEL.findall(match[2])).get("engine")
+        for match in found
+        if match[1] == "fse_patch_paired_threshold" and float(match[3]) == 0
+    }
     rows = []
-    for text_line in text.splitlines():
-        match = _METRIC.match(text_line)
-        if match is None or match[1] != "fse_patch_decisions_total":
-            continue
+    for match in (match for match in found if match[1] == "fse_patch_decisions_total"):
         labels = dict(_LABEL.findall(match[2]))
-        fused = labels.get("fused") == "true"
-        nothing = dict.fromkeys(
-            ("rank", "engine_version", "since", "role", "layout", "layers", "modes", "proof")
-        )
-        why = {"reason": None if fused else labels.get("reason"), "detail": ""}
-        rows.append({**nothing, "engine": labels.get("engine"), "fused": fused, **why})
+        layout, engine = labels.get("layout") or None, labels.get("engine")
+        told = _stock(labels.get("reason"), "")
+        if layout == "paired" and engine in unpaired:
+            told = _stock(None, "the engine's own forward runs; its log says why")
+        elif labels.get("fused") == "true":
+            told = {**told, "fused": True, "layout": layout, "reason": None}
+        rows.append({**dict.fromkeys(("rank", "engine_version", "since", "role")), "engine": engine, **told})
     return rows
 
 
@@ -150,12 +179,12 @@ def line(rank: Mapping[str, Any]) -> str:
     who = "" if rank["rank"] is None else f"rank {rank['rank']}, "
     who += f"{rank['role'] or 'any'} model of {rank['engine']} {rank['engine_version'] or ''}".rstrip()
     if not rank["fused"]:
-        return f"{who}: stock: {rank['reason']}{': ' if rank['detail'] else ''}{rank['detail']}"
+        return ": ".join([who, "stock", *filter(None, (rank["reason"], rank["detail"]))])
     parts = ["fused"]
-    if rank["layout"]:
-        parts += [str(rank["layout"]), f"layers {ranges(rank['layers'])}"]
-        parts += [f"modes {rank['modes']}"] if rank["modes"] else []
-        parts.append(f"proof {rank['proof']}")
+    parts += [str(rank["layout"])] if rank["layout"] else []
+    parts += [f"layers {ranges(rank['layers'])}"] if rank["layers"] else []
+    parts += [f"modes {rank['modes']}"] if rank["modes"] else []
+    parts += [f"proof {rank['proof']}"] if rank["proof"] else []
     if rank["since"]:
         parts.append("since " + time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rank["since"])))
     return f"{who}: {', '.join(parts)}"

@@ -49,7 +49,7 @@ def show(name: _NAME, json: _JSON = False) -> None:
 
 
 @app.command("remove")
-def remove(name: _NAME) -> None:
+def remove(name: _NAME, json: _JSON = False) -> None:
     """Remove one entry: the next start measures again."""
     measured_cache.remove(settings.load().cache_folder, name)
-    typer.echo(f"{name}: removed")
+    print_json({"removed": name}) if json else typer.echo(f"{name}: removed")

@@ -53,12 +53,9 @@ class Asked:
     def expert_ranks(self) -> int:
         """Return over how many processes whole experts are spread; 1: they are not.
 
-        It is asked for by their number, or by a switch for all processes of tensor parallelism.
+        One engine has a switch that spreads them over all of a layer, another asks for a number.
         """
-        ep = self["ep"]
-        if isinstance(ep, bool):
-            return self.number("tp") if ep else 1
-        return self.number("ep")
+        return self.number("tp") if self["ep"] is True else max(1, self.number("ep"))
 
 
 @dataclass(frozen=True)

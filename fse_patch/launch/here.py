@@ -12,9 +12,12 @@ from packaging.version import Version
 from .. import settings
 from ..fusion_core.checkpoint.sources import CONFIG_NAME, FolderSource
 from ..fusion_core.decision.decide import decide_roles
+from ..fusion_core.decision.outcome import in_layout
 from ..fusion_core.decision.policy_file import load_policy
+from ..fusion_core.engines import facts_of
 from ..fusion_core.forward import tuned
 from . import command, machine
+from .modes import backend_of
 from .verdict import verdict
 
 
@@ -47,20 +50,43 @@ def _verdict(
 ) -> dict[str, Any]:
     asked = command.read([], Version(version).public, os.environ, engine)
     if checkpoint is not None:
-        decision = decide_roles(checkpoint, engine, load_policy(effective.policy_file))["main"]
+        decisions = decide_roles(checkpoint, engine, load_policy(effective.policy_file))
+        decision = in_layout(decisions, effective.layout)["main"]
         config = FolderSource(checkpoint).read_json(CONFIG_NAME)
-        told = verdict(decision, asked, version, device, config, effective)
+        told = verdict(decision, asked, version, device, config, effective, installed=True)
         reason = None if told.reason is None else told.reason.code
         return {"served": told.served, "reason": reason, "sentence": str(told)}
     where = f"{engine} {version} on {device}"
-    if device.platform == "cpu":
-        sentence = f"fused, where the checkpoint allows it: {where}; no speed is promised on a CPU"
+    if (how := _how(asked, Version(version).public, effective, device)) is not None:
+        layout = ", paired" if effective.layout == "paired" else ""
+        sentence = f"fused{layout}, where the checkpoint allows it: {where}; {how}"
         return {"served": None, "reason": None, "sentence": sentence}
-    release, name = Version(version).public, device.name
-    tables = [t for _, t in tuned.shipped() if (t.engine, t.release, t.device) == (engine, release, name)]
-    if tables or effective.tuned_file is not None:
-        shapes = sum(len(table.rows) for table in tables)
-        sentence = f"fused, where the checkpoint allows it: {where}; {shapes} shapes were measured"
-        return {"served": None, "reason": None, "sentence": sentence}
+    if effective.layout == "paired":
+        sentence = f"stock: backend.layout: {where}: engines pack weights on a CPU"
+        return {"served": "stock", "reason": "backend.layout", "sentence": sentence}
     sentence = f"stock: slower.unmeasured: {where}: no table of this device and release"
     return {"served": "stock", "reason": "slower.unmeasured", "sentence": sentence}
+
+
+def _how(
+    asked: command.Asked, release: str, effective: settings.Settings, device: machine.Device
+) -> str | None:
+    """Say how layers run that are fused here, whatever the model is; None: none is."""
+    if effective.layout == "paired":
+        pairs = device.platform != "cpu" or bool(effective.cpu_threshold)
+        return "few tokens, measured at the first start" if pairs else None
+    if device.platform == "cpu":
+        return "no speed is promised on a CPU"
+    engine = asked.engine
+    known = (engine, release, device.name)
+    tables = [t for _, t in tuned.shipped() if (t.engine, t.release, t.device) == known]
+    if tables or effective.tuned_file is not None:
+        return f"{sum(len(table.rows) for table in tables)} shapes were measured"
+    here = (engine, device.platform, backend_of(asked, facts_of(engine), device))
+    splits = any(
+        (place.engine, place.platform, place.backend) == here
+        and release in place.releases
+        and device.name in (place.devices or [device.name])
+        for place in tuned.split_places()
+    )
+    return "no table of this device, so stock's own kernels run on the merged weights" if splits else None

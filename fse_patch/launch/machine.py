@@ -61,7 +61,7 @@ def of_platform(platform_name: str) -> Device:
     if platform_name not in PLATFORMS:
         raise FsePatchError(f"unknown platform {platform_name!r}; use one of {', '.join(PLATFORMS)}")
     known = cast("Platform", platform_name)
-    return Device(known, "cpu" if known == "cpu" else f"a {known} device of no name")
+    return Device(known, "cpu" if known == "cpu" else f"a {known} device (--device names it)")
 
 
 def here() -> Device:

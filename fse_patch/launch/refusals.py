@@ -10,7 +10,7 @@ from typing import Any
 
 from ..adapters.lora import folders_of, refused_adapters
 from ..adapters.refusals import quantised_online, undivided, unshared, without_proof
-from ..adapters.running_config import config_differs
+from ..adapters.running_config import config_differs, substituted
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.decision.paired_places import unrun
@@ -19,6 +19,9 @@ from ..fusion_core.reasons import Reason
 from ..settings import CPU_THRESHOLD, Settings
 from .command import Asked
 from .machine import Device
+
+# Codes that are asked before adapters are: who holds which experts.
+FIRST = ("parallel.", "disabled")
 
 
 def merged_refusals(
@@ -34,7 +37,7 @@ def merged_refusals(
     # What switches the engine's own fusion off is asked before it.
     if native_right:
         yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
-    yield from _of_either(decision, asked, facts, config)
+    yield from _of_either(decision, asked, facts, config, "merged")
     method = asked["quantization"]
     found = None if decision.quant_method == UNQUANTISED else decision.read_as or decision.quant_method
     yield from quantised_online(decision, str(method) if method else found, method)
@@ -45,6 +48,7 @@ def pair_refusals(
     decision: Paired,
     asked: Asked,
     facts: EngineFacts,
+    native_right: bool,
     device: Device,
     config: Mapping[str, Any],
     now: Settings,
@@ -55,18 +59,35 @@ def pair_refusals(
             yield Reason("backend.layout", f"engines pack weights on a CPU; for tests, set {CPU_THRESHOLD}")
     elif now.layout != "paired" and (reason := unrun(facts.engine, device.platform, device.name)) is not None:
         yield reason
-    yield from _of_either(decision, asked, facts, config)
+    if native_right and not (facts.launch and facts.launch.native_backend):
+        yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
+    yield from _of_either(decision, asked, facts, config, "paired")
+    # The engine says so when it has loaded them.
+    if decision.unread:
+        yield Reason(
+            "backend.layout", f"experts are stored as the paired kernels do not read: {decision.unread}"
+        )
 
 
 def _of_either(
-    decision: Merged | Paired, asked: Asked, facts: EngineFacts, config: Mapping[str, Any]
+    decision: Merged | Paired,
+    asked: Asked,
+    facts: EngineFacts,
+    config: Mapping[str, Any],
+    layout: str,
 ) -> Iterator[Reason]:
-    """Refuse what forbids both layouts."""
+    """Refuse what forbids a layout, and most of it both; in the order in which adapters ask."""
     assert facts.launch is not None
-    yield from _overrides(decision, asked, config)
-    for row in held(facts.launch.refuses, asked):
-        yield Reason(row.reason, row.detail.format(value=asked[row.ask]))
-    yield from _lora_and_sizes(decision, asked, facts)
+    whole, text = _running(asked, config)
+    if asked["overrides"]:
+        yield from config_differs(decision, text)
+    rows = [row for row in held(facts.launch.refuses, asked) if row.layout in (None, layout)]
+    reasons = [Reason(row.reason, row.detail.format(value=asked[row.ask])) for row in rows]
+    yield from (reason for reason in reasons if reason.code.startswith(FIRST))
+    yield from _sizes(decision, asked, facts)
+    yield from _lora(asked)
+    yield from (reason for reason in reasons if not reason.code.startswith(FIRST))
+    yield from substituted(text, whole)
 
 
 def held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
@@ -76,32 +97,33 @@ def held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
     )
 
 
-def _lora_and_sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts) -> Iterator[Reason]:
-    """Refuse adapters that may change experts, and widths that do not divide over processes."""
+def _sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts) -> Iterator[Reason]:
+    """Refuse widths, and numbers of experts, that do not divide over processes."""
     assert facts.launch is not None
+    tp, ep = ("--" + facts.launch.asks[name].flag.replace("_", "-") for name in ("tp", "ep"))
+    layout, ranks = decision.moe.layout, asked.expert_ranks
+    yield from undivided(layout, asked.number("tp") // ranks, None, tp, ranks)
+    # Where a switch spreads experts, the engine gives some processes one more.
+    if asked["ep"] is not True:
+        yield from unshared(layout, ranks, ep)
+
+
+def _lora(asked: Asked) -> Iterator[Reason]:
+    """Refuse adapters that may change experts."""
     targets = asked["lora_targets"]
     if asked["lora"] or asked["lora_paths"]:
         names = re.split(r"[\s,]+", targets) if isinstance(targets, str) and targets else None
         adapters = folders_of(str(asked["lora_paths"] or "").split(","))
         yield from refused_adapters(names, adapters, "--lora-target-modules")
-    tp, ep = ("--" + facts.launch.asks[name].flag.replace("_", "-") for name in ("tp", "ep"))
-    ranks = asked.expert_ranks
-    yield from undivided(decision.moe.layout, asked.number("tp") // ranks, None, tp, ranks)
-    # Where a switch spreads experts, the engine gives some processes one more.
-    if not isinstance(asked["ep"], bool):
-        yield from unshared(decision.moe.layout, ranks, ep)
 
 
-def _overrides(decision: Merged | Paired, asked: Asked, config: Mapping[str, Any]) -> Iterator[Reason]:
-    """Refuse overrides of what the decision rests on, as the engine does when it has applied them."""
-    text = asked["overrides"]
-    if not text:
-        return
+def _running(asked: Asked, config: Mapping[str, Any]) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Return the configuration that runs, with the overrides of the launch, and its language model's."""
     try:
-        overrides = json.loads(str(text))
+        given = json.loads(str(asked["overrides"] or "{}"))
     except ValueError:
-        return  # the name of a function, or what the engine itself will complain of
-    if isinstance(overrides, dict):
-        nested = overrides.pop("text_config", {})
-        held = dict(config.get("text_config") or config)
-        yield from config_differs(decision, SimpleNamespace(**{**held, **overrides, **dict(nested)}))
+        given = None  # the name of a function, or what the engine itself will complain of
+    overrides = dict(given) if isinstance(given, dict) else {}
+    nested = overrides.pop("text_config", {})
+    text = {**(config.get("text_config") or config), **overrides, **dict(nested)}
+    return SimpleNamespace(**{**config, **overrides}), SimpleNamespace(**text)

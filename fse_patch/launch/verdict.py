@@ -140,14 +140,12 @@ def _not_patched(
 ) -> Reason | None:
     """Return why nothing of the model is patched in this release; None: everything can be."""
     family = family_of(decision.model_type)
-    if not installed:
-        if standing.public(version) in book.listed:
-            return None
-        listed = ", ".join(book.listed)
-        why = f"{book.engine} {version} is not listed ({listed}); where it is installed, its seams decide"
-        return Reason("version.untested", why)
     try:
-        problem = standing.standing_of(book, version, now.switches).problem_of(family.name if family else "")
+        if installed:
+            here = standing.standing_of(book, version, now.switches)
+            problem = here.problem_of(family.name if family else "")
+        else:
+            problem = standing.problem_of_named(book, version)
     except RefusedError as error:
         problem = error
     return None if problem is None else Reason(cast(Code, problem.reason), problem.detail)
@@ -173,7 +171,9 @@ def _laid_out(
         return found
     apart = paired(decision)
     if isinstance(apart, Paired):
-        reason = next(pair_refusals(apart, asked, facts, made.device, config, now), None)
+        native = _native(decision, asked, facts, made.device, made.version)
+        right = native is not None and not gets_wrong(native, decision)
+        reason = next(pair_refusals(apart, asked, facts, right, made.device, config, now), None)
         if reason is None:
             return replace(made, served="fused", layout="paired")
         apart = apart.refused(reason)

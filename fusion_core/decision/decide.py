@@ -18,7 +18,7 @@ from ..quant.methods import packs, quantises, reader_of
 from ..reasons import FUSES, Code, Reason
 from .layout import ExpertLayout
 from .outcome import Decision, Merged, MoeSpec, RoutingSpec, Stock
-from .pairing import pairing_layout, pairing_words
+from .pairing import pairing_layout, pairing_unread, pairing_words
 from .policy import Policy, PolicyFacts, Rule
 from .policy_file import load_policy
 
@@ -101,6 +101,7 @@ def decide_evidence(
         "stored_layers": (layers.stored_layers or layers.moe_layers) if layers else (),
         "pairing": _pairing(evidence, quant, layers, engine, policy),
         "stored": pairing_words(layers.layers) if layers else "",
+        "unread": pairing_unread(layers.layers) if layers else "",
     }
     # Names and values from the checkpoint are in it: one line, whatever they hold.
     detail = " ".join(verdict.reason.detail.split())

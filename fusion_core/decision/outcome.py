@@ -63,6 +63,7 @@ class _Decided:
         stored_layers: layers with experts in the checkpoint; by config.json alone, the sparse ones.
         pairing: what could run over weights that stay apart, or why not; None where nothing was read.
         stored: how routed and shared experts are stored, in words; "" where no headers show it.
+        unread: experts that headers show to be in no format that a pass over weights apart reads; or "".
     """
 
     role: Role
@@ -79,6 +80,7 @@ class _Decided:
     stored_layers: tuple[int, ...] = ()
     pairing: MoeSpec | Reason | None = None
     stored: str = ""
+    unread: str = ""
     # How the weights of both kinds of experts lie where the role fuses.
     weight_layout: ClassVar[str] = ""
 

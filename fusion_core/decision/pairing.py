@@ -22,6 +22,9 @@ READS = (
     "FP8 (block, channel, tensor)",
     "4-bit integers of routed experts (GPTQ, AWQ, AutoRound, compressed-tensors)",
 )
+# The same by dtypes of headers, and for routed experts by names of formats.
+READ_DTYPES = frozenset({"BF16", "F16", "F32", "F8_E4M3"})
+READ_ROUTED = ("fp8-", "int4-")
 
 
 def pairing_words(layers: Iterable[LayerEvidence]) -> str:
@@ -34,6 +37,29 @@ def pairing_words(layers: Iterable[LayerEvidence]) -> str:
         routed = named if named not in ("", "plain") else _dtypes(layer.routed)
         found.add(f"routed {routed}, shared {_dtypes(layer.shared)}")
     return "; ".join(sorted(found))
+
+
+def pairing_unread(layers: Iterable[LayerEvidence]) -> str:
+    """Say of which experts headers show that the pass does not read them: "routed nvfp4"; "" for none.
+
+    What an engine makes of the others is seen when they are loaded.
+    """
+    for layer in layers:
+        if layer.routed is None or layer.shared is None:
+            continue
+        if layer.shared.packed or not _read(layer.shared):
+            return f"shared {_dtypes(layer.shared)}"
+        named = layer.config.format if layer.config else ""
+        if named not in ("", "plain") and not named.startswith(READ_ROUTED):
+            return f"routed {named}"
+        # Packed in a way that the config does not tell, they may be those of 4 bits.
+        if named in ("", "plain") and not layer.routed.packed and not _read(layer.routed):
+            return f"routed {_dtypes(layer.routed)}"
+    return ""
+
+
+def _read(spec: MlpSpec) -> bool:
+    return {tensor.dtype for tensor in spec.tensors if tensor.suffix == "weight"} <= READ_DTYPES
 
 
 def _dtypes(spec: MlpSpec) -> str:

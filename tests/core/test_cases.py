@@ -142,7 +142,17 @@ def test_launch_sglang_without_sglang_is_one_line() -> None:
     assert "install fse-patch into SGLang's own environment" in done.stderr
 
 
-def test_without_torch_the_environment_is_named(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("release", "code"),
+    [("0.32.0", "slower.unmeasured"), ("9.9", "version.untested"), ("0.1", "version.untested")],
+)
+def test_what_an_engine_would_refuse_is_no_yes(release: str, code: str, model: Path) -> None:
+    done = fse_patch("plan", model, "--engine", "vllm", "--platform", "cuda", "--engine-version", release)
+    assert done.stdout.startswith(f"stock: {code}: ")
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_without_torch_the_environment_is_named(command: str, model: Path) -> None:
     code = (
         "import sys, importlib.util as u\n"
         "found = u.find_spec\n"
@@ -150,12 +160,13 @@ def test_without_torch_the_environment_is_named(model: Path) -> None:
         "import fse_patch.cli.bench as bench\n"
         "bench.find_spec = u.find_spec\n"
         "from fse_patch.cli.app import main\n"
-        f"sys.argv = ['fse-patch', 'bench', {str(model)!r}, *sys.argv[1:]]\n"
+        f"sys.argv = ['fse-patch', {command!r}, {str(model)!r}, *sys.argv[1:]]\n"
         "main()\n"
     )
+    out = ["--out", str(model.parent / "table.yaml")] if command == "tune" else []
     for extra, words in (
-        ([], "install fse-patch into vllm's environment"),
-        (["--tokens", "x"], "--tokens 'x'"),
+        (out, "install fse-patch into vllm's environment"),
+        ([*out, "--tokens", "x"], "--tokens 'x'"),
     ):
         done = subprocess.run([sys.executable, "-c", code, *extra], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import make_docs as docs
 import pytest
 import typer
 
 from fse_patch.cli.app import app
+from fse_patch.fusion_core.reasons import REASONS
 from fse_patch.launch.command import engine_of_command, read
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +94,22 @@ def test_commands_are_commands(page: str, command: str) -> None:
     assert problem(command) == ""
 
 
+def leaves(command: Any, name: str) -> list[tuple[str, Any]]:
+    """Every command below a group, with its words."""
+    if not hasattr(command, "list_commands"):
+        return [(name, command)]
+    context = command.make_context(name, [], resilient_parsing=True)
+    below = [(word, command.get_command(context, word)) for word in command.list_commands(context)]
+    return [leaf for word, one in below for leaf in leaves(one, f"{name} {word}".strip())]
+
+
+def test_every_command_takes_json_as_the_page_says() -> None:
+    found = leaves(typer.main.get_command(app), "")
+    assert {"plan", "policy check", "tuned remove"} <= {name for name, _ in found}
+    without = [name for name, one in found if not any("--json" in option.opts for option in one.params)]
+    assert without == []
+
+
 def test_a_wrong_command_is_seen() -> None:
     assert problem("make nothing") != ""
     assert problem("python3 ci/nothing.py") != ""
@@ -99,6 +117,21 @@ def test_a_wrong_command_is_seen() -> None:
     assert problem("fse-patch tune MODEL") != ""
     with pytest.raises(Exception, match="no flag"):
         problem("vllm serve MODEL --nothing-of-the-kind")
+
+
+def codes(text: str) -> set[str]:
+    """What stands in a text as the code of a refusal."""
+    kinds = "|".join({code.partition(".")[0] for code in REASONS if "." in code})
+    # Files, and keys of a report, that look like one.
+    others = {"config.json", "config.py", "upstream.detail"}
+    return set(re.findall(rf"`((?:{kinds})\.[a-z_0-9]+)`", text)) - others
+
+
+def test_codes_of_refusals_are_codes() -> None:
+    told = {code for page in PAGES if page.name != "CHANGELOG.md" for code in codes(page.read_text())}
+    assert told - set(REASONS) == set()
+    assert {"quant.mixed", "parallel.ep"} <= told
+    assert codes("`parallel.nothing` and `not.a_code`") == {"parallel.nothing"}, "control"
 
 
 def test_every_page_is_in_the_site() -> None:

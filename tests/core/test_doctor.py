@@ -153,6 +153,33 @@ def test_it_begins_with_what_a_server_does_here(installed: pytest.MonkeyPatch, t
     measured, untested = doctor.examine()["verdicts"]
     assert "shapes were measured" in measured["sentence"]
     assert untested["sentence"].startswith("stock: version.untested: sglang 0.1")
+    # Of a release in which stock's kernels run on the merged weights, but not where another backend is taken.
+    for name, served in (("NVIDIA H100", None), ("NVIDIA B200", "stock")):
+        device = machine.Device("cuda", name, here=True)
+        installed.setattr(machine, "here", lambda device=device: device)
+        assert doctor.examine()["verdicts"][0]["served"] == served, name
+
+
+def test_it_says_what_the_layout_that_is_asked_for_does(
+    installed: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fuses = write_checkpoint(tmp_path / "a", config_of("glm4_moe"), model_tensors("glm4_moe"))
+    installed.setenv("FSE_PATCH_LAYOUT", "paired")
+    for device, reason in (
+        (machine.Device("cpu", "x86_64", here=True), "backend.layout"),
+        (machine.Device("cuda", "NVIDIA A100", here=True), None),
+    ):
+        installed.setattr(machine, "here", lambda device=device: device)
+        assert [doctor.examine(at)["verdicts"][0]["reason"] for at in (None, fuses)] == [reason, reason]
+
+
+def test_a_new_release_with_known_code_serves_a_checkpoint_fused(
+    installed: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fuses = write_checkpoint(tmp_path / "a", config_of("glm4_moe"), model_tensors("glm4_moe"))
+    installed.setattr(machine, "here", lambda: machine.Device("cpu", "x86_64", here=True))
+    installed.setattr(guards, "engine_version", lambda book: "0.99.0")
+    assert doctor.examine(fuses)["verdicts"][0]["served"] == "fused"
 
 
 @pytest.mark.parametrize(("value", "seen"), [("", "sample"), ("ALL", "all"), ("off", "off")])

@@ -112,7 +112,7 @@ def test_the_command_lists_shows_and_removes(tmp_path: Path) -> None:
         assert (missing.returncode, missing.stdout) == (2, "")
         assert "nothing of that name is kept" in missing.stderr
         assert len(missing.stderr.splitlines()) == 1
-    assert run("remove", HERE.name).returncode == 0
+    assert json.loads(run("remove", HERE.name, "--json").stdout) == {"removed": HERE.name}
     assert load(tmp_path, HERE) is None
     with pytest.raises(FsePatchError, match="nothing of that name"):
         remove(tmp_path, HERE.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,8 +88,11 @@ def test_what_an_earlier_build_left_is_not_packed(tmp_path: Path) -> None:
 def test_a_file_that_is_missing_is_named(built: tuple[Path, Path]) -> None:
     with pytest.raises(wheel.WheelError, match=r"fse_patch/new\.py is missing"):
         wheel.check(*built, [*wheel.files(), "fse_patch/new.py"])
-    with pytest.raises(wheel.WheelError, match=r"tests/new\.py is missing"):
-        wheel.check(*built, [*wheel.files(), "tests/new.py"])
+    for name in ("tests/new.py", "new.yml", ".github/new.yml"):
+        with pytest.raises(wheel.WheelError, match=f"{re.escape(name)} is missing"):
+            wheel.check(*built, [*wheel.files(), name])
+    # What a work tree of git needs alone.
+    wheel.check(*built, [*wheel.files(), ".gitignore"])
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from .test_cli_plan import fse_patch
 
 ROLE = {
@@ -39,8 +41,12 @@ REFUSED = {
     ],
 }
 METRICS = """# HELP fse_patch_decisions_total Decisions
-fse_patch_decisions_total{engine="vllm",family="qwen2_moe",fused="true",reason="ok"} 1.0
+fse_patch_decisions_total{engine="vllm",family="qwen2_moe",fused="true",reason="ok",layout="%s"} 1.0
+fse_patch_paired_threshold{engine="vllm",role="main"} %s
 """
+LOADED = {"threshold": 16, "reason": "", "detail": "", "proof": {"state": "passed"}}
+PAIRED = "fused, paired, layers 0-2"
+APART = {"engine": "vllm", "role": "main", "weight_layout": "paired", "built_layers": [0, 1, 2]}
 
 
 @contextmanager
@@ -101,10 +107,38 @@ def test_sglang_says_it_in_its_server_info() -> None:
     assert "main model of sglang 0.5.20: fused, merged" in done.stdout
 
 
-def test_metrics_say_less() -> None:
-    with server({"/metrics": METRICS}) as url:
+@pytest.mark.parametrize(
+    ("loaded", "status", "said"),
+    [
+        (
+            LOADED,
+            0,
+            "fused, paired, layers 0-2, modes paired up to 16, the engine's own beyond, proof passed",
+        ),
+        (None, 0, "fused, paired, layers 0-2, proof not_loaded"),
+        ({**LOADED, "threshold": 0, "reason": "proof.failed", "detail": "d"}, 3, "stock: proof.failed: d"),
+    ],
+)
+def test_paired_layers_say_up_to_how_many_tokens(loaded: Any, status: int, said: str) -> None:
+    role = APART if loaded is None else {**APART, "paired": loaded}
+    with server({"/fse_patch/status": {"ranks": [{**FUSED, "roles": [role]}]}}) as url:
         done = fse_patch("status", "--url", url)
-    assert (done.returncode, done.stdout) == (0, "any model of vllm: fused\n")
+    assert done.returncode == status
+    assert done.stdout.startswith(f"rank 0, main model of vllm 0.32.0: {said}")
+
+
+@pytest.mark.parametrize(
+    ("layout", "threshold", "status", "said"),
+    [
+        ("merged", 0.0, 0, "fused, merged"),
+        ("paired", 16.0, 0, "fused, paired"),
+        ("paired", 0.0, 3, "stock: the engine's own forward runs; its log says why"),
+    ],
+)
+def test_metrics_say_less(layout: str, threshold: float, status: int, said: str) -> None:
+    with server({"/metrics": METRICS % (layout, threshold)}) as url:
+        done = fse_patch("status", "--url", url)
+    assert (done.returncode, done.stdout) == (status, f"any model of vllm: {said}\n")
 
 
 def test_a_server_that_says_nothing() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 from inspect import signature
 from typing import Any
+
+from .. import launches
 
 # What this package's tests need on a CPU, and `plan` knows by its --device.
 ON_A_CPU = [
@@ -23,12 +24,13 @@ def probe(folder: str, commands: str) -> list[dict[str, Any]]:
 
 def told(command: str, folder: str) -> dict[str, Any]:
     try:
-        return decided(command, folder)
+        with launches.given(command, folder) as words:
+            return decided(words)
     except (Exception, SystemExit) as error:
         return {"reason": f"{type(error).__name__}: {error}"}
 
 
-def decided(command: str, folder: str) -> dict[str, Any]:
+def decided(words: list[str]) -> dict[str, Any]:
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.moe import initialize_moe_config
@@ -40,7 +42,6 @@ def decided(command: str, folder: str) -> dict[str, Any]:
     from fse_patch import runtime
     from fse_patch.adapters.sglang.start import start_of
 
-    words = shlex.split(command.format(m=folder))
     args = prepare_server_args([*words[words.index("sglang.launch_server") + 1 :], *ON_A_CPU])
     publish(args, role="scheduler")
     initialize_moe_config(*[args][: len(signature(initialize_moe_config).parameters)])
@@ -50,4 +51,4 @@ def decided(command: str, folder: str) -> dict[str, Any]:
     get_model_loader(load_config, config)
     start_of(get_model_architecture(config)[0], config, load_config, None)
     (decision,) = runtime.decisions()
-    return {"reason": decision["reason"], "detail": decision["detail"]}
+    return launches.decided(decision)

@@ -12,8 +12,11 @@ from ..vllm.test_launches import check_flags
 from .conftest import Runs
 
 SERVE = "python -m sglang.launch_server --model-path {m} --dtype float32"
+# Of a CPU for tests: its weights are read from copies.
+PAIRED = f"FSE_PATCH_LAYOUT=paired FSE_PATCH_CPU_THRESHOLD=4 {SERVE}"
 FEW = [
     SERVE,
+    PAIRED,
     f"{SERVE} --disable-shared-experts-fusion",
     f"{SERVE} --load-format sharded_state",
     f"{SERVE} --json-model-override-args '{{{{\"num_experts_per_tok\": 1}}}}'",
@@ -50,6 +53,21 @@ MANY = [
     f"{SERVE} --tp 6 --ep 2",
     # It has no tensorizer.
     *(f"{SERVE} --load-format {name}" for name in ("bitsandbytes", "gguf", "layered", "runai_streamer")),
+    f"{SERVE} --enable-waterfill",
+    f"{SERVE} --enable-dp-attention --tp 2 --dp 2",
+    f"{SERVE} --moe-a2a-backend deepep --tp 2",
+    f"SGLANG_SIMULATE_UNIFORM_EXPERTS=1 {SERVE}",
+    f'{SERVE} --json-model-override-args \'{{{{"approximate_experts": {{{{"0": [1]}}}}}}}}\'',
+    f"SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED=1 {SERVE}",
+    f"FSE_PATCH_LAYOUT=merged {SERVE}",
+    f"FSE_PATCH_LAYOUT=paired {SERVE}",
+    f"{PAIRED} --disable-shared-experts-fusion",
+    f"{PAIRED} --enable-two-batch-overlap",
+    f"{PAIRED} --enable-single-batch-overlap",
+    f"{PAIRED} --enable-symm-mem",
+    f"{PAIRED} --moe-runner-backend flashinfer_cutlass",
+    f"{PAIRED} --tp 2 --ep-size 2",
+    f"{PAIRED} --dp-size 2",
 ]
 
 
@@ -59,12 +77,13 @@ def check(commands: list[str], runs: Runs) -> None:
     assert differences(commands, folder, found) == []
 
 
-def test_four_launches(runs: Runs) -> None:
+def test_few_launches(runs: Runs) -> None:
     check(FEW, runs)
     # The control: said of another launch, it is seen.
     folder = runs.checkpoints.path("qwen2_moe")
-    assert differences([FEW[1]], folder, [{"reason": "ok"}]) != []
-    assert planned(FEW[1], folder)["reason"] == "disabled"
+    assert differences([FEW[2]], folder, [{"reason": "ok", "layout": "merged"}]) != []
+    assert differences([FEW[1]], folder, [{"reason": "ok", "layout": "merged"}]) != []
+    assert planned(FEW[2], folder)["reason"] == "disabled"
 
 
 @pytest.mark.long

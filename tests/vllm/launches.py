@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import Any
+
+from .. import launches
 
 
 def probe(folder: str, commands: str) -> list[dict[str, Any]]:
@@ -14,12 +15,13 @@ def probe(folder: str, commands: str) -> list[dict[str, Any]]:
 
 def told(command: str, folder: str) -> dict[str, Any]:
     try:
-        return decided(command, folder)
+        with launches.given(command, folder) as words:
+            return decided(words, folder)
     except (Exception, SystemExit) as error:
         return {"reason": f"{type(error).__name__}: {error}"}
 
 
-def decided(command: str, folder: str) -> dict[str, Any]:
+def decided(words: list[str], folder: str) -> dict[str, Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -32,7 +34,6 @@ def decided(command: str, folder: str) -> dict[str, Any]:
     from fse_patch.adapters.vllm.formats import format_here
     from fse_patch.adapters.vllm.start import settle_role
 
-    words = shlex.split(command.format(m=folder))
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
     # As `vllm serve` does: the first word names the command, and the model behind it goes before --model.
     given = parser.parse_args(words[words.index("serve") + 1 :])
@@ -48,5 +49,4 @@ def decided(command: str, folder: str) -> dict[str, Any]:
         lambda decision: format_here(decision, config),
         settings.load(),
     )
-    decision = settled.decision.to_dict()
-    return {"reason": decision["reason"], "detail": decision["detail"]}
+    return launches.decided(settled.decision.to_dict())

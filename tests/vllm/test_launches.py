@@ -10,8 +10,11 @@ from ..launches import differences, planned
 from .engine import Checkpoints
 from .processes import in_process
 
+# Of a CPU for tests: its weights are read from copies.
+PAIRED = "FSE_PATCH_LAYOUT=paired FSE_PATCH_CPU_THRESHOLD=4"
 FEW = [
     "vllm serve {m}",
+    f"{PAIRED} vllm serve {{m}}",
     "vllm serve {m} --enable-lora --max-lora-rank 8",
     "vllm serve {m} --load_format=runai_streamer_sharded",
     "vllm serve {m} --hf-overrides '{{\"num_experts_per_tok\": 1}}'",
@@ -46,6 +49,18 @@ MANY = [
         f"vllm serve {{m}} --load-format {name}"
         for name in ("sharded_state", "tensorizer", "bitsandbytes", "gguf", "instanttensor", "runai_streamer")
     ),
+    "vllm serve {m} --enable-expert-parallel",
+    "vllm serve {m} --cpu-offload-gb 1 --enable-lora",
+    "vllm serve {m} --moe-backend marlin",
+    "vllm serve {m} --dtype half",
+    'vllm serve {m} --hf-overrides \'{{"approximate_experts": {{"0": [1]}}}}\'',
+    "FSE_PATCH_LAYOUT=merged vllm serve {m}",
+    "FSE_PATCH_LAYOUT=paired vllm serve {m}",
+    f"{PAIRED} vllm serve {{m}} -tp 2 --enable-expert-parallel",
+    f"{PAIRED} vllm serve {{m}} --enable-lora",
+    f'{PAIRED} vllm serve {{m}} --weight-transfer-config \'{{{{"backend": "nccl"}}}}\'',
+    f"{PAIRED} VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random vllm serve {{m}}",
+    f"{PAIRED} VLLM_BATCH_INVARIANT=1 vllm serve {{m}}",
 ]
 
 
@@ -55,12 +70,13 @@ def check(commands: list[str], checkpoints: Checkpoints) -> None:
     assert differences(commands, folder, found) == []
 
 
-def test_four_launches(checkpoints: Checkpoints) -> None:
+def test_few_launches(checkpoints: Checkpoints) -> None:
     check(FEW, checkpoints)
     # The control: said of another launch, it is seen.
     folder = checkpoints.path("qwen2_moe")
-    assert differences([FEW[1]], folder, [{"reason": "ok"}]) != []
-    assert planned(FEW[1], folder)["reason"] == "lora"
+    assert differences([FEW[2]], folder, [{"reason": "ok", "layout": "merged"}]) != []
+    assert differences([FEW[1]], folder, [{"reason": "ok", "layout": "merged"}]) != []
+    assert planned(FEW[2], folder)["reason"] == "lora"
 
 
 @pytest.mark.long

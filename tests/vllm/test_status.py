@@ -12,6 +12,7 @@ from fse_patch.cli.status import ask
 from fse_patch.errors import FsePatchError
 from fse_patch.status_endpoint import StatusEndpoint
 
+from ..paired import environment
 from ..running import ROOT
 from .engine import Checkpoints
 from .test_serve import CASE, Server
@@ -48,6 +49,17 @@ def test_it_says_that_it_is_on(
     assert (rank["rank"], rank["role"], rank["fused"], rank["layout"]) == (0, "main", True, "merged")
     assert (rank["layers"], rank["proof"]) == ([1, 2], "passed")
     assert rank["since"]
+
+
+def test_paired_layers_say_so(
+    checkpoints: Checkpoints, tmp_path: Path, plugin: str, servers: list[Server]
+) -> None:
+    given = {"FSE_PATCH": "1", "VLLM_PLUGINS": "fse_patch", "PYTHONPATH": plugin, **environment(4)}
+    servers.append(Server(checkpoints.path(CASE.recipe), tmp_path, **given))
+    assert servers[0].wait() is None, servers[0].output
+    (rank,) = ask(f"http://127.0.0.1:{servers[0].port}", "", 30)
+    assert (rank["fused"], rank["layout"], rank["proof"]) == (True, "paired", "passed")
+    assert rank["modes"] == "paired up to 4, the engine's own beyond"
 
 
 def test_the_control_a_server_without_the_page(

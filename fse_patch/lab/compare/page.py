@@ -79,7 +79,11 @@ def _chart(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row) -> list[tuple[str, str]]:
     words = table.cells(row)
-    return [*((word, "") for word in words[:-1]), (words[-1], f"words {CLASSES[row['verdict']]}")]
+    *speeds, times, verdict = words
+    kind = f"words {CLASSES[row['verdict']]}"
+    # On a narrow screen the range stays in one line.
+    whole = times.replace("-", "\N{NON-BREAKING HYPHEN}")
+    return [*((word, "") for word in (*speeds, whole)), (verdict, kind)]
 
 
 def _waiting(rows: Sequence[Row]) -> str:

@@ -52,7 +52,7 @@ code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 @media (max-width: 30rem) {
   dl { grid-template-columns: 1fr; }
   dd { margin-bottom: .4rem; }
-  td, th { padding: .3rem .2rem; font-size: .8rem; white-space: normal; }
-  td.words { min-width: 5rem; }
+  td, th { padding: .3rem .15rem; font-size: .8rem; white-space: normal; }
+  td.words { min-width: 0; }
 }
 """

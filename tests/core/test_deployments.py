@@ -1,0 +1,40 @@
+"""What is said of deployments that people published."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fse_patch.launch.command import engine_of_command
+
+from .plans import BEST, checkpoint, plan
+
+DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("deployments.yaml").read_text())
+
+
+@pytest.mark.parametrize("row", DEPLOYMENTS, ids=lambda row: f"{row['id']}-{row['release']}")
+def test_real_deployments(row: dict[str, Any], tmp_path: Path) -> None:
+    folder = checkpoint(row["checkpoint"], tmp_path)
+    words = shlex.split(row["command"].format(m=folder))
+    engine = engine_of_command(words)
+    assert engine is not None
+    for release, expected in ((row["release"], row["as_run"]), (BEST[engine], row["best"])):
+        command = ["--engine-version", release, "--device", row["device"], "--", *words]
+        status, report = plan(folder, *command)
+        runtime = report["runtime"]
+        served = runtime["served"]
+        assert f"{served} {runtime['layout'] or runtime['reason']}" == expected, runtime["detail"]
+        assert (runtime["layout"] is None) == (runtime["reason"] is not None) == (served != "fused")
+        assert status == (0 if served == "fused" else 3)
+        assert (runtime["modes"] is not None) >= (served == "fused")
+        # What a table knows is told; where nothing runs of ours, nothing is gained.
+        by_table = ".yaml" in runtime["detail"] and runtime["modes"] is not None
+        assert (runtime["gain"] is not None) == by_table
+
+
+def test_thirty_two_deployments_are_there() -> None:
+    assert len({row["id"] for row in DEPLOYMENTS}) == len(DEPLOYMENTS) == 32
