@@ -12,6 +12,7 @@ from .test_kernels import DEVICE, draw, off
 
 # Tokens, rows, columns: full tiles, a tile that is cut in rows, and in columns, and both.
 SHAPES = [(1, 128, 256), (4, 130, 128), (16, 64, 96), (5, 77, 160), (2, 1, 32)]
+LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -23,7 +24,8 @@ def test_logits(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     got = head_int8.head_logits(states, held.values, held.scales)
     wanted = head_int8.reference(states, held.values, held.scales)
     assert got.dtype == dtype
-    assert off(got, wanted) < 3e-3
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
+    assert off(got, wanted) < LIMITS[dtype]
     # The control: one group's scale doubled.
     scales = held.scales.clone()
     scales[rows // 2, columns // 32 - 1] *= 2
@@ -37,7 +39,7 @@ def test_rows_of_states_need_not_touch() -> None:
     held = quantised(draw(70, 64, seed=1, dtype=torch.bfloat16))
     states = draw(3, 128, seed=2, dtype=torch.bfloat16)[:, :64]
     got = head_int8.head_logits(states, held.values, held.scales)
-    assert off(got, head_int8.reference(states, held.values, held.scales)) < 3e-3
+    assert off(got, head_int8.reference(states, held.values, held.scales)) < LIMITS[torch.bfloat16]
 
 
 def test_more_tokens_than_a_call_takes() -> None:
