@@ -55,7 +55,7 @@ def ask(url: str, api_key: str, timeout: float) -> list[dict[str, Any]]:
     """Return what each process of a server says.
 
     Keys: rank, engine, engine_version, role, fused, layout, layers, modes, proof, since (seconds since 1970),
-    reason, detail; null where the server does not say.
+    lm_head (as of `status()`), reason, detail; null where the server does not say.
 
     Raises:
         FsePatchError: it cannot be reached, or says nothing of fse_patch.
@@ -109,6 +109,7 @@ def _of_sglang(data: Mapping[str, Any]) -> list[Any]:
 def _rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each role of a process; one without roles has one, with the reason."""
     head = {key: state.get(key) for key in ("rank", "engine", "engine_version", "since")}
+    head["lm_head"] = next(iter(state.get("lm_heads") or []), None)
     rows = []
     for role in state.get("roles") or []:
         proof = (role.get("canary") or {}).get("state")
@@ -138,7 +139,7 @@ def _of_metrics(text: str) -> list[dict[str, Any]]:
         labels = dict(_LABEL.findall(match[2]))
         fused = labels.get("fused") == "true"
         nothing = dict.fromkeys(
-            ("rank", "engine_version", "since", "role", "layout", "layers", "modes", "proof")
+            ("rank", "engine_version", "since", "role", "layout", "layers", "modes", "proof", "lm_head")
         )
         why = {"reason": None if fused else labels.get("reason"), "detail": ""}
         rows.append({**nothing, "engine": labels.get("engine"), "fused": fused, **why})
@@ -149,8 +150,9 @@ def line(rank: Mapping[str, Any]) -> str:
     """Say what one process serves."""
     who = "" if rank["rank"] is None else f"rank {rank['rank']}, "
     who += f"{rank['role'] or 'any'} model of {rank['engine']} {rank['engine_version'] or ''}".rstrip()
+    head = _head(rank["lm_head"])
     if not rank["fused"]:
-        return f"{who}: stock: {rank['reason']}{': ' if rank['detail'] else ''}{rank['detail']}"
+        return f"{who}: stock: {rank['reason']}{': ' if rank['detail'] else ''}{rank['detail']}{head}"
     parts = ["fused"]
     if rank["layout"]:
         parts += [str(rank["layout"]), f"layers {ranges(rank['layers'])}"]
@@ -158,4 +160,13 @@ def line(rank: Mapping[str, Any]) -> str:
         parts.append(f"proof {rank['proof']}")
     if rank["since"]:
         parts.append("since " + time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rank["since"])))
-    return f"{who}: {', '.join(parts)}"
+    return f"{who}: {', '.join(parts)}{head}"
+
+
+def _head(told: Mapping[str, Any] | None) -> str:
+    """Say what the LM head does where FSE_PATCH_LM_HEAD asks for something."""
+    if told is None:
+        return ""
+    if told["threshold"]:
+        return f"; LM head {told['format']} up to {told['threshold']} tokens"
+    return f"; LM head stock: {told['reason']}"

@@ -6,14 +6,20 @@ import os
 import sys
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .. import runtime
+from ..adapters import head as heads
 from ..adapters import paired
 from ..adapters.role import constructed
 from ..errors import FsePatchError
+from ..fusion_core.quant.int8_groups import renew
 from . import slot_control
+
+# Of heads that were switched off for a while: up to how many tokens they ran.
+_LIMITS: WeakKeyDictionary[heads.Head, int] = WeakKeyDictionary()
 
 
 def report(stage: int = 0) -> dict[str, Any]:
@@ -32,6 +38,7 @@ def report(stage: int = 0) -> dict[str, Any]:
         "pid": os.getpid(),
         "stage": stage,
         "roles": roles,
+        "lm_heads": [own.report() for own in heads.constructed()],
         "refused": [d for d in runtime.decisions() if not d["fuse"] and d["role"] not in ours],
         "replaced_operations": sorted(vars(stand_in).get("REPLACED", ())) if stand_in else [],
     }
@@ -43,6 +50,8 @@ def reset() -> None:
         fused_role.counter.reset()
     for role in paired.constructed():
         role.counter.reset()
+    for own in heads.constructed():
+        own.calls.clear()
 
 
 def control(factor: float) -> None:
@@ -53,6 +62,21 @@ def control(factor: float) -> None:
     for role in paired.constructed():
         for layer in role.layers.values():
             layer.layer.control_factor = factor
+
+
+def head(state: str) -> None:
+    """Let the LM head run as the engine has it ("off"), in 8 bits ("on"), or so with each row's next ("control").
+
+    Raises:
+        FsePatchError: captured graphs run it in 8 bits, whatever is said here.
+    """
+    for own in heads.constructed():
+        _LIMITS.setdefault(own, own.limit)
+        if own.captured[heads.FORMAT]:
+            raise FsePatchError("captured CUDA graphs run the LM head in 8 bits; verify it without graphs")
+        own.limit = 0 if state == "off" else _LIMITS[own]
+        if own.limit:
+            renew(own.held, own.own.weight.roll(1, 0) if state == "control" else own.own.weight)
 
 
 def jitter(modules: Iterable[Any], seed: int) -> None:

@@ -14,6 +14,30 @@ BEGUN = "fse_patch: job {number} begins"
 BEST = 5  # tokens of each step of an answer whose log-probabilities are compared
 
 
+def measure_head(
+    switch: Callable[[str], object],
+    score: Callable[[], dict[str, Any]],
+    report: Callable[[], list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """Return the answers with the LM head in 8 bits, and those of its control: every token gets another's row.
+
+    Args:
+        switch: sets the head in every process, as `model_process.head` says.
+        report: of every process, what it really ran.
+    """
+    switch("on")
+    answers, workers = score(), report()
+    switch("control")
+    control = score()
+    switch("off")
+    return {"head_answers": answers, "head_control": control, "head_workers": workers}
+
+
+def has_head(workers: list[dict[str, Any]]) -> bool:
+    """Return whether a process has an LM head that may run in 8 bits."""
+    return any(head["threshold"] for worker in workers for head in worker["lm_heads"])
+
+
 def run_jobs(request: Path, result: Path, run_job: Callable[[Job], dict[str, Any]]) -> None:
     """Run all jobs; what is done is on disk after each, so a crash loses only its own job.
 
