@@ -1,7 +1,7 @@
 """An LM head with a copy in 8 bits for few tokens; above them, the engine's own runs from its own weight.
 
-The copy hangs on the weight. Drafts that share the weight, as a module or as a tensor, run from the same copy;
-an embedding that is tied to it stays as it is.
+The copy hangs on the weight. Drafts that share the weight, as a module or as a tensor, run from the same
+copy; an embedding that is tied to it stays as it is.
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ class Head:
 
     @torch.inference_mode()
     def fault(self, most: int) -> Reason | None:
-        """Compare ours, for up to ``most`` tokens, with the engine's own head; every row, on random states."""
+        """Compare ours, for up to ``most`` tokens, with the engine's own head in every row."""
         weight = self.own.weight
         states = random_states(CHECKED, weight.shape[1], weight.device).to(weight.dtype)
         # A row may hide behind one state, not behind all of them.
-        calls = [*states.split(most), states[:1], states[:2]]
+        calls = [states[at : at + most] for at in range(0, CHECKED, most)] + [states[:1], states[:2]]
         before = self.limit, self.calls.copy()
         try:
             for some in calls:
@@ -131,7 +131,7 @@ class Head:
                 self.limit, ran = len(some), self.calls[FORMAT]
                 ours = self.own.apply(some)
                 if self.calls[FORMAT] == ran:
-                    return Reason("head.format", "the engine does not apply it by the method that is patched")
+                    return Reason("head.format", "the engine applies it by a method that is not known")
                 if (found := row_fault(some, ours, stock, self.held.scales)) is not None:
                     return Reason("head.proof", f"{len(some)} tokens, {found}")
         finally:
@@ -193,7 +193,7 @@ def constructed() -> list[Head]:
 
 
 def holder_of(model: Any) -> Any:
-    """Return the module of a model that has a head, and what applies it; None where this stage has neither."""
+    """Return the module of a model that has a head, and what applies it; None where it is elsewhere."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     return next((m for m in modules if hasattr(m, "lm_head") and hasattr(m, "logits_processor")), None)
 
@@ -226,7 +226,7 @@ def format_refusals(module: Any, plain: frozenset[str]) -> Iterator[Reason]:
     if method not in plain or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         yield Reason("head.format", f"the engine applies it by {method}: it is quantised already")
         return
-    dtypes = (torch.bfloat16, torch.float16) if weight.is_cuda else (*_WIDE, torch.bfloat16, torch.float16)
+    dtypes = {torch.bfloat16, torch.float16} | (set() if weight.is_cuda else {torch.float32})
     if weight.dtype not in dtypes:
         yield Reason("head.format", f"its dtype is {weight.dtype}; 16 bits are quantised")
     if weight.shape[1] % 32 or not weight.is_contiguous():
@@ -235,6 +235,3 @@ def format_refusals(module: Any, plain: frozenset[str]) -> Iterator[Reason]:
         yield Reason("head.format", "it has a bias")
     if not hasattr(weight, "weight_loader"):
         yield Reason("head.format", "its weight has no loader: an update of it would not be seen")
-
-
-_WIDE = (torch.float32,)

@@ -9,8 +9,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -38,6 +39,8 @@ from .paired import PairedEngine
 
 log = logging.getLogger("fse_patch")
 Value = TypeVar("Value")
+# Tokens, where that number is from, and why there are none.
+Limit: TypeAlias = "tuple[int, str, Reason | None]"
 TOKENIZER = "tokenizer.json"
 SIZES = (1, 2, 4, 8, MOST)
 # Where the user wants no measurement, and takes the risk.
@@ -85,7 +88,8 @@ def start_head(
         reason = next((_too_much(name, cost) for name, cost in costs.items() if not cost.allowed), None)
         reason = reason or (None if costs else Reason("head.proof", "its cost could not be measured"))
     if reason is None and head is not None:
-        tokens, source, reason = _guarded(lambda: _limit(head, now), (0, "", _failed()))
+        failed: Limit = (0, "", Reason("slower.unmeasured", "the measurement ended with an error"))
+        tokens, source, reason = _guarded(lambda: _limit(head, now), failed)
         others = engine.gather((tokens, reason))
         tokens, why = min(others, key=lambda other: int(other[0]))
         head.told.source, head.limit = source, tokens
@@ -104,10 +108,6 @@ def _guarded(run: Callable[[], Value], otherwise: Value) -> Value:
     except Exception as error:
         log.debug("the LM head stays as it is: %s", words(error), exc_info=True)
         return otherwise
-
-
-def _failed() -> Reason:
-    return Reason("slower.unmeasured", "the measurement ended with an error")
 
 
 def _too_much(name: str, cost: Cost) -> Reason:
@@ -160,7 +160,7 @@ def _costs(head: Head, found: list[Prepared], engine: PairedEngine) -> dict[str,
     return {name: cost_of([part[name] for part in parts]) for name in kinds}
 
 
-def _limit(head: Head, now: Settings) -> tuple[int, str, Reason | None]:
+def _limit(head: Head, now: Settings) -> Limit:
     """Return up to how many tokens the copy runs, where that is from, and why not at all."""
     if not head.own.weight.is_cuda:
         if now.cpu_threshold:
@@ -173,7 +173,11 @@ def _limit(head: Head, now: Settings) -> tuple[int, str, Reason | None]:
     found = measure(head)
     if found.tokens:
         return found.tokens, "measured", None
-    return 0, "measured", Reason("slower.measured", "the engine's own head was measured to be as fast or faster")
+    return (
+        0,
+        "measured",
+        Reason("slower.measured", "the engine's own head was measured to be as fast or faster"),
+    )
 
 
 @torch.inference_mode()
@@ -186,7 +190,7 @@ def measure(head: Head) -> Threshold:
         graphs = {}
         for name, limit in (("stock", 0), ("ours", MOST)):
             head.limit = limit
-            graphs[name] = capture(lambda states=states: head.own.apply(states))
+            graphs[name] = capture(partial(head.own.apply, states))
         seconds = in_turn(graphs)
         ratios[size, FORMAT] = [s / o for s, o in zip(seconds["stock"], seconds["ours"], strict=True)]
     # These graphs are gone.

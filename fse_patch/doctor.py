@@ -113,8 +113,8 @@ def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
         == "off",
         f"{settings.ALLOW_UNPROVEN}=1: quantised formats are fused that nobody ran, or nothing proves "
         "after loading": effective.allow_unproven,
-        f"{settings.LM_HEAD}={effective.lm_head}: few tokens get their logits from a quantised LM head; answers "
-        "are not stock's to the bit": settings.LM_HEAD in effective.switches,
+        f"{settings.LM_HEAD}={effective.lm_head}: few tokens get their logits from a quantised LM head; "
+        "answers are not stock's to the bit": settings.LM_HEAD in effective.switches,
     }
     hazards += [words for words, holds in weakened.items() if holds]
     return effective

@@ -209,7 +209,7 @@ REASONS: Mapping[Code, Meaning] = {
         "run without FSE_PATCH_LM_HEAD",
     ),
     "head.proof": Meaning(
-        "The quantised LM head gave a row of logits that its rounding does not explain; the engine's own serves.",
+        "The quantised LM head gave a row of logits that rounding does not explain; the engine's own serves.",
         "please report it",
     ),
     "head.inaccurate": Meaning(

@@ -32,7 +32,7 @@ IN_FLOAT32 = ("use_fp32_lm_head", "use_fp32_lm_head_output")
 
 
 def compute_lm_head(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``_compute_lm_head`` of the logits processor: few tokens run from the copy, where there is one."""
+    """Replace ``_compute_lm_head`` of the logits processor: few tokens run from the copy, if there is one."""
 
     @functools.wraps(original)
     def compute(
@@ -61,7 +61,7 @@ class OwnHead(EngineHead):
 def runner_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace ``load_model`` of the model runner: the main model's head is quantised when it is there.
 
-    A draft takes the main model's weight afterwards, and its copy with it; one with a head of its own keeps it.
+    A draft takes the main model's weight afterwards, and the copy with it; a head of its own stays.
     """
 
     @functools.wraps(original)

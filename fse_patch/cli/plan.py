@@ -85,8 +85,8 @@ def command(
 def _print(checkpoint: str, report: dict[str, Any], main: Decision, target: Target | None) -> None:
     if report["lm_head"] != "off":
         say(
-            f"The LM head is quantised at load to {report['lm_head']} ({settings.LM_HEAD}) where the server's "
-            "start finds it right and faster: its line says so.",
+            f"The LM head is quantised at load to {report['lm_head']} ({settings.LM_HEAD}), where the "
+            "server's start finds it right and faster: its log says so.",
             "yellow",
         )
     if target is not None and (told := target.verdict) is not None:

@@ -19,7 +19,7 @@ def measure_head(
     score: Callable[[], dict[str, Any]],
     report: Callable[[], list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Return the answers with the LM head in 8 bits, and those of its control: every token gets another's row.
+    """Return the answers with the LM head in 8 bits, and those of its control: each token has another's row.
 
     Args:
         switch: sets the head in every process, as `model_process.head` says.

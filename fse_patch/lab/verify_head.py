@@ -24,8 +24,12 @@ def judge_head(
     held = [head for heads in fused.get("lm_heads", ()) for head in heads]
     if not held:
         return None, []
-    first = {key: held[0][key] for key in ("format", "threshold", "threshold_from", "cost", "reason", "detail")}
-    refused = [f"LM head: refused: {head['reason']}: {head['detail']}" for head in held if not head["threshold"]]
+    first = {
+        key: held[0][key] for key in ("format", "threshold", "threshold_from", "cost", "reason", "detail")
+    }
+    refused = [
+        f"LM head: refused: {head['reason']}: {head['detail']}" for head in held if not head["threshold"]
+    ]
     if "head_answers" not in fused:
         return first, list(dict.fromkeys(refused))
     answers = _off(stock, fused["head_answers"])
@@ -34,9 +38,13 @@ def judge_head(
     calls = [head["calls"].get(head["format"], 0) for w in fused["head_workers"] for head in w["lm_heads"]]
     failures = list(dict.fromkeys(refused))
     if not answers.mean <= limit:
-        failures.append(f"LM head: log-probabilities of answers differ by {answers.mean:.3g}; {limit:.3g} is allowed")
+        failures.append(
+            f"LM head: log-probabilities of answers differ by {answers.mean:.3g}; {limit:.3g} is allowed"
+        )
     if not control.mean > max(limit, CONTROL_FACTOR * answers.mean):
-        failures.append(f"LM head: the control (each token's row is its neighbour's) was not seen: {control.mean:.3g}")
+        failures.append(
+            f"LM head: the control (each token's row is its neighbour's) was not seen: {control.mean:.3g}"
+        )
     if not all(calls):
         failures.append("LM head: a process never ran it in 8 bits")
     told = {

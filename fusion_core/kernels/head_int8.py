@@ -16,8 +16,8 @@ ROWS, GROUPS, GROUP = 64, 4, 32
 
 def reference(hidden_states: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Compute what `head_logits` computes, in float64; shapes as there."""
-    weight = values.double().unflatten(1, (-1, GROUP)) * scales.double().unsqueeze(2)
-    return hidden_states.double() @ weight.flatten(1).T
+    weight = values.double() * scales.double().repeat_interleave(GROUP, 1)
+    return hidden_states.double() @ weight.T
 
 
 def head_logits(hidden_states: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,8 @@ def head_logits(hidden_states: torch.Tensor, values: torch.Tensor, scales: torch
         [num_tokens, N] in the dtype of ``hidden_states``.
     """
     tokens, hidden = hidden_states.shape
-    assert tokens <= TOKENS and hidden % GROUP == 0
+    assert tokens <= TOKENS
+    assert hidden % GROUP == 0
     logits = torch.empty(tokens, len(values), dtype=hidden_states.dtype, device=hidden_states.device)
     _head_logits[(triton.cdiv(len(values), ROWS),)](
         hidden_states,

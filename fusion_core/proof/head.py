@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..quant.int8_groups import GROUP, LARGEST, ROWS, Int8Rows
+from ..quant.int8_groups import LARGEST, ROWS, Int8Rows, in_groups
 
 # States that each row is compared on, and those that the cost is measured on.
 CHECKED, MEASURED = 32, 256
@@ -20,8 +20,8 @@ CHECKED, MEASURED = 32, 256
 DEVIATIONS = 8.0
 # Of all logits of a state, as language models have it.
 SPREAD = 3.0
-# Limits of the cost: the least share of states at which both heads choose the same token, and the most that the
-# log-probability of stock's token may move, in the mean.
+# Limits of the cost: the least share of states at which both heads choose the same token, and the most that
+# the log-probability of stock's token may move, in the mean.
 LEAST_AGREEMENT, MOST_DIFFERENCE = 0.9, 0.03
 
 
@@ -38,7 +38,7 @@ def text_states(rows: torch.Tensor) -> torch.Tensor:
         rows: of the head, [num_tokens, K], those of the tokens.
     """
     toward = torch.nn.functional.normalize(rows.float(), dim=1)
-    beside = random_states(*rows.shape, rows.device, seed=12)
+    beside = random_states(len(rows), rows.shape[1], rows.device, seed=12)
     # The best of many random logits lies four to five spreads above their mean.
     return beside + 5.0 * toward
 
@@ -65,7 +65,7 @@ def row_fault(
     Args:
         states: [num_tokens, K]; ours, stock: [num_tokens, N] of one dtype; scales: [N, K / 32].
     """
-    squares = states.float().square().unflatten(1, (-1, GROUP)).sum(2)
+    squares = in_groups(states.float().square()).sum(2)
     rounding = 2.0 * torch.finfo(stock.dtype).eps
     worst, found = 1.0, None
     for first in range(0, len(scales), ROWS):
@@ -167,7 +167,9 @@ class Cost:
         return self.agreement >= LEAST_AGREEMENT and self.difference <= MOST_DIFFERENCE
 
     def __str__(self) -> str:
-        return f"same top-1 token {100 * self.agreement:.1f} %, log-probability moves by {self.difference:.2g}"
+        return (
+            f"same top-1 token {100 * self.agreement:.1f} %, log-probability moves by {self.difference:.2g}"
+        )
 
 
 def cost_of(parts: Sequence[Part]) -> Cost:

@@ -31,8 +31,14 @@ class Int8Rows:
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Return rows ``first`` to ``last``, without it, in float32 [n, K]."""
-        groups = self.values[first:last].float().unflatten(1, (-1, GROUP))
-        return (groups * self.scales[first:last].float().unsqueeze(2)).flatten(1)
+        scales = self.scales[first:last].float().unsqueeze(2)
+        made: torch.Tensor = (in_groups(self.values[first:last].float()) * scales).flatten(1)
+        return made
+
+
+def in_groups(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows [n, K] as [n, K / 32, 32]."""
+    return rows.reshape(len(rows), -1, GROUP)
 
 
 def quantised(weight: torch.Tensor) -> Int8Rows:
@@ -49,7 +55,7 @@ def renew(held: Int8Rows, weight: torch.Tensor) -> None:
     """Quantise ``weight`` again, into the same memory."""
     for first in range(0, len(weight), ROWS):
         part = slice(first, first + ROWS)
-        groups = weight[part].float().unflatten(1, (-1, GROUP))
+        groups = in_groups(weight[part].float())
         held.scales[part] = groups.abs().amax(2) / LARGEST
         # By the scale as it is stored: its own rounding is then no error of the values.
         scales = held.scales[part].float().unsqueeze(2)
