@@ -93,6 +93,14 @@ PRIVATE = {
         f"{VLLM}.layers.fused_moe.expert_map_manager.ExpertMapManager",
         "as _expert_map",
     ),
+    "._apply_head": (
+        f"{VLLM}.layers.logits_processor.LogitsProcessor._apply_head",
+        "the logits processor comes out of a model",
+    ),
+    "._compute_lm_head": (
+        f"{SGLANG}.layers.logits_processor.LogitsProcessor._compute_lm_head",
+        "as _apply_head",
+    ),
     "._replace": (None, "a method of every named tuple"),
 }
 # Names that only a run tells, as far as the tree tells them: what our own data can make of them.

@@ -21,6 +21,7 @@ from fse_patch.fusion_core.weights.remap import SlotTensor
 from fse_patch.lab import model_process
 from fse_patch.lab.sglang import verify_arm, worker
 
+from ..head_faults import HEAD_FAULTS
 from ..pair_faults import UNPROVED, faults
 from ..slot_faults import SLOT_FAULTS, honest_write
 from . import live
@@ -41,6 +42,7 @@ def deaf(self: RoleLoader, part: SlotTensor) -> None:
 FAULTS: dict[str, Callable[[], Any]] = {
     **SLOT_FAULTS,
     **PAIR_FAULTS,
+    **HEAD_FAULTS,
     "scale_in_the_slot": lambda: patch.object(build, "output_scale", lambda *_: 1.0),
     "deaf_to_updates": lambda: patch.object(RoleLoader, "_write", deaf),
     "patch_never_fired": lambda: patch.object(build, "start_of", lambda *_: None),

@@ -126,6 +126,7 @@ def shut_down(llm: Any) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from ... import runtime
+    from ...adapters.head import HEADS
     from ...adapters.paired import PAIRED_ROLES
     from ...adapters.role import CONSTRUCTED
 
@@ -134,6 +135,7 @@ def shut_down(llm: Any) -> None:
     del llm
     CONSTRUCTED.clear()
     PAIRED_ROLES.clear()
+    HEADS.clear()
     runtime.clear()
     cleanup_dist_env_and_memory()  # collects what is left of it
 
