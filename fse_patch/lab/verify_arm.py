@@ -22,6 +22,7 @@ def measure_head(
     """Return the answers with the LM head in 8 bits, and those of its control: each token has another's row.
 
     Args:
+        score: one prompt at a time, so that the fewest tokens are decoded at once.
         switch: sets the head in every process, as `model_process.head` says.
         report: of every process, what it really ran.
     """

@@ -126,7 +126,7 @@ def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
         engine.collective_rpc("fse_control", factor=1.0)
         result |= measure_head(
             lambda state: engine.collective_rpc("fse_head", state=state),
-            lambda: score(engine, job["prompts"], job["new_tokens"], batched=True),
+            lambda: score(engine, job["prompts"], job["new_tokens"], batched=False),
             lambda: reports(engine),
         )
     result["lm_heads"] = [worker["lm_heads"] for worker in held]

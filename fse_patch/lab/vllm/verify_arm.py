@@ -110,7 +110,7 @@ def measure(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         llm.collective_rpc("fse_control", args=(1.0,))
         result |= measure_head(
             lambda state: llm.collective_rpc("fse_head", args=(state,)),
-            lambda: score(llm, job["prompts"], job["new_tokens"], batched=True),
+            lambda: score(llm, job["prompts"], job["new_tokens"], batched=False),
             lambda: llm.collective_rpc("fse_report"),
         )
     result["lm_heads"] = [worker["lm_heads"] for worker in held]
