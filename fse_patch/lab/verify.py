@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noi
 from ..settings import ENABLE, LM_HEAD
 from .cause import with_cause
 from .ran_as_decided import by_stage, ran_as_decided
-from .verify_arm import BEGUN
+from .verify_arm import BEGUN, HasRequest
 from .verify_head import judge_head
 
 # The module that runs an arm, in the engine's process.
@@ -109,16 +109,18 @@ def run_arm(
 
 def run_process(
     engine: str,
-    jobs: list[VerifyJob],
+    jobs: Sequence[HasRequest],
     fused: bool,
     env: Mapping[str, str],
     timeout: float,
     tell: Callable[[int], None],
+    arm: str = "",
 ) -> tuple[list[dict[str, Any]], str, str]:
     """Start one process on ``jobs`` and end it, with its children, at the timeout.
 
     Args:
         tell: is called with the index of each job that starts.
+        arm: module that runs them; that of a verification if "".
 
     Returns:
         The results it left, its log, and in words how it ended.
@@ -129,7 +131,7 @@ def run_process(
         environment = {**facts_of(engine).lab.environment, **env, ENABLE: engine if fused else "0"}
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", ARM.format(engine=engine), str(request), str(result)],
+                [sys.executable, "-m", (arm or ARM).format(engine=engine), str(request), str(result)],
                 env=environment,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

@@ -6,12 +6,19 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 Job = dict[str, Any]
 # In the log, before anything of a job, by its number in the process.
 BEGUN = "fse_patch: job {number} begins"
 BEST = 5  # tokens of each step of an answer whose log-probabilities are compared
+
+
+class HasRequest(Protocol):
+    """What a process is started for."""
+
+    def request(self) -> dict[str, Any]:
+        """Return what an arm needs to run the job."""
 
 
 def measure_head(
