@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from fse_patch.adapters import head
-from fse_patch.fusion_core.proof.head import Cost
+from fse_patch.fusion_core.proof import head as proof
 
 honest = head.quantised
 
@@ -45,7 +45,7 @@ class Unproved(ExitStack):
     def start(self) -> None:
         self.enter_context(made_with(rolled))
         self.enter_context(patch.object(head.Head, "fault", lambda *_: None))
-        self.enter_context(patch.object(Cost, "allowed", True))
+        self.enter_context(patch.object(proof.Cost, "allowed", True))
 
     def __enter__(self) -> Unproved:
         self.start()
@@ -56,4 +56,6 @@ HEAD_FAULTS: dict[str, Callable[[], Any]] = {
     "head_scale_doubled": lambda: made_with(doubled),
     "head_rows_swapped": lambda: made_with(swapped),
     "head_rows_rolled": Unproved,
+    # No fault: a limit below what quantisation costs.
+    "head_limit_lower": lambda: patch.object(proof, "MOST_DIFFERENCE", 1e-4),
 }

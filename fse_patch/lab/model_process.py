@@ -65,7 +65,7 @@ def control(factor: float) -> None:
 
 
 def head(state: str) -> None:
-    """Let the LM head run as the engine has it ("off"), in 8 bits ("on"), or by others' rows ("control").
+    """Let the LM head run as the engine has it ("off"), in 8 bits ("on"), or so with scales doubled ("control").
 
     Raises:
         FsePatchError: captured graphs run it in 8 bits, whatever is said here.
@@ -76,7 +76,8 @@ def head(state: str) -> None:
             raise FsePatchError("captured CUDA graphs run the LM head in 8 bits; verify it without graphs")
         own.limit = 0 if state == "off" else _LIMITS[own]
         if own.limit:
-            renew(own.held, own.own.weight.roll(1, 0) if state == "control" else own.own.weight)
+            renew(own.held, own.own.weight)
+            own.held.scales.mul_(2 if state == "control" else 1)
 
 
 def jitter(modules: Iterable[Any], seed: int) -> None:

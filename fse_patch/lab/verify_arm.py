@@ -26,7 +26,7 @@ def measure_head(
     score: Callable[[], dict[str, Any]],
     report: Callable[[], list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Return the answers with the LM head in 8 bits, and those of its control: each token has another's row.
+    """Return the answers with the LM head in 8 bits, and those of its control: all scales are doubled.
 
     Args:
         score: one prompt at a time, so that the fewest tokens are decoded at once.

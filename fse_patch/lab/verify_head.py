@@ -32,8 +32,8 @@ def judge_head(
     ]
     if "head_answers" not in fused:
         return first, list(dict.fromkeys(refused))
-    answers = _off(stock, fused["head_answers"])
-    control = _off(stock, fused["head_control"])
+    per_answer = answer_steps(stock, fused["head_answers"])
+    answers, control = _mean(per_answer), _mean(answer_steps(stock, fused["head_control"]))
     limit = MOST_DIFFERENCE + tolerance.mean
     calls = [head["calls"].get(head["format"], 0) for w in fused["head_workers"] for head in w["lm_heads"]]
     failures = list(dict.fromkeys(refused))
@@ -42,9 +42,9 @@ def judge_head(
             f"LM head: log-probabilities of answers differ by {answers.mean:.3g}; {limit:.3g} is allowed"
         )
     if not control.mean > max(limit, CONTROL_FACTOR * answers.mean):
-        failures.append(
-            f"LM head: the control (each token's row is its neighbour's) was not seen: {control.mean:.3g}"
-        )
+        failures.append(f"LM head: the control (scales doubled) was not seen: {control.mean:.3g}")
+    if (differ := per_answer.count([])) > len(per_answer) / 2:
+        failures.append(f"LM head: {differ} of {len(per_answer)} answers differ from their first token on")
     if not all(calls):
         failures.append("LM head: a process never ran it in 8 bits")
     told = {
@@ -59,5 +59,5 @@ def judge_head(
     return told, failures
 
 
-def _off(stock: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
-    return summary([step for steps in answer_steps(stock, other) for step in steps])
+def _mean(per_answer: list[list[float]]) -> Difference:
+    return summary([step for steps in per_answer for step in steps])

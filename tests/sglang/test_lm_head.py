@@ -39,7 +39,7 @@ def test_a_fault_is_caught(heads: HeadRuns, fault: str) -> None:
 
 
 def test_a_head_that_loses_too_much_is_refused(heads: HeadRuns) -> None:
-    report, _, ours = heads.results("with_outliers")
+    report, _, ours = heads.results("head_limit_lower")
     check_refused(report, ours, "head.inaccurate")
 
 
