@@ -65,7 +65,7 @@ def control(factor: float) -> None:
 
 
 def head(state: str) -> None:
-    """Let the LM head run as the engine has it ("off"), in 8 bits ("on"), or so with scales doubled ("control").
+    """Let the LM head run as the engine has it ("off"), in 8 bits ("on"), or with scales doubled ("control").
 
     Raises:
         FsePatchError: captured graphs run it in 8 bits, whatever is said here.
