@@ -1,4 +1,4 @@
-"""What `verify` says of an LM head in 8 bits: right, off, not run, refused, and a control that is not seen."""
+"""What `verify` says of an LM head in 8 bits: right, off, not run, refused, a control that is not seen."""
 
 from __future__ import annotations
 
