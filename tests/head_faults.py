@@ -56,6 +56,7 @@ HEAD_FAULTS: dict[str, Callable[[], Any]] = {
     "head_scale_doubled": lambda: made_with(doubled),
     "head_rows_swapped": lambda: made_with(swapped),
     "head_rows_rolled": Unproved,
+    "head_deaf": lambda: patch.object(head.Head, "updated", lambda _: None),
     # No fault: a limit below what quantisation costs.
     "head_limit_lower": lambda: patch.object(proof, "MOST_DIFFERENCE", 1e-4),
 }

@@ -41,14 +41,16 @@ def from_disk(engine: Any, job: dict[str, Any], folder: str) -> Any:
     assert done, message
 
 
-def from_tensors(engine: Any, job: dict[str, Any], folder: str, names: str) -> int:
+def from_tensors(
+    engine: Any, job: dict[str, Any], folder: str, names: str, load_format: str | None = None
+) -> int:
     """A user's partial update: the tensors of a checkpoint whose names match, handed over in memory."""
     held = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
     chosen = [(name, tensor) for name, tensor in held.items() if re.search(names, name)]
     # Newer releases want to know where an update begins and ends.
     if sessions := hasattr(engine, "begin_weight_update"):
         engine.begin_weight_update()
-    done, message = engine.update_weights_from_tensor(chosen)[:2]
+    done, message = engine.update_weights_from_tensor(chosen, load_format=load_format)[:2]
     assert done, message
     if sessions:
         engine.end_weight_update()
@@ -92,7 +94,15 @@ def rocm(engine: Any, job: dict[str, Any], builds: list[list[Any]]) -> Any:
         return json.loads(file.read_text())
 
 
-STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, save, build, prove, rocm, reports)}
+def heads(engine: Any, job: dict[str, Any]) -> Any:
+    """Of each LM head in 8 bits: up to how many tokens it runs, and what is wrong with it now, or ""."""
+    with tempfile.TemporaryDirectory() as out:
+        file = Path(out) / "result.json"
+        engine.collective_rpc("fse_heads", file=str(file))
+        return json.loads(file.read_text())
+
+
+STEPS = {f.__name__: f for f in (logprobs, from_disk, from_tensors, save, build, prove, rocm, reports, heads)}
 
 
 @contextmanager
@@ -167,6 +177,14 @@ def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> 
                     found["control"] = [block(hidden.clone()).tolist() for block in blocks]
     runtime.clear()
     Path(file).write_text(json.dumps(found))
+
+
+def fse_heads(self: Any, file: str) -> None:
+    """Runs in the scheduler."""
+    from fse_patch.adapters.head import constructed
+
+    found = [(own.limit, own.fault(TOKENS)) for own in constructed()]
+    Path(file).write_text(json.dumps([(limit, fault.code if fault else "") for limit, fault in found]))
 
 
 def extend(scheduler: Any) -> None:

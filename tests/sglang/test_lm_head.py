@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from ..lm_head import (
@@ -59,3 +62,30 @@ def test_each_process_has_its_rows(heads: HeadRuns) -> None:
         for kind, cost in one["cost"].items():
             assert held["cost"][kind]["agreement"] == cost["agreement"]
             assert held["cost"][kind]["difference"] == pytest.approx(cost["difference"], rel=1e-3)
+
+
+def updates(new: Path, old: Path) -> list[Any]:
+    part = {"folder": str(old), "names": "^lm_head"}
+    return [
+        ("heads", {}),
+        ("from_disk", {"folder": str(new)}),
+        ("heads", {}),
+        ("from_tensors", part),
+        ("heads", {}),
+        # Written as it is, by no loader.
+        ("from_tensors", {**part, "folder": str(new), "load_format": "direct"}),
+        ("heads", {}),
+    ]
+
+
+@pytest.mark.parametrize("fault", [None, "head_deaf"])
+def test_updates_reach_the_copy(runs: Runs, fault: str | None) -> None:
+    plan = {"steps": updates(runs.checkpoints.path("qwen2_moe", seed=1), runs.checkpoints.path("qwen2_moe"))}
+    case = Case("qwen2_moe", engine_args=plan, fault=fault)
+    (result,) = runs.arm([case], True, ENVIRONMENT).values()
+    assert "steps" in result, f"{result['error']}\n{result['log']}"
+    found = result["steps"][::2]
+    assert found[0] == [[FEW, ""]]
+    # The second update puts back what a deaf copy still has.
+    stale = "" if fault is None else "head.proof"
+    assert found[1:] == [[[FEW, stale]], [[FEW, ""]], [[FEW, stale]]]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from fse_patch.lab import verify
 
-from ..lm_head import FAULTS, FEW, HeadRuns, check_refused, check_right, check_seen_by_verify
+from ..head_faults import HEAD_FAULTS
+from ..lm_head import ENVIRONMENT, FAULTS, FEW, HeadRuns, check_refused, check_right, check_seen_by_verify
 from ..running import ROOT
 from .conftest import Runs
-from .engine import SPECULATIVE, Case
+from .engine import IN_PROCESS, SPECULATIVE, Case
+from .processes import in_process
 
 # The draft has the main model's head.
 CASES = [
@@ -77,3 +83,29 @@ def test_each_process_has_its_rows(runs: Runs, heads: HeadRuns) -> None:
         for kind, cost in one["cost"].items():
             assert held["cost"][kind]["agreement"] == cost["agreement"]
             assert held["cost"][kind]["difference"] == pytest.approx(cost["difference"], rel=1e-3)
+
+
+def probe(folder: str, new: str, fault: str) -> list[Any]:
+    """Up to how many tokens the copy runs, and what is wrong with it: at first, and after an update."""
+    from .test_update import Engine
+
+    def held(_: Any) -> list[Any]:
+        from fse_patch.adapters.head import constructed
+
+        found = [(own.limit, own.fault(FEW)) for own in constructed()]
+        return [(limit, fault.code if fault else "") for limit, fault in found]
+
+    with HEAD_FAULTS[fault]() if fault else nullcontext():
+        engine = Engine(Path(folder))
+        before = engine.llm.collective_rpc(held)
+        assert engine.update_from(Path(new)) == ""
+        return [*before, *engine.llm.collective_rpc(held)]
+
+
+@pytest.mark.one_release
+@pytest.mark.parametrize("fault", ["", "head_deaf"])
+def test_an_update_reaches_the_copy(runs: Runs, fault: str) -> None:
+    folders = [str(runs.checkpoints.path("qwen2_moe", seed=seed)) for seed in (0, 1)]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'ci'}", "FSE_PATCH": "vllm", **ENVIRONMENT, **IN_PROCESS}
+    found = in_process(f"{__name__}:probe", *folders, fault, **env)
+    assert found == [[[FEW, ""]], [[FEW, "head.proof" if fault else ""]]]
