@@ -191,7 +191,7 @@ def extend(scheduler: Any) -> None:
     """Give the Scheduler class what a step calls."""
     from . import on_rocm, proving
 
-    scheduler.Scheduler.fse_build = fse_build
+    scheduler.Scheduler.fse_build, scheduler.Scheduler.fse_heads = fse_build, fse_heads
     scheduler.Scheduler.fse_prove = proving.fse_prove
     scheduler.Scheduler.fse_rocm = on_rocm.fse_rocm
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ..lm_head import (
+    ENVIRONMENT,
     FAULTS,
     FEW,
     HeadRuns,
