@@ -94,6 +94,8 @@ class Head:
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return logits [num_tokens, N], or None where the engine's own head is to run."""
+        if torch.compiler.is_compiling():
+            return None  # its counters are no part of a graph
         ours = 0 < len(hidden_states) <= self.limit
         name = FORMAT if ours else "stock"
         self.calls[name] += 1
