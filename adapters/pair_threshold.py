@@ -20,14 +20,13 @@ from ..fusion_core.forward.threshold import ROUTINGS, SIZES, Threshold, lower_bo
 from ..fusion_core.proof.paired import inputs_of
 from ..fusion_core.reasons import Reason
 from ..version import __version__
-from .graph_timing import reading
+from .graph_timing import capture, in_turn
 from .paired import EngineLayer, PairedEngine, PairedRole
 
 # Layers of one shape that run in turn: one alone would stay in the cache of the device.
 LAYERS = 4
-ROUNDS = 7
-# Seconds of one reading, and of all of them.
-READING, BUDGET = 0.004, 10.0
+# Seconds of all readings.
+BUDGET = 10.0
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # Tokens where the user wants no measurement, and takes the risk.
 UNMEASURED = 16
@@ -146,40 +145,15 @@ def _ratios(layers: list[EngineLayer], engine: PairedEngine, size: int, routing:
         stack.enter_context(engine.context(size))
 
         def run(arm: Callable[[EngineLayer], Any]) -> Any:
-            return _capture(lambda: [arm(layer) for layer in layers])
+            return capture(lambda: [arm(layer) for layer in layers])
 
         states, logits = given.hidden_states, given.logits
         graphs = {
             "stock": run(lambda layer: layer.stock(states, logits)),
             "ours": run(lambda layer: layer.ours(states, logits)),
         }
-        seconds = _in_turn(graphs)
+        seconds = in_turn(graphs)
     # These graphs are gone: their addresses bind nobody.
     for layer, before in zip(layers, captured, strict=True):
         layer.layer.captured = before
     return [stock / ours for stock, ours in zip(seconds["stock"], seconds["ours"], strict=True)]
-
-
-def _capture(function: Callable[[], object]) -> Any:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
-
-
-def _in_turn(graphs: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return seconds of each graph in each round; rounds alternate, none always follows the other."""
-    for graph in graphs.values():
-        reading(graph, 2)
-    replays = max(3, min(200, int(READING / reading(graphs["stock"], 3))))
-    seconds: dict[str, list[float]] = {name: [] for name in graphs}
-    for number in range(ROUNDS):
-        for name in list(graphs) if number % 2 == 0 else list(graphs)[::-1]:
-            seconds[name].append(reading(graphs[name], replays))
-    return seconds

@@ -12,7 +12,7 @@ from ..fusion_core.decision.proven import unproven
 from ..fusion_core.forward.plan import ModePlan, always
 from ..fusion_core.forward.tuned import SLOWER, Situation, plan_for
 from ..fusion_core.quant.claims import PLAIN
-from ..fusion_core.quant.methods import READABLE, READERS
+from ..fusion_core.quant.methods import READABLE, READERS, UNPACKED
 from ..fusion_core.reasons import Reason
 
 SHARED_GATE = "sigmoid_gate"
@@ -50,7 +50,7 @@ def without_proof(decision: Merged, platform: str, effective: settings.Settings)
             "quant.unproven",
             f"{form} would fuse, but was never run fused in {where} and compared with stock",
         )
-    unread = sorted(set(decision.formats) - READABLE.keys())
+    unread = sorted(set(decision.formats) - READABLE.keys() - UNPACKED.keys())
     if unread and effective.verify != "off":
         why = f"the canary does not read {unread[0]}: nothing would prove what is loaded"
         yield Reason("quant.unproven", why)

@@ -113,6 +113,8 @@ def _settings(problems: list[str], hazards: list[str]) -> settings.Settings:
         == "off",
         f"{settings.ALLOW_UNPROVEN}=1: quantised formats are fused that nobody ran, or nothing proves "
         "after loading": effective.allow_unproven,
+        f"{settings.LM_HEAD}={effective.lm_head}: few tokens get their logits from a quantised LM head; "
+        "answers are not stock's to the bit": settings.LM_HEAD in effective.switches,
     }
     hazards += [words for words, holds in weakened.items() if holds]
     return effective
@@ -204,6 +206,7 @@ def _engine(
     report |= {"seams_of": found.seams_of, "remark": found.remark, "blocking": blocking}
     report["guards"] = {p.id: str(found.problems.get(p.id, "ok")) for p in found.patches}
     problems += [str(problem) for problem in found.problems.values()]
+    hazards += [f"{engine} {version}: {name} does nothing here" for name in found.idle(effective.switches)]
     plugins = book.facts.plugins
     points = list(entry_points(group=plugins.group))
     report["entry_points"] = [f"{point.name} = {point.value}" for point in points]

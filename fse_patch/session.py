@@ -127,6 +127,8 @@ def apply(engine: str, *, strict: bool | None = None, serving: bool = False) -> 
             )
             patches.exits = serving
             patches.apply()
+            if idle := here.idle(effective.switches):
+                log.warning("%s %s: %s does nothing in this release", engine, version, ", ".join(idle))
         except FsePatchError as error:
             _refused[engine] = _off(engine, version, here, error)
             if stop or not (version or serving):
@@ -161,11 +163,14 @@ def status() -> dict[str, Any]:
     roles = [] if models is None else [fused_role.report() for fused_role in models.constructed()]
     apart = sys.modules.get(f"{__package__}.adapters.paired")
     roles += [] if apart is None else [role.report() for role in apart.constructed()]
+    heads = sys.modules.get(f"{__package__}.adapters.head")
+    held = [] if heads is None else [head.report() for head in heads.constructed()]
     return {
         engine: {
             **report.to_dict(),
             "pid": os.getpid(),
             "roles": [role for role in roles if role["engine"] == engine],
+            "lm_heads": held if engine in _active else [],
             "decisions": [d for d in runtime.decisions() if d.get("engine", engine) == engine],
             "counters": runtime.counters(),
             "since": runtime.since(),

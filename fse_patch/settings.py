@@ -17,6 +17,7 @@ ALLOW_UNMEASURED = "FSE_PATCH_ALLOW_UNMEASURED"
 ALLOW_UNPROVEN = "FSE_PATCH_ALLOW_UNPROVEN"
 VERIFY = "FSE_PATCH_VERIFY"
 GATE_KERNEL = "FSE_PATCH_GATE_KERNEL"
+LM_HEAD = "FSE_PATCH_LM_HEAD"
 TUNED = "FSE_PATCH_TUNED"
 POLICY = "FSE_PATCH_POLICY"
 LAYOUT = "FSE_PATCH_LAYOUT"
@@ -26,8 +27,9 @@ CPU_THRESHOLD = "FSE_PATCH_CPU_THRESHOLD"
 LAYOUT_CHOICES = ("auto", "merged", "paired")
 MEASURE_CHOICES = ("auto", "always", "off")
 VERIFY_CHOICES = ("off", "sample", "all")
+LM_HEAD_CHOICES = ("off", "int8:g32")
 # Variables that ask for patches which nobody gets otherwise.
-SWITCHES = (GATE_KERNEL,)
+SWITCHES = (GATE_KERNEL, LM_HEAD)
 # Of every variable, what holds where it is not set.
 DEFAULTS = {
     ENABLE: "0",
@@ -42,6 +44,7 @@ DEFAULTS = {
     CACHE: "",
     CPU_THRESHOLD: "0",
     GATE_KERNEL: "0",
+    LM_HEAD: "off",
 }
 TRUE = {"1", "true", "on", "yes"}
 _FALSE = {"", "0", "false", "off", "no"}
@@ -67,6 +70,8 @@ class Settings:
         cache: FSE_PATCH_CACHE, folder of what was measured on this machine; None: the user's cache folder.
         cpu_threshold: FSE_PATCH_CPU_THRESHOLD, for tests: pairs on a CPU for up to so many tokens, from
             copies of the weights; 0: not.
+        lm_head: FSE_PATCH_LM_HEAD: for few tokens the head runs from a copy in 8 bits ("int8:g32"), or not
+            ("off").
         switches: those of `SWITCHES` that are on. FSE_PATCH_GATE_KERNEL: shared experts that stay unfused get
             their gate in one launch.
     """
@@ -82,6 +87,7 @@ class Settings:
     measure: str = "auto"
     cache: str | None = None
     cpu_threshold: int = 0
+    lm_head: str = "off"
     switches: frozenset[str] = frozenset()
 
     @property
@@ -172,6 +178,8 @@ def _is_meant_for_us(name: str) -> bool:
 def load(env: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from ``env`` (default: the process environment)."""
     env = os.environ if env is None else env
+    lm_head = _choice(env, LM_HEAD, "off", LM_HEAD_CHOICES)
+    asked = {GATE_KERNEL: _flag(env, GATE_KERNEL, False), LM_HEAD: lm_head != "off"}
     return Settings(
         engines=engines_in(env.get(ENABLE, "")),
         strict=_flag(env, STRICT, False) if env.get(STRICT) else None,
@@ -184,5 +192,6 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         measure=_choice(env, MEASURE, "auto", MEASURE_CHOICES),
         cache=env.get(CACHE) or None,
         cpu_threshold=_number(env, CPU_THRESHOLD),
-        switches=frozenset(name for name in SWITCHES if _flag(env, name, False)),
+        lm_head=lm_head,
+        switches=frozenset(name for name in SWITCHES if asked[name]),
     )

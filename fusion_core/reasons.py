@@ -48,6 +48,9 @@ Code = Literal[
     "upstream.wrong",
     "slower.measured",
     "slower.unmeasured",
+    "head.format",
+    "head.proof",
+    "head.inaccurate",
     "disabled",
 ]
 
@@ -202,6 +205,18 @@ REASONS: Mapping[Code, Meaning] = {
     "slower.measured": Meaning("A tuned table says that fusing is slower here for some number of tokens."),
     "slower.unmeasured": Meaning(
         "Nobody has measured fusing here, and stock's way cannot be kept.", _UNMEASURED
+    ),
+    "head.format": Meaning(
+        "The LM head, or the way in which the engine applies it, is not one that is quantised at load.",
+        "run without FSE_PATCH_LM_HEAD",
+    ),
+    "head.proof": Meaning(
+        "The quantised LM head gave a row of logits that rounding does not explain; the engine's own serves.",
+        "please report it",
+    ),
+    "head.inaccurate": Meaning(
+        "The LM head loses more by quantisation than is allowed; the engine's own serves.",
+        "run without FSE_PATCH_LM_HEAD",
     ),
     "disabled": Meaning("It is switched off, by a setting, an argument or the policy."),
 }

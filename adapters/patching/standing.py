@@ -64,6 +64,10 @@ class Standing:
         refused = self.refused.keys()
         return tuple(p for p in self.patches if not p.families or p.families - refused)
 
+    def idle(self, switches: Iterable[str]) -> list[str]:
+        """Return the switches that no patch of this release answers."""
+        return sorted({*switches} - {patch.setting for patch in self.patches})
+
     @property
     def remark(self) -> str:
         """Say whose seams a new release has; "" for one that is listed."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import FsePatchError
-from .. import paired
+from .. import head, paired
 from ..role import CONSTRUCTED, FusedRole, constructed
 
 SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -67,6 +67,8 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
             fused_role.updated()
         for role in paired.constructed():
             role.updated()
+        for own in head.constructed():
+            own.updated()
 
     return finalize_layerwise_processing
 

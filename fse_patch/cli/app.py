@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "Was it worth it? Servers stock and fused, by the engine's own bench client.",
     "policy": "Explain a decision rule by rule, or check a policy file.",
     "bench": "Stock against fused on this device: every mode of the block, or decoding end to end.",
+    "profile": "Kernels of decode steps by time, stock against ours.",
     "tune": "Measure the crossovers between the modes on this device, and store them.",
     "tuned": "List, show or remove what was measured on this machine.",
     "patches": "List every patch: target, versions, why, and when it goes away.",

@@ -66,7 +66,7 @@ def command(
     source = source_of(checkpoint, revision)
     decisions = in_layout(decide_roles(source, engine, rules, load_format), now.layout)
     main = decisions["main"]
-    report = plan_report(main)
+    report = plan_report(main) | {"lm_head": now.lm_head}
     if "draft" in decisions:
         report["draft"] = plan_report(decisions["draft"])
     if target is not None:
@@ -83,6 +83,12 @@ def command(
 
 
 def _print(checkpoint: str, report: dict[str, Any], main: Decision, target: Target | None) -> None:
+    if report["lm_head"] != "off":
+        say(
+            f"The LM head is quantised at load to {report['lm_head']} ({settings.LM_HEAD}), where the "
+            "server's start finds it right and faster: its log says so.",
+            "yellow",
+        )
     if target is not None and (told := target.verdict) is not None:
         say(str(told), COLOURS[told.served])
         if told.served == "fused" and not target.switched_on:

@@ -55,7 +55,7 @@ def ask(url: str, api_key: str, timeout: float) -> list[dict[str, Any]]:
     """Return what each process of a server says.
 
     Keys: rank, engine, engine_version, role, fused, layout, layers, modes, proof, since (seconds since 1970),
-    reason, detail; null where the server does not say.
+    lm_head (as of `status()`), reason, detail; null where the server does not say.
 
     Raises:
         FsePatchError: it cannot be reached, or says nothing of fse_patch.
@@ -109,6 +109,7 @@ def _of_sglang(data: Mapping[str, Any]) -> list[Any]:
 def _rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each role of a process; one without roles has one, with the reason."""
     head = {key: state.get(key) for key in ("rank", "engine", "engine_version", "since")}
+    head["lm_head"] = next(iter(state.get("lm_heads") or []), None)
     rows = []
     for role in state.get("roles") or []:
         told = _paired(role) if role.get("weight_layout") == "paired" else _merged(role)
@@ -170,7 +171,8 @@ def _of_metrics(text: str) -> list[dict[str, Any]]:
             told = _stock(None, "the engine's own forward runs; its log says why")
         elif labels.get("fused") == "true":
             told = {**told, "fused": True, "layout": layout, "reason": None}
-        rows.append({**dict.fromkeys(("rank", "engine_version", "since", "role")), "engine": engine, **told})
+        nothing = dict.fromkeys(("rank", "engine_version", "since", "role", "lm_head"))
+        rows.append({**nothing, "engine": engine, **told})
     return rows
 
 
@@ -178,8 +180,9 @@ def line(rank: Mapping[str, Any]) -> str:
     """Say what one process serves."""
     who = "" if rank["rank"] is None else f"rank {rank['rank']}, "
     who += f"{rank['role'] or 'any'} model of {rank['engine']} {rank['engine_version'] or ''}".rstrip()
+    head = _head(rank["lm_head"])
     if not rank["fused"]:
-        return ": ".join([who, "stock", *filter(None, (rank["reason"], rank["detail"]))])
+        return ": ".join([who, "stock", *filter(None, (rank["reason"], rank["detail"]))]) + head
     parts = ["fused"]
     parts += [str(rank["layout"])] if rank["layout"] else []
     parts += [f"layers {ranges(rank['layers'])}"] if rank["layers"] else []
@@ -187,4 +190,13 @@ def line(rank: Mapping[str, Any]) -> str:
     parts += [f"proof {rank['proof']}"] if rank["proof"] else []
     if rank["since"]:
         parts.append("since " + time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rank["since"])))
-    return f"{who}: {', '.join(parts)}"
+    return f"{who}: {', '.join(parts)}{head}"
+
+
+def _head(told: Mapping[str, Any] | None) -> str:
+    """Say what the LM head does where FSE_PATCH_LM_HEAD asks for something."""
+    if told is None:
+        return ""
+    if told["threshold"]:
+        return f"; LM head {told['format']} up to {told['threshold']} tokens"
+    return f"; LM head stock: {told['reason']}"

@@ -23,6 +23,7 @@ from ..fusion_core.engines import facts_of
 from ..lab.verify import VerifyJob
 from ..lab.verify import verify as run_verify
 from ..launch.flags import check_arguments
+from ..settings import LM_HEAD
 from ..settings import load as load_settings
 from .arguments import dtype_of, engine_option, folder_of
 from .output import print_json, print_table
@@ -61,6 +62,7 @@ def command(
         vocab_size(config, folder),
         checkpoint_dtype(config) if dtype == "auto" else dtype,
         arguments,
+        lm_head=LM_HEAD in load_settings().switches,
     )
     with engines_end_with_us():
         (report,) = run_verify([job], engine, version, timeout=timeout, progress=say)

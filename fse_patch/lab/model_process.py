@@ -6,15 +6,21 @@ import os
 import sys
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .. import runtime
+from ..adapters import head as heads
 from ..adapters import paired
 from ..adapters.paired import PairedRole
 from ..adapters.role import FusedRole, constructed
 from ..errors import FsePatchError
+from ..fusion_core.quant.int8_groups import renew
 from . import slot_control
+
+# Of heads that were switched off for a while: up to how many tokens they ran.
+_LIMITS: WeakKeyDictionary[heads.Head, int] = WeakKeyDictionary()
 
 
 def _roles() -> list[FusedRole | PairedRole]:
@@ -36,6 +42,7 @@ def report(stage: int = 0) -> dict[str, Any]:
         "pid": os.getpid(),
         "stage": stage,
         "roles": roles,
+        "lm_heads": [own.report() for own in heads.constructed()],
         "refused": [d for d in runtime.decisions() if not d["fuse"] and d["role"] not in ours],
         "replaced_operations": sorted(vars(stand_in).get("REPLACED", ())) if stand_in else [],
     }
@@ -45,6 +52,8 @@ def reset() -> None:
     """Forget the calls of the engine's own warm-up; graphs that it captured run later."""
     for role in _roles():
         role.counter.reset()
+    for own in heads.constructed():
+        own.calls.clear()
 
 
 def control(factor: float) -> None:
@@ -52,6 +61,22 @@ def control(factor: float) -> None:
     for role in _roles():
         if role.name == "main":
             slot_control.multiply(role, factor)
+
+
+def head(state: str) -> None:
+    """Let the LM head run as the engine has it ("off"), in 8 bits ("on"), or with scales doubled ("control").
+
+    Raises:
+        FsePatchError: captured graphs run it in 8 bits, whatever is said here.
+    """
+    for own in heads.constructed():
+        _LIMITS.setdefault(own, own.limit)
+        if own.captured[heads.FORMAT]:
+            raise FsePatchError("captured CUDA graphs run the LM head in 8 bits; verify it without graphs")
+        own.limit = 0 if state == "off" else _LIMITS[own]
+        if own.limit:
+            renew(own.held, own.own.weight)
+            own.held.scales.mul_(2 if state == "control" else 1)
 
 
 def jitter(modules: Iterable[Any], seed: int) -> None:

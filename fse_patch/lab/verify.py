@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.engines import facts_of
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
-from ..settings import ENABLE
+from ..settings import ENABLE, LM_HEAD
 from .cause import with_cause
 from .ran_as_decided import by_stage, ran_as_decided
-from .verify_arm import BEGUN
+from .verify_arm import BEGUN, HasRequest
+from .verify_head import judge_head
 
 # The module that runs an arm, in the engine's process.
 ARM = "fse_patch.lab.{engine}.verify_arm"
@@ -38,7 +39,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """One checkpoint to verify, with the decision of each of its roles that the engine will build."""
+    """One checkpoint to verify, with the decision of each of its roles that the engine will build.
+
+    Args:
+        lm_head: FSE_PATCH_LM_HEAD is set: the fused arm has a head in 8 bits.
+    """
 
     checkpoint: Path
     decisions: tuple[Merged | Paired, ...]
@@ -46,6 +51,7 @@ class VerifyJob:
     dtype: str
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     new_tokens: int = 12
+    lm_head: bool = False
 
     def request(self) -> dict[str, Any]:
         """Return what an arm needs to run the job."""
@@ -103,16 +109,18 @@ def run_arm(
 
 def run_process(
     engine: str,
-    jobs: list[VerifyJob],
+    jobs: Sequence[HasRequest],
     fused: bool,
     env: Mapping[str, str],
     timeout: float,
     tell: Callable[[int], None],
+    arm: str = "",
 ) -> tuple[list[dict[str, Any]], str, str]:
     """Start one process on ``jobs`` and end it, with its children, at the timeout.
 
     Args:
         tell: is called with the index of each job that starts.
+        arm: module that runs them; that of a verification if "".
 
     Returns:
         The results it left, its log, and in words how it ended.
@@ -123,7 +131,7 @@ def run_process(
         environment = {**facts_of(engine).lab.environment, **env, ENABLE: engine if fused else "0"}
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", ARM.format(engine=engine), str(request), str(result)],
+                [sys.executable, "-m", (arm or ARM).format(engine=engine), str(request), str(result)],
                 env=environment,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -233,6 +241,10 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         failures.append(
             f"the control (one slot weight x {job.control_factor}) was not seen: {control.mean:.3g}"
         )
+    head, wrong = judge_head(stock, fused, tolerance)
+    failures += wrong
+    if job.lm_head and head is None:
+        failures.append(f"{LM_HEAD} is set, and no process has a head of its own")
     if any(worker["roles"] for worker in stock["workers"]):
         failures.append("the stock arm was not stock")
     if not (stock["workers"] and fused["workers"]):
@@ -269,6 +281,8 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         "control_diff": control.mean,
         "control_factor": job.control_factor,
         "tolerance": tolerance.to_dict(),
+        # Answers with the LM head in 8 bits; everything above is with the engine's own.
+        "lm_head": head,
         "roles": fused["workers"][0]["roles"] if fused["workers"] else [],
         # What the engine's own configuration refused, though the checkpoint fuses.
         "refused": refused,

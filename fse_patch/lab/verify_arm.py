@@ -6,12 +6,44 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 Job = dict[str, Any]
 # In the log, before anything of a job, by its number in the process.
 BEGUN = "fse_patch: job {number} begins"
 BEST = 5  # tokens of each step of an answer whose log-probabilities are compared
+
+
+class HasRequest(Protocol):
+    """What a process is started for."""
+
+    def request(self) -> dict[str, Any]:
+        """Return what an arm needs to run the job."""
+
+
+def measure_head(
+    switch: Callable[[str], object],
+    score: Callable[[], dict[str, Any]],
+    report: Callable[[], list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """Return the answers with the LM head in 8 bits, and those of its control: all scales are doubled.
+
+    Args:
+        score: one prompt at a time, so that the fewest tokens are decoded at once.
+        switch: sets the head in every process, as `model_process.head` says.
+        report: of every process, what it really ran.
+    """
+    switch("on")
+    answers, workers = score(), report()
+    switch("control")
+    control = score()
+    switch("off")
+    return {"head_answers": answers, "head_control": control, "head_workers": workers}
+
+
+def has_head(workers: list[dict[str, Any]]) -> bool:
+    """Return whether a process has an LM head that may run in 8 bits."""
+    return any(head["threshold"] for worker in workers for head in worker["lm_heads"])
 
 
 def run_jobs(request: Path, result: Path, run_job: Callable[[Job], dict[str, Any]]) -> None:

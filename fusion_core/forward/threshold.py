@@ -54,12 +54,12 @@ def lower_bound(ratios: Sequence[float]) -> float:
     return statistics.fmean(ratios) - _ERRORS * statistics.stdev(ratios) / math.sqrt(len(ratios))
 
 
-def threshold_of(ratios: Ratios) -> Threshold:
+def threshold_of(ratios: Ratios, routings: Sequence[str] = ROUTINGS) -> Threshold:
     """Return the largest size up to which every size is as fast under every routing, and some size gains."""
     bounds = {case: lower_bound(found) for case, found in ratios.items()}
     tokens = 0
     for size in sorted({size for size, _ in bounds}):
-        if any(bounds.get((size, routing), 0.0) < LEAST for routing in ROUTINGS):
+        if any(bounds.get((size, routing), 0.0) < LEAST for routing in routings):
             break
         tokens = size
     gains = any(bound > 1.0 for (size, _), bound in bounds.items() if size <= tokens)

@@ -22,7 +22,7 @@ from ..evidence.specs import ALL_EXPERTS
 from ..quant.claims import PLAIN, Claim, Doubt, Resolver, all_plain
 from ..quant.fp8 import BLOCK, TENSOR
 from ..quant.layouts import suffixes
-from ..quant.methods import LAYOUTS, READABLE, resolver_for
+from ..quant.methods import LAYOUTS, READABLE, UNPACKED, resolver_for
 from ..quant.scales import multiply
 
 # The largest number of e4m3 (OCP 8-bit floating point, E4M3): kernels scale what they round to it.
@@ -211,9 +211,13 @@ class CheckpointLayer:
             claim = self.resolve(name.rpartition(f".{projection}")[0] + f".{projection}")
         except Doubt as doubt:
             raise NoReference(str(doubt)) from None
-        if claim.format not in READABLE:
+        if claim.format not in READABLE.keys() | UNPACKED.keys():
             raise NoReference(f"{name}: the canary does not read {claim.format}")
-        if "weight" not in names or names.keys() - suffixes(LAYOUTS[claim.format]):
+        layout = LAYOUTS[claim.format]
+        needed = ["weight"]
+        if claim.format in UNPACKED:
+            needed = [suffix for suffix, tensor in layout.items() if not tensor.optional]
+        if not names.keys() >= {*needed} or names.keys() - suffixes(layout):
             raise NoReference(f"{name} and what is stored with it are not {claim.format}")
         return claim
 
@@ -230,6 +234,9 @@ class CheckpointLayer:
         self, expert: int | None, projection: str, dtype: torch.dtype, row: int | None = None
     ) -> torch.Tensor:
         claim = self._claim(expert, projection)
+        if (unpack := UNPACKED.get(claim.format)) is not None:
+            stored = {suffix: self.tensors.read(n) for suffix, n in self.names[expert, projection].items()}
+            return unpack(stored, claim, dtype)
         name = self.names[expert, projection]["weight"]
         weight = self.tensors.read(name, row)
         plain = claim.format == PLAIN.format

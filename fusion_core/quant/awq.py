@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import gptq, match
+from . import gptq, match, packed
 from .claims import PLAIN, Claim, Doubt, Resolver, Section, flag, names, refuse_unknown_keys, word
 from .history import AUTO_ROUND, GPTQ
 from .integers import BITS, GROUP_SCALES, GROUP_ZEROS, TABLE_DTYPES, integer_claim
@@ -21,6 +21,8 @@ BY_BITS: Mapping[int, Format] = {
             "scales": GROUP_SCALES,
         },
         dequantise=None,
+        # The order of 8-bit numbers is not known.
+        unpack=packed.awq if bits == 4 else None,
         table_dtype=TABLE_DTYPES[bits],
     )
     for bits in BITS

@@ -7,7 +7,8 @@ from .claims import PLAIN, Claim, Resolver, Section, flag, names
 from .records import Format, Method
 
 FOUR_BIT, EIGHT_BIT = (
-    Format(f"bitsandbytes-{bits}bit", layout=None, dequantise=None, table_dtype=None) for bits in (4, 8)
+    Format(f"bitsandbytes-{bits}bit", layout=None, dequantise=None, unpack=None, table_dtype=None)
+    for bits in (4, 8)
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from . import match
+from . import match, packed
 from .claims import (
     PLAIN,
     Claim,
@@ -37,6 +37,7 @@ INT8_CHANNEL = Format(
         "input_scale": INPUT_SCALE,
     },
     dequantise=None,
+    unpack=None,
     table_dtype=None,
 )
 # Bits -> format.
@@ -51,6 +52,7 @@ PACKED: Mapping[int, Format] = {
             "weight_g_idx": Stored(INT32, ("in",), optional=True),
         },
         dequantise=None,
+        unpack=packed.compressed,
         table_dtype=TABLE_DTYPES[bits],
     )
     for bits in BITS

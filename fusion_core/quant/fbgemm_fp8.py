@@ -13,6 +13,7 @@ CHANNEL = Format(
     "fp8-channel",
     layout={"weight": FP8_WEIGHT, "weight_scale": CHANNEL_SCALES, "input_scale": INPUT_SCALE},
     dequantise=multiply,
+    unpack=None,
     table_dtype=TABLE_DTYPE,
 )
 _LISTS = ("ignored_layers", "modules_to_not_convert")

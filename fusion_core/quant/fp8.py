@@ -29,12 +29,14 @@ BLOCK = Format(
         "weight_scale_inv|weight_scale": Stored(PLAIN_DTYPES, ("out/rows in/cols",)),
     },
     dequantise=multiply,
+    unpack=None,
     table_dtype=TABLE_DTYPE,
 )
 TENSOR = Format(
     "fp8-tensor",
     layout={"weight": FP8_WEIGHT, "weight_scale": ONE_SCALE, "input_scale": INPUT_SCALE},
     dequantise=multiply,
+    unpack=None,
     table_dtype=TABLE_DTYPE,
 )
 _LISTS = ("ignored_layers", "modules_to_not_convert")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from . import match
+from . import match, packed
 from .claims import (
     PLAIN,
     Claim,
@@ -33,6 +33,7 @@ BY_BITS: Mapping[int, Format] = {
             "g_idx": Stored(INT32, ("in",), optional=True),
         },
         dequantise=None,
+        unpack=packed.gptq,
         table_dtype=TABLE_DTYPES[bits],
     )
     for bits in BITS

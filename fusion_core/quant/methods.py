@@ -25,7 +25,7 @@ from .layouts import Layout
 from .records import Format, Method
 
 if TYPE_CHECKING:
-    from .records import Dequantise
+    from .records import Dequantise, Unpack
 
 METHODS: tuple[Method, ...] = (
     plain.METHOD,
@@ -59,6 +59,10 @@ LAYOUTS: Mapping[str, Layout] = {
 # Name of a format -> how the canary reads it; it reads no others.
 READABLE: Mapping[str, Dequantise] = {
     name: form.dequantise for name, form in FORMATS.items() if form.dequantise is not None
+}
+# The same for those whose weight lies in several tensors.
+UNPACKED: Mapping[str, Unpack] = {
+    name: form.unpack for name, form in FORMATS.items() if form.unpack is not None
 }
 # Name of a format -> dtype in the file names of tuned tables; no table is looked up for others.
 TABLE_DTYPES: Mapping[str, str] = {

@@ -21,7 +21,9 @@ from .fbgemm_fp8 import CHANNEL
 from .fp8 import TENSOR
 from .records import Format, Method
 
-NVFP4, MXFP8 = (Format(name, layout=None, dequantise=None, table_dtype=None) for name in ("nvfp4", "mxfp8"))
+NVFP4, MXFP8 = (
+    Format(name, layout=None, dequantise=None, unpack=None, table_dtype=None) for name in ("nvfp4", "mxfp8")
+)
 _LISTS = ("exclude_modules", "ignore")
 _KEYS = {
     "quant_method", "quant_algo", "kv_cache_quant_algo", "kv_cache_scheme", "group_size", "has_zero_point",

@@ -6,7 +6,7 @@ from . import match
 from .claims import PLAIN, Claim, Resolver, Section, names
 from .records import Format, Method
 
-MXFP4 = Format("mxfp4", layout=None, dequantise=None, table_dtype=None)
+MXFP4 = Format("mxfp4", layout=None, dequantise=None, unpack=None, table_dtype=None)
 
 
 def parse(section: Section) -> Resolver:

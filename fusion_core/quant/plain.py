@@ -9,7 +9,11 @@ from .records import Format, Method
 from .scales import multiply
 
 FORMAT = Format(
-    PLAIN.format, layout={"weight": Stored(PLAIN_DTYPES, ("out in",))}, dequantise=multiply, table_dtype=""
+    PLAIN.format,
+    layout={"weight": Stored(PLAIN_DTYPES, ("out in",))},
+    dequantise=multiply,
+    unpack=None,
+    table_dtype="",
 )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .claims import Resolver, Section
+from .claims import Claim, Resolver, Section
 from .layouts import Layout
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     # (weight [out, in] float64, its scales float64 as a matrix or None, rows and columns of a group) ->
     # the weight [out, in] float64; may be computed in place.
     Dequantise = Callable[[torch.Tensor, torch.Tensor | None, tuple[int, int]], torch.Tensor]
+    # (tensors of the projection by suffix, its claim, the model's dtype) -> the weight [out, in] float64.
+    Unpack = Callable[[Mapping[str, torch.Tensor], Claim, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,10 @@ class Format:
     Args:
         name: what claims and policies call it: "plain", "fp8-block", "int4-gptq", ...
         layout: the tensors that it stores; None where these are not known: never fused.
-        dequantise: how the canary reads it; None where it does not.
+        dequantise: how the canary reads it where one tensor has a number for each weight; None where it does
+            not.
+        unpack: how the canary reads it where a number of several tensors makes a weight; None where it does
+            not.
         table_dtype: dtype in the file names of engines' tuned tables, "" where these name none there; None
             where no table is looked up.
     """
@@ -33,6 +38,7 @@ class Format:
     name: str
     layout: Layout | None
     dequantise: Dequantise | None
+    unpack: Unpack | None
     table_dtype: str | None
 
 

@@ -100,8 +100,10 @@ def test_another_layer_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
+        ({"quant_method": "awq", "bits": 8, "group_size": 32},
+         f"{MLP}experts.0.gate_proj.weight: the canary does not read int8-awq"),
         ({"quant_method": "awq", "bits": 4, "group_size": 32},
-         f"{MLP}experts.0.gate_proj.weight: the canary does not read int4-awq"),
+         f"{MLP}experts.0.gate_proj.weight and what is stored with it are not int4-awq"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"},
          f"{MLP}experts.0.gate_proj.weight: the canary does not read nvfp4"),
         ({"quant_method": "something"}, "nothing is known of quant_method 'something'"),

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fse_patch import runtime, settings  # noqa: E402
-from fse_patch.adapters import pair_threshold  # noqa: E402
+from fse_patch.adapters import graph_timing, pair_threshold  # noqa: E402
 from fse_patch.adapters.expert_reading import Unreadable  # noqa: E402
 from fse_patch.adapters.pair_proof import start_roles  # noqa: E402
 from fse_patch.adapters.pair_threshold import choose, situation  # noqa: E402
@@ -391,8 +391,8 @@ def test_arms_are_timed_against_each_other(
     monkeypatch: pytest.MonkeyPatch, stock: float, ours: float, tokens: int
 ) -> None:
     monkeypatch.setattr(pair_threshold, "SIZES", (1, 2))
-    monkeypatch.setattr(pair_threshold, "_capture", lambda function: function)
-    monkeypatch.setattr(pair_threshold, "reading", timed)
+    monkeypatch.setattr(pair_threshold, "capture", lambda function: function)
+    monkeypatch.setattr(graph_timing, "reading", timed)
     role = role_of()
     for number, layer in ((n, Slowed(n, role)) for n in (0, 1)):
         layer.stock_seconds, layer.ours_seconds = stock, ours

@@ -157,14 +157,15 @@ def test_a_format_that_the_canary_cannot_read_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Even one that was run and compared: a load of another checkpoint can go wrong all the same."""
-    ran = {"int4-gptq": {"vllm": ("cpu",)}, "fp8-block": {"vllm": ("cpu",)}}
+    ran = {name: {"vllm": ("cpu",)} for name in ("int8-awq", "int4-awq", "fp8-block")}
     monkeypatch.setattr(proven, "read_proven", lambda *_: ran)
     assert refused("fp8", "fp8-block", "cpu") == []
+    assert refused("awq", "int4-awq", "cpu") == []
     assert [r.code for r in refused("fp8", "fp8-block", "cuda")] == ["quant.unproven"]
-    (reason,) = refused("gptq", "int4-gptq", "cpu")
-    assert (reason.code, "does not read int4-gptq" in reason.detail) == ("quant.unproven", True)
+    (reason,) = refused("awq", "int8-awq", "cpu")
+    assert (reason.code, "does not read int8-awq" in reason.detail) == ("quant.unproven", True)
     monkeypatch.setenv("FSE_PATCH_VERIFY", "off")
-    assert refused("gptq", "int4-gptq", "cpu") == []
+    assert refused("awq", "int8-awq", "cpu") == []
     monkeypatch.setenv("FSE_PATCH_VERIFY", "all")
     monkeypatch.setenv("FSE_PATCH_ALLOW_UNPROVEN", "1")
-    assert refused("gptq", "int4-gptq", "cpu") == []
+    assert refused("awq", "int8-awq", "cpu") == []

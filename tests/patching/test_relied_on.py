@@ -93,6 +93,14 @@ PRIVATE = {
         f"{VLLM}.layers.fused_moe.expert_map_manager.ExpertMapManager",
         "as _expert_map",
     ),
+    "._apply_head": (
+        f"{VLLM}.layers.logits_processor.LogitsProcessor._apply_head",
+        "the logits processor comes out of a model",
+    ),
+    "._compute_lm_head": (
+        f"{SGLANG}.layers.logits_processor.LogitsProcessor._compute_lm_head",
+        "as _apply_head",
+    ),
     "._replace": (None, "a method of every named tuple"),
 }
 # Names that only a run tells, as far as the tree tells them: what our own data can make of them.
@@ -111,10 +119,12 @@ AT_RUN_TIME = {
 }
 # Modes on CUDA: releases in which the forward of SGLang's blocks is replaced.
 MODES = next(p.versions[0] for p in BOOKS["sglang"].patches if p.id == "qwen2-moe-router-experts")
+HEAD = next(p.versions[0] for p in BOOKS["vllm"].patches if p.id == "lm-head")
 # Code that runs in some releases only, by file or name: elsewhere its names need not be there.
 ONLY_IN = {
     "sglang/run.py": MODES,
     "sglang/experts.py": MODES,
+    "vllm/head.py": HEAD,
     "._weight_fp32": MODES,
     # Classes of later releases are asked by a method.
     f"{SGLANG}.runtime_context.get_exec": SpecifierSet("<0.5.18"),
@@ -156,15 +166,23 @@ def runs_in(book: ledger.Ledger, release: str, name: EngineName) -> bool:
 
 def missing(book: ledger.Ledger, release: str, names: Iterable[EngineName]) -> list[str]:
     """Names that neither a guard of a release covers nor the table of public ones."""
-    always = [p for p in book.patches_for(Version(release)) if p.setting is None]
-    guarded = {r for p in always for r in (p.target, *(s.reference for s in (p.source, *p.relies_on)))}
-    return [
-        f"{name} ({path})" if path != name.path else str(name)
-        for name in names
-        if runs_in(book, release, name)
-        for path in sorted(paths(name))
-        if not is_covered(path, guarded | PUBLIC.keys())
+    found: list[str] = []
+    covered = cache(lambda file: guarded_in(book, release, file) | PUBLIC.keys())
+    for name in names:
+        guarded = covered(name.file)
+        left = [path for path in sorted(paths(name)) if not is_covered(path, guarded)]
+        if left and runs_in(book, release, name):
+            found += [f"{name} ({path})" if path != name.path else str(name) for path in left]
+    return found
+
+
+def guarded_in(book: ledger.Ledger, release: str, file: str) -> frozenset[str]:
+    """What guards cover where the code of a file runs: those of patches with a setting, in theirs alone."""
+    module = f"fse_patch.adapters.{file.removesuffix('.py').replace('/', '.')}:"
+    patches = [
+        p for p in book.patches_for(Version(release)) if p.setting is None or p.factory.startswith(module)
     ]
+    return frozenset(r for p in patches for r in (p.target, *(s.reference for s in (p.source, *p.relies_on))))
 
 
 @pytest.mark.parametrize(("engine", "release"), LISTED)

@@ -22,6 +22,7 @@ from fse_patch.fusion_core.weights.remap import SlotTensor
 from fse_patch.lab import model_process
 from fse_patch.lab.sglang import verify_arm, worker
 
+from ..head_faults import HEAD_FAULTS
 from ..pair_faults import UNPROVED, faults
 from ..slot_faults import SLOT_FAULTS, honest_write
 from . import live
@@ -42,6 +43,7 @@ def deaf(self: RoleLoader, part: SlotTensor) -> None:
 FAULTS: dict[str, Callable[[], Any]] = {
     **SLOT_FAULTS,
     **PAIR_FAULTS,
+    **HEAD_FAULTS,
     "scale_in_the_slot": lambda: patch.object(build, "output_scale", lambda *_: 1.0),
     "balanced_anyway": lambda: patch.object(either_layout, "_spread", lambda *_: iter(())),
     "saves_anyway": lambda: patch.object(save, "constructed", list),

@@ -57,11 +57,13 @@ def tensors_of(folder: str) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def from_tensors(engine: Any, job: dict[str, Any], folder: str, names: str) -> int:
+def from_tensors(
+    engine: Any, job: dict[str, Any], folder: str, names: str, load_format: str | None = None
+) -> int:
     """A user's partial update: the tensors of a checkpoint whose names match, handed over in memory."""
     chosen = [(name, tensor) for name, tensor in tensors_of(folder).items() if re.search(names, name)]
     with an_update(engine):
-        done, message = engine.update_weights_from_tensor(chosen)[:2]
+        done, message = engine.update_weights_from_tensor(chosen, load_format=load_format)[:2]
     assert done, message
     return len(chosen)
 
@@ -129,9 +131,17 @@ def rocm(engine: Any, job: dict[str, Any], builds: list[list[Any]]) -> Any:
         return json.loads(file.read_text())
 
 
+def heads(engine: Any, job: dict[str, Any]) -> Any:
+    """Of each LM head in 8 bits: up to how many tokens it runs, and what is wrong with it now, or ""."""
+    with tempfile.TemporaryDirectory() as out:
+        file = Path(out) / "result.json"
+        engine.collective_rpc("fse_heads", file=str(file))
+        return json.loads(file.read_text())
+
+
 STEPS = {
     f.__name__: f
-    for f in (logprobs, from_disk, from_tensors, from_trainer, save, build, prove, rocm, reports)
+    for f in (logprobs, from_disk, from_tensors, from_trainer, save, build, prove, rocm, reports, heads)
 }
 
 
@@ -209,11 +219,19 @@ def fse_build(self: Any, file: str, folder: str, draft: bool, platform: str) -> 
     Path(file).write_text(json.dumps(found))
 
 
+def fse_heads(self: Any, file: str) -> None:
+    """Runs in the scheduler."""
+    from fse_patch.adapters.head import constructed
+
+    found = [(own.limit, own.fault(TOKENS)) for own in constructed()]
+    Path(file).write_text(json.dumps([(limit, fault.code if fault else "") for limit, fault in found]))
+
+
 def extend(scheduler: Any) -> None:
     """Give the Scheduler class what a step calls."""
     from . import on_rocm, proving
 
-    scheduler.Scheduler.fse_build = fse_build
+    scheduler.Scheduler.fse_build, scheduler.Scheduler.fse_heads = fse_build, fse_heads
     scheduler.Scheduler.fse_prove = proving.fse_prove
     scheduler.Scheduler.fse_rocm = on_rocm.fse_rocm
 

@@ -19,6 +19,7 @@ from fse_patch.fusion_core.forward import router
 from fse_patch.lab.vllm import verify_arm
 from fse_patch.lab.vllm.worker import VerifyExtension
 
+from ..head_faults import HEAD_FAULTS
 from ..pair_faults import UNPROVED, faults
 from ..slot_faults import PROVED, SLOT_FAULTS
 
@@ -70,7 +71,7 @@ FAULTS = {
     "control_without_effect": lambda: patch.object(VerifyExtension, "fse_control", lambda *_: None),
 }
 PAIR_FAULTS = faults(RunnerLayer)
-FAULTS |= PAIR_FAULTS
+FAULTS |= PAIR_FAULTS | HEAD_FAULTS
 honest_run = verify_arm.run_job
 
 

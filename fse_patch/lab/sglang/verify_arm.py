@@ -19,7 +19,7 @@ from typing import Any
 from fse_patch.errors import FsePatchError
 from fse_patch.lab.free_port import free_port
 from fse_patch.lab.sglang import worker
-from fse_patch.lab.verify_arm import BEST, run_jobs
+from fse_patch.lab.verify_arm import BEST, has_head, measure_head, run_jobs
 
 DEFAULTS: dict[str, Any] = {
     "skip_tokenizer_init": True,
@@ -111,6 +111,8 @@ def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Return all that a job asks of a running engine; its control stays in force."""
     dtype = job["engine_args"]["dtype"]
     engine.collective_rpc("fse_reset")
+    held = reports(engine)
+    engine.collective_rpc("fse_head", state="off")
     result = {
         "dtype": dtype,
         **score(engine, job["prompts"], job["new_tokens"], batched=True),
@@ -120,6 +122,14 @@ def measure(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     engine.collective_rpc("fse_control", factor=job["control_factor"])
     result["control_answers"] = score(engine, job["prompts"], job["new_tokens"], batched=True)
     result["control"] = result["control_answers"].pop("logprobs")
+    if has_head(held):
+        engine.collective_rpc("fse_control", factor=1.0)
+        result |= measure_head(
+            lambda state: engine.collective_rpc("fse_head", state=state),
+            lambda: score(engine, job["prompts"], job["new_tokens"], batched=False),
+            lambda: reports(engine),
+        )
+    result["lm_heads"] = [worker["lm_heads"] for worker in held]
     if dtype in ("bfloat16", "float16"):
         engine.collective_rpc("fse_control", factor=1.0)
         engine.collective_rpc("fse_jitter", seed=0)

@@ -34,6 +34,11 @@ def fse_control(self: Any, factor: float) -> None:
     model_process.control(factor)
 
 
+def fse_head(self: Any, state: str) -> None:
+    """Let the LM head run as `model_process.head` says."""
+    model_process.head(state)
+
+
 def fse_jitter(self: Any, seed: int) -> None:
     """Give the embedding the noise of one more rounding."""
     model_process.jitter(self.tp_worker.model_runner.model.modules(), seed)
@@ -41,7 +46,7 @@ def fse_jitter(self: Any, seed: int) -> None:
 
 def extend(scheduler: Any) -> None:
     """Give the Scheduler class what the calls name."""
-    for method in (fse_report, fse_reset, fse_control, fse_jitter):
+    for method in (fse_report, fse_reset, fse_control, fse_head, fse_jitter):
         setattr(scheduler.Scheduler, method.__name__, method)
 
 

@@ -15,7 +15,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
-from fse_patch.lab.verify_arm import BEST, run_jobs
+from fse_patch.lab.verify_arm import BEST, has_head, measure_head, run_jobs
 
 EXTENSION = "fse_patch.lab.vllm.worker.VerifyExtension"
 DEFAULTS: dict[str, Any] = {
@@ -93,6 +93,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def measure(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Return all that a job asks of a running engine; its control stays in force."""
     llm.collective_rpc("fse_warm_up")
+    held = llm.collective_rpc("fse_report")
+    llm.collective_rpc("fse_head", args=("off",))
     llm.collective_rpc("fse_reset")
     config = llm.llm_engine.vllm_config.model_config
     result = {
@@ -104,6 +106,14 @@ def measure(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     llm.collective_rpc("fse_control", args=(job["control_factor"],))
     result["control_answers"] = score(llm, job["prompts"], job["new_tokens"], batched=True)
     result["control"] = result["control_answers"].pop("logprobs")
+    if has_head(held):
+        llm.collective_rpc("fse_control", args=(1.0,))
+        result |= measure_head(
+            lambda state: llm.collective_rpc("fse_head", args=(state,)),
+            lambda: score(llm, job["prompts"], job["new_tokens"], batched=False),
+            lambda: llm.collective_rpc("fse_report"),
+        )
+    result["lm_heads"] = [worker["lm_heads"] for worker in held]
     if config.dtype.itemsize == 2:
         llm.collective_rpc("fse_control", args=(1.0,))
         llm.collective_rpc("fse_jitter", args=(0,))
@@ -116,6 +126,7 @@ def shut_down(llm: Any) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from ... import runtime
+    from ...adapters.head import HEADS
     from ...adapters.paired import PAIRED_ROLES
     from ...adapters.role import CONSTRUCTED
 
@@ -124,6 +135,7 @@ def shut_down(llm: Any) -> None:
     del llm
     CONSTRUCTED.clear()
     PAIRED_ROLES.clear()
+    HEADS.clear()
     runtime.clear()
     cleanup_dist_env_and_memory()  # collects what is left of it
 

@@ -33,6 +33,10 @@ class VerifyExtension:
         """Multiply the first shared slot by ``factor``."""
         model_process.control(factor)
 
+    def fse_head(self, state: str) -> None:
+        """Let the LM head run as `model_process.head` says."""
+        model_process.head(state)
+
     def fse_jitter(self, seed: int) -> None:
         """Give the embedding the noise of one more rounding."""
         model_process.jitter(self.model_runner.model.modules(), seed)  # type: ignore[attr-defined]
