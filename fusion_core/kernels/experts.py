@@ -207,82 +207,72 @@ def _w2(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     pair = token * SLOTS
-    TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     early = ()
-    if EARLY:
-        # Weights of the first slots, while w13's kernel runs. The ids are there: it has waited for them.
-        for j in tl.static_range(EARLY):
+    # Weights of the first slots, while w13's kernel runs. The ids are there: it has waited for them.
+    for j in tl.static_range(EARLY):
+        for start in tl.static_range(0, WIDTH, BLOCK_K):
             expert = tl.load(ids_ptr + pair + j).to(tl.int64)
-            for start in tl.static_range(0, WIDTH, BLOCK_K):
-                offs_k = start + tl.arange(0, BLOCK_K)
-                mask = (offs_n < HIDDEN)[:, None] & ((offs_k < WIDTH) & (expert >= 0))[None, :]
-                tile_ptr = w2_ptr + expert * STRIDES[0] + offs_n[:, None] * STRIDES[1] + offs_k[None, :]
-                tile = tl.load(tile_ptr, mask=mask, other=0.0)
-                early = early + (tile,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
+            tile = _slot_tile(w2_ptr, expert, offs_n, start, STRIDES[0], STRIDES[1], HIDDEN, WIDTH, BLOCK_K)
+            early = early + (tile,)  # type: ignore[assignment]  # noqa: RUF005 - Triton cannot unpack
     begin(PDL)
-    if EARLY:
-        for j in tl.static_range(EARLY):
-            weight = tl.load(weights_ptr + pair + j)
-            here = tl.load(ids_ptr + pair + j) >= 0
-            for part in tl.static_range(TILES):
-                offs_k = part * BLOCK_K + tl.arange(0, BLOCK_K)
-                x_ptr = inner_ptr + (pair + j) * WIDTH + offs_k
-                x = tl.load(x_ptr, mask=(offs_k < WIDTH) & here, other=0.0).to(tl.float32)
-                acc += early[j * TILES + part].to(tl.float32) * (x * weight)[None, :]
     if UNROLL:
-        for j in tl.static_range(EARLY, SLOTS - APART):
+        for j in tl.static_range(SLOTS - APART):
             acc = _add_slot(
-                acc, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, 0, STRIDES[0], STRIDES[1],
-                HIDDEN, WIDTH, WIDTH, BLOCK_K,
+                acc, early, j, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, 0, STRIDES[0],
+                STRIDES[1], HIDDEN, WIDTH, WIDTH, BLOCK_K, EARLY,
             )  # fmt: skip
     else:
         for j in range(SLOTS - APART):
             acc = _add_slot(
-                acc, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, 0, STRIDES[0], STRIDES[1],
-                HIDDEN, WIDTH, WIDTH, BLOCK_K,
+                acc, early, 0, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair + j, offs_n, 0, STRIDES[0],
+                STRIDES[1], HIDDEN, WIDTH, WIDTH, BLOCK_K, 0,
             )  # fmt: skip
     for j in tl.static_range(SLOTS - APART, SLOTS):
         # Columns of a slot come after those of the slots before it.
         acc = _add_slot(
-            acc, inner_ptr, shared_ptr, ids_ptr, weights_ptr, pair + j, offs_n, E, WIDTH, STRIDES[2], HIDDEN,
-            WIDTH, SHARED_WIDTH, BLOCK_K,
+            acc, early, 0, inner_ptr, shared_ptr, ids_ptr, weights_ptr, pair + j, offs_n, E, WIDTH,
+            STRIDES[2], HIDDEN, WIDTH, SHARED_WIDTH, BLOCK_K, 0,
         )  # fmt: skip
     out_ptrs = out_ptr + token * HIDDEN + offs_n
     tl.store(out_ptrs, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=offs_n < HIDDEN)
 
 
 @triton.jit
-def _add_slot(
-    acc,
-    inner_ptr,
-    w2_ptr,
-    ids_ptr,
-    weights_ptr,
-    pair,
-    offs_n,
-    first,
-    STRIDE: tl.constexpr,
-    STRIDE_N: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
+def _slot_tile(
+    w2_ptr, expert, offs_n, start, STRIDE: tl.constexpr, STRIDE_N: tl.constexpr, HIDDEN: tl.constexpr, limit,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
+    """Load columns from ``start`` on, up to ``limit``, of rows ``offs_n`` of an expert's w2."""
+    offs_k = start + tl.arange(0, BLOCK_K)
+    mask = (offs_n < HIDDEN)[:, None] & ((offs_k < limit) & (expert >= 0))[None, :]
+    tile_ptr = w2_ptr + expert * STRIDE + offs_n[:, None] * STRIDE_N + offs_k[None, :]
+    return tl.load(tile_ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_slot(
+    acc, early, j: tl.constexpr, inner_ptr, w2_ptr, ids_ptr, weights_ptr, pair, offs_n, first,
+    STRIDE: tl.constexpr, STRIDE_N: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Add the weighted output of one slot to ``acc``, still spread over the columns.
 
     Its matrix is `STRIDE` times (its id less ``first``) on; where `WIDE` is more than `WIDTH`, that is a part
-    of one with `WIDE` columns.
+    of one with `WIDE` columns. The first `EARLY` slots, ``j`` the number of this one, are in ``early``.
     """
-    offs_k = tl.arange(0, BLOCK_K)
+    TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     expert = tl.load(ids_ptr + pair).to(tl.int64) - first
     weight = tl.load(weights_ptr + pair)
     limit = WIDTH
     if WIDE % WIDTH:
         limit = tl.minimum(WIDTH, WIDE - expert * WIDTH)
     for start in tl.static_range(0, WIDTH, BLOCK_K):
-        mask_k = (start + offs_k < limit) & (expert >= 0)
-        x = tl.load(inner_ptr + pair * WIDTH + start + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        mask = (offs_n < HIDDEN)[:, None] & mask_k[None, :]
-        tile_ptr = w2_ptr + expert * STRIDE + offs_n[:, None] * STRIDE_N + start + offs_k[None, :]
-        acc += tl.load(tile_ptr, mask=mask, other=0.0).to(tl.float32) * (x * weight)[None, :]
+        offs_k = start + tl.arange(0, BLOCK_K)
+        x_ptr = inner_ptr + pair * WIDTH + offs_k
+        x = tl.load(x_ptr, mask=(offs_k < limit) & (expert >= 0), other=0.0).to(tl.float32)
+        if j < EARLY:
+            tile = early[j * TILES + start // BLOCK_K]
+        else:
+            tile = _slot_tile(w2_ptr, expert, offs_n, start, STRIDE, STRIDE_N, HIDDEN, limit, BLOCK_K)
+        acc += tile.to(tl.float32) * (x * weight)[None, :]
     return acc
