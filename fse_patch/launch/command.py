@@ -53,9 +53,12 @@ class Asked:
     def expert_ranks(self) -> int:
         """Return over how many processes whole experts are spread; 1: they are not.
 
-        One engine has a switch that spreads them over all of a layer, another asks for a number.
+        It is asked for by their number, or by a switch for all processes of tensor parallelism.
         """
-        return self.number("tp") if self["ep"] is True else max(1, self.number("ep"))
+        ep = self["ep"]
+        if isinstance(ep, bool):
+            return self.number("tp") if ep else 1
+        return self.number("ep")
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,12 @@ def _value(name: str, ask: Ask, given: Mapping[str, Any], environment: Mapping[s
     if isinstance(ask.default, bool):
         return value if isinstance(value, bool) else str(value).strip().lower() in _TRUE
     if isinstance(ask.default, int):
+        flag = f"--{ask.flag.replace('_', '-')}"
         try:
-            return int(value)
+            size = int(value)
         except ValueError:
-            raise FsePatchError(f"--{ask.flag.replace('_', '-')} {value!r}: not a whole number") from None
+            raise FsePatchError(f"{flag} {value!r}: not a whole number") from None
+        if size < ask.default == 1:  # a number of processes
+            raise FsePatchError(f"{flag} {size}: give 1 or more")
+        return size
     return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -100,11 +100,11 @@ def held(rows: list[Refusal], asked: Asked) -> Iterator[Refusal]:
 def _sizes(decision: Merged | Paired, asked: Asked, facts: EngineFacts) -> Iterator[Reason]:
     """Refuse widths, and numbers of experts, that do not divide over processes."""
     assert facts.launch is not None
-    flag = "--" + (facts.launch.asks["tp"].flag or "").replace("_", "-")
+    tp = "--" + facts.launch.asks["tp"].flag.replace("_", "-")
     layout, ranks = decision.moe.layout, asked.expert_ranks
-    yield from undivided(layout, asked.number("tp") // ranks, None, flag, ranks)
-    # With a switch in place of a number, the engine shares them out unevenly.
-    if asked["ep"] is not True and layout.num_routed % ranks:
+    yield from undivided(layout, asked.number("tp") // ranks, None, tp, ranks)
+    # Where a switch spreads experts, the engine gives some processes one more.
+    if not isinstance(asked["ep"], bool) and layout.num_routed % ranks:
         yield Reason("parallel.ep", f"{layout.num_routed} experts do not divide by {ranks}")
 
 
