@@ -220,8 +220,7 @@ class EngineFacts(Strict):
         releases: those whose seams were reviewed: every text that patches replace or rely on.
         read: releases whose source was read.
         backends: platform -> stock's MoE backend for unquantised weights, where it is known.
-        leave_out: MoE backends whose kernels leave out experts of other processes, where whole experts are
-            spread; as read in the source of the releases that are patched.
+        leave_out: backends whose kernels leave out experts that are in other processes.
         load_formats: those whose loaders pass every tensor by its name, and the files that they read.
         dropped_beside: a file that is not loaded -> the one beside which it is not, where there is no index.
         added_files: files that are loaded whatever the index says.

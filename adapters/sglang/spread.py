@@ -13,10 +13,10 @@ import torch
 from ...errors import FsePatchError
 from ...fusion_core.decision.layout import ExpertLayout
 from ...fusion_core.engines import facts_of
-from .native import ENGINE
 
-# Who runs experts and leaves out what the map gives -1.
-LEAVE_OUT = frozenset(facts_of(ENGINE).leave_out)
+# Who runs experts and leaves out what the map gives -1. On a CPU it is counted like an expert: stock itself
+# ends there.
+LEAVE_OUT = frozenset(facts_of("sglang").leave_out)
 
 
 def is_spread(experts: Any) -> bool:

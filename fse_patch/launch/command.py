@@ -53,9 +53,12 @@ class Asked:
     def expert_ranks(self) -> int:
         """Return over how many processes whole experts are spread; 1: they are not.
 
-        One engine has a switch that spreads them over all of a layer, another asks for a number.
+        It is asked for by their number, or by a switch for all processes of tensor parallelism.
         """
-        return self.number("tp") if self["ep"] is True else max(1, self.number("ep"))
+        ep = self["ep"]
+        if isinstance(ep, bool):
+            return self.number("tp") if ep else 1
+        return self.number("ep")
 
 
 @dataclass(frozen=True)

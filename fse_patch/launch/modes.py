@@ -42,9 +42,9 @@ def plan_of(
 ) -> ModePlan | Reason:
     """Return the plan for layers that are built fused by us, or why there is none."""
     device, allowed = here.device, now.allow_unmeasured
-    spread = asked.expert_ranks > 1
-    if spread and (picked := _who_runs(decision, asked, facts, device)) not in facts.leave_out:
-        why = f"the MoE backend here ({picked}) is not known to leave out experts of other processes"
+    backend, spread = backend_of(asked, facts, device), asked.expert_ranks > 1
+    if spread and (runner := _runner(decision, asked, device, backend)) not in facts.leave_out:
+        why = f"the MoE backend here ({runner}) is not known to leave out experts of other processes"
         return Reason("parallel.ep", why)
     if device.platform == "cpu" and not (device.amx and _has_amx_kernels(facts)):
         return always("fused", "a CPU, where no speed is promised")
@@ -56,7 +56,6 @@ def plan_of(
         return unmeasured(False, "with batch invariance: another mode for another batch breaks its promise")
     if decision.quant_method != UNQUANTISED:
         return unmeasured(allowed, "for quantised experts, as far as can be said without the engine")
-    backend = backend_of(asked, facts, device)
     if backend != facts.backends.get("cuda"):
         return unmeasured(False, f"with the MoE backend {backend}")
     return measured(_situation(decision, asked, here, backend, config), now)
@@ -100,14 +99,6 @@ def _has_amx_kernels(facts: EngineFacts) -> bool:
     return any(True for name in names for _ in metadata.distributions(name=name))
 
 
-def _who_runs(decision: Merged, asked: Asked, facts: EngineFacts, device: Device) -> str:
-    """Return who runs the experts: quantised ones, as far as it can be said without the engine."""
-    if device.platform != "cuda":
-        return device.platform
-    known = decision.quant_method == UNQUANTISED or asked["moe_backend"] not in (None, "auto")
-    return backend_of(asked, facts, device) if known else "auto"
-
-
 def backend_of(asked: Asked, facts: EngineFacts, device: Device) -> str:
     """Return the MoE backend that the engine picks: the user's, that of the device, or of its platform."""
     given = asked["moe_backend"]
@@ -117,6 +108,14 @@ def backend_of(asked: Asked, facts: EngineFacts, device: Device) -> str:
         if any(words in device.name for words in row.devices):
             return row.backend
     return facts.backends.get(device.platform, "auto")
+
+
+def _runner(decision: Merged, asked: Asked, device: Device, backend: str) -> str:
+    """Return who runs experts that are spread: quantised ones, as far as can be said without the engine."""
+    if device.platform != "cuda":
+        return device.platform
+    plain = decision.quant_method == UNQUANTISED
+    return backend if plain or asked["moe_backend"] not in (None, "auto") else "auto"
 
 
 def _dtype(asked: Asked, config: Mapping[str, Any]) -> str:

@@ -72,10 +72,22 @@ def test_a_verdict_is_more_than_stock_moves_by_itself(
     assert found["ratio"] == pytest.approx(speeds[1] / ((speeds[0] + speeds[2]) / 2))
 
 
+def test_what_took_no_time_says_nothing() -> None:
+    """Beside the verdict of the same speeds, measured for longer."""
+    brief = {**level(130), "seconds": 0.9 * table.LEAST_SECONDS}
+    held = {
+        seconds: table.rows({4: level(100)}, {4: fused}, {4: level(101)})
+        for seconds, fused in (("brief", brief), ("long", level(130)))
+    }
+    assert [held[which][0]["verdict"] for which in ("brief", "long")] == [table.BRIEF, table.FASTER]
+    assert table.sentence(held["brief"]) == "fused is measured for too short a time at 4 streams (1.29x)"
+    assert "too short a time" in page.page({**report(), "rows": held["brief"]})
+
+
 def test_the_sentence_has_every_row_once() -> None:
     assert report()["speed"] == (
         "fused is faster at 1 stream (1.34x); slower at 64 streams (0.75x); "
-        "no difference beyond the noise at 8 streams (1.03x)"
+        "as fast as stock within the noise at 8 streams (1.03x)"
     )
 
 

@@ -11,13 +11,14 @@ from .steps import phase_of
 from .style import STYLE
 from .table import Row
 
-CLASSES = {table.FASTER: "faster", table.SLOWER: "slower", table.SAME: "same"}
+CLASSES = {table.FASTER: "faster", table.SLOWER: "slower", table.SAME: "same", table.BRIEF: "same"}
 READING = (
     "Stock means the engine without fse_patch. Three servers were measured, one at a time: stock, fused, and "
     "stock again. The second stock shows how much a figure moves by itself.",
     "Times as fast means the fused server's tokens a second over the mean of both stock servers. The range "
     "is over the faster and over the slower of them. Faster is said only where fused beats both, and by more "
-    "than they differ from each other.",
+    "than they differ from each other. Where a figure took less than a second to measure, nothing is said: "
+    "give more --rounds.",
     "Answers are a small check, on a few fixed prompts. fse-patch verify is the proof: it has a control.",
 )
 

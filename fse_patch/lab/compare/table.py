@@ -16,7 +16,10 @@ COLUMNS = [
     *("ratio", "lower", "upper", "again", "verdict"),
 ]
 HEADS = ("streams", "stock tokens/s", "fused", "stock again", "times as fast", "verdict")
-FASTER, SLOWER, SAME = "faster", "slower", "no difference beyond the noise"
+FASTER, SLOWER, SAME = "faster", "slower", "as fast as stock within the noise"
+BRIEF = "measured for too short a time"
+# Below that a figure moves more from run to run than two stock servers show.
+LEAST_SECONDS = 1.0
 
 
 def rows(stock: Mapping[int, Level], fused: Mapping[int, Level], again: Mapping[int, Level]) -> list[Row]:
@@ -38,6 +41,8 @@ def _row(streams: int, stock: Level, fused: Level, again: Level) -> Row:
     # More than the two stocks differ from each other.
     spread = max(one, two) / min(one, two)
     verdict = FASTER if lower > spread else SLOWER if upper * spread < 1 else SAME
+    if min(level["seconds"] for level in held.values()) < LEAST_SECONDS:
+        verdict = BRIEF
     return {
         **row,
         "ratio": 2 * ours / (one + two),
@@ -51,7 +56,7 @@ def _row(streams: int, stock: Level, fused: Level, again: Level) -> Row:
 def sentence(rows: Sequence[Row]) -> str:
     """Say what all rows come to."""
     parts = []
-    for verdict in (FASTER, SLOWER, SAME):
+    for verdict in (FASTER, SLOWER, SAME, BRIEF):
         held = [row for row in rows if row["verdict"] == verdict]
         if not held:
             continue
@@ -78,7 +83,7 @@ def rich_table(rows: Sequence[Row], title: str) -> Any:
     table = Table(title=Text(title), title_justify="left")
     for number, head in enumerate(HEADS):
         table.add_column(head, justify="left" if number == len(HEADS) - 1 else "right")
-    colours = {FASTER: "green", SLOWER: "red", SAME: ""}
+    colours = {FASTER: "green", SLOWER: "red"}
     for row in rows:
-        table.add_row(*cells(row), style=colours[row["verdict"]])
+        table.add_row(*cells(row), style=colours.get(row["verdict"], ""))
     return table
