@@ -2,8 +2,8 @@
 
     python benchmarks/lm_head.py --out lm_head.csv [--commit HASH]
 
-In CUDA graphs, in turn; a head is larger than the cache of a device. The floor is the time in which values and
-scales are read. Rows are checked as at the start of a server.
+In CUDA graphs, in turn; a head is larger than the cache of a device. The floor is the time in which values
+and scales are read. Rows are checked as at the start of a server.
 """
 
 from __future__ import annotations
