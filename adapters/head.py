@@ -96,7 +96,7 @@ class Head:
         """Return logits [num_tokens, N], or None where the engine's own head is to run."""
         if torch.compiler.is_compiling():
             return None  # its counters are no part of a graph
-        ours = 0 < len(hidden_states) <= self.limit
+        ours = hidden_states.ndim == 2 and 0 < len(hidden_states) <= self.limit
         name = FORMAT if ours else "stock"
         self.calls[name] += 1
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -116,7 +116,8 @@ class Head:
         """Let the engine's own head serve from now on, and free the copy."""
         self.limit, self.told.reason = 0, reason
         if not self.captured[FORMAT]:
-            self.held = Int8Rows(self.held.values[:0], self.held.scales[:0])
+            # Copies: views would hold the memory.
+            self.held = Int8Rows(self.held.values[:0].clone(), self.held.scales[:0].clone())
 
     @torch.inference_mode()
     def fault(self, most: int) -> Reason | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Literal, cast
 
 import typer
@@ -47,8 +48,12 @@ def command(
     window = {"streams": streams, "warm_up": warm_up, "steps": steps}
     window["looker"] = cast(Literal["torch", "outside"], by)  # type: ignore[assignment]
     job = profile.ProfileJob(folder, vocab_size(read_json(folder / "config.json"), folder), window, arguments)
-    with engines_end_with_us():
-        found = profile.profile(job, engine, ARMS[arm], timeout, say)
+    try:
+        with engines_end_with_us():
+            found = profile.profile(job, engine, ARMS[arm], timeout, say)
+    except profile.ArmError as error:
+        print(error.log, file=sys.stderr)
+        raise
     table = profile.beside(found)
     if json:
         arms = {name: {k: v for k, v in told.items() if k != "rows"} for name, told in found.items()}

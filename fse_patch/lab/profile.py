@@ -19,6 +19,14 @@ ARM = "fse_patch.lab.{engine}.profile_arm"
 MORE = 8
 
 
+class ArmError(EngineError):
+    """An arm has failed; ``log`` is the end of what it said."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+
 @dataclass(frozen=True)
 class ProfileJob:
     """What to look at.
@@ -57,7 +65,7 @@ def profile(
         arms: "stock", "ours", or both.
 
     Raises:
-        EngineError: an arm has failed; with the end of its log.
+        ArmError: an arm has failed.
     """
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
@@ -67,7 +75,7 @@ def profile(
         result: dict[str, Any] = results[0] if results else {"error": f"the process {ending}"}
         if "error" in result:
             end = "\n".join(log.splitlines()[-LOG_LINES:])
-            raise EngineError(f"{end}\n{arm} arm: {with_cause(result['error'], log)}")
+            raise ArmError(f"{arm} arm: {with_cause(result['error'], log)}", end)
         found[arm] = result["workers"][0]
     return found
 

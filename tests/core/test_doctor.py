@@ -65,6 +65,7 @@ def test_all_is_well(installed: pytest.MonkeyPatch) -> None:
         ({"FSE_PATCH_WHATEVER_IT_IS": "1"}, "nothing reads it; use one of FSE_PATCH, FSE_PATCH_STRICT, "),
         ({"FSE_PATCH_VERIFY": "some"}, "use off, sample or all"),
         ({"FSE_PATCH_STRICT": "perhaps"}, "use 1 or 0"),
+        ({"FSE_PATCH_LM_HEAD": "int8"}, "FSE_PATCH_LM_HEAD='int8': use off or int8:g32"),
         ({"FSE_PATCH": "vlm"}, "unknown engine 'vlm'"),
         ({"FSE_PATCH": "sglang"}, "FSE_PATCH switches sglang on: sglang: not installed here"),
         ({"VLLM_PLUGINS": "another"}, "VLLM_PLUGINS is 'another'; add fse_patch to it"),
@@ -107,6 +108,17 @@ def test_what_weakens_a_guard_is_a_hazard(installed: pytest.MonkeyPatch) -> None
     report = doctor.examine()
     assert report["ok"]
     assert len(report["hazards"]) == 2
+
+
+def test_a_quantised_lm_head_is_a_hazard(installed: pytest.MonkeyPatch) -> None:
+    installed.setenv("FSE_PATCH_LM_HEAD", "int8:g32")
+    (hazard,) = doctor.examine()["hazards"]
+    assert hazard.startswith(
+        "FSE_PATCH_LM_HEAD=int8:g32: few tokens get their logits from a quantised LM head"
+    )
+    # A release whose method has another name has no patch for it.
+    installed.setattr(guards, "engine_version", lambda book: "0.25.0")
+    assert "vllm 0.25.0: FSE_PATCH_LM_HEAD does nothing here" in doctor.examine()["hazards"]
 
 
 def test_native_fusion_that_is_wrong_is_a_hazard(installed: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,86 +12,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fse_patch.adapters import graph_timing, head, head_start  # noqa: E402
-from fse_patch.adapters.head import EngineHead, Head, format_refusals, of_weight  # noqa: E402
+from fse_patch.adapters.head import Head, format_refusals  # noqa: E402
 from fse_patch.errors import FsePatchError  # noqa: E402
 from fse_patch.fusion_core.proof import head as proof  # noqa: E402
 from fse_patch.fusion_core.quant.int8_groups import Int8Rows  # noqa: E402
 from fse_patch.fusion_core.reasons import Reason  # noqa: E402
 from fse_patch.settings import Settings  # noqa: E402
 
-N, K, FEW = 512, 64, 4
-NOW = Settings(cpu_threshold=FEW)
-
-
-class Group:
-    """Processes as threads; `gather` waits for all of them."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=30)
-        self.values: list[Any] = [None] * size
-
-    def member(self, rank: int) -> Any:
-        def gather(value: Any) -> list[Any]:
-            self.values[rank] = value
-            self.barrier.wait()
-            found = list(self.values)
-            self.barrier.wait()
-            return found
-
-        return SimpleNamespace(gather=gather)
-
-    def run(self, start: Callable[[int, Any], Any]) -> list[Any]:
-        found: list[Any] = [None] * self.size
-
-        def work(rank: int) -> None:
-            found[rank] = start(rank, self.member(rank))
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert not any(thread.is_alive() for thread in threads)
-        return found
-
-
-def copied(weight: Any, loaded: torch.Tensor) -> None:
-    weight.data.copy_(loaded)
-
-
-class Own(EngineHead):
-    """A linear layer, and the method that is patched."""
-
-    def __init__(self, weight: torch.Tensor, first: int = 0, pad: int = 0) -> None:
-        rows = torch.cat([weight, torch.zeros(pad, weight.shape[1], dtype=weight.dtype)])
-        parameter: Any = torch.nn.Parameter(rows.clone(), requires_grad=False)
-        parameter.weight_loader = copied
-        held = SimpleNamespace(num_org_elements=len(weight), org_vocab_start_index=first)
-        self.module = SimpleNamespace(weight=parameter, quant_method=Plain(), bias=None, shard_indices=held)
-
-    def apply(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        served = of_weight(self.module)
-        logits = None if served is None else served.logits(hidden_states)
-        return hidden_states @ self.weight.T if logits is None else logits
-
-
-class Plain:
-    """Applies a weight as it is."""
-
-
-def weight(seed: int = 0) -> torch.Tensor:
-    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.02
-
-
-def started(own: Own, engine: Any = None, now: Settings = NOW, model: str = "", *reasons: Reason) -> Any:
-    head_start.start_head(own, reasons, engine or Group(1).member(0), now, model)
-    return of_weight(own.module)
-
-
-def reason_of(held: Head) -> str:
-    assert held.told.reason is not None
-    return held.told.reason.code
+from .heads import FEW, NOW, Group, K, N, Own, copied, reason_of, started, weight  # noqa: E402
 
 
 def test_few_tokens_run_from_the_copy_and_others_do_not() -> None:
@@ -114,20 +40,17 @@ def test_a_second_start_finds_it_there() -> None:
     assert started(own) is started(own)
 
 
-def test_costs_over_processes_are_those_of_the_whole(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {word: number for number, word in enumerate(["?", "the", "and", "in", "return", "def"])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.save(str(tmp_path / "tokenizer.json"))
-    whole = started(Own(weight()), None, NOW, str(tmp_path))
+def test_costs_over_processes_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One of them is beyond the vocabulary.
+    monkeypatch.setattr(head_start, "_token_ids", lambda _: [*range(0, N, 5), N + 3])
+    whole = started(Own(weight()))
     size = N // 4
     shards = Group(4).run(
         lambda rank, engine: started(
-            Own(weight()[rank * size : rank * size + size], rank * size, pad=8), engine, NOW, str(tmp_path)
+            Own(weight()[rank * size : rank * size + size], rank * size, pad=8), engine
         )
     )
-    assert {*whole.told.costs} == {"random", "text"}
+    assert {name: cost.states for name, cost in whole.told.costs.items()} == {"random": 256, "text": 103}
     for held in shards:
         assert held.limit == FEW
         for name, cost in whole.told.costs.items():

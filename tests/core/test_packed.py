@@ -12,8 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fse_patch.errors import NoReference  # noqa: E402
+from fse_patch.fusion_core.checkpoint.config import UNQUANTISED  # noqa: E402
 from fse_patch.fusion_core.decision.layout import ExpertLayout  # noqa: E402
+from fse_patch.fusion_core.proof.canary import CanaryError, judge, reference  # noqa: E402
 from fse_patch.fusion_core.proof.checkpoint_layer import CheckpointLayer  # noqa: E402
+from fse_patch.fusion_core.proof.rounding import Served  # noqa: E402
 from fse_patch.fusion_core.quant import packed  # noqa: E402
 from fse_patch.fusion_core.quant.claims import Claim  # noqa: E402
 
@@ -23,6 +26,7 @@ from .safetensors import save  # noqa: E402
 
 OUT, IN, GROUP = 24, 64, 16
 BF16 = torch.bfloat16
+F32 = Served(*[torch.float32] * 4)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -204,25 +208,40 @@ CONFIGS: dict[str, tuple[Callable[[Drawn], Tensors], dict[str, Any]]] = {
     ),
 }
 LAYOUT = ExpertLayout(2, 1, 1, 32, 16)
+MLP = "model.layers.1.mlp."
+OWNERS = ("experts.0", "experts.1", "shared_expert")
 SHAPES = {"gate_proj": (16, 32), "up_proj": (16, 32), "down_proj": (32, 16)}
+
+
+def gates() -> Tensors:
+    draw = torch.Generator().manual_seed(99)
+    rows = {"gate": LAYOUT.num_routed, "shared_expert_gate": 1}
+    return {
+        f"{MLP}{name}.weight": torch.randn(count, LAYOUT.hidden_size, generator=draw)
+        for name, count in rows.items()
+    }
+
+
+def opened(folder: Path, tensors: Tensors, method: str, config: dict[str, Any] | None) -> CheckpointLayer:
+    folder.mkdir(exist_ok=True)
+    save(folder / "model.safetensors", gates() | tensors)
+    text = {"model_type": "qwen2_moe"} | ({} if config is None else {"quantization_config": config})
+    (folder / "config.json").write_text(json.dumps(text))
+    return CheckpointLayer(tensors_of(folder), naming_of("qwen2_moe", 2), "main", method, 1)
 
 
 def written(folder: Path, method: str, leave_out: str = "") -> tuple[CheckpointLayer, dict[str, Drawn]]:
     """A layer whose routed and shared experts are all packed, and what was drawn for it."""
     pack, config = CONFIGS[method]
-    made = decision(LAYOUT, None, "sigmoid_gate", layers=(1,), model_type="qwen2_moe")
-    drawn, tensors = {}, {}
-    for owner in ("experts.0", "experts.1", "shared_expert"):
-        for projection, shape in SHAPES.items():
-            name = f"model.layers.1.mlp.{owner}.{projection}"
-            drawn[f"{owner}.{projection}"] = Drawn(seed=len(drawn), out=shape[0], inner=shape[1])
-            parts = pack(drawn[f"{owner}.{projection}"])
-            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items() if part != leave_out}
-    save(folder / "model.safetensors", tensors)
-    text = {"model_type": "qwen2_moe", "quantization_config": config}
-    (folder / "config.json").write_text(json.dumps(text))
-    naming = naming_of("qwen2_moe", 2)
-    return CheckpointLayer(tensors_of(folder), naming, made.role, method, 1), drawn
+    drawn: dict[str, Drawn] = {}
+    tensors: Tensors = {}
+    for owner in OWNERS:
+        for projection, (out, inner) in SHAPES.items():
+            name = f"{owner}.{projection}"
+            drawn[name] = Drawn(seed=len(drawn), out=out, inner=inner)
+            parts = pack(drawn[name])
+            tensors |= {f"{MLP}{name}.{part}": t for part, t in parts.items() if part != leave_out}
+    return opened(folder, tensors, method, config), drawn
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -241,3 +260,22 @@ def test_a_tensor_that_is_missing_is_no_reference(tmp_path: Path) -> None:
     layer, _ = written(tmp_path, "gptq", leave_out="scales")
     with pytest.raises(NoReference, match="are not int4-gptq"):
         layer.down(0, BF16)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_canary_tells_a_layer_from_one_with_a_wrong_number(tmp_path: Path, method: str) -> None:
+    moe = decision(LAYOUT, None, "sigmoid_gate", layers=(1,), model_type="qwen2_moe").moe
+    layer, drawn = written(tmp_path / "packed", method)
+    expected = reference(layer, moe, F32)
+
+    def output_of(weights: Tensors, name: str) -> torch.Tensor:
+        """Of a plain layer: what an engine makes of these numbers, whatever holds them."""
+        tensors = {f"{MLP}{owner}.weight": weight.float() for owner, weight in weights.items()}
+        return reference(opened(tmp_path / name, tensors, UNQUANTISED, None), moe, F32).output
+
+    right = {owner: numbers.weight(torch.float32) for owner, numbers in drawn.items()}
+    assert judge("main", 1, expected, output_of(right, "right")) < 1e-5
+    wrong = {**right, "shared_expert.up_proj": right["shared_expert.up_proj"].clone()}
+    wrong["shared_expert.up_proj"][3] += drawn["shared_expert.up_proj"].scales[3, 0].double()
+    with pytest.raises(CanaryError):
+        judge("main", 1, expected, output_of(wrong, "wrong"))

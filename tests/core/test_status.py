@@ -107,6 +107,21 @@ def test_sglang_says_it_in_its_server_info() -> None:
     assert "main model of sglang 0.5.20: fused, merged" in done.stdout
 
 
+def test_the_lm_head_is_named() -> None:
+    on = {"format": "int8:g32", "threshold": 8, "reason": ""}
+    off = {"format": "int8:g32", "threshold": 0, "reason": "head.proof"}
+    ranks = [{**FUSED, "lm_heads": [on]}, {**REFUSED, "lm_heads": [off]}, {**FUSED, "lm_heads": []}]
+    with server({"/fse_patch/status": {"ranks": ranks}}) as url:
+        lines = fse_patch("status", "--url", url).stdout.splitlines()
+        told = json.loads(fse_patch("status", "--url", url, "--json").stdout)
+    assert [line.partition("; ")[2] for line in lines] == [
+        "LM head int8:g32 up to 8 tokens",
+        "LM head stock: head.proof",
+        "",
+    ]
+    assert [rank["lm_head"] for rank in told["ranks"]] == [on, off, None]
+
+
 @pytest.mark.parametrize(
     ("loaded", "status", "said"),
     [
