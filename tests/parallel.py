@@ -35,6 +35,18 @@ def check_stages(decision: Merged, ours: Result, layout: str) -> None:
     assert ran_as_decided(decision, ours["workers"][:1]) != []
 
 
+def check_paired_spread(report: Result, ours: Result) -> None:
+    """Each process ran its own experts and its part of the shared one, and proved them."""
+    check_right(report)
+    assert len(ours["workers"]) == 2
+    for worker in ours["workers"]:
+        (role,) = worker["roles"]
+        assert set(role["calls_by_mode"]) == {"paired"}
+        assert role["paired"]["proof"]["state"] == "passed"
+    # The control: one shared weight times 1.01.
+    assert report["control_diff"] > report["tolerance"]["mean"]
+
+
 def check_spread(stock: Result, ours: Result) -> None:
     """The shared part twice, not at all, or halved, is seen by the answers and by the canary."""
     assert len(ours["workers"]) == 2

@@ -9,7 +9,7 @@ import pytest
 from fse_patch.lab import verify
 
 from ..paired import LAYOUTS
-from ..parallel import LONG, RECIPES, check_right, check_spread, check_stages
+from ..parallel import LONG, RECIPES, check_paired_spread, check_right, check_spread, check_stages
 from ..running import Case, Results, parameters
 from .conftest import Runs
 
@@ -52,3 +52,11 @@ def test_whole_experts_over_two_processes(runs: Runs, stock: Results, case: Case
     check_right(report)
     assert report["replaced_operations"] == ["moe_forward_native"]
     check_spread(plain, ours)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", parameters(SPREAD))
+def test_whole_experts_beside_a_shared_one_in_parts(runs: Runs, stock: Results, case: Case) -> None:
+    """Paired: each process runs the experts that it has, and its part of the shared one."""
+    plain, ours = both(runs, case, stock, "tests.sglang.arm", TWO | LEAVE_OUT | LAYOUTS["paired"])
+    check_paired_spread(runs.report(case, plain, ours), ours)

@@ -9,7 +9,7 @@ import pytest
 from fse_patch.lab import verify
 
 from ..paired import LAYOUTS
-from ..parallel import LONG, RECIPES, check_right, check_spread, check_stages
+from ..parallel import LONG, RECIPES, check_paired_spread, check_right, check_spread, check_stages
 from ..running import ROOT, Results, parameters
 from .cases import NEWEST
 from .conftest import Runs
@@ -17,6 +17,7 @@ from .engine import Case
 
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 STAGES = [Case(recipe, engine_args={"pipeline_parallel_size": 2}) for recipe in RECIPES]
+SHIM = str(ROOT / "tests" / "shims" / "cpu_experts")
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 SPREAD = [Case(recipe, engine_args=EXPERTS) for recipe in RECIPES]
 
@@ -55,7 +56,15 @@ def test_two_stages(runs: Runs, stock: Results, case: Case, layout: str) -> None
 @ROUTED
 @pytest.mark.parametrize("case", parameters(SPREAD, (), LONG))
 def test_whole_experts_over_two_processes(runs: Runs, stock: Results, case: Case) -> None:
-    shim = str(ROOT / "tests" / "shims" / "cpu_experts")
-    plain, ours = both(runs, case, stock, "tests.vllm.spread_arm", shim)
+    plain, ours = both(runs, case, stock, "tests.vllm.spread_arm", SHIM)
     check_right(runs.report(case, plain, ours))
     check_spread(plain, ours)
+
+
+@ROUTED
+@pytest.mark.long
+@pytest.mark.parametrize("case", parameters(SPREAD))
+def test_whole_experts_beside_a_shared_one_in_parts(runs: Runs, stock: Results, case: Case) -> None:
+    """Paired: each process runs the experts that it has, and its part of the shared one."""
+    plain, ours = both(runs, case, stock, "tests.vllm.fault_arm", SHIM, "paired")
+    check_paired_spread(runs.report(case, plain, ours), ours)
