@@ -32,7 +32,9 @@ def heads(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> HeadRuns:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "ARM", "tests.vllm.fault_arm")
         shim = ROOT / "tests" / "shims" / "gdn_float32"
-        found = HeadRuns(runs, tmp_path_factory.mktemp("heads"), CASES, {"PYTHONPATH": f"{ROOT}:{shim}"})
+        found = HeadRuns(
+            runs, tmp_path_factory.mktemp("heads"), CASES, {"PYTHONPATH": f"{ROOT}:{shim}"}, True
+        )
         for ours in (False, True):
             found.arm(ours)
     return found
