@@ -80,6 +80,7 @@ def updates(new: Path, old: Path) -> list[Any]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [None, "head_deaf"])
 def test_updates_reach_the_copy(runs: Runs, fault: str | None) -> None:
     plan = {"steps": updates(runs.checkpoints.path("qwen2_moe", seed=1), runs.checkpoints.path("qwen2_moe"))}

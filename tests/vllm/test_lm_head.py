@@ -104,6 +104,7 @@ def probe(folder: str, new: str, fault: str) -> list[Any]:
         return [*before, *engine.llm.collective_rpc(held)]
 
 
+@pytest.mark.long
 @pytest.mark.one_release
 @pytest.mark.parametrize("fault", ["", "head_deaf"])
 def test_an_update_reaches_the_copy(runs: Runs, fault: str) -> None:
