@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -16,11 +16,12 @@ from ..adapters import paired
 from ..adapters.paired import PairedRole
 from ..adapters.role import FusedRole, constructed
 from ..errors import FsePatchError
-from ..fusion_core.quant.int8_groups import renew
 from . import slot_control
 
 # Of heads that were switched off for a while: up to how many tokens they ran.
 _LIMITS: WeakKeyDictionary[heads.Head, int] = WeakKeyDictionary()
+# Those whose scales are doubled.
+_DOUBLED: WeakSet[heads.Head] = WeakSet()
 
 
 def _roles() -> list[FusedRole | PairedRole]:
@@ -74,9 +75,10 @@ def head(state: str) -> None:
         if own.captured[heads.FORMAT]:
             raise FsePatchError("captured CUDA graphs run the LM head in 8 bits; verify it without graphs")
         own.limit = 0 if state == "off" else _LIMITS[own]
-        if own.limit:
-            renew(own.held, own.own.weight)
-            own.held.scales.mul_(2 if state == "control" else 1)
+        # The copy that serves is what is verified: nothing of it is made anew, and a factor of 2 is exact.
+        if (state == "control") != (own in _DOUBLED):
+            own.held.scales.mul_(2.0 if state == "control" else 0.5)
+            (_DOUBLED.add if state == "control" else _DOUBLED.discard)(own)
 
 
 def jitter(modules: Iterable[Any], seed: int) -> None:
