@@ -123,4 +123,5 @@ def check_refused(report: dict[str, Any], ours: dict[str, Any], code: str) -> No
 def check_seen_by_verify(report: dict[str, Any]) -> None:
     """Without proof and limit the fault would be served: it shows in answers."""
     assert report["lm_head"]["threshold"] == FEW
-    assert any("answers differ from their first token on" in failure for failure in report["failures"])
+    # Where prompts have logits of all their tokens, the first token of an answer is the engine's own.
+    assert any("LM head" in failure and "answers differ" in failure for failure in report["failures"])

@@ -219,12 +219,12 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
             return {**report, "ended": name, "failures": failures, "log": arm.get("log", "")}
     logprobs = difference(stock["logprobs"], fused["logprobs"])
     noise, noises = noise_of(stock)
+    control = difference(stock["logprobs"], fused["control"])
     if any(role.get("weight_layout") == "paired" for w in fused["workers"] for role in w["roles"]):
-        # Prompts are many tokens, which the engine's own layers run: answers alone show a fault.
+        # Where prompts are many tokens, the engine's own layers run them, and answers alone show a fault.
         steps_with_fault = answer_steps(stock, fused["control_answers"])
-        control = summary([step for steps in steps_with_fault for step in steps])
-    else:
-        control = difference(stock["logprobs"], fused["control"])
+        in_answers = summary([step for steps in steps_with_fault for step in steps])
+        control = max(control, in_answers, key=lambda seen: seen.mean)
     tolerance = Tolerance.for_dtype(stock["dtype"], noise)
     per_answer = answer_steps(stock, fused)
     answers = summary([step for steps in per_answer for step in steps])
