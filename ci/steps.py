@@ -72,7 +72,7 @@ def mutants() -> Step:
     return Step("mutants", [str(CORE / "python"), "ci/mutants.py", "--sample", "200"], 5400)
 
 
-def of_engine(row: Row, name: str, tests: Sequence[str], marks: str, limit: int = 2700) -> Step:
+def of_engine(row: Row, name: str, tests: Sequence[str], marks: str, limit: int = 3600) -> Step:
     """Test one engine release, in its own environment; ``marks`` as pytest's ``-m``, empty for all."""
     environment = {
         # Linear attention in float32; bfloat16 runs do not notice it. See docs/development.md.

@@ -30,7 +30,6 @@ def heads(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> HeadRuns:
     return HeadRuns(runs, tmp_path_factory.mktemp("heads"), CASES, {}, False)
 
 
-@pytest.mark.every_release
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_few_tokens_run_from_the_copy(heads: HeadRuns, name: str) -> None:
     check_right(*heads.results(name))

@@ -15,6 +15,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.one_release
 def test_kernels_of_decode_steps(checkpoints: Checkpoints) -> None:
     check(profile("vllm", checkpoints.path("qwen2_moe"), ARGUMENTS))
