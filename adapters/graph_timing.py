@@ -42,9 +42,13 @@ def in_turn(graphs: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return seconds of each graph in each round; rounds alternate, none always follows the other."""
     for graph in graphs.values():
         reading(graph, 2)
-    replays = max(3, min(200, int(READING / reading(graphs["stock"], 3))))
+    return in_rounds(graphs, max(3, min(200, int(READING / reading(graphs["stock"], 3)))), ROUNDS)
+
+
+def in_rounds(graphs: Mapping[str, Any], replays: int, rounds: int) -> dict[str, list[float]]:
+    """Return seconds of a replay of each graph in each round, of ``replays`` in a row."""
     seconds: dict[str, list[float]] = {name: [] for name in graphs}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for name in list(graphs) if number % 2 == 0 else list(graphs)[::-1]:
             seconds[name].append(reading(graphs[name], replays))
     return seconds

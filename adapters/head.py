@@ -30,7 +30,7 @@ from ..fusion_core.proof.head import (
     scale_of,
     spread_of,
 )
-from ..fusion_core.quant.int8_groups import ROWS, Int8Rows, quantised, renew
+from ..fusion_core.quant.int8_groups import GROUP, ROWS, Int8Rows, quantised, renew
 from ..fusion_core.reasons import Reason
 from .stop import stop_told
 
@@ -38,6 +38,8 @@ log = logging.getLogger("fse_patch")
 FORMAT = "int8:g32"
 # Most tokens of a call of the kernel.
 MOST = 16
+# The engines' classes that apply a weight as it is.
+PLAIN = ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
 # Of a weight: its `Head`.
 MARK = "_fse_patch_head"
 
@@ -56,10 +58,16 @@ class Told:
     costs: dict[str, Cost] = field(default_factory=dict)
 
 
+@dataclass
 class EngineHead(ABC):
-    """One head as an engine has built it, and the engine's way to apply it."""
+    """One head as an engine has built it, and the engine's way to apply it.
+
+    Args:
+        module: has the weight; processor: the engine's logits processor.
+    """
 
     module: Any
+    processor: Any
 
     @property
     def weight(self) -> torch.Tensor:
@@ -219,21 +227,17 @@ def _watch(weight: Any, head: Head) -> None:
     weight.weight_loader = load
 
 
-def format_refusals(module: Any, plain: frozenset[str]) -> Iterator[Reason]:
-    """Refuse a head that is not a plain matrix, or of a form that the kernel does not take.
-
-    Args:
-        plain: names of the engine's classes that apply a weight as it is.
-    """
+def format_refusals(module: Any) -> Iterator[Reason]:
+    """Refuse a head that is not a plain matrix, or of a form that the kernel does not take."""
     weight, method = getattr(module, "weight", None), type(getattr(module, "quant_method", None)).__name__
-    if method not in plain or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+    if method not in PLAIN or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         yield Reason("head.format", f"the engine applies it by {method}: it is quantised already")
         return
     dtypes = {torch.bfloat16, torch.float16} | (set() if weight.is_cuda else {torch.float32})
     if weight.dtype not in dtypes:
         yield Reason("head.format", f"its dtype is {weight.dtype}; 16 bits are quantised")
-    if weight.shape[1] % 32 or not weight.is_contiguous():
-        yield Reason("head.format", f"its shape is {tuple(weight.shape)}; groups are of 32 columns")
+    if weight.shape[1] % GROUP or not weight.is_contiguous():
+        yield Reason("head.format", f"its shape is {tuple(weight.shape)}; groups are of {GROUP} columns")
     if getattr(module, "bias", None) is not None:
         yield Reason("head.format", "it has a bias")
     if not hasattr(weight, "weight_loader"):

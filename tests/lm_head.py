@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -109,6 +110,17 @@ def check_right(report: dict[str, Any], stock: dict[str, Any], ours: dict[str, A
     assert ours["head_answers"]["logprobs"][1:] == ours["rebatched"][1:]
     (held,) = ours["head_workers"][0]["lm_heads"]
     assert held["calls"]["stock"] > 0
+
+
+def check_each_has_its_rows(one: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Two processes have half of the rows each, and tell the cost of the whole head: ``one``'s."""
+    assert len(ours["head_workers"]) == 2
+    for worker in ours["head_workers"]:
+        (held,) = worker["lm_heads"]
+        assert (held["rows"], held["threshold"]) == (128, FEW)
+        for kind, cost in one["cost"].items():
+            assert held["cost"][kind]["agreement"] == cost["agreement"]
+            assert held["cost"][kind]["difference"] == pytest.approx(cost["difference"], rel=1e-3)
 
 
 def check_refused(report: dict[str, Any], ours: dict[str, Any], code: str) -> None:

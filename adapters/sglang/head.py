@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from ..head import EngineHead, constructed, format_refusals, holder_of, of_weigh
 from ..head_start import start_head
 from .pair_proof import Engine
 
-PLAIN = frozenset({"UnquantizedEmbeddingMethod", "UnquantizedLinearMethod"})
 # Arguments under which logits are computed in another way, or by other processes.
 OTHERWISE = {
     "enable_fp32_lm_head": "head.format",
@@ -45,12 +43,8 @@ def compute_lm_head(original: Callable[..., Any]) -> Callable[..., Any]:
     return compute
 
 
-@dataclass
 class OwnHead(EngineHead):
     """A head as SGLang has built it."""
-
-    module: Any
-    processor: Any
 
     def apply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits [num_tokens, N] of these rows, through the method that is patched."""
@@ -101,4 +95,4 @@ def refusals(own: OwnHead) -> Iterator[Reason]:
         yield Reason("head.format", "the model's config asks for logits in float32")
     if getattr(own.module, "use_intel_amx_backend", False):
         yield Reason("head.format", "its weight is packed for AMX")
-    yield from format_refusals(own.module, PLAIN)
+    yield from format_refusals(own.module)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from ...fusion_core.reasons import Reason
 from ..head import EngineHead, format_refusals, holder_of, of_weight
 from ..head_start import start_head
 from .pair_proof import Engine
-
-PLAIN = frozenset({"UnquantizedEmbeddingMethod", "UnquantizedLinearMethod"})
 
 
 def apply_head(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,12 +28,8 @@ def apply_head(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-@dataclass
 class OwnHead(EngineHead):
     """A head as vLLM has built it."""
-
-    module: Any
-    processor: Any
 
     def apply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits [num_tokens, N] of these rows, through the method that is patched."""
@@ -72,4 +65,4 @@ def refusals(own: OwnHead, config: Any) -> Iterator[Reason]:
         yield Reason("head.format", f"head_dtype is {own.processor.head_dtype}, the model's is {model.dtype}")
     if os.environ.get("VLLM_BATCH_INVARIANT", "0").lower() in settings.TRUE:
         yield Reason("head.format", "VLLM_BATCH_INVARIANT asks for the same bits in every batch; unset it")
-    yield from format_refusals(own.module, PLAIN)
+    yield from format_refusals(own.module)

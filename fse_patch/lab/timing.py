@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapters.graph_timing import reading
+from ..adapters.graph_timing import in_rounds, reading
 from ..fusion_core.decision.layout import ExpertLayout
 
 # Seconds of GPU time that one reading of one graph takes, about: long against a clock's resolution.
@@ -39,11 +39,7 @@ def in_turn(arms: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, 
     replays = max(5, min(400, int(READING / reading(first, 3))))
     for graph in arms.values():
         reading(graph, replays)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds):
-        for name in list(arms) if number % 2 == 0 else list(arms)[::-1]:
-            seconds[name].append(reading(arms[name], replays))
-    return seconds
+    return in_rounds(arms, replays, rounds)
 
 
 @dataclass(frozen=True)

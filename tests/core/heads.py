@@ -63,7 +63,9 @@ class Own(EngineHead):
         parameter: Any = torch.nn.Parameter(rows.clone(), requires_grad=False)
         parameter.weight_loader = copied
         held = SimpleNamespace(num_org_elements=len(weight), org_vocab_start_index=first)
-        self.module = SimpleNamespace(weight=parameter, quant_method=Plain(), bias=None, shard_indices=held)
+        self.module = SimpleNamespace(
+            weight=parameter, quant_method=UnquantizedLinearMethod(), bias=None, shard_indices=held
+        )
 
     def apply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         served = of_weight(self.module)
@@ -71,8 +73,8 @@ class Own(EngineHead):
         return hidden_states @ self.weight.T if logits is None else logits
 
 
-class Plain:
-    """Applies a weight as it is."""
+class UnquantizedLinearMethod:
+    """Applies a weight as it is; named as in the engines."""
 
 
 def weight(seed: int = 0) -> torch.Tensor:

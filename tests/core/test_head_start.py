@@ -205,10 +205,10 @@ def test_captured_graphs_would_serve_it() -> None:
 )
 def test_formats(change: dict[str, Any], said: str) -> None:
     own = Own(weight())
-    assert list(format_refusals(own.module, frozenset({"Plain"}))) == []
+    assert list(format_refusals(own.module)) == []
     for name, value in change.items():
         setattr(own.module, name, value)
-    found = list(format_refusals(own.module, frozenset({"Plain"})))
+    found = list(format_refusals(own.module))
     assert {reason.code for reason in found} == {"head.format"}
     assert any(said in reason.detail for reason in found)
 

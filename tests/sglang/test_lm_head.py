@@ -12,6 +12,7 @@ from ..lm_head import (
     FAULTS,
     FEW,
     HeadRuns,
+    check_each_has_its_rows,
     check_refused,
     check_right,
     check_seen_by_verify,
@@ -55,14 +56,7 @@ def test_without_proof_and_limit_verify_sees_it(heads: HeadRuns) -> None:
 def test_each_process_has_its_rows(heads: HeadRuns) -> None:
     report, ours = heads.sharded(SHARDED, TWO)
     assert report["failures"] == []
-    one = heads.results(CASES[0].name)[0]["lm_head"]
-    assert len(ours["head_workers"]) == 2
-    for worker in ours["head_workers"]:
-        (held,) = worker["lm_heads"]
-        assert (held["rows"], held["threshold"]) == (128, FEW)
-        for kind, cost in one["cost"].items():
-            assert held["cost"][kind]["agreement"] == cost["agreement"]
-            assert held["cost"][kind]["difference"] == pytest.approx(cost["difference"], rel=1e-3)
+    check_each_has_its_rows(heads.results(CASES[0].name)[0]["lm_head"], ours)
 
 
 def updates(new: Path, old: Path) -> list[Any]:

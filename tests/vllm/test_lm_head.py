@@ -11,7 +11,16 @@ import pytest
 from fse_patch.lab import verify
 
 from ..head_faults import HEAD_FAULTS
-from ..lm_head import ENVIRONMENT, FAULTS, FEW, HeadRuns, check_refused, check_right, check_seen_by_verify
+from ..lm_head import (
+    ENVIRONMENT,
+    FAULTS,
+    FEW,
+    HeadRuns,
+    check_each_has_its_rows,
+    check_refused,
+    check_right,
+    check_seen_by_verify,
+)
 from ..running import ROOT
 from .conftest import Runs
 from .engine import IN_PROCESS, SPECULATIVE, Case
@@ -75,15 +84,7 @@ def test_each_process_has_its_rows(runs: Runs, heads: HeadRuns) -> None:
         patch.setattr(verify, "ARM", "tests.vllm.fault_arm")
         report, ours = heads.sharded(SHARDED, TWO)
     assert report["failures"] == []
-    assert len(ours["head_workers"]) == 2
-    one = heads.results(CASES[0].name)[0]["lm_head"]
-    for worker in ours["head_workers"]:
-        (held,) = worker["lm_heads"]
-        assert (held["rows"], held["threshold"]) == (128, FEW)
-        # Both tell the cost of the whole head, which is that of one process.
-        for kind, cost in one["cost"].items():
-            assert held["cost"][kind]["agreement"] == cost["agreement"]
-            assert held["cost"][kind]["difference"] == pytest.approx(cost["difference"], rel=1e-3)
+    check_each_has_its_rows(heads.results(CASES[0].name)[0]["lm_head"], ours)
 
 
 def probe(folder: str, new: str, fault: str) -> list[Any]:
