@@ -61,8 +61,9 @@ def w2_tile(tokens: int, hidden: int, width: int, fp8: bool) -> Tile:
     rows = max(16, hidden // 128)
     part = COLUMNS[0] if fp8 else 0
     if width <= 128:
-        several = 8 if fp8 and tokens <= part else 4
-        return Tile(rows, warps=1, depth=128, stages=7, experts=several, tokens=part)
+        if fp8 and tokens > part:
+            return Tile(rows, warps=1, depth=128, stages=9, experts=4, tokens=part)
+        return Tile(rows, warps=1, depth=128, stages=7, experts=8 if fp8 else 4, tokens=part)
     if fp8 and tokens <= part and width <= 512:
         return Tile(16, warps=1, depth=128, parts=4, stages=5, experts=4, tokens=part)
     if fp8:
