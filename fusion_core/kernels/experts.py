@@ -19,9 +19,9 @@ MANY = 1 << 10
 
 def w13_tile(hidden: int, width: int) -> tuple[int, int, int]:
     """Return BLOCK_N, BLOCK_K and warps for w13 [2 * I, H]: the fastest ones on an H200."""
-    if width <= 1024:
-        return (2, 1024, 2) if width <= 512 else (1, 2048, 2)
-    return (4, 1024, 2) if hidden <= 2048 else (8, 2048, 8)
+    if width <= 512:
+        return (2, 1024, 2)
+    return (4, 1024, 2) if hidden <= 2048 and width > 1024 else (1, 2048, 2)
 
 
 def w2_tile(width: int) -> tuple[int, int, int, bool]:
