@@ -8,8 +8,9 @@ from ..checkpoint.config import QuantConfig
 from ..checkpoint.families import Role
 from ..evidence.gather import Evidence, LayerEvidence
 from ..evidence.specs import MlpSpec
-from .decide import decide_evidence, layer_facts, never_fuses, weight_quantisation
+from .decide import decide_evidence
 from .policy import DEFAULT_DENY, Policy
+from .storage import layer_facts, never_fuses, weight_quantisation
 
 
 def explain(evidence: Evidence, engine: str, role: Role, policy: Policy) -> dict[str, Any]:

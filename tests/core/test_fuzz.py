@@ -11,7 +11,7 @@ import pytest
 from fse_patch.fusion_core.checkpoint import weight_files
 from fse_patch.fusion_core.checkpoint.naming import TensorNaming
 from fse_patch.fusion_core.checkpoint.weight_files import WeightFiles
-from fse_patch.fusion_core.decision import decide
+from fse_patch.fusion_core.decision import storage
 from fse_patch.fusion_core.decision.policy import Policy
 from fse_patch.fusion_core.decision.policy_file import load_policy
 from fse_patch.fusion_core.evidence import gather
@@ -40,7 +40,7 @@ def found(words: str, cases: int = 3000) -> bool:
 
 
 def test_it_finds_a_policy_that_is_believed_against_the_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "never_fuses", lambda facts: None)
+    monkeypatch.setattr(storage, "never_fuses", lambda facts: None)
     assert found("main fuses: ")
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from fse_patch.errors import FsePatchError
-from fse_patch.fusion_core.decision.decide import decide, decide_evidence, layer_facts, weight_quantisation
+from fse_patch.fusion_core.decision.decide import decide, decide_evidence
 from fse_patch.fusion_core.decision.policy import Policy, Rule
 from fse_patch.fusion_core.decision.policy_file import load_policy
+from fse_patch.fusion_core.decision.storage import layer_facts, weight_quantisation
 from fse_patch.fusion_core.evidence.gather import read_evidence
 from fse_patch.fusion_core.reasons import Reason
 
