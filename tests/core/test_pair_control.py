@@ -12,7 +12,7 @@ from fse_patch.fusion_core.forward.paired import PairedWeights
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights, Scales
 from fse_patch.lab import model_process, slot_control
 
-from .test_paired_role import role_of
+from .paired_roles import role_of
 
 HIDDEN, WIDTH, SLOTS = 8, 4, 2
 

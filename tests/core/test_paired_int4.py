@@ -21,7 +21,7 @@ from fse_patch.fusion_core.kernels.int4 import Int4, Layout  # noqa: E402
 from fse_patch.fusion_core.kernels.pass_reference import dense  # noqa: E402
 from fse_patch.fusion_core.quant.built_int4 import BuiltInt4  # noqa: E402
 
-from . import test_paired_role as roles  # noqa: E402
+from . import paired_roles as roles  # noqa: E402
 
 E, H, I = 8, 64, 128  # noqa: E741
 LAYOUT = ExpertLayout(E, 1, 2, H, I)
