@@ -112,7 +112,9 @@ def _mixed(rng: random.Random) -> Case:
     model = MODELS[row["model"]]
     case = Case(copy.deepcopy(config), dict(tensors or {}), layers=layers_in(config), pairs=True)
     assert case.tensors is not None
-    numbers = _sparse(case)
+    # Some recipes leave whole layers plain: a plain shared expert is no other format there.
+    packed = {name.partition(".experts.")[0] for name, (dtype, _) in case.tensors.items() if dtype == "I32"}
+    numbers = [number for number in _sparse(case) if _module(case, number) in packed]
     for number in rng.sample(numbers, rng.randint(1, len(numbers))):
         owner = f"{_module(case, number)}.{SHARED[model['family']]}."
         kept = {name: header for name, header in case.tensors.items() if not name.startswith(owner)}
