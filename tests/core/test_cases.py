@@ -151,26 +151,42 @@ def test_what_an_engine_would_refuse_is_no_yes(release: str, code: str, model: P
     assert done.stdout.startswith(f"stock: {code}: ")
 
 
-@pytest.mark.parametrize("command", ["bench", "tune"])
-def test_without_torch_the_environment_is_named(command: str, model: Path) -> None:
-    code = (
-        "import sys, importlib.util as u\n"
-        "found = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'torch' else found(name, *a)\n"
-        "import fse_patch.cli.bench as bench\n"
-        "bench.find_spec = u.find_spec\n"
-        "from fse_patch.cli.app import main\n"
-        f"sys.argv = ['fse-patch', {command!r}, {str(model)!r}, *sys.argv[1:]]\n"
-        "main()\n"
+# What comes with an engine alone cannot be imported.
+WITHOUT_AN_ENGINE = """
+import sys
+from fse_patch.cli.ending import NEEDED
+sys.modules.update(dict.fromkeys(NEEDED))
+from fse_patch.cli.app import main
+main()
+"""
+TUNE = ["tune", "{model}", "--out", "{tmp}/table.yaml"]
+VERIFY = ["verify", "{model}", "--engine", "vllm"]
+SAID_WITHOUT_AN_ENGINE = [
+    (["bench", "{model}"], "install fse-patch into vllm's environment"),
+    (["bench", "{model}", "--tokens", "x"], "--tokens 'x'"),
+    (["bench", "{model}", "--end-to-end", "--streams", "x"], "--streams 'x'"),
+    (TUNE, "install fse-patch into vllm's environment"),
+    ([*TUNE, "--tokens", "x"], "--tokens 'x'"),
+    (VERIFY, "install fse-patch into the engine's own environment"),
+    ([*VERIFY, "--timeout", "-5"], "invalid value for '--timeout'"),
+    ([*VERIFY, "--dtype", "fp16"], "did you mean float16?"),
+    (["compare", "{model}"], "give the command that starts the server"),
+    (["compare", "{model}", "--", "vllm", "serve", "{model}"], "vllm is not installed here"),
+    (["profile", "{model}", "--engine", "vllm", "--arm", "x"], "--arm x: use both, stock, ours"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), SAID_WITHOUT_AN_ENGINE, ids=[" ".join(a) for a, _ in SAID_WITHOUT_AN_ENGINE]
+)
+def test_without_an_engine_arguments_are_checked_and_its_environment_is_named(
+    arguments: list[str], words: str, model: Path
+) -> None:
+    given = [word.format(model=model, tmp=model.parent) for word in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_AN_ENGINE, *given], capture_output=True, text=True, cwd=ROOT
     )
-    out = ["--out", str(model.parent / "table.yaml")] if command == "tune" else []
-    for extra, words in (
-        (out, "install fse-patch into vllm's environment"),
-        ([*out, "--tokens", "x"], "--tokens 'x'"),
-    ):
-        done = subprocess.run([sys.executable, "-c", code, *extra], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 2
-        assert words in done.stderr
+    assert_one_line(done, words)
 
 
 def test_a_module_of_an_engine_that_is_missing_is_no_internal_error(
