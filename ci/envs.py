@@ -28,13 +28,14 @@ SHIM = "fse_patch_torchvision_shim"
 AT_ONCE = 2
 ONE_AT_A_TIME = threading.Lock()
 
-# Runs in the environment: its own pip knows its own markers.
+# Runs in the environment: its own pip knows its own markers. A build is not asked for by its local name, such as
+# torch's "+cpu": where pip is pointed to an index of them it takes one all the same, and elsewhere the public one does.
 _REQUIRED = """
-import importlib.metadata as m, json, sys
+import importlib.metadata as m, json, re, sys
 from pip._vendor.packaging.requirements import Requirement
 out = []
 for line in sys.argv[2:] or m.requires(sys.argv[1]) or []:
-    r = Requirement(line)
+    r = Requirement(re.sub(r"[+][a-z]+", "", line))
     if r.marker is None or r.marker.evaluate({"extra": ""}):
         r.marker = None
         try:
