@@ -28,8 +28,8 @@ SHIM = "fse_patch_torchvision_shim"
 AT_ONCE = 2
 ONE_AT_A_TIME = threading.Lock()
 
-# Runs in the environment: its own pip knows its own markers. A build is not asked for by its local name, such as
-# torch's "+cpu": where pip is pointed to an index of them it takes one all the same, and elsewhere the public one does.
+# Runs in the environment: its own pip knows its own markers. A build is not asked for by its local name, such
+# as torch's "+cpu": pip takes that one where it can see it, and the public one elsewhere.
 _REQUIRED = """
 import importlib.metadata as m, json, re, sys
 from pip._vendor.packaging.requirements import Requirement
