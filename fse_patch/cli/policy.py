@@ -64,7 +64,7 @@ def check(
     """Validate a policy file, alone and over the default one. Exit status: 0 valid, 2 not."""
     rules = read_rules(file)
     effective = load_policy(file)
-    report = {
+    report: dict[str, Any] = {
         "valid": True,
         "file": str(file),
         "rules": [rule.id for rule in rules],
