@@ -32,5 +32,5 @@ def test_serving(runs: Runs, tmp_path: Path) -> None:
     checkpoint = runs.checkpoints.path(RECIPE)
     flags = [flag for flag in arguments(checkpoint) if not flag.startswith("--model-path")]
     said, ranks = served("serve_sglang.sh", checkpoint, tmp_path / "log", *flags)
-    assert said.startswith("fused, merged, ")
+    assert said.startswith("fused, merged: fused always")
     assert [(rank["fused"], rank["layout"], rank["proof"]) for rank in ranks] == [(True, "merged", "passed")]

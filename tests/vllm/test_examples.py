@@ -38,5 +38,5 @@ def test_serving(checkpoints: Checkpoints, tmp_path: Path) -> None:
     path = os.pathsep.join([str(named(tmp_path)), str(ROOT)])
     log = tmp_path / "log"
     said, ranks = served("serve_vllm.sh", checkpoints.path(RECIPE), log, *flags, PYTHONPATH=path)
-    assert said.startswith("fused, merged, ")
+    assert said.startswith("fused, merged: fused always")
     assert [(rank["fused"], rank["layout"], rank["proof"]) for rank in ranks] == [(True, "merged", "passed")]
