@@ -35,8 +35,8 @@ Of each of these, the code that patches replace or rely on was read. Where a dev
 family was run there, fused, and compared: on a CPU by the test-suite, on a GPU by hand. On a GPU a release
 that was not measured starts as stock, until you measure it: `fse-patch tune`.
 
-A newer release is taken as its equal where its code is the same. Where it differs, the server starts stock
-and says so: `release.seam`. An older release is refused: `version.untested`.
+A newer release is treated as one of these where its code is the same. Where it differs, the server starts as
+stock and says so: `release.seam`. An older release is refused: `version.untested`.
 
 | engine | release | run on | on a GPU |
 | --- | --- | --- | --- |

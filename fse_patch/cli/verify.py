@@ -101,6 +101,8 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     ran = f"fused in the engine: layers {layers}; slots loaded: {report['slots_loaded']}"
     head = report.get("lm_head")
     more = [] if not head else [f"LM head: {head['format']} up to {head['threshold']} tokens"]
+    if replaced := report.get("replaced_operations"):
+        more.append(f"not covered: kernels in whose place stand-ins ran: {', '.join(replaced)}")
     return [found, ran, *more]
 
 

@@ -14,7 +14,12 @@ def test_one_that_passed() -> None:
     said = sentences(judge(job(), arm(False), arm(True)))
     assert said[0].startswith("passed: fused differs from stock by 0 (mean over ")
     assert "limit 5e-06); the planted fault was seen: " in said[0]
-    assert said[1] == "fused in the engine: layers 0, 2; slots loaded: 4"
+    assert said[1:] == ["fused in the engine: layers 0, 2; slots loaded: 4"]
+
+
+def test_what_the_proof_does_not_cover_is_said() -> None:
+    report = judge(job(), arm(False), arm(True)) | {"replaced_operations": ["a", "b"]}
+    assert sentences(report)[-1].endswith("stand-ins ran: a, b")
 
 
 def test_one_that_did_not_says_why() -> None:
