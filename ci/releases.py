@@ -67,7 +67,8 @@ def tables(engine: str, site: Path) -> list[int]:
 def examine(engine: str) -> tuple[releases_docs.Found, int]:
     """Read the releases of an engine, and say what is wrong with them; returns an exit status too."""
     book = ledger.load(engine)
-    distribution = book.facts.distributions[0]
+    # Where it is published for GPUs.
+    distribution = book.facts.import_name
     latest, status = newest(distribution), 0
     shipped: dict[str, list[int]] = {}
     for release in (*book.listed, *({latest} - {*book.listed})):

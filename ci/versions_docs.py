@@ -32,11 +32,13 @@ that the tests hold `fse-patch plan` to. *Stock* is the engine without this pack
 RELEASES = """## Releases
 
 Of each of these, the code that patches replace or rely on was read. Where a device stands, a model of each
-family was run there, fused, and compared: on a CPU by the test-suite, on a GPU by hand. A newer release is
-served fused where its code is the same. Where it differs, the server starts stock and says so:
-`release.seam`. An older release is refused: `version.untested`.
+family was run there, fused, and compared: on a CPU by the test-suite, on a GPU by hand. On a GPU a release
+that was not measured starts as stock, until you measure it: `fse-patch tune`.
 
-| engine | release | run on | measured |
+A newer release is treated as one of these where its code is the same. Where it differs, the server starts as
+stock and says so: `release.seam`. An older release is refused: `version.untested`.
+
+| engine | release | run on | on a GPU |
 | --- | --- | --- | --- |
 """
 NATIVE = """
@@ -76,7 +78,7 @@ def releases(facts: EngineFacts) -> list[str]:
             for _, table in tuned.shipped()
             if (table.engine, table.release) == (facts.engine, row.release) and table.device in row.cuda
         )
-        measured = f"{tables} shapes" if tables else "none: no speed is promised"
+        measured = f"{tables} shapes measured" if tables else "stock: `slower.unmeasured`"
         rows.append(f"| {NAMES[facts.engine]} | {row.release} | {', '.join(where) or '-'} | {measured} |")
     return rows
 

@@ -89,5 +89,5 @@ def _tokenizer(folder: Path) -> None:
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
-        model_max_length=512,
+        model_max_length=1024,
     ).save_pretrained(folder)

@@ -16,7 +16,8 @@ COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
+    # Room for the prompts and answers of `fse-patch compare`.
+    "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -14,7 +14,7 @@ from ..fusion_core.decision.policy_file import load_policy, read_rules
 from ..fusion_core.evidence.gather import read_evidence
 from ..patches import ENGINES
 from .arguments import engine_option, source_of
-from .output import print_json, print_table, ranges
+from .output import print_json, print_table, ranges, say
 
 app = typer.Typer(
     add_completion=False,
@@ -46,7 +46,12 @@ def explain(
     }
     if "draft" in evidence.roles:
         report["draft"] = explain_role(evidence, engine, "draft", rules)
-    print_json(report) if json else print_table(f"{checkpoint} in {engine}", _table(report))
+    if json:
+        print_json(report)
+    else:
+        said = "fuses" if report["fuse"] else f"refused: {report['reason']}"
+        say(f"{said}: {report['detail']}", "green" if report["fuse"] else "red")
+        print_table(f"{checkpoint} in {engine}", _table(report))
     if not report["fuse"]:
         raise typer.Exit(RefusedError.exit_status)
 
@@ -59,13 +64,16 @@ def check(
     """Validate a policy file, alone and over the default one. Exit status: 0 valid, 2 not."""
     rules = read_rules(file)
     effective = load_policy(file)
-    report = {
+    report: dict[str, Any] = {
         "valid": True,
         "file": str(file),
         "rules": [rule.id for rule in rules],
         "policy_hash": effective.hash,
     }
-    print_json(report) if json else print_table(str(file), report)
+    if json:
+        print_json(report)
+    else:
+        say(f"{file}: valid; rules before the default ones: {', '.join(report['rules']) or 'none'}", "green")
 
 
 def _table(report: dict[str, Any]) -> dict[str, Any]:

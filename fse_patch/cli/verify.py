@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,8 @@ from ..launch.flags import check_arguments
 from ..settings import LM_HEAD
 from ..settings import load as load_settings
 from .arguments import dtype_of, engine_option, folder_of
-from .output import print_json, print_table
+from .output import print_json, print_table, ranges
+from .output import say as tell
 
 MIN_VOCAB = 64
 
@@ -44,6 +45,7 @@ def command(
     ] = "{}",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for each of the two runs.")] = 1800,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print everything that is known.")] = False,
 ) -> None:
     """Run the command. Exit status: 0 within tolerance, 1 not, 3 refused, 2 bad input, 4 no start."""
     arguments = parse_engine_args(engine_args)
@@ -69,13 +71,39 @@ def command(
     log = report.pop("log", "")
     if log:
         print(log, file=sys.stderr)
-    print_json(report) if json else print_table(f"{checkpoint} in {engine} {version}", report)
+    if json:
+        print_json(report)
+    else:
+        for line in sentences(report):
+            tell(line, "green" if report["passed"] else "red")
+        if verbose:
+            print_table(f"{checkpoint} in {engine} {version}", report)
     for refused in report.get("refused", ()):
         raise RefusedError(refused["reason"], refused["detail"])
     if report.get("ended") == "stock":
         raise EngineError("nothing was compared: " + "; ".join(report["failures"]))
     if not report["passed"]:
         raise typer.Exit(1)
+
+
+def sentences(report: Mapping[str, Any]) -> list[str]:
+    """Return what a report comes to; nothing where the command ends with an error, which says it."""
+    if report.get("refused") or report.get("ended") == "stock":
+        return []
+    if not report["passed"]:
+        return [f"not passed: {failure}" for failure in report["failures"]]
+    found = (
+        f"passed: fused differs from stock by {report['mean_abs_logprob_diff']:.2g} (mean over "
+        f"{report['tokens']} tokens, limit {report['tolerance']['mean']:.2g}); the planted fault was seen: "
+        f"{report['control_diff']:.2g}"
+    )
+    layers = ranges(report["fused_layers"])
+    ran = f"fused in the engine: layers {layers}; slots loaded: {report['slots_loaded']}"
+    head = report.get("lm_head")
+    more = [] if not head else [f"LM head: {head['format']} up to {head['threshold']} tokens"]
+    if replaced := report.get("replaced_operations"):
+        more.append(f"not covered: kernels in whose place stand-ins ran: {', '.join(replaced)}")
+    return [found, ran, *more]
 
 
 def decided(

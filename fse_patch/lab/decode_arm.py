@@ -13,8 +13,6 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PROMPT = 64  # ids of a prompt
 Request = dict[str, Any]
 
@@ -62,6 +60,8 @@ def prompts(streams: int, vocab: int) -> list[list[int]]:
 
 def versions(engine: Any) -> dict[str, str]:
     """Return the versions that a figure depends on; ``engine`` is its package."""
+    import torch
+
     from ..version import __version__
 
     return {"fse_patch": __version__, engine.__name__: engine.__version__, "torch": str(torch.__version__)}
@@ -69,6 +69,8 @@ def versions(engine: Any) -> dict[str, str]:
 
 def device() -> str:
     """Return the device's name."""
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 

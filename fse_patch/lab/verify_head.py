@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..fusion_core.proof.compare import Difference, Tolerance, answer_steps, summary
-from ..fusion_core.proof.head import MOST_DIFFERENCE
+from ..fusion_core.proof.compare import HEAD_DIFFERENCE, Difference, Tolerance, answer_steps, summary
 
 # The control moves answers by at least so many times what the head does.
 CONTROL_FACTOR = 10.0
@@ -34,7 +33,7 @@ def judge_head(
         return first, list(dict.fromkeys(refused))
     per_answer = answer_steps(stock, fused["head_answers"])
     answers, control = _mean(per_answer), _mean(answer_steps(stock, fused["head_control"]))
-    limit = MOST_DIFFERENCE + tolerance.mean
+    limit = HEAD_DIFFERENCE + tolerance.mean
     calls = [head["calls"].get(head["format"], 0) for w in fused["head_workers"] for head in w["lm_heads"]]
     failures = list(dict.fromkeys(refused))
     if not answers.mean <= limit:

@@ -15,6 +15,8 @@ NOISE_FACTOR, CONTROL_FACTOR = 2.0, 10.0
 # The noise is the larger of two: stock in other batches, and half of what one more rounding of its embedding
 # does. Small models hardly show the first; a fused model rounds elsewhere, and stays within the whole second.
 NOISES = {"rebatched": 1.0, "jittered": 0.5}
+# The most that an LM head in 8 bits may move the log-probability of a token, in the mean.
+HEAD_DIFFERENCE = 0.02
 
 Tokens = Sequence[int]
 Best = Sequence[Sequence[tuple[int, float]]]

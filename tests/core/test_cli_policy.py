@@ -83,6 +83,7 @@ def test_the_table_names_rule_and_evidence(tmp_path: Path) -> None:
         "policy", "explain", golden(tmp_path, "qwen3-next-fp8-ignored-but-stored"), COLUMNS="200"
     )
     assert done.returncode == 3
+    assert done.stdout.startswith("refused: quant.")
     for words in ("contradiction", "layers 0.rule", "layers 1.config_detail", "the config says plain, but"):
         assert words in done.stdout
 
@@ -101,7 +102,8 @@ def test_check_accepts_a_file_and_names_its_rules(tmp_path: Path) -> None:
     own.write_text(OWN)
     done = fse_patch("policy", "check", own, "--json")
     assert (done.returncode, json.loads(done.stdout)["rules"]) == (0, ["not-here"])
-    assert fse_patch("policy", "check", own).returncode == 0
+    said = fse_patch("policy", "check", own)
+    assert (said.returncode, said.stdout) == (0, f"{own}: valid; rules before the default ones: not-here\n")
 
 
 @pytest.mark.parametrize(

@@ -212,10 +212,19 @@ def test_time_left_is_that_of_the_first_arm() -> None:
         _ = 1 / 0
 
 
+MEASURED = dict.fromkeys(client.KEPT, 1.0)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (json.dumps({"completed": 3, **dict.fromkeys(client.KEPT, 1.0)}), "1 of 4 requests failed"),
+        (json.dumps({"completed": 3, **MEASURED}), "1 of 4 requests failed$"),
+        (
+            json.dumps(
+                {"completed": 2, "errors": ["", "Traceback\n  File\nOSError: gone\n", "x"], **MEASURED}
+            ),
+            "2 of 4 requests failed: OSError: gone$",
+        ),
         ('{"completed": 4}', "cannot be read: KeyError"),
         ("[1", "cannot be read: JSONDecodeError"),
         ('{"completed": null}', "cannot be read"),

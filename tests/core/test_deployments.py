@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from versions_docs import releases
 
+from fse_patch.fusion_core.engines import facts_of
 from fse_patch.launch.command import engine_of_command
+from fse_patch.patches import ENGINES
 
 from .plans import BEST, checkpoint, plan
 
@@ -34,6 +37,22 @@ def test_real_deployments(row: dict[str, Any], tmp_path: Path) -> None:
         # What a table knows is told; where nothing runs of ours, nothing is gained.
         by_table = ".yaml" in runtime["detail"] and runtime["modes"] is not None
         assert (runtime["gain"] is not None) == by_table
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_page_says_of_a_release_on_a_gpu_what_plan_says(engine: str, tmp_path: Path) -> None:
+    folder = checkpoint("qwen3.5_35b_text", tmp_path)
+    launch = {"vllm": "vllm serve {m}", "sglang": "python -m sglang.launch_server --model-path {m}"}
+    words = shlex.split(launch[engine].format(m=folder))
+    told = [[cell.strip() for cell in row.split("|")[2:5:2]] for row in releases(facts_of(engine))]
+    assert {release for release, _ in told} == {row.release for row in facts_of(engine).releases}
+    for release, said in told:
+        _, report = plan(folder, "--engine-version", release, "--device", "NVIDIA H200", "--", *words)
+        runtime = report["runtime"]
+        if "measured" in said.split():
+            assert (runtime["served"], runtime["layout"]) == ("fused", "merged")
+        else:
+            assert said == f"{runtime['served']}: `{runtime['reason']}`"
 
 
 def test_thirty_two_deployments_are_there() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import make_docs as docs
 import pytest
 import typer
+from demo import MODELS
+from envs import matrix
 
 from fse_patch.cli.app import app
 from fse_patch.fusion_core.reasons import REASONS
@@ -146,3 +148,12 @@ def test_the_readme_opens_with_what_it_does() -> None:
     assert heads[:4] == ["How fast", "Install", "Does it work for me?", "Use it"]
     assert text.index("*Stock* means") < text.index("## How fast")
     assert "pip install ." in text
+
+
+def test_the_readme_tries_what_make_demo_builds() -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = {row["name"] for row in matrix()["engines"] if row.get("demo")}
+    assert set(re.findall(r"\.venvs/([a-z0-9.-]+)/bin", text)) == shown
+    (recipe,) = re.findall(r"ci/tiny_checkpoints\.py \.\./tiny (\w+)", text)
+    assert all(recipe in {model.recipe for model in models} for models in MODELS.values())
+    assert f"mv {recipe} MODEL" in text

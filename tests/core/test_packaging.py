@@ -161,7 +161,7 @@ def test_serving_examples_are_sound_shell(script: str, tmp_path: Path) -> None:
     """They ask before they serve: run with stand-ins for the two commands that say what they were given."""
     for name in ("fse-patch", "vllm", "python"):
         stand_in = tmp_path / name
-        stand_in.write_text(f'#!/bin/sh\necho "{name} [$FSE_PATCH] $*"\n')
+        stand_in.write_text(f'#!/bin/sh\necho "{name} [$FSE_PATCH $VLLM_PLUGINS] $*"\n')
         stand_in.chmod(0o755)
     done = subprocess.run(
         [ROOT / "examples" / script, "MODEL", "--dtype", "auto"],
@@ -172,8 +172,8 @@ def test_serving_examples_are_sound_shell(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     asked, served = done.stdout.splitlines()
     if "vllm" in script:
-        assert asked == "fse-patch [] plan MODEL -- vllm serve MODEL --dtype auto"
-        assert served == "vllm [1] serve MODEL --dtype auto"
+        assert asked == "fse-patch [ ] plan MODEL -- vllm serve MODEL --dtype auto"
+        assert served == "vllm [1 fse_patch] serve MODEL --dtype auto"
     else:
         launch = "-m fse_patch.launch_sglang --model-path MODEL --dtype auto"
-        assert (asked, served) == (f"fse-patch [] plan MODEL -- python {launch}", f"python [] {launch}")
+        assert (asked, served) == (f"fse-patch [ ] plan MODEL -- python {launch}", f"python [ ] {launch}")

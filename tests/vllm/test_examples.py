@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from ..examples import example
+from ..examples import ROOT, example, served
 from .engine import Checkpoints
+from .test_serve import named
 
 pytestmark = [pytest.mark.long, pytest.mark.one_release]
 RECIPE = "glm4_moe_scale"
@@ -27,3 +31,12 @@ def test_offline(checkpoints: Checkpoints) -> None:
 def test_weight_updates(checkpoints: Checkpoints) -> None:
     old, new = checkpoints.path(RECIPE), checkpoints.path(RECIPE, seed=1)
     assert "after the update" in example("update_weights_vllm.py", old, new, **SMALL)
+
+
+def test_serving(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
+    path = os.pathsep.join([str(named(tmp_path)), str(ROOT)])
+    log = tmp_path / "log"
+    said, ranks = served("serve_vllm.sh", checkpoints.path(RECIPE), log, *flags, PYTHONPATH=path)
+    assert said.startswith("fused, merged: fused always")
+    assert [(rank["fused"], rank["layout"], rank["proof"]) for rank in ranks] == [(True, "merged", "passed")]

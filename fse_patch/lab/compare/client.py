@@ -152,7 +152,10 @@ def read(path: Path, name: str, requests: int) -> Level:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FsePatchError(f"{name}: its result cannot be read: {error!r}") from None
     if done != requests:
-        raise FsePatchError(f"{name}: {requests - done} of {requests} requests failed")
+        # As the client notes them: a traceback each, empty where a request did not fail.
+        causes = [_last_line(str(error)) for error in told.get("errors") or () if error]
+        why = f": {causes[0]}" if causes else ""
+        raise FsePatchError(f"{name}: {requests - done} of {requests} requests failed{why}")
     return level
 
 

@@ -94,7 +94,7 @@ def _waiting(rows: Sequence[Row]) -> str:
         for arm, name in table.SHORT.items()
     }
     lines = [
-        [(str(row["streams"]), ""), *((f"{row[key]:.4g}", "") for key in columns.values())] for row in rows
+        [(str(row["streams"]), ""), *((f"{row[key]:.3g}", "") for key in columns.values())] for row in rows
     ]
     return _table("Milliseconds, medians over all requests.", ("streams", *columns), lines)
 

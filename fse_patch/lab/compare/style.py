@@ -54,5 +54,6 @@ code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
   dd { margin-bottom: .4rem; }
   td, th { padding: .3rem .15rem; font-size: .8rem; white-space: normal; }
   td.words { min-width: 0; }
+  td.words, th.words { padding-left: .5rem; }
 }
 """
