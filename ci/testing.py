@@ -1,6 +1,6 @@
 """Runs the checks and tests in the environments of ci/matrix.yaml, two processes at once.
 
-    python3 ci/testing.py [lint] [core] [kernels] [vllm] ...      default: all of them
+    python3 ci/testing.py [lint] [core] [kernels] [vllm] ...      default: all of them, the longest first
     python3 ci/testing.py vllm-0.32.0                   one release, by its name in the matrix
     python3 ci/testing.py faults                        every planted fault, in no default
 
@@ -31,6 +31,8 @@ LOGS = ROOT / ".cache" / "logs"
 HEARTBEAT = 30
 # Processes of tests side by side: most of their tests wait for a core, each takes 1 to 4 GiB.
 AT_ONCE = 2
+# Where each has a thread for every core, they wait for each other at every operation.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 RUNNING: set[subprocess.Popen[bytes]] = set()
 INTERRUPTED = threading.Event()
 
@@ -59,7 +61,7 @@ def run(step: Step) -> Result:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | step.environment,
+                env=ONE_THREAD | os.environ | step.environment,
                 start_new_session=True,
             )
         except FileNotFoundError:
@@ -130,9 +132,18 @@ def run_all(asked: list[Step], run: Callable[[Step], Result] = run) -> list[Resu
             raise
 
 
+def everything(rows: list[steps.Row]) -> list[str]:
+    """Return the names of all of `make test`.
+
+    The slow ones first, so that the last ones to run side by side end at about the same time.
+    """
+    whole = [str(row["name"]) for row in rows if row.get("whole")]
+    others = [str(row["name"]) for row in rows if not row.get("whole") and not row.get("short")]
+    return ["lint", *whole, "core", "kernels", *others]
+
+
 def chosen(names: list[str], rows: list[steps.Row]) -> list[Step]:
     """Return the steps of what was asked for; a KeyError for a name that is none."""
-    # The slow ones first, so that the last ones to run side by side end at about the same time.
     rows = sorted(rows, key=lambda row: not row.get("whole"))
     there = {"lint": steps.lint(), "core": [steps.core(rows)], "kernels": [steps.kernels(rows)]}
     there |= {
@@ -147,11 +158,11 @@ def chosen(names: list[str], rows: list[steps.Row]) -> list[Step]:
 def main(arguments: list[str]) -> int:
     """Run the steps that are named, or all of `make test`; returns an exit status."""
     rows = matrix()["engines"]
-    default = ["lint", "core", *steps.engines(rows), "kernels"]
     try:
-        asked = chosen(arguments or default, rows)
+        asked = chosen(arguments or everything(rows), rows)
     except KeyError as unknown:
-        print(f"no tests {unknown}; there are {', '.join([*default, 'faults'])}", file=sys.stderr)
+        there = ", ".join(["lint", "core", *steps.engines(rows), "kernels", "faults"])
+        print(f"no tests {unknown}; there are {there}", file=sys.stderr)
         return 2
     results = run_all(asked)
     print("\nsummary")

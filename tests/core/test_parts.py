@@ -30,6 +30,25 @@ def test_one_release_of_each_engine_runs_all_but_the_long_tests():
         assert set(marks) == {"not long", "every_release and not long"}
 
 
+def test_everything_is_every_step_once_and_the_longest_first():
+    run = [step.name for step in testing.chosen(testing.everything(ROWS), ROWS)]
+    by_kind = testing.chosen(["lint", "core", "kernels", *steps.engines(ROWS)], ROWS)
+    assert sorted(run) == sorted(step.name for step in by_kind)
+    beside = [name for name in run if name not in {step.name for step in steps.lint()}]
+    whole = [f"{row['name']} tests" for row in ROWS if row.get("whole")]
+    assert beside[: len(whole)] == whole
+
+
+@pytest.mark.parametrize("given", ["", "3"])
+def test_a_step_has_one_thread_where_nothing_else_is_said(monkeypatch, tmp_path, given):
+    monkeypatch.setattr(testing, "LOGS", tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    assert testing.run(steps.Step("threads", [sys.executable, "-c", code], 60)).closing == (given or "1")
+
+
 @pytest.mark.parametrize("engine", steps.engines(ROWS))
 def test_every_test_file_of_an_engine_is_in_one_group(engine):
     files = [file for group in test_all.groups(engine).values() for file in group]

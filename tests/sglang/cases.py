@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..reports import Suite, laid_out
 from ..running import Case
+from ..slot_faults import PLANTED_TOO
 
 TEXT_OF_VL = {"enable_multimodal": False}
 FLOAT32 = [
@@ -48,9 +49,11 @@ EACH_FAULT = {Case("qwen2_moe", fault="shared_weight_1_percent").name}
 LONG = {
     "qwen2_moe_renorm",
     "qwen3_5_text",
+    "qwen3_5_text_3d",
     "qwen3_5_vl",
     Case("glm4_moe_shared2_scale", order="shared_first").name,
 }
+LONG |= {case.name for case in FAULTY if case.fault in PLANTED_TOO}
 # Recipes that are multimodal, and run as text models.
 REPORTS = Suite("sglang", {"qwen3_5_vl": TEXT_OF_VL})
 # As the fuzzer lays files out.

@@ -54,7 +54,8 @@ def test_adapters(
     check(plain, ours, layout)
 
 
-@pytest.mark.parametrize("layout", ["merged", pytest.param("paired", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_adapter_that_is_there_at_the_start_is_limit_enough(
     runs: Runs, tmp_path: Path, layout: str
 ) -> None:

@@ -17,6 +17,8 @@ TWO = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 # SGLang's own path on a CPU counts what its map leaves out; the stand-in of the kernel package does not.
 LEAVE_OUT = {"FSE_PATCH_TEST_LEAVE_OUT": "1"}
 STAGES = [Case(recipe, engine_args={"pp_size": 2}) for recipe in RECIPES]
+# Of its three layers the first is dense, and all that SGLang would give to the first stage.
+SPLIT = {"glm4_moe_shared2_scale": {"SGLANG_PP_LAYER_PARTITION": "2,1"}}
 SPREAD = [Case(recipe, engine_args={"tp_size": 2, "ep_size": 2}) for recipe in RECIPES]
 
 
@@ -39,7 +41,8 @@ def both(runs: Runs, case: Case, stock: Results, arm: str, env: dict[str, str] =
 @pytest.mark.parametrize("case", parameters(STAGES, (), LONG))
 @pytest.mark.parametrize("layout", ["merged", pytest.param("paired", marks=pytest.mark.long)])
 def test_two_stages(runs: Runs, stock: Results, case: Case, layout: str) -> None:
-    plain, ours = both(runs, case, stock, "tests.sglang.arm", TWO | LAYOUTS[layout])
+    env = TWO | SPLIT.get(case.recipe, {}) | LAYOUTS[layout]
+    plain, ours = both(runs, case, stock, "tests.sglang.arm", env)
     check_right(runs.report(case, plain, ours))
     (decision,) = runs.checkpoints.job(case).decisions
     check_stages(decision, ours, layout)

