@@ -161,10 +161,12 @@ class Bench(Strict):
         file: of it, below the engine's package.
         words: behind Python's name, with url, checkpoint, model, input, output, requests, streams, seed,
             folder and file in braces. It leaves one JSON object in the file.
+        server: environment of the server that is measured.
     """
 
     file: Text
     words: Text
+    server: dict[Text, Text] = Field(default_factory=dict)
 
 
 class Launch(Strict):

@@ -74,7 +74,10 @@ def test_the_environment_differs_in_one_variable() -> None:
     assert stock["PATH"].split(":")[0] == str(Path(sys.executable).parent)
     assert (stock["FSE_PATCH_VERIFY"], stock["HF_HUB_OFFLINE"]) == ("all", "0")
     assert "fse_patch" in stock["VLLM_PLUGINS"].split(",")
-    # What the user has said of plugins stays.
+    assert stock["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "600"
+    # What the user has said of plugins stays, and of waiting.
+    patient = servers.environment_of("vllm", ["VLLM_HTTP_TIMEOUT_KEEP_ALIVE=7", *words], True, around)
+    assert patient["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "7"
     own = servers.environment_of("vllm", ["VLLM_PLUGINS=other", *words], True, around)
     assert own["VLLM_PLUGINS"] == "other"
     assert "SGLANG_PLUGINS" not in servers.environment_of("sglang", SGLANG, True, around)

@@ -74,8 +74,9 @@ def environment_of(
     The engine's own programs are looked for beside this Python first. Where the engine adds pages only for
     plugins that are named, all that it would load are named: so the server can say whether it is fused.
     """
-    own = dict(parts_of(engine, words).environment)
-    environment = {**QUIET, **around, **own, ENABLE: engine if fused else "0"}
+    own, launch = dict(parts_of(engine, words).environment), facts_of(engine).launch
+    measured = launch.bench.server if launch and launch.bench else {}
+    environment = {**QUIET, **measured, **around, **own, ENABLE: engine if fused else "0"}
     found = environment.get("PATH", os.defpath)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found])
     plugins = facts_of(engine).plugins
