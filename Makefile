@@ -31,7 +31,7 @@ releases: ## every listed release, and the newest, as the package index has them
 	@$(PYTHON) ci/envs.py core
 	@.venvs/core/bin/python ci/releases.py $(if $(WRITE),--write)
 
-test: envs ## lint, core tests, one release of each engine in whole, the others in short: 45 minutes on two cores
+test: envs ## lint, core tests, one release of each engine in whole, the others in short: half an hour on two cores
 	@$(PYTHON) ci/testing.py
 
 test-all: ## every test on every release, in parts; what passed on the same tree is not run again (or PART=NAME)

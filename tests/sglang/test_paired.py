@@ -41,7 +41,6 @@ FAULTY = [
     Case(recipe, fault=FAULTS[n]) for n, recipe in enumerate(("glm4_moe_scale", "qwen2_moe", "qwen2_moe"))
 ]
 SHOWN = [Case(case.recipe, fault=UNPROVED + (case.fault or "")) for case in FAULTY]
-LONG |= {case.name for case in (FAULTY[1], SHOWN[1])}
 STOCK = [*FAMILIES, Case("qwen2_moe")]
 # Compared with one process: a shard in the wrong place shows too. With expert parallelism SGLang's own
 # experts fail on a CPU: they take the number -1, of an expert that is elsewhere, for one of their own.
@@ -89,12 +88,12 @@ def test_two_processes(paired: PairedRuns, case: Case) -> None:
         assert (role["paired"]["threshold"], role["paired"]["proof"]["state"]) == (ALL, "passed")
 
 
-@pytest.mark.parametrize("case", parameters(FAULTY, (), LONG))
+@pytest.mark.parametrize("case", parameters(FAULTY))
 def test_a_fault_is_caught_and_stock_serves(paired: PairedRuns, case: Case) -> None:
     check_caught(*report(paired, case, FAULTY, FEW)[1:])
 
 
-@pytest.mark.parametrize("case", parameters(SHOWN, (), LONG))
+@pytest.mark.parametrize("case", parameters(SHOWN))
 def test_without_a_proof_the_fault_would_be_served(paired: PairedRuns, case: Case) -> None:
     """The control of the test above."""
     found, _, ours = report(paired, case, SHOWN, FEW)

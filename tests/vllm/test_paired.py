@@ -42,7 +42,6 @@ HALF = [Case("glm4_moe_scale", "float16"), Case("qwen2_moe", "bfloat16")]
 DRAFTS = [Case("qwen3_next_mtp", engine_args=SPECULATIVE)]
 FAULTY = [Case("qwen3_next", fault=name) for name in FAULTS]
 SHOWN = [Case("qwen3_next", fault=UNPROVED + name) for name in FAULTS]
-LONG |= {case.name for case in (FAULTY[1], SHOWN[1])}
 STOCK = [*FAMILIES, *HALF, *DRAFTS]
 # Compared with one process: a shard in the wrong place shows too. Expert parallelism ends vLLM itself on
 # a CPU: its experts there read experts that they do not have.
@@ -114,12 +113,12 @@ def test_two_processes(paired: PairedRuns, case: Case) -> None:
         assert (role["paired"]["threshold"], role["paired"]["proof"]["state"]) == (ALL, "passed")
 
 
-@pytest.mark.parametrize("case", parameters(FAULTY, (), LONG))
+@pytest.mark.parametrize("case", parameters(FAULTY))
 def test_a_fault_is_caught_and_stock_serves(paired: PairedRuns, case: Case) -> None:
     check_caught(*report(paired, case, FAULTY, FEW)[1:])
 
 
-@pytest.mark.parametrize("case", parameters(SHOWN, (), LONG))
+@pytest.mark.parametrize("case", parameters(SHOWN))
 def test_without_a_proof_the_fault_would_be_served(paired: PairedRuns, case: Case) -> None:
     """The control of the test above."""
     found, _, ours = report(paired, case, SHOWN, FEW)
