@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fse_patch.cli.status import ask
+from fse_patch.lab.compare.servers import HOST, started
 from fse_patch.lab.free_port import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -42,30 +39,9 @@ def example(name: str, *checkpoints: Path, **arguments: Any) -> str:
     return done.stdout
 
 
-def served(name: str, checkpoint: Path, log: Path, *flags: str, **env: str) -> tuple[str, list[Any]]:
+def served(name: str, checkpoint: Path, log: Path, *flags: str) -> tuple[str, list[Any]]:
     """What a serving example prints until its server answers, and what `fse-patch status` says of it."""
     port = free_port()
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [str(ROOT / "examples" / name), str(checkpoint), "--port", str(port), *flags],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=around() | env,
-            start_new_session=True,
-        )
-    limit = time.monotonic() + LIMIT
-    try:
-        while True:
-            assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-            assert time.monotonic() < limit, log.read_text(errors="replace")[-4000:]
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            time.sleep(0.5)
-        return log.read_text(errors="replace"), ask(f"http://127.0.0.1:{port}", "", 30)
-    finally:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            process.terminate()
-            process.wait(60)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    words = [str(ROOT / "examples" / name), str(checkpoint), "--host", HOST, "--port", str(port), *flags]
+    with started(name, words, around(), port, log, LIMIT) as server:
+        return server.log(), ask(server.url, "", 30)

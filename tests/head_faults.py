@@ -58,5 +58,5 @@ HEAD_FAULTS: dict[str, Callable[[], Any]] = {
     "head_rows_rolled": Unproved,
     "head_deaf": lambda: patch.object(head.Head, "updated", lambda _: None),
     # No fault: a limit below what quantisation costs.
-    "head_limit_lower": lambda: patch.object(proof, "MOST_DIFFERENCE", 1e-4),
+    "head_limit_lower": lambda: patch.object(proof, "HEAD_DIFFERENCE", 1e-4),
 }

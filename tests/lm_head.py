@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fse_patch.fusion_core.proof.head import LEAST_AGREEMENT, MOST_DIFFERENCE
+from fse_patch.fusion_core.proof.compare import HEAD_DIFFERENCE
+from fse_patch.fusion_core.proof.head import LEAST_AGREEMENT
 from fse_patch.lab import verify
 
 from .running import Case, Runs
@@ -102,10 +103,10 @@ def check_right(report: dict[str, Any], stock: dict[str, Any], ours: dict[str, A
     for name in ("random", "text"):
         cost = head["cost"][name]
         assert cost["agreement"] >= LEAST_AGREEMENT
-        assert 0 < cost["difference"] <= MOST_DIFFERENCE
+        assert 0 < cost["difference"] <= HEAD_DIFFERENCE
     assert 0 < head["mean_abs_answer_diff"] <= head["limit"]
     # The control, all scales doubled, is far outside.
-    assert head["control_diff"] > 5 * MOST_DIFFERENCE
+    assert head["control_diff"] > 5 * HEAD_DIFFERENCE
     # All prompts but the first have more tokens than that: their logits are the engine's own.
     assert ours["head_answers"]["logprobs"][1:] == ours["rebatched"][1:]
     (held,) = ours["head_workers"][0]["lm_heads"]

@@ -21,10 +21,8 @@ CHECKED, MEASURED = 32, 256
 DEVIATIONS = 8.0
 # Of all logits of a state, as language models have it.
 SPREAD = 3.0
-# Limits of the cost: the least share of states at which both heads choose the same token, and the most that
-# the log-probability of stock's token may move, in the mean. Normally distributed weights move it by 0.01 to
-# 0.013; where one value of each group outweighs the others, by more than twice that.
-LEAST_AGREEMENT, MOST_DIFFERENCE = 0.9, HEAD_DIFFERENCE
+# The least share of states at which both heads choose the same token; beside `HEAD_DIFFERENCE`.
+LEAST_AGREEMENT = 0.9
 
 
 def random_states(count: int, width: int, device: torch.device, seed: int = 11) -> torch.Tensor:
@@ -166,7 +164,7 @@ class Cost:
     @property
     def allowed(self) -> bool:
         """Return whether it is within the limits; NaN is not."""
-        return self.agreement >= LEAST_AGREEMENT and self.difference <= MOST_DIFFERENCE
+        return self.agreement >= LEAST_AGREEMENT and self.difference <= HEAD_DIFFERENCE
 
     def __str__(self) -> str:
         return (

@@ -113,7 +113,7 @@ def test_cost(text: bool) -> None:
     held = quantised(weight)
     whole = cost(weight, held, text=text)
     assert whole.allowed
-    assert 0.001 < whole.difference < head.MOST_DIFFERENCE
+    assert 0.001 < whole.difference < head.HEAD_DIFFERENCE
     assert whole.agreement > 0.95
     # Processes that share the rows find the same.
     shared = cost(weight, held, 4, text)

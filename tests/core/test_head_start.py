@@ -177,7 +177,7 @@ def test_an_update_that_loses_too_much_switches_it_off(monkeypatch: pytest.Monke
     own = Own(weight())
     held = started(own)
     other = weight(seed=1)
-    monkeypatch.setattr(proof, "MOST_DIFFERENCE", 1e-3)
+    monkeypatch.setattr(proof, "HEAD_DIFFERENCE", 1e-3)
     own.module.weight.weight_loader(own.module.weight, other)
     assert (held.limit, reason_of(held)) == (0, "head.inaccurate")
     states = torch.randn(2, K)

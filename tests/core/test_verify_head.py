@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from fse_patch.fusion_core.proof.compare import Difference, Tolerance
-from fse_patch.fusion_core.proof.head import MOST_DIFFERENCE
+from fse_patch.fusion_core.proof.compare import HEAD_DIFFERENCE, Difference, Tolerance
 from fse_patch.lab.verify_arm import has_head, measure_head
 from fse_patch.lab.verify_head import judge_head
 
@@ -71,8 +70,8 @@ def no_number(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda found: found.update(head_answers=answers(MOST_DIFFERENCE * 1.1)), "answers differ by 0.022"),
-        (lambda found: found.update(head_control=answers(MOST_DIFFERENCE)), "control (scales doubled)"),
+        (lambda found: found.update(head_answers=answers(HEAD_DIFFERENCE * 1.1)), "answers differ by 0.022"),
+        (lambda found: found.update(head_control=answers(HEAD_DIFFERENCE)), "control (scales doubled)"),
         (lambda found: found.update(head_control=answers(0.09)), "control (scales doubled)"),
         (not_run, "never ran it in 8 bits"),
         (refused, "refused: head.proof: row 5"),

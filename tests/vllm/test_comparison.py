@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,14 +22,13 @@ from fse_patch.lab.free_port import free_port
 from ..comparisons import Comparison, processes
 from ..running import ROOT
 from .engine import Checkpoints
-from .test_serve import CASE, START, named
+from .test_serve import CASE, START
 
 FLAGS = "--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eager"
 
 
-def environment(folder: Path) -> dict[str, str]:
-    place = named(Path(tempfile.mkdtemp(dir=folder)))
-    path = os.pathsep.join(filter(None, [str(place), str(ROOT), os.environ.get("PYTHONPATH")]))
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {"PYTHONPATH": path, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
@@ -42,7 +40,7 @@ def comparison(checkpoint: Path, folder: Path, *of: str) -> Comparison:
     """One of these servers: a launch command behind --, or two URLs."""
     how = ["--concurrency", "1,2", "--rounds", "3", "--input-tokens", "16", "--output-tokens", "8"]
     ours = ["-m", "fse_patch.cli.app", "compare", str(checkpoint), *how, "--out", str(folder / "out")]
-    return Comparison([sys.executable, *ours, *of], folder, environment(folder))
+    return Comparison([sys.executable, *ours, *of], folder, environment())
 
 
 def test_a_wrong_model_and_a_port_in_use(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -138,7 +136,7 @@ def test_two_servers_that_run_and_a_wrong_one(checkpoints: Checkpoints, tmp_path
     checkpoint = checkpoints.path(CASE.recipe)
     # The control: the same model with other weights.
     wrong = checkpoints.path(CASE.recipe, seed=5)
-    around = {**os.environ, **environment(tmp_path)}
+    around = {**os.environ, **environment()}
     with ExitStack() as stack:
 
         def start(name: str, folder: Path, fused: bool) -> str:

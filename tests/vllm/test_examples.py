@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from ..examples import ROOT, example, served
+from ..examples import example, served
 from .engine import Checkpoints
-from .test_serve import named
 
 pytestmark = [pytest.mark.long, pytest.mark.one_release]
 RECIPE = "glm4_moe_scale"
@@ -35,8 +33,6 @@ def test_weight_updates(checkpoints: Checkpoints) -> None:
 
 def test_serving(checkpoints: Checkpoints, tmp_path: Path) -> None:
     flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
-    path = os.pathsep.join([str(named(tmp_path)), str(ROOT)])
-    log = tmp_path / "log"
-    said, ranks = served("serve_vllm.sh", checkpoints.path(RECIPE), log, *flags, PYTHONPATH=path)
+    said, ranks = served("serve_vllm.sh", checkpoints.path(RECIPE), tmp_path / "log", *flags)
     assert said.startswith("fused, merged: fused always")
     assert [(rank["fused"], rank["layout"], rank["proof"]) for rank in ranks] == [(True, "merged", "passed")]

