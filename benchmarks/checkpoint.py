@@ -74,7 +74,7 @@ class Packer(Protocol):
 
 def shapes_of(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of a Qwen3-Next checkpoint, layer by layer."""
-    hidden, experts = config["hidden_size"], config["num_experts"]
+    hidden = config["hidden_size"]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         head = f"model.layers.{layer}."
@@ -83,16 +83,22 @@ def shapes_of(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         full = (layer + 1) % config["full_attention_interval"] == 0
         attention = full_attention(config) if full else linear_attention(config)
         yield from ((head + name, shape) for name, shape in attention.items())
-        yield head + "mlp.gate.weight", (experts, hidden)
-        yield head + "mlp.shared_expert_gate.weight", (1, hidden)
-        widths = {f"experts.{e}": config["moe_intermediate_size"] for e in range(experts)}
-        widths["shared_expert"] = config["shared_expert_intermediate_size"]
-        for name, width in widths.items():
-            yield f"{head}mlp.{name}.gate_proj.weight", (width, hidden)
-            yield f"{head}mlp.{name}.up_proj.weight", (width, hidden)
-            yield f"{head}mlp.{name}.down_proj.weight", (hidden, width)
+        yield from sparse_shapes(config, layer)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def sparse_shapes(config: dict[str, Any], layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of a layer's MoE block."""
+    hidden, experts, head = config["hidden_size"], config["num_experts"], f"model.layers.{layer}.mlp."
+    yield f"{head}gate.weight", (experts, hidden)
+    yield f"{head}shared_expert_gate.weight", (1, hidden)
+    widths = {f"experts.{e}": config["moe_intermediate_size"] for e in range(experts)}
+    widths["shared_expert"] = config["shared_expert_intermediate_size"]
+    for name, width in widths.items():
+        yield f"{head}{name}.gate_proj.weight", (width, hidden)
+        yield f"{head}{name}.up_proj.weight", (width, hidden)
+        yield f"{head}{name}.down_proj.weight", (hidden, width)
 
 
 def full_attention(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -15,12 +15,18 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
+import struct
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from checkpoint import is_quantised, sparse_shapes
 
 COLUMNS = (
     *("model", "device", "quant", "layers", "arm", "kind", "prompt_tokens", "answer_tokens", "streams"),
@@ -29,7 +35,7 @@ COLUMNS = (
 VOCAB = 151936
 # Layers that published FP8 checkpoints of the Qwen families leave plain.
 PLAIN = ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.conv1d", "linear_attn.in_proj_ba")
-BLOCK = {
+BLOCK: dict[str, Any] = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
@@ -57,8 +63,31 @@ def folder_of(shape: Path, layers: int, quant: str, place: Path) -> Path:
     if quant:
         plain = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in PLAIN]
         config["quantization_config"] = {**BLOCK, "modules_to_not_convert": ["lm_head", *plain]}
+        write_headers(config, quant, place / "model.safetensors")
     (place / "config.json").write_text(json.dumps(config))
     return place
+
+
+def write_headers(config: dict[str, Any], quant: str, file: Path) -> None:
+    """Write a file of the sparse layers that has headers and no data: by them is decided what fuses."""
+    header: dict[str, Any] = {}
+    end = 0
+    layers = (sparse_shapes(config, layer) for layer in range(config["num_hidden_layers"]))
+    for name, shape in chain.from_iterable(layers):
+        stored = {name: ("BF16", 2, shape)}
+        if is_quantised(name, quant):
+            scales = tuple(
+                -(-size // side) for size, side in zip(shape, BLOCK["weight_block_size"], strict=True)
+            )
+            stored = {name: ("F8_E4M3", 1, shape), f"{name}_scale_inv": ("BF16", 2, scales)}
+        for tensor, (dtype, size, sizes) in stored.items():
+            begin, end = end, end + size * math.prod(sizes)
+            header[tensor] = {"dtype": dtype, "shape": sizes, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        # A hole of the file system takes no room.
+        out.truncate(8 + len(text) + end)
 
 
 def draw_blocks() -> None:
@@ -104,6 +133,17 @@ def open_engine(folder: Path, streams: list[int], tokens: int) -> Any:
     )
     engine.apply_model(spread)
     return engine
+
+
+def check_on() -> None:
+    """Say what is on; exit where nothing is: rows of such an arm would be stock's."""
+    import fse_patch
+
+    roles = fse_patch.status()["vllm"]["roles"]
+    print(roles, flush=True)
+    # Paired layers whose threshold is 0 are run by the engine.
+    if not roles or any("paired" in role and not role["paired"]["threshold"] for role in roles):
+        sys.exit("not on: the log has the reason")
 
 
 def calls(
@@ -185,6 +225,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = folder_of(given.shape, given.layers, given.quant, Path(place))
         engine = open_engine(folder, streams, given.prompt + given.answer)
+        if given.arm != "stock":
+            check_on()
         import torch
         import triton
         import vllm
@@ -206,10 +248,6 @@ def main() -> None:
                 print(given.arm, kind, *row, flush=True)
         if given.profile:
             profile(engine, given.prompt, given.profile)
-        if given.arm != "stock":
-            import fse_patch
-
-            print(fse_patch.status()["vllm"]["roles"])
 
 
 if __name__ == "__main__":
