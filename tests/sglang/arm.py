@@ -17,7 +17,7 @@ import wrapt
 from fse_patch.adapters import save
 from fse_patch.adapters.load import RoleLoader
 from fse_patch.adapters.sglang import build, either_layout
-from fse_patch.adapters.sglang.pair import BlockLayer
+from fse_patch.adapters.sglang.pair_layer import BlockLayer
 from fse_patch.fusion_core.weights.remap import SlotTensor
 from fse_patch.lab import model_process
 from fse_patch.lab.sglang import verify_arm, worker
