@@ -64,8 +64,8 @@ class RunnerLayer(EngineLayer):
     def _paired(
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total = self.layer(hidden_states, router_logits, self.scale(hidden_states))
-        none = torch.zeros_like(total)
+        none = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        total = self.layer(hidden_states, router_logits, self.scale(hidden_states), none)
         return (none, total) if self._shared_is_divided(hidden_states) else (total, none)
 
     def _shared_is_divided(self, hidden_states: torch.Tensor) -> bool:

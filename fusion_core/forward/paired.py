@@ -140,17 +140,25 @@ class PairedLayer:
             way = PAIRED if self.runs(hidden_states) else STOCK
             self.counter.add(self.number, way, capturing())
 
-    def __call__(self, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale) -> torch.Tensor:
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        scale: OutputScale,
+        zeros: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute routed and shared experts of this process, summed: [num_tokens, H], before any reduction.
 
         Args:
             hidden_states: [num_tokens, H].
             logits: [num_tokens, E]; not looked at where the layer computes its own.
+            zeros: a tensor like ``hidden_states`` that gets zeros, by a launch less than by itself.
         """
         held = self.read()
         if capturing() and self.captured is None:
             self.captured = held.addresses
-        weights, ids = self._route(held, hidden_states, self.logits(held, hidden_states, logits), scale)
+        logits = self.logits(held, hidden_states, logits)
+        weights, ids = self._route(held, hidden_states, logits, scale, zeros)
         return run_pass(hidden_states, held.routed, weights, ids, held.shared)
 
     def logits(self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -173,16 +181,23 @@ class PairedLayer:
         return logits[:, : self.moe.layout.num_routed]
 
     def _route(
-        self, held: PairedWeights, hidden_states: torch.Tensor, logits: torch.Tensor, scale: OutputScale
+        self,
+        held: PairedWeights,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor,
+        scale: OutputScale,
+        zeros: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, k + S]."""
         layout = self.moe.layout
         spec = replace(self.moe.routing, routed_scaling_factor=scale.routed)
         if on_gpu(hidden_states):
-            weights, ids = self._route_on_gpu(held, hidden_states, logits, spec, scale.shared)
+            weights, ids = self._route_on_gpu(held, hidden_states, logits, spec, scale.shared, zeros)
             if self.control_factor != 1.0:
                 weights[:, layout.top_k] *= self.control_factor
             return weights, ids
+        if zeros is not None:
+            zeros.zero_()
         gate = None if held.shared_gate is None else linear(hidden_states, held.shared_gate)
         weights, ids = routing_reference.route(logits, layout.top_k, spec, held.correction_bias)
         factor = scale.shared * self.control_factor
@@ -198,6 +213,7 @@ class PairedLayer:
         logits: torch.Tensor,
         spec: RoutingSpec,
         factor: float,
+        zeros: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route in one launch where all experts are here and all logits are there, otherwise in some more."""
         from ..kernels.append import append  # these need Triton
@@ -206,9 +222,9 @@ class PairedLayer:
         layout, bias, gate = self.moe.layout, held.correction_bias, held.shared_gate
         whole = gate is None or held.gate is not None
         if held.expert_map is None and whole:
-            return route(logits, layout.top_k, held.slots, spec, bias, factor)
+            return route(logits, layout.top_k, held.slots, spec, bias, factor, zeros)
         none = range(layout.num_routed, layout.num_routed)
-        weights, ids = route(logits[:, : layout.num_routed], layout.top_k, none, spec, bias)
+        weights, ids = route(logits[:, : layout.num_routed], layout.top_k, none, spec, bias, zeros=zeros)
         shared = None if gate is None else linear(hidden_states, gate)
         return append(weights, _local(ids, held.expert_map), held.slots, shared, factor)
 

@@ -13,6 +13,8 @@ from .routing_reference import route as route_reference
 
 # More would not fit the registers of one program, and no model of the families asks for more.
 MAX_TOP_K = 16
+# Zeros that a program stores at once: 16 bytes a thread and store in 16 bits.
+STEP = tl.constexpr(1024)
 
 
 def reference(
@@ -39,6 +41,7 @@ def route(
     spec: RoutingSpec,
     correction_bias: torch.Tensor | None = None,
     slot_weight: float = 1.0,
+    zeros: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose and weigh ``top_k`` experts for each token, and append the shared slots.
 
@@ -49,6 +52,7 @@ def route(
         spec: how the family routes; `routing_reference.route` has the formulas.
         correction_bias: [E] float32, added for choosing only.
         slot_weight: factor on the slots' weight.
+        zeros: [num_tokens, N], contiguous: gets zeros in the same launch, whatever it is for.
 
     Returns:
         ``topk_weights`` float32 and ``topk_ids`` int32, both [num_tokens, top_k + S].
@@ -67,6 +71,7 @@ def route(
         correction_bias if correction_bias is not None else logits,
         weights,
         ids,
+        weights if zeros is None else zeros,
         logits.stride(0),
         spec.routed_scaling_factor,
         slot_weight,
@@ -82,6 +87,7 @@ def route(
         GROUPS_P2=triton.next_power_of_2(groups),
         IN_GROUP_P2=triton.next_power_of_2(experts // groups),
         OUT_P2=triton.next_power_of_2(top_k + len(slots)),
+        ZEROS=0 if zeros is None else zeros.shape[1],
         num_warps=1,
         **options(logits),
     )
@@ -94,6 +100,7 @@ def _route(
     bias_ptr,
     weights_ptr,
     ids_ptr,
+    zeros_ptr,
     stride_lm,
     scale,
     slot_weight,
@@ -109,10 +116,16 @@ def _route(
     GROUPS_P2: tl.constexpr,
     IN_GROUP_P2: tl.constexpr,
     OUT_P2: tl.constexpr,
+    ZEROS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
+    if ZEROS:
+        for first in tl.range(0, ZEROS, STEP):
+            offs_z = first + tl.arange(0, STEP)
+            row = tl.zeros([STEP], zeros_ptr.dtype.element_ty)
+            tl.store(zeros_ptr + token * ZEROS + offs_z, row, mask=offs_z < ZEROS)
     PLACES: tl.constexpr = GROUPS_P2 * IN_GROUP_P2
     NONE: tl.constexpr = -(1 << 31)
     IN_GROUP: tl.constexpr = EXPERTS // GROUPS

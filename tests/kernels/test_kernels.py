@@ -80,6 +80,18 @@ def test_of_equal_experts_the_first_are_chosen(spec: str) -> None:
     assert route.route(logits, 4, range(20, 21), SPECS[spec])[1][0].tolist() == [9, 0, 1, 2, 20]
 
 
+@pytest.mark.parametrize("columns", [64, 1500, 2048])
+def test_route_clears_what_it_is_given(columns: int) -> None:
+    logits, beside = draw(3, 21, seed=0), torch.full((5, columns), float("nan"), dtype=torch.bfloat16)
+    ids = range(20, 21)
+    got = route.route(logits, 4, ids, QWEN, zeros=beside[1:4])
+    assert all(torch.equal(a, b) for a, b in zip(got, route.route(logits, 4, ids, QWEN), strict=True))
+    assert not beside[1:4].any()
+    # Not a row more.
+    assert beside[0].isnan().all()
+    assert beside[4].isnan().all()
+
+
 def test_route_takes_16_at_most() -> None:
     with pytest.raises(ValueError, match="16 at most"):
         route.route(draw(1, 40, seed=0), 17, range(39, 40), QWEN)

@@ -63,9 +63,11 @@ def given_logits(tokens: int) -> torch.Tensor:
 
 def deviation(layer: PairedLayer, tokens: int, scale: OutputScale = OutputScale()) -> float:  # noqa: B008
     states, logits = draw(tokens, H, seed=4, dtype=DTYPE), given_logits(tokens)
+    zeros = torch.full_like(states, float("nan"))
     with layer.given(logits):
-        out = layer(states, states, scale)
+        out = layer(states, states, scale, zeros)
     assert out.dtype == DTYPE
+    assert not zeros.any()
     return off(out, layer.exact(states, logits, scale))
 
 
