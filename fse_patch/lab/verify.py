@@ -227,11 +227,13 @@ def judge(job: VerifyJob, stock: dict[str, Any], fused: dict[str, Any]) -> dict[
         control = max(control, in_answers, key=lambda seen: seen.mean)
     tolerance = Tolerance.for_dtype(stock["dtype"], noise)
     per_answer = answer_steps(stock, fused)
-    answers = summary([step for steps in per_answer for step in steps])
+    steps = [step for each in per_answer for step in each]
+    answers = summary(steps)
     failures = (
         [] if tolerance.holds(logprobs) else [f"log-probabilities differ by {logprobs.mean:.3g} (mean)"]
     )
-    if not tolerance.holds(answers):
+    # Greedy answers part after few steps: a mean of so few is off by chance.
+    if not tolerance.holds_few(steps):
         failures.append(
             f"log-probabilities of answers differ by {answers.mean:.3g} (mean of {answers.tokens})"
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import stdev
 from typing import Any
 
 # float32 limits on the absolute log-probability difference to stock, in nats. Fusing only reorders
@@ -118,6 +119,16 @@ class Tolerance:
     def holds(self, fused: Difference) -> bool:
         """Tell whether a difference lies within the limits. NaN does not."""
         return fused.mean <= self.mean and (self.max is None or fused.max <= self.max)
+
+    def holds_few(self, values: Sequence[float]) -> bool:
+        """Tell the same of single differences; in 16 bit of what they surely show, as few are off by chance.
+
+        That is their mean less two standard errors. In float32 the limits are wide enough.
+        """
+        seen = summary(values)
+        if self.max is None and len(values) > 1 and not math.isnan(seen.mean):
+            seen = replace(seen, mean=seen.mean - 2 * stdev(values) / math.sqrt(len(values)))
+        return self.holds(seen)
 
     def caught(self, control: Difference) -> bool:
         """Tell whether the deliberate fault was seen."""

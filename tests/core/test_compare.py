@@ -18,6 +18,7 @@ from fse_patch.fusion_core.proof.compare import (
     answer_steps,
     difference,
     noise_of,
+    summary,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -116,6 +117,22 @@ def test_noise_that_is_no_number_lets_nothing_pass(noise: float) -> None:
     limits = Tolerance.for_dtype("bfloat16", of(noise))
     for mean in (0.0, 1.0, INF, NAN):
         assert not (limits.holds(of(0.0)) and limits.caught(of(mean)))
+
+
+def test_few_differences_are_off_by_chance() -> None:
+    sixteen = Tolerance.for_dtype("bfloat16", Difference(0.09, 0.0, 100))
+    few = [0.41, 0.02, 0.3, 0.09, 0.18]
+    assert not sixteen.holds(summary(few))
+    assert sixteen.holds_few(few)
+    # The controls: as far off in many steps, the same fault in every step, one step, no number.
+    assert not sixteen.holds_few(few * 40)
+    assert not sixteen.holds_few([0.6, 0.8, 0.5, 1.0, 0.7])
+    assert not sixteen.holds_few([0.19])
+    assert not sixteen.holds_few([0.1, math.nan, 0.1])
+    # In float32 every one counts.
+    single = Tolerance.for_dtype("float32", Difference(0.0, 0.0, 100))
+    assert not single.holds_few([2e-5, 0.0, 0.0, 0.0])
+    assert single.holds_few([2e-5, 0.0, 0.0, 0.0, 0.0])
 
 
 def test_a_control_within_the_tolerance_is_not_seen() -> None:
