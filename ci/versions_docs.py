@@ -15,6 +15,7 @@ import yaml
 from generated import settle
 
 from fse_patch.fusion_core.checkpoint.families import family_files
+from fse_patch.fusion_core.decision.paired_places import unrun
 from fse_patch.fusion_core.decision.proven import read_proven
 from fse_patch.fusion_core.engines import EngineFacts, facts_of
 from fse_patch.fusion_core.forward import tuned
@@ -32,8 +33,9 @@ that the tests hold `fse-patch plan` to. *Stock* is the engine without this pack
 RELEASES = """## Releases
 
 Of each of these, the code that patches replace or rely on was read. Where a device stands, a model of each
-family was run there, fused, and compared: on a CPU by the test-suite, on a GPU by hand. On a GPU a release
-that was not measured starts as stock, until you measure it: `fse-patch tune`.
+family was run there, fused, and compared: on a CPU by the test-suite, on a GPU by hand. On an NVIDIA GPU
+every start of the paired layout proves and measures its layers there. Where they are off, or not faster,
+stock serves.
 
 A newer release is treated as one of these where its code is the same. Where it differs, the server starts as
 stock and says so: `release.seam`. An older release is refused: `version.untested`.
@@ -78,8 +80,10 @@ def releases(facts: EngineFacts) -> list[str]:
             for _, table in tuned.shipped()
             if (table.engine, table.release) == (facts.engine, row.release) and table.device in row.cuda
         )
-        measured = f"{tables} shapes measured" if tables else "stock: `slower.unmeasured`"
-        rows.append(f"| {NAMES[facts.engine]} | {row.release} | {', '.join(where) or '-'} | {measured} |")
+        paired = unrun(facts.engine, "cuda", "") is None
+        said = "fused paired" if paired else "stock `device.unrun`"
+        said += f", or merged by tables of {tables} shapes" if tables else ""
+        rows.append(f"| {NAMES[facts.engine]} | {row.release} | {', '.join(where) or '-'} | {said} |")
     return rows
 
 

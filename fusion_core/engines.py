@@ -186,6 +186,8 @@ class Launch(Strict):
         native_wanted: what its own fusion needs where it is not on by default.
         native_backend: what tables call its own fusion, where modes of ours may stand beside it; or "".
         backends: first match counts.
+        unread_backends: backends with experts in an order of their own, which no pass over them reads: how
+            their names begin.
         amx_kernels: distributions with kernels of the engine for CPUs with AMX, which nobody has measured.
     """
 
@@ -202,6 +204,7 @@ class Launch(Strict):
     native_wanted: list[Refusal] = Field(default_factory=list)
     native_backend: str = ""
     backends: list[DeviceBackend] = Field(default_factory=list)
+    unread_backends: list[Text] = Field(default_factory=list)
     amx_kernels: list[Text] = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -35,7 +35,9 @@ def pair_refusals(
     if platform == "cpu":
         if not effective.cpu_threshold:
             yield Reason("backend.layout", f"a CPU pairs for tests alone; set {CPU_THRESHOLD} for one")
-    elif effective.layout != "paired" and (reason := unrun(decision.engine, platform, get_device_name())):
+    elif effective.layout != "paired" and (
+        reason := unrun(decision.engine, platform, get_device_name(), decision.packed)
+    ):
         yield Reason(reason.code, f"{reason.detail}; {LAYOUT}=paired takes it anyway")
     yield from refusals_of_either(decision.moe.layout, quantised)
     for name in IN_PIECES:

@@ -30,7 +30,8 @@ def pair_refusals(
             yield Reason("backend.layout", f"vLLM packs weights on a CPU; for tests, set {CPU_THRESHOLD}")
     elif effective.layout != "paired":
         platform = "cuda" if current_platform.is_cuda() else "rocm" if current_platform.is_rocm() else ""
-        if (reason := unrun(ENGINE, platform, current_platform.get_device_name())) is not None:
+        device = current_platform.get_device_name()
+        if (reason := unrun(ENGINE, platform, device, decision.packed)) is not None:
             yield Reason(reason.code, f"{reason.detail}; {LAYOUT}=paired takes it anyway")
     if native_right:
         yield Reason("upstream.already", "vLLM's own fusion is on here (AITER) and right for this checkpoint")

@@ -19,6 +19,7 @@ from ..fusion_core.reasons import Reason
 from ..settings import CPU_THRESHOLD, Settings
 from .command import Asked
 from .machine import Device
+from .modes import backend_of
 
 # Codes that are asked before adapters are: who holds which experts.
 FIRST = ("parallel.", "disabled")
@@ -57,12 +58,20 @@ def pair_refusals(
     if device.platform == "cpu":
         if not now.cpu_threshold:
             yield Reason("backend.layout", f"engines pack weights on a CPU; for tests, set {CPU_THRESHOLD}")
-    elif now.layout != "paired" and (reason := unrun(facts.engine, device.platform, device.name)) is not None:
+    elif now.layout != "paired" and (
+        reason := unrun(facts.engine, device.platform, device.name, decision.packed)
+    ):
         yield reason
     if native_right and not (facts.launch and facts.launch.native_backend):
         yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
     yield from _of_either(decision, asked, facts, config, "paired")
-    # The engine says so when it has loaded them.
+    # The engine says so of both when it has loaded them.
+    backend = backend_of(asked, facts, device)
+    if facts.launch and backend.startswith(tuple(facts.launch.unread_backends)):
+        yield Reason("backend.layout", f"{backend} runs experts here, in an order of its own")
+    chosen = asked["moe_backend"] not in (None, "auto")
+    if asked.expert_ranks > 1 and decision.quant_method != UNQUANTISED and not chosen:
+        yield Reason("backend.layout", "who runs quantised experts that are spread is not known before")
     if decision.unread:
         yield Reason(
             "backend.layout", f"experts are stored as the paired kernels do not read: {decision.unread}"

@@ -14,11 +14,16 @@ _EVERY = "*"
 
 
 class Place(Strict):
-    """An engine on a device; "*" stands for every device of the platform."""
+    """An engine on a device; "*" stands for every device of the platform.
+
+    Args:
+        packed: experts packed as integers were run there too.
+    """
 
     engine: Engine
     platform: Platform
     device: Text
+    packed: bool = False
 
 
 class _Places(Strict):
@@ -35,14 +40,26 @@ def places(path: Path = PLACES_FILE) -> tuple[Place, ...]:
     return tuple(check(path, _Places, parse(path)).ran)
 
 
-def unrun(engine: str, platform: str, device: str, known: tuple[Place, ...] | None = None) -> Reason | None:
+def unrun(
+    engine: str,
+    platform: str,
+    device: str,
+    packed: bool = False,
+    known: tuple[Place, ...] | None = None,
+) -> Reason | None:
     """Return the refusal of a place where nobody has run the paired layout, None where somebody has.
 
     Args:
         platform: as `fse-patch plan` takes it.
+        packed: whether experts are packed as integers.
         known: in place of the shipped list.
     """
-    for place in places() if known is None else known:
-        if (place.engine, place.platform) == (engine, platform) and place.device in (device, _EVERY):
-            return None
-    return Reason("device.unrun", f"nobody has run {engine} paired on {device or 'this device'} yet")
+    here = [
+        place
+        for place in (places() if known is None else known)
+        if (place.engine, place.platform) == (engine, platform) and place.device in (device, _EVERY)
+    ]
+    if any(place.packed or not packed for place in here):
+        return None
+    what = "packed experts of " if here else ""
+    return Reason("device.unrun", f"nobody has run {what}{engine} paired on {device or 'this device'} yet")

@@ -123,11 +123,13 @@ class Tolerance:
     def holds_few(self, values: Sequence[float]) -> bool:
         """Tell the same of single differences; in 16 bit of what they surely show, as few are off by chance.
 
-        That is their mean less two standard errors. In float32 the limits are wide enough.
+        That is their mean less two standard errors, at least its half: a step that is far off is no chance.
+        In float32 the limits are wide enough.
         """
         seen = summary(values)
         if self.max is None and len(values) > 1 and not math.isnan(seen.mean):
-            seen = replace(seen, mean=seen.mean - 2 * stdev(values) / math.sqrt(len(values)))
+            error = stdev(values) / math.sqrt(len(values))
+            seen = replace(seen, mean=max(seen.mean - 2 * error, seen.mean / 2))
         return self.holds(seen)
 
     def caught(self, control: Difference) -> bool:

@@ -146,7 +146,7 @@ def test_a_refusal_by_the_engines_configuration_is_said_alone() -> None:
     [("0.32.0", "slower.unmeasured"), ("9.9", "version.untested"), ("0.1", "version.untested")],
 )
 def test_what_an_engine_would_refuse_is_no_yes(release: str, code: str, model: Path) -> None:
-    done = fse_patch("plan", model, "--engine", "vllm", "--platform", "cuda", "--engine-version", release)
+    done = fse_patch("plan", model, "--engine", "vllm", "--platform", "rocm", "--engine-version", release)
     assert done.stdout.startswith(f"stock: {code}: ")
 
 

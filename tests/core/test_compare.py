@@ -124,14 +124,15 @@ def test_few_differences_are_off_by_chance() -> None:
     few = [0.41, 0.02, 0.3, 0.09, 0.18]
     assert not sixteen.holds(summary(few))
     assert sixteen.holds_few(few)
-    # The controls: as far off in many steps, the same fault in every step, one step, no number.
+    # The controls: as far off in many steps, the same fault in every step, in one, one step, no number.
     assert not sixteen.holds_few(few * 40)
     assert not sixteen.holds_few([0.6, 0.8, 0.5, 1.0, 0.7])
+    assert not sixteen.holds_few([0.0, 0.0, 0.0, 0.0, 2.0])
     assert not sixteen.holds_few([0.19])
     assert not sixteen.holds_few([0.1, math.nan, 0.1])
     # In float32 every one counts.
     single = Tolerance.for_dtype("float32", Difference(0.0, 0.0, 100))
-    assert not single.holds_few([2e-5, 0.0, 0.0, 0.0])
+    assert not single.holds_few([2e-5, 0.0, 0.0])
     assert single.holds_few([2e-5, 0.0, 0.0, 0.0, 0.0])
 
 

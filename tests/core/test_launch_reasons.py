@@ -16,7 +16,7 @@ FLAGS = [
     ("vllm", "", None),
     # In one process nothing is spread.
     ("vllm", "--enable-expert-parallel", None),
-    ("vllm", "-tp 2 --enable-expert-parallel", "slower.unmeasured"),
+    ("vllm", "-tp 2 --enable-expert-parallel", None),
     ("vllm", "-tp 2 --enable-expert-parallel --moe-backend flashinfer_cutlass", "parallel.ep"),
     ("vllm", "--enable-eplb", "parallel.eplb"),
     ("vllm", "-dp 2", "parallel.dp"),
@@ -31,17 +31,17 @@ FLAGS = [
     ("vllm", "--enable-sleep-mode", "memory.sleep"),
     ("vllm", "-tp 3", "parallel.tp"),
     ("vllm", "--enable-return-routed-experts", "routing.capture"),
-    ("vllm", '--weight-transfer-config \'{"backend": "other"}\'', "load.format"),
-    ("vllm", "--quantization fp8", "quant.online"),
+    ("vllm", '--weight-transfer-config \'{"backend": "other"}\'', None),
+    ("vllm", "--quantization fp8", None),
     ("vllm", "--moe-backend flashinfer_cutlass", "slower.unmeasured"),
-    ("vllm", "--dtype float32", "slower.unmeasured"),
+    ("vllm", "--dtype float32", None),
     ("vllm", "--hf-overrides '{\"num_experts_per_tok\": 4}'", "config.differs"),
     ("vllm", "--hf-overrides '{\"max_position_embeddings\": 4096}'", None),
-    ("vllm", "--load-format runai_streamer_sharded", "load.format"),
+    ("vllm", "--load-format runai_streamer_sharded", None),
     ("sglang", "", None),
     ("sglang", "--disable-shared-experts-fusion", "disabled"),
-    ("sglang", "--tp 2 --ep-size 2", "slower.unmeasured"),
-    ("sglang", "--tp 2 --ep-size 2 --moe-runner-backend triton", "slower.unmeasured"),
+    ("sglang", "--tp 2 --ep-size 2", None),
+    ("sglang", "--tp 2 --ep-size 2 --moe-runner-backend triton", None),
     ("sglang", "--tp 6 --ep-size 3", "parallel.ep"),
     ("sglang", "--tp 6 --ep-size 2", "parallel.tp"),
     ("sglang", "--enable-lora --lora-target-modules q_proj", None),
@@ -55,12 +55,27 @@ FLAGS = [
     ("sglang", "--enable-deterministic-inference", "slower.unmeasured"),
     ("sglang", "--expert-distribution-recorder-mode stat", "routing.capture"),
 ]
+# Beside FSE_PATCH_LAYOUT=merged, where these lead to another code: without it such a launch is paired.
+MERGED_FLAGS = [
+    ("vllm", "-tp 2 --enable-expert-parallel", "slower.unmeasured"),
+    ("vllm", '--weight-transfer-config \'{"backend": "other"}\'', "load.format"),
+    ("vllm", "--quantization fp8", "quant.online"),
+    ("vllm", "--dtype float32", "slower.unmeasured"),
+    ("vllm", "--load-format runai_streamer_sharded", "load.format"),
+    ("sglang", "--tp 2 --ep-size 2", "slower.unmeasured"),
+    ("sglang", "--tp 2 --ep-size 2 --moe-runner-backend triton", "slower.unmeasured"),
+]
 
 
-@pytest.mark.parametrize(("engine", "flags_given", "reason"), FLAGS)
-def test_each_flag_has_its_reason(engine: str, flags_given: str, reason: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "engine", "flags_given", "reason"),
+    [*(("auto", *row) for row in FLAGS), *(("merged", *row) for row in MERGED_FLAGS)],
+)
+def test_each_flag_has_its_reason(
+    layout: str, engine: str, flags_given: str, reason: str | None, tmp_path: Path
+) -> None:
     folder = checkpoint("qwen3.5_35b_text", tmp_path)
-    words = shlex.split(f"{COMMANDS[engine]} {flags_given}")
+    words = shlex.split(f"FSE_PATCH_LAYOUT={layout} {COMMANDS[engine]} {flags_given}")
     _, report = plan(folder, "--engine-version", BEST[engine], "--device", "NVIDIA H200", "--", *words)
     assert report["runtime"]["reason"] == reason, report["runtime"]["detail"]
     # What the checkpoint is does not depend on the launch, but for the files that are loaded.
@@ -72,6 +87,7 @@ PAIRED_FLAGS = [
     ("vllm", "", "-tp 2 --enable-expert-parallel", None),
     ("vllm", "VLLM_BATCH_INVARIANT=1", "", "slower.unmeasured"),
     ("vllm", "", "--enable-lora", "lora"),
+    ("vllm", "", "--moe-backend flashinfer_cutlass", "backend.layout"),
     # Weights that stay where the engine keeps them are updated as it does.
     ("vllm", "", '--weight-transfer-config \'{"backend": "other"}\'', None),
     ("sglang", "", "--tp 2 --ep-size 2", None),
@@ -156,7 +172,7 @@ def test_who_runs_quantised_experts_is_not_known_without_the_engine(engine: str,
     given = {"vllm": "--moe-backend triton", "sglang": "--moe-runner-backend triton"}[engine]
     for flags, reason in (
         (SPREAD[engine], "parallel.ep"),
-        (f"{SPREAD[engine]} {given}", "slower.unmeasured"),
+        (f"{SPREAD[engine]} {given}", None),
     ):
         words = shlex.split(f"FSE_PATCH_ALLOW_UNPROVEN=1 {COMMANDS[engine]} {flags}")
         _, report = plan(folder, "--engine-version", BEST[engine], "--device", "NVIDIA H200", "--", *words)

@@ -114,17 +114,29 @@ def test_of_no_family_nothing_pairs(tmp_path: Path) -> None:
 
 def test_auto_needs_a_row_of_the_device() -> None:
     h200 = (Place(engine="vllm", platform="cuda", device="NVIDIA H200"),)
-    assert unrun("vllm", "cuda", "NVIDIA H200", h200) is None
+    assert unrun("vllm", "cuda", "NVIDIA H200", known=h200) is None
     for place in (
         ("sglang", "cuda", "NVIDIA H200"),
         ("vllm", "rocm", "NVIDIA H200"),
         ("vllm", "cuda", "other"),
     ):
-        reason = unrun(*place, h200)
+        reason = unrun(*place, known=h200)
         assert reason is not None
         assert reason.code == "device.unrun"
-    assert unrun("vllm", "cuda", "any", (h200[0].model_copy(update={"device": "*"}),)) is None
-    assert isinstance(places(), tuple)
+    every = (h200[0].model_copy(update={"device": "*"}),)
+    assert unrun("vllm", "cuda", "any", known=every) is None
+    packed = unrun("vllm", "cuda", "any", True, known=every)
+    assert packed is not None
+    assert "packed experts" in packed.detail
+    assert unrun("vllm", "cuda", "any", True, known=(every[0].model_copy(update={"packed": True}),)) is None
+
+
+def test_nvidia_gpus_pair_by_themselves_and_amd_ones_do_not() -> None:
+    assert places()
+    for engine in ("vllm", "sglang"):
+        assert unrun(engine, "cuda", "a GPU that nobody has seen") is None
+        assert unrun(engine, "rocm", "AMD Instinct MI300X") is not None
+        assert unrun(engine, "cuda", "NVIDIA H200", packed=True) is not None
 
 
 def test_settings() -> None:
