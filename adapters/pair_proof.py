@@ -120,6 +120,8 @@ def prove(role: PairedRole, engine: PairedEngine, sizes: tuple[int, ...]) -> Pai
         Unreadable: the engine keeps weights in a layout that the pass does not read.
     """
     begun = time.perf_counter()
+    if role.unbuilt:
+        raise Unreadable(role.unbuilt)
     held = role.held()
     if not held:
         raise Unreadable("no layer was built in the way that is known")

@@ -20,7 +20,7 @@ from ..fusion_core.forward.plan import ModeCounter
 from ..fusion_core.reasons import Reason
 from .expert_reading import Unreadable
 from .load import LOADER
-from .loaded_pairs import HeldLayer, LoadedPairs, PairProof, failed
+from .loaded_pairs import HeldLayer, LoadedPairs, PairProof, failed, words
 from .start import PairedStart
 from .stop import stop_told
 
@@ -147,6 +147,8 @@ class PairedRole:
         self.start = start
         self.layers: dict[int, EngineLayer] = {}
         self.counter = ModeCounter()
+        # Why a layer could not be taken in: then the engine runs all of them.
+        self.unbuilt = ""
         self.loads = 0
         # None until weights are in memory and `pair_proof` has run.
         self.loaded: LoadedPairs | None = None
@@ -158,15 +160,20 @@ class PairedRole:
         """Return "main" or "draft"."""
         return self.start.decision.role
 
-    def add(self, number: int, layer: EngineLayer) -> None:
-        """Take in a layer that was built.
+    def take(self, number: int, wrap: Callable[[], EngineLayer]) -> None:
+        """Take in a layer that the engine has built; where that fails the role stays the engine's.
 
-        Raises:
-            FsePatchError: it was built before.
+        Args:
+            wrap: puts our forward before the engine's; until a threshold is set the engine's runs.
         """
         if number in self.layers:
-            raise FsePatchError(f"layer {number} of the {self.name} model was built twice")
-        self.layers[number] = layer
+            self.unbuilt = f"layer {number} was built twice"
+            return
+        try:
+            self.layers[number] = wrap()
+        except Exception as error:  # nothing of the engine's was changed: a server starts, whatever is wrong
+            log.debug("layer %d of the %s model is not paired", number, self.name, exc_info=True)
+            self.unbuilt = f"layer {number} is not built in the way that is known: {words(error)}"
 
     def set_threshold(self, tokens: int) -> None:
         """Run up to ``tokens`` paired from now on, in every layer."""

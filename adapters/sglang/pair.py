@@ -22,16 +22,17 @@ def pair_block(role: PairedRole, block: Any, number: int | None) -> None:
     if number is None or number not in role.start.decision.moe.layers or number in role.layers:
         return
     kind = QwenBlock if hasattr(block, "_forward_router_experts") else GlmBlock
-    role.add(number, kind(number, role, block))
+    role.take(number, lambda: kind(number, role, block))
 
 
 class QwenBlock(BlockLayer):
     """The block of Qwen2-MoE, Qwen3-Next and Qwen3.5."""
 
+    # An output that is finished elsewhere is stock's.
+    deferred = False
+
     def __init__(self, number: int, role: PairedRole, block: Any) -> None:
         super().__init__(number, role, block)
-        # An output that is finished elsewhere is stock's.
-        self.deferred = False
         self.replace(block, "_forward_router_experts", self._router_experts)
         self.replace(block, "forward", self._forward)
 
@@ -67,11 +68,13 @@ class QwenBlock(BlockLayer):
 class GlmBlock(BlockLayer):
     """The block of GLM-4: one forward, in which gate and top-k have nothing to do for few tokens."""
 
+    # While it asks what the block multiplies by.
+    probing = False
+
     def __init__(self, number: int, role: PairedRole, block: Any) -> None:
         super().__init__(number, role, block)
         self.replace(block.topk, "forward", self._topk)
         self.replace(block.experts, "forward", self._experts)
-        self.probing = False
         self.after = self._multiplied()
 
     def _multiplied(self) -> float:

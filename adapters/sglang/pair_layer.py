@@ -24,6 +24,9 @@ class BlockLayer(EngineLayer):
     """One sparse block of SGLang."""
 
     readable = READABLE
+    # Which arm runs in a proof, and the logits that it routes by.
+    arm = ""
+    given: torch.Tensor | None = None
 
     def __init__(self, number: int, role: PairedRole, block: Any) -> None:
         super().__init__(number, role)
@@ -33,9 +36,6 @@ class BlockLayer(EngineLayer):
         self.mlp: Any = getattr(block, family.shared_module, None)
         self.shared_gate = None if family.shared_gate is None else getattr(block, family.shared_gate)
         self._map: torch.Tensor | None = None
-        # Which arm runs in a proof, and the logits that it routes by.
-        self.arm = ""
-        self.given: torch.Tensor | None = None
         self.gate = block.gate.forward
         self.replace(block.gate, "forward", self.answer)
         self.replace(block, "_forward_shared_experts", self._shared_experts)

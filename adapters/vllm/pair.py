@@ -33,7 +33,7 @@ def pair_block(role: PairedRole, block: Any) -> None:
     number = int(match[1]) if match else -1
     # A block that inherits its constructor comes here twice.
     if number in role.start.decision.moe.layers and number not in role.layers:
-        role.add(number, RunnerLayer(number, role, block))
+        role.take(number, lambda: RunnerLayer(number, role, block))
 
 
 class RunnerLayer(EngineLayer):

@@ -98,7 +98,7 @@ def role_of(**changes: Any) -> PairedRole:
     effective = settings.Settings(**{"cpu_threshold": 4, "verify": "all", **changes})
     role = PairedRole(PairedStart(PAIRED, effective, naming_of("qwen2_moe", 2)))
     for number in (0, 1):
-        role.add(number, Layer(number, role))
+        role.take(number, lambda number=number: Layer(number, role))  # type: ignore[misc]
     return role
 
 

@@ -172,7 +172,22 @@ def test_graphs_that_hold_an_address_refuse_an_update_that_moves_it() -> None:
         load(role)
 
 
-def test_a_layer_is_built_once() -> None:
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (0, "layer 0 was built twice"),
+        (2, "layer 2 is not built in the way that is known: AttributeError: no such part"),
+    ],
+)
+def test_a_layer_that_cannot_be_taken_in_leaves_all_to_the_engine(number: int, why: str, caplog: Any) -> None:
+    def wrap() -> Any:
+        raise AttributeError("no such part")
+
     role = role_of()
-    with pytest.raises(FsePatchError, match="built twice"):
-        role.add(0, role.layers[0])
+    role.take(number, wrap)
+    load(role)
+    start_roles([role], Engine())
+    assert thresholds(role) == {0}
+    assert role.loaded is not None
+    assert role.loaded.reason == Reason("backend.layout", why)
+    assert why in caplog.text

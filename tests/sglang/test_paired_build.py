@@ -1,4 +1,4 @@
-"""What GLM-4's block multiplies its experts' output by is asked of SGLang itself: it differs by platform."""
+"""Blocks as SGLang builds them: what GLM-4's multiplies by is asked of it; an unknown block stays SGLang's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fse_patch.adapters.sglang.pair import GlmBlock
-from fse_patch.fusion_core.forward.plan import ModeCounter
+from fse_patch.adapters.paired import PairedRole
+from fse_patch.adapters.sglang.pair import GlmBlock, pair_block
 
 pytestmark = pytest.mark.one_release
 SCALE = 2.5
@@ -34,13 +34,14 @@ def block(tp_size: int) -> Any:
     return made
 
 
-def role() -> Any:
-    """Return what a layer reads of its role when it is made."""
+def role() -> PairedRole:
+    """Return a role of one sparse layer, as far as one is asked that is built."""
     layout = SimpleNamespace(hidden_size=16)
     family = SimpleNamespace(shared_module="shared_experts", shared_gate=None)
-    moe = SimpleNamespace(layout=layout, routing=SimpleNamespace(routed_scaling_factor=SCALE))
-    start = SimpleNamespace(decision=SimpleNamespace(family=family, moe=moe))
-    return SimpleNamespace(start=start, counter=ModeCounter())
+    routing = SimpleNamespace(routed_scaling_factor=SCALE)
+    moe = SimpleNamespace(layout=layout, routing=routing, layers=(1,))
+    decision = SimpleNamespace(family=family, moe=moe, role="main")
+    return PairedRole(SimpleNamespace(decision=decision))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -65,3 +66,21 @@ def test_control_of_a_block_that_scales_twice() -> None:
     made.forward_normal = lambda states: own(states) * SCALE
     with patch.object(glm4_moe, "_is_cuda", False):
         assert GlmBlock(1, role(), made).after == SCALE**2
+
+
+@pytest.mark.parametrize("missing", ["topk", "experts", "forward_normal"])
+def test_a_block_without_a_part_is_left_to_sglang(missing: str) -> None:
+    made, taken = block(1), role()
+    if missing == "forward_normal":
+        made.forward_normal = None
+    else:
+        delattr(made, missing)
+    pair_block(taken, made, 1)
+    assert not taken.layers
+    assert taken.unbuilt.startswith("layer 1 is not built in the way that is known")
+    # What was replaced by then lets SGLang's own run.
+    with pytest.raises(AssertionError, match="the engine's own part has run"):
+        made.gate(torch.zeros(1, 16))
+    # The control.
+    pair_block(other := role(), block(1), 1)
+    assert list(other.layers) == [1]
