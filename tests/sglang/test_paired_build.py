@@ -1,4 +1,4 @@
-"""Blocks as SGLang builds them: what GLM-4's multiplies by is asked of it; an unknown block stays SGLang's."""
+"""Blocks as SGLang builds them: what GLM-4's multiplies by is asked of it; an unknown one stays SGLang's."""
 
 from __future__ import annotations
 
