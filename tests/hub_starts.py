@@ -90,18 +90,29 @@ class Starts:
             assert timeless(result) == timeless(folder)
             assert result["logprobs"] == folder["logprobs"]
 
-    def unequal(self, env: dict[str, str], arguments: dict[str, Any], alone: bool) -> list[list[Any]]:
-        """Roles of two processes, the second of which sees an empty cache while it decides."""
+    def unequal(self, env: dict[str, str], arguments: dict[str, Any], alone: bool) -> dict[str, Any]:
+        """Result of two processes, the second of which sees an empty cache while it decides.
+
+        They stop where they decided differently, before anything is allocated; ``alone`` lets each decide
+        for itself.
+        """
         empty = self.folder / "empty"
         empty.mkdir(exist_ok=True)
         path = os.pathsep.join(filter(None, [str(SHIM), str(ROOT), os.environ.get("PYTHONPATH", "")]))
         changed = {"FSE_PATCH_TEST_OTHER_CACHE": str(empty), "PYTHONPATH": path}
         if alone:
-            # The proof would wait for a process that has nothing to prove.
-            changed |= {"FSE_PATCH_TEST_DECIDE_ALONE": "1", "FSE_PATCH_VERIFY": "off"}
+            changed["FSE_PATCH_TEST_DECIDE_ALONE"] = "1"
         (result,) = self.by_name({**env, **changed}, arguments=arguments)
+        return result
+
+    def check_unequal(self, env: dict[str, str], arguments: dict[str, Any]) -> None:
+        """Both processes fuse the same layers. The control: each for itself, they decide differently."""
+        result = self.unequal(env, arguments, alone=False)
         assert "logprobs" in result, f"{result.get('error')}\n{result.get('log', '')}"
-        return [worker["roles"] for worker in result["workers"]]
+        first, second = (worker["roles"] for worker in result["workers"])
+        assert [role["built_layers"] for role in first] == [role["built_layers"] for role in second] != []
+        control = self.unequal(env, arguments, alone=True)
+        assert "the processes decided differently: Start, Unfused" in control.get("error", ""), control
 
 
 def arm(engine: str, timeout: float, environment: dict[str, str]) -> RunArm:

@@ -1,7 +1,7 @@
 """Lets the second process of a model decide by an empty cache of the hub, as on a second machine.
 
-Only while it decides: what the engine itself loads is as always. With the variable ALONE every process
-decides for itself: the control.
+Only while it decides: what the engine itself loads is as always. Processes then compare what they decided,
+and stop where it differs. With the variable ALONE every process decides for itself: the control.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def change(build: Any) -> None:
         from huggingface_hub import constants
         from torch import distributed
 
-        if not distributed.is_initialized() or distributed.get_rank() != 1:
+        if distributed.get_rank() != 1:
             return start_of(*args, **kwargs)
         before = constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE
         constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = os.environ[OTHER_CACHE], True
@@ -41,4 +41,18 @@ def change(build: Any) -> None:
         finally:
             constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = before
 
-    build.start_of = elsewhere
+    def compared(*args: Any, **kwargs: Any) -> Any:
+        from torch import distributed
+
+        from fse_patch.errors import FsePatchError
+
+        if not distributed.is_initialized():
+            return start_of(*args, **kwargs)
+        start = elsewhere(*args, **kwargs)
+        all_here = [""] * distributed.get_world_size()
+        distributed.all_gather_object(all_here, type(start).__name__)
+        if len(set(all_here)) > 1:
+            raise FsePatchError(f"the processes decided differently: {', '.join(all_here)}")
+        return start
+
+    build.start_of = compared
