@@ -14,8 +14,9 @@ from ..errors import AuditError, NoReference
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.checkpoint.tensors import CheckpointTensors
 from ..fusion_core.checkpoint.weight_files import CheckpointFiles
+from ..fusion_core.decision.outcome import MoeSpec
 from ..fusion_core.forward.layer import FusedLayer
-from ..fusion_core.proof.canary import CanaryError, judge, reference
+from ..fusion_core.proof.canary import CanaryError, Reference, judge, reference
 from ..fusion_core.proof.checkpoint_layer import CheckpointLayer
 from ..fusion_core.proof.rounding import Served
 from .loaded import Proof
@@ -51,6 +52,17 @@ class Prover(ABC):
             total = self.all_reduce(states.clone())
         summed_already = (total - parts * states).norm() <= 0.01 * total.norm()
         return states if summed_already else total
+
+    def everywhere(self, block: Any, here: bool, like: torch.Tensor) -> bool:
+        """Tell whether something holds in all processes that share the block; all of them ask at this point.
+
+        Args:
+            like: [num_tokens, H], on the block's device.
+        """
+        if (parts := self.parts(block)) == 1:
+            return here
+        held = self.all_reduce(torch.full_like(like, float(here)))
+        return bool(held.min() == parts)
 
 
 @stop_told()
@@ -96,8 +108,9 @@ def _prove(fused_role: FusedRole, dtype: torch.dtype, prover: Prover) -> Proof:
     deviation, tolerance = 0.0, 1.0
     for number in numbers if effective.verify == "all" else numbers[:1]:
         try:
-            tensors = tensors or loaded_tensors(fused_role.start.files, name)
-            off, allowed = _prove_layer(fused_role, fused_role.layers[number], dtype, prover, tensors)
+            layer = fused_role.layers[number]
+            expected, tensors = _expected(fused_role, layer, dtype, prover, tensors)
+            off, allowed = _prove_layer(fused_role, layer, prover, expected)
         except NoReference as error:
             quantised = fused_role.start.decision.quant_method != UNQUANTISED
             if quantised and not effective.allow_unproven:
@@ -142,10 +155,34 @@ def loaded_tensors(files: CheckpointFiles, role: str) -> CheckpointTensors:
     return tensors
 
 
-def _prove_layer(
-    fused_role: FusedRole, layer: FusedLayer, dtype: torch.dtype, prover: Prover, tensors: CheckpointTensors
-) -> tuple[float, float]:
-    """Return how far a layer is off, and what was allowed."""
+def _expected(
+    fused_role: FusedRole,
+    layer: FusedLayer,
+    dtype: torch.dtype,
+    prover: Prover,
+    tensors: CheckpointTensors | None,
+) -> tuple[Reference, CheckpointTensors]:
+    """Return what the checkpoint says of a layer, and the open checkpoint.
+
+    Raises:
+        NoReference: it cannot be read, in this process or in another: none may wait for one that gave up.
+    """
+    found, missing = None, NoReference("another process has nothing to compare with")
+    try:
+        tensors = tensors or loaded_tensors(fused_role.start.files, fused_role.name)
+        found = reference(*_stored(fused_role, layer, dtype, tensors))
+    except NoReference as error:
+        missing = error
+    device = next(layer.experts.parameters()).device
+    like = torch.zeros(1, fused_role.layout.hidden_size, dtype=dtype, device=device)
+    if not prover.everywhere(layer.block, found is not None, like) or found is None or tensors is None:
+        raise missing
+    return found, tensors
+
+
+def _stored(
+    fused_role: FusedRole, layer: FusedLayer, dtype: torch.dtype, tensors: CheckpointTensors
+) -> tuple[CheckpointLayer, MoeSpec, Served]:
     start, block = fused_role.start, layer.block
     gate, name = cast(Any, block).gate, start.naming.family.shared_gate
     shared_gate = None if name is None else getattr(block, name, None)
@@ -163,8 +200,15 @@ def _prove_layer(
     stored = CheckpointLayer(
         tensors, start.naming, start.decision.role, start.decision.quant_method, layer.number
     )
-    expected = reference(stored, start.moe, served)
-    hidden = expected.hidden.to(device)
+    return stored, start.moe, served
+
+
+def _prove_layer(
+    fused_role: FusedRole, layer: FusedLayer, prover: Prover, expected: Reference
+) -> tuple[float, float]:
+    """Return how far a layer is off, and what was allowed."""
+    start, block = fused_role.start, layer.block
+    hidden = expected.hidden.to(next(layer.experts.parameters()).device)
     deviations = []
     for mode in layer.modes:
         with layer.forced(mode):

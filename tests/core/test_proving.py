@@ -135,6 +135,43 @@ def test_a_plain_checkpoint_without_reference_is_served_and_says_so(
     assert "has no safetensors files" in caplog.text
 
 
+class Two(Prover):
+    """One of two processes that share the block; the other has files to compare with, or none."""
+
+    def __init__(self, other_has_files: bool) -> None:
+        self.other_has_files = other_has_files
+        self.sums: list[float] = []
+
+    def parts(self, block: Any) -> int:
+        return 2
+
+    def all_reduce(self, states: torch.Tensor) -> torch.Tensor:
+        self.sums.append(float(states.abs().max()))
+        if len(self.sums) == 1:
+            return states + float(self.other_has_files)
+        return states * 2  # the block has summed already
+
+
+@pytest.mark.parametrize("gone", ["nowhere", "here", "there"])
+def test_no_process_waits_for_one_that_has_no_files(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FSE_PATCH_ALLOW_UNPROVEN", "1")
+    role = quantised(tmp_path)
+    if gone == "here":
+        (tmp_path / "model.safetensors").unlink()
+    prover = Two(other_has_files=gone != "there")
+    prove.prove(role, torch.bfloat16, prover)
+    if gone == "nowhere":
+        assert state(role) == "passed"
+        assert len(prover.sums) == 2
+        return
+    assert state(role) == "no_reference"
+    # It said so to the other one, and ran no block.
+    assert prover.sums == [0.0 if gone == "here" else 1.0]
+    assert ("another process" in caplog.text) == (gone == "there")
+
+
 def test_what_came_from_no_checkpoint_says_so(tmp_path: Path) -> None:
     """As with load_format=dummy: quantised or not, nothing was loaded that could be compared."""
     role = quantised(tmp_path)
