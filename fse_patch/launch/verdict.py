@@ -28,6 +28,8 @@ from .modes import beside_native, plan_of
 from .refusals import held, merged_refusals, pair_refusals
 
 Served = Literal["fused", "native", "stock"]
+# How paired layers run.
+PAIRED = "few tokens, measured at the first start"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Verdict:
     def __str__(self) -> str:
         where = f"{self.engine} {self.version} on {self.device}"
         if self.served == "fused":
-            how = "few tokens, measured at the first start"
+            how = PAIRED
             how = how if self.plan is None else f"{self.plan} ({self.plan.source}{_gain(self.plan)})"
             return f"fused, {self.layout}: {how}; {where}"
         assert self.reason is not None
