@@ -171,7 +171,7 @@ class PairedRole:
             return
         try:
             self.layers[number] = wrap()
-        except Exception as error:  # nothing of the engine's was changed: a server starts, whatever is wrong
+        except Exception as error:  # what was replaced runs the engine's own: a server starts
             log.debug("layer %d of the %s model is not paired", number, self.name, exc_info=True)
             self.unbuilt = f"layer {number} is not built in the way that is known: {words(error)}"
 

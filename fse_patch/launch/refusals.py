@@ -65,7 +65,11 @@ def pair_refusals(
     if native_right and not (facts.launch and facts.launch.native_backend):
         yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
     yield from _of_either(decision, asked, facts, config, "paired")
-    # The engine says so of all these when it has loaded them. Who runs packed experts, it alone knows.
+
+
+def load_refusals(decision: Paired, asked: Asked, facts: EngineFacts, device: Device) -> Iterator[Reason]:
+    """Say what the server will find when it has loaded a role that it pairs: the engine's own then serves."""
+    # Who runs packed experts, the engine alone knows.
     if not decision.packed and (reason := unread_backend(asked, facts, device)) is not None:
         yield reason
     if not device.reads_fp8 and re.search("fp8|f8_", " ".join((*decision.formats, decision.stored)).lower()):

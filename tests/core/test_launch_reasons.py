@@ -17,7 +17,7 @@ FLAGS = [
     # In one process nothing is spread.
     ("vllm", "--enable-expert-parallel", None),
     ("vllm", "-tp 2 --enable-expert-parallel", None),
-    ("vllm", "-tp 2 --enable-expert-parallel --moe-backend flashinfer_cutlass", "parallel.ep"),
+    ("vllm", "-tp 2 --enable-expert-parallel --moe-backend flashinfer_cutlass", "backend.layout"),
     ("vllm", "--enable-eplb", "parallel.eplb"),
     ("vllm", "-dp 2", "parallel.dp"),
     ("vllm", "--prefill-context-parallel-size 2", "parallel.dp"),
@@ -33,7 +33,7 @@ FLAGS = [
     ("vllm", "--enable-return-routed-experts", "routing.capture"),
     ("vllm", '--weight-transfer-config \'{"backend": "other"}\'', None),
     ("vllm", "--quantization fp8", None),
-    ("vllm", "--moe-backend flashinfer_cutlass", "slower.unmeasured"),
+    ("vllm", "--moe-backend flashinfer_cutlass", "backend.layout"),
     ("vllm", "--dtype float32", None),
     ("vllm", "--hf-overrides '{\"num_experts_per_tok\": 4}'", "config.differs"),
     ("vllm", "--hf-overrides '{\"max_position_embeddings\": 4096}'", None),
@@ -204,7 +204,7 @@ def test_who_runs_quantised_experts_is_not_known_without_the_engine(engine: str,
     folder = checkpoint("qwen3.5-fp8-block-mtp", tmp_path)
     given = {"vllm": "--moe-backend triton", "sglang": "--moe-runner-backend triton"}[engine]
     for flags, reason in (
-        (SPREAD[engine], "parallel.ep"),
+        (SPREAD[engine], "backend.layout"),
         (f"{SPREAD[engine]} {given}", None),
     ):
         words = shlex.split(f"FSE_PATCH_ALLOW_UNPROVEN=1 {COMMANDS[engine]} {flags}")
