@@ -66,15 +66,15 @@ def _verdict(
     if effective.layout == "paired":
         sentence = f"stock: backend.layout: {where}: engines pack weights on a CPU"
         return {"served": "stock", "reason": "backend.layout", "sentence": sentence}
-    reason = Reason("slower.unmeasured", "no table of this device and release")
+    why = Reason("slower.unmeasured", "no table of this device and release")
     if effective.layout == "auto" and unrun(engine, device.platform, device.name) is None:
         unread = unread_backend(asked, facts_of(engine), device)
         if unread is None:
             sentence = f"fused, paired, where the checkpoint allows it: {where}; {PAIRED}"
             return {"served": None, "reason": None, "sentence": sentence}
-        reason = unread
-    sentence = f"stock: {reason.code}: {where}: {reason.detail}"
-    return {"served": "stock", "reason": reason.code, "sentence": sentence}
+        why = unread
+    sentence = f"stock: {why.code}: {where}: {why.detail}"
+    return {"served": "stock", "reason": why.code, "sentence": sentence}
 
 
 def _how(
