@@ -64,6 +64,9 @@ class EngineLayer(ABC):
         with suppress(Unreadable):
             self.copied = self.in_memory().copy()
 
+    def refresh(self) -> None:  # noqa: B027 - few engines keep any
+        """Renew what the engine has made of its weights and keeps, after an update."""
+
     @abstractmethod
     def parameters(self) -> Iterable[torch.Tensor]:
         """Yield the parameters that an update may replace."""
@@ -186,8 +189,7 @@ class PairedRole:
         Raises:
             Unreadable: the engine keeps something in a layout that the pass does not read.
         """
-        now = {number: layer.read() for number, layer in self.layers.items()}
-        return {number: HeldLayer(held.addresses, held.formats) for number, held in now.items()}
+        return {n: HeldLayer((now := own.read()).addresses, now.formats) for n, own in self.layers.items()}
 
     def after_load(self) -> None:
         """Note that the engine has loaded weights; on a CPU, copy them if a test asks for that."""
@@ -205,6 +207,8 @@ class PairedRole:
         """
         if self.loaded is None or self.prove_again is None or not self.loaded.threshold:
             return
+        for layer in self.layers.values():
+            layer.refresh()
         try:
             held = self.held()
         except Unreadable as error:
