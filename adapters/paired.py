@@ -64,6 +64,9 @@ class EngineLayer(ABC):
         with suppress(Unreadable):
             self.copied = self.in_memory().copy()
 
+    def refresh(self) -> None:  # noqa: B027 - few engines keep any
+        """Renew what the engine has made of its weights and keeps, after an update."""
+
     @abstractmethod
     def parameters(self) -> Iterable[torch.Tensor]:
         """Yield the parameters that an update may replace."""
@@ -171,7 +174,7 @@ class PairedRole:
             return
         try:
             self.layers[number] = wrap()
-        except Exception as error:  # nothing of the engine's was changed: a server starts, whatever is wrong
+        except Exception as error:  # what was replaced runs the engine's own: a server starts
             log.debug("layer %d of the %s model is not paired", number, self.name, exc_info=True)
             self.unbuilt = f"layer {number} is not built in the way that is known: {words(error)}"
 
@@ -186,8 +189,7 @@ class PairedRole:
         Raises:
             Unreadable: the engine keeps something in a layout that the pass does not read.
         """
-        now = {number: layer.read() for number, layer in self.layers.items()}
-        return {number: HeldLayer(held.addresses, held.formats) for number, held in now.items()}
+        return {n: HeldLayer((now := own.read()).addresses, now.formats) for n, own in self.layers.items()}
 
     def after_load(self) -> None:
         """Note that the engine has loaded weights; on a CPU, copy them if a test asks for that."""
@@ -205,6 +207,8 @@ class PairedRole:
         """
         if self.loaded is None or self.prove_again is None or not self.loaded.threshold:
             return
+        for layer in self.layers.values():
+            layer.refresh()
         try:
             held = self.held()
         except Unreadable as error:

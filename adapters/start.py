@@ -120,7 +120,7 @@ def decision_of(
         why = str(error)
     except Exception as error:  # nothing has been built: a server starts, whatever is wrong with us
         log.debug("the %s model was not decided on", role, exc_info=True)
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}; please report it"
+        why = _words(error)
     return Settled(Stock(role=role, engine=engine, reason=Reason("evidence.unreadable", why)))
 
 
@@ -135,11 +135,24 @@ def laid_out(settled: Settled, settings: Settings, refusals: Callable[[Paired], 
     if asked == "merged" or (asked == "auto" and isinstance(decision, Merged) and _gains(settled.plan)):
         return settled
     apart = paired(decision)
-    if isinstance(apart, Paired) and (reason := next(refusals(apart), None)) is not None:
+    if isinstance(apart, Paired) and (reason := _first(refusals, apart)) is not None:
         apart = apart.refused(reason)
     if asked == "auto" and not isinstance(apart, Paired):
         return settled
     return replace(settled, decision=apart, plan=None)
+
+
+def _first(refusals: Callable[[Paired], Iterator[Reason]], apart: Paired) -> Reason | None:
+    """Return the first refusal; where the configuration cannot be asked, that is one."""
+    try:
+        return next(refusals(apart), None)
+    except Exception as error:  # nothing has been built: a server starts, whatever is wrong with us
+        log.debug("the %s model is not paired", apart.role, exc_info=True)
+        return Reason("backend.layout", f"the configuration is not the known one: {_words(error)}")
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}; please report it"
 
 
 def _gains(plan: ModePlan | None) -> bool:

@@ -135,7 +135,8 @@ REASONS: Mapping[Code, Meaning] = {
         asked_for=True,
     ),
     "device.unrun": Meaning(
-        "No device of this kind has run the paired layout yet.", "FSE_PATCH_LAYOUT=paired takes it anyway"
+        "Nobody has run the paired layout there yet: on an AMD GPU, or for 4-bit experts.",
+        "FSE_PATCH_LAYOUT=paired takes it anyway",
     ),
     "proof.failed": Meaning(
         "Paired layers gave other answers than the engine's own, at start or after an update; its own serve.",

@@ -53,7 +53,8 @@ def initialize_model(original: Callable[..., Any]) -> Callable[..., Any]:
         apart = PairedRole(start) if isinstance(start, PairedStart) else None
         with building(fused_role), pairing(apart), switched_off(cls) if native_off else nullcontext():
             model = original(model_config, load_config, *args, **kwargs)
-        if apart is not None and apart.layers:
+        # Where no layer could be taken in, somebody must still say so.
+        if apart is not None and (apart.layers or apart.unbuilt):
             paired.attach(model, apart)
         if fused_role is not None and fused_role.start.merged:
             check_complete(fused_role, all_here=get_server_args().pp_size == 1)

@@ -16,6 +16,7 @@ from .. import int4_reading
 from ..expert_reading import Unreadable, dense_scales, dense_weights, experts_of, routed_of
 from ..paired import EngineLayer, PairedRole
 from .int4 import int4_backend, int4_experts
+from .role import refresh_gate
 
 READABLE = frozenset({"triton"}) | int4_reading.READABLE
 
@@ -118,6 +119,11 @@ class BlockLayer(EngineLayer):
             here = (numbers >= 0) & (numbers < local)
             self._map = torch.where(here, numbers, -1).to(experts.w13_weight.device)
         return self._map
+
+    @torch.inference_mode()  # what a proof makes can be written in no other mode
+    def refresh(self) -> None:
+        """Renew the float32 copy that GLM's gate keeps: above the threshold SGLang routes by it."""
+        refresh_gate(self.block.gate)
 
     def parameters(self) -> Iterable[torch.Tensor]:
         """Yield parameters of the block."""

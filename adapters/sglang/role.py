@@ -21,6 +21,14 @@ def number_of(decision: Decision, place: int) -> int | None:
     return place
 
 
+def refresh_gate(gate: Any) -> None:
+    """Renew the float32 copy that GLM's gate keeps from its first call on; others keep none."""
+    if (held := getattr(gate, "_weight_fp32", None)) is not None:
+        held.copy_(gate.weight.data)
+    elif hasattr(gate, "_weight_fp32"):
+        gate._weight_fp32 = gate.weight.data.float()
+
+
 class Slots(EngineSlots):
     """Layers by SGLang's own numbers, slots by the weight loader of their parameters."""
 
@@ -46,8 +54,4 @@ class Slots(EngineSlots):
 
         It must be neither of a graph nor stale.
         """
-        gate: Any = layer.block.gate
-        if (held := getattr(gate, "_weight_fp32", None)) is not None:
-            held.copy_(gate.weight.data)
-        elif hasattr(gate, "_weight_fp32"):
-            gate._weight_fp32 = gate.weight.data.float()
+        refresh_gate(layer.block.gate)

@@ -13,12 +13,14 @@ from .. import settings
 from ..fusion_core.checkpoint.sources import CONFIG_NAME, FolderSource
 from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import in_layout
+from ..fusion_core.decision.paired_places import unrun
 from ..fusion_core.decision.policy_file import load_policy
 from ..fusion_core.engines import facts_of
 from ..fusion_core.forward import tuned
+from ..fusion_core.reasons import Reason
 from . import command, machine
-from .modes import backend_of
-from .verdict import verdict
+from .modes import backend_of, unread_backend
+from .verdict import PAIRED, verdict
 
 
 def verdicts(
@@ -64,8 +66,15 @@ def _verdict(
     if effective.layout == "paired":
         sentence = f"stock: backend.layout: {where}: engines pack weights on a CPU"
         return {"served": "stock", "reason": "backend.layout", "sentence": sentence}
-    sentence = f"stock: slower.unmeasured: {where}: no table of this device and release"
-    return {"served": "stock", "reason": "slower.unmeasured", "sentence": sentence}
+    why = Reason("slower.unmeasured", "no table of this device and release")
+    if effective.layout == "auto" and unrun(engine, device.platform, device.name) is None:
+        unread = unread_backend(asked, facts_of(engine), device)
+        if unread is None:
+            sentence = f"fused, paired, where the checkpoint allows it: {where}; {PAIRED}"
+            return {"served": None, "reason": None, "sentence": sentence}
+        why = unread
+    sentence = f"stock: {why.code}: {where}: {why.detail}"
+    return {"served": "stock", "reason": why.code, "sentence": sentence}
 
 
 def _how(
@@ -74,7 +83,7 @@ def _how(
     """Say how layers run that are fused here, whatever the model is; None: none is."""
     if effective.layout == "paired":
         pairs = device.platform != "cpu" or bool(effective.cpu_threshold)
-        return "few tokens, measured at the first start" if pairs else None
+        return PAIRED if pairs else None
     if device.platform == "cpu":
         return "no speed is promised on a CPU"
     engine = asked.engine

@@ -17,6 +17,12 @@ CPU_INFO = Path("/proc/cpuinfo")
 # Words of names that are of AMD; all other devices but a CPU are NVIDIA's.
 _AMD_NAMES = re.compile(r"\b(AMD|Radeon|Instinct|MI\d{2,3}\w*|gfx\w+)\b", re.IGNORECASE)
 
+# NVIDIA's of a compute capability below 8.9, as `adapters.expert_reading` asks it of the device.
+_BEFORE_FP8 = re.compile(
+    r"\b(A100|A800|A10G?|A16|A2|A30|A40|RTX A\d+|RTX [23]0[5-9]0|V100S?|T4G?|GTX|TITAN|Quadro|P100|P40|P4)\b",
+    re.IGNORECASE,
+)
+
 
 @dataclass(frozen=True)
 class Device:
@@ -32,6 +38,11 @@ class Device:
     name: str
     here: bool = False
     amx: bool = False
+
+    @property
+    def reads_fp8(self) -> bool:
+        """Return whether kernels read weights in FP8 there, as far as the name says."""
+        return self.platform != "cuda" or not _BEFORE_FP8.search(self.name)
 
     def __str__(self) -> str:
         if self.platform == "cpu":

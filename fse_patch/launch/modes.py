@@ -103,11 +103,19 @@ def backend_of(asked: Asked, facts: EngineFacts, device: Device) -> str:
     """Return the MoE backend that the engine picks: the user's, that of the device, or of its platform."""
     given = asked["moe_backend"]
     if isinstance(given, str) and given != "auto":
-        return given
+        return given.lower().replace("-", "_")  # as vLLM reads it
     for row in facts.launch.backends if facts.launch else ():
         if any(words in device.name for words in row.devices):
             return row.backend
     return facts.backends.get(device.platform, "auto")
+
+
+def unread_backend(asked: Asked, facts: EngineFacts, device: Device) -> Reason | None:
+    """Refuse a MoE backend that keeps experts in an order that is not read; None: it is none of these."""
+    backend = backend_of(asked, facts, device)
+    if facts.launch and backend.startswith(tuple(facts.launch.unread_backends)):
+        return Reason("backend.layout", f"{backend} runs experts here, in an order of its own")
+    return None
 
 
 def _runner(decision: Merged, asked: Asked, device: Device, backend: str) -> str:

@@ -19,7 +19,7 @@ from ..fusion_core.reasons import Reason
 from ..settings import CPU_THRESHOLD, Settings
 from .command import Asked
 from .machine import Device
-from .modes import backend_of
+from .modes import unread_backend
 
 # Codes that are asked before adapters are: who holds which experts.
 FIRST = ("parallel.", "disabled")
@@ -65,10 +65,15 @@ def pair_refusals(
     if native_right and not (facts.launch and facts.launch.native_backend):
         yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
     yield from _of_either(decision, asked, facts, config, "paired")
-    # The engine says so of both when it has loaded them.
-    backend = backend_of(asked, facts, device)
-    if facts.launch and backend.startswith(tuple(facts.launch.unread_backends)):
-        yield Reason("backend.layout", f"{backend} runs experts here, in an order of its own")
+
+
+def load_refusals(decision: Paired, asked: Asked, facts: EngineFacts, device: Device) -> Iterator[Reason]:
+    """Say what the server will find when it has loaded a role that it pairs: the engine's own then serves."""
+    # Who runs packed experts, the engine alone knows.
+    if not decision.packed and (reason := unread_backend(asked, facts, device)) is not None:
+        yield reason
+    if not device.reads_fp8 and re.search("fp8|f8_", " ".join((*decision.formats, decision.stored)).lower()):
+        yield Reason("backend.layout", f"FP8 weights, and {device} has no conversion of them")
     chosen = asked["moe_backend"] not in (None, "auto")
     if asked.expert_ranks > 1 and decision.quant_method != UNQUANTISED and not chosen:
         yield Reason("backend.layout", "who runs quantised experts that are spread is not known before")

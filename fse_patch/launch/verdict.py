@@ -25,9 +25,11 @@ from ..settings import Settings
 from .command import Asked
 from .machine import Device
 from .modes import beside_native, plan_of
-from .refusals import held, merged_refusals, pair_refusals
+from .refusals import held, load_refusals, merged_refusals, pair_refusals
 
 Served = Literal["fused", "native", "stock"]
+# How paired layers run.
+PAIRED = "few tokens, measured at the first start"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Verdict:
     def __str__(self) -> str:
         where = f"{self.engine} {self.version} on {self.device}"
         if self.served == "fused":
-            how = "few tokens, measured at the first start"
+            how = PAIRED
             how = how if self.plan is None else f"{self.plan} ({self.plan.source}{_gain(self.plan)})"
             return f"fused, {self.layout}: {how}; {where}"
         assert self.reason is not None
@@ -175,7 +177,11 @@ def _laid_out(
         right = native is not None and not gets_wrong(native, decision)
         reason = next(pair_refusals(apart, asked, facts, right, made.device, config, now), None)
         if reason is None:
-            return replace(made, served="fused", layout="paired")
+            # By then it is too late to merge.
+            late = next(load_refusals(apart, asked, facts, made.device), None)
+            if late is None:
+                return replace(made, served="fused", layout="paired")
+            return found if found.served == "native" else replace(made, reason=late)
         apart = apart.refused(reason)
     if now.layout == "auto" or not isinstance(apart, Stock):
         return found

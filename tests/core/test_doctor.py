@@ -155,12 +155,22 @@ def test_it_begins_with_what_a_server_does_here(installed: pytest.MonkeyPatch, t
     (row,) = doctor.examine()["verdicts"]
     assert (row["served"], row["reason"]) == ("stock", "fingerprint")
     installed.setattr(guards, "guard", lambda *_: "")
-    # A GPU that nobody has measured, and one that has tables of another release.
-    for name in ("NVIDIA A100", "NVIDIA H200"):
+    # Without a table of this release; merged alone it is stock. FlashInfer's order is not read.
+    for layout, name, told in (
+        ("auto", "NVIDIA A100", (None, None)),
+        ("auto", "NVIDIA H200", (None, None)),
+        ("auto", "NVIDIA B200", ("stock", "backend.layout")),
+        ("merged", "NVIDIA H200", ("stock", "slower.unmeasured")),
+    ):
         device = machine.Device("cuda", name, here=True)
         installed.setattr(machine, "here", lambda device=device: device)
+        installed.setenv("FSE_PATCH_LAYOUT", layout)
         (row,) = doctor.examine()["verdicts"]
-        assert (row["served"], row["reason"]) == ("stock", "slower.unmeasured")
+        assert (row["served"], row["reason"]) == told, (layout, name)
+        assert ("fused, paired" in row["sentence"]) == (told[0] is None)
+    installed.delenv("FSE_PATCH_LAYOUT")
+    device = machine.Device("cuda", "NVIDIA H200", here=True)
+    installed.setattr(machine, "here", lambda: device)
     installed.setattr(guards, "engine_version", lambda book: "0.26.0" if book.engine == "vllm" else "0.1")
     measured, untested = doctor.examine()["verdicts"]
     assert "shapes were measured" in measured["sentence"]

@@ -45,3 +45,17 @@ def test_what_does_not_merge_may_pair(layout: str, expected: type) -> None:
     settled = Settled(MERGED.refused(Reason("quant.unproven", "a test")))
     outcome = laid_out(settled, settings.Settings(layout=layout), lambda _: iter(()))
     assert isinstance(outcome.decision, expected)
+
+
+@pytest.mark.parametrize(("layout", "code"), [("auto", "quant.unproven"), ("paired", "backend.layout")])
+def test_a_configuration_that_cannot_be_asked_leaves_a_server_that_starts(layout: str, code: str) -> None:
+    def refusals(_: Paired) -> Any:
+        raise AttributeError("no such\nargument")
+        yield
+
+    settled = Settled(MERGED.refused(Reason("quant.unproven", "a test")))
+    decision = laid_out(settled, settings.Settings(layout=layout), refusals).decision
+    assert isinstance(decision, Stock)
+    assert decision.reason.code == code
+    if layout == "paired":
+        assert "AttributeError: no such argument" in decision.reason.detail

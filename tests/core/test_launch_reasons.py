@@ -17,7 +17,7 @@ FLAGS = [
     # In one process nothing is spread.
     ("vllm", "--enable-expert-parallel", None),
     ("vllm", "-tp 2 --enable-expert-parallel", None),
-    ("vllm", "-tp 2 --enable-expert-parallel --moe-backend flashinfer_cutlass", "parallel.ep"),
+    ("vllm", "-tp 2 --enable-expert-parallel --moe-backend flashinfer_cutlass", "backend.layout"),
     ("vllm", "--enable-eplb", "parallel.eplb"),
     ("vllm", "-dp 2", "parallel.dp"),
     ("vllm", "--prefill-context-parallel-size 2", "parallel.dp"),
@@ -33,7 +33,7 @@ FLAGS = [
     ("vllm", "--enable-return-routed-experts", "routing.capture"),
     ("vllm", '--weight-transfer-config \'{"backend": "other"}\'', None),
     ("vllm", "--quantization fp8", None),
-    ("vllm", "--moe-backend flashinfer_cutlass", "slower.unmeasured"),
+    ("vllm", "--moe-backend flashinfer_cutlass", "backend.layout"),
     ("vllm", "--dtype float32", None),
     ("vllm", "--hf-overrides '{\"num_experts_per_tok\": 4}'", "config.differs"),
     ("vllm", "--hf-overrides '{\"max_position_embeddings\": 4096}'", None),
@@ -88,6 +88,9 @@ PAIRED_FLAGS = [
     ("vllm", "VLLM_BATCH_INVARIANT=1", "", "slower.unmeasured"),
     ("vllm", "", "--enable-lora", "lora"),
     ("vllm", "", "--moe-backend flashinfer_cutlass", "backend.layout"),
+    ("vllm", "", "--moe-backend FlashInfer-CUTLASS", "backend.layout"),
+    ("vllm", "", "--moe-backend batched_triton", "backend.layout"),
+    ("vllm", "", "--moe-backend triton", None),
     # Weights that stay where the engine keeps them are updated as it does.
     ("vllm", "", '--weight-transfer-config \'{"backend": "other"}\'', None),
     ("sglang", "", "--tp 2 --ep-size 2", None),
@@ -107,6 +110,36 @@ def test_flags_beside_the_paired_layout(
     words = shlex.split(f"FSE_PATCH_LAYOUT=paired {variables} {COMMANDS[engine]} {flags_given}")
     _, report = plan(folder, "--engine-version", BEST[engine], "--device", "NVIDIA H200", "--", *words)
     runtime = report["runtime"]
+    assert (runtime["reason"], runtime["layout"]) == (reason, None if reason else "paired"), runtime["detail"]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "flags_given", "reason"),
+    [
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", "--moe-backend deep_gemm", None),
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", "--moe-backend cutlass", None),
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", "--moe-backend marlin", "backend.layout"),
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", "--moe-backend humming", "backend.layout"),
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", "--moe-backend hpc", "backend.layout"),
+        # Packed experts lie in Marlin's order, which is read, on whatever device.
+        ("qwen3.6-35b-gptq-routed-only", "NVIDIA H200", "--moe-backend marlin", None),
+        ("qwen3.6-35b-gptq-routed-only", "NVIDIA B200", "", None),
+        ("qwen3.5-35b-bf16-stacked", "NVIDIA B200", "", "backend.layout"),
+        ("qwen3.5-35b-bf16-stacked", "NVIDIA RTX PRO 4500 Blackwell", "", "backend.layout"),
+        ("qwen3.5-35b-bf16-stacked", "NVIDIA RTX 5000 Ada Generation", "", None),
+        # Devices that convert FP8, and those that do not.
+        ("qwen3.6-35b-fp8-block", "NVIDIA L40S", "", None),
+        ("qwen3.6-35b-fp8-block", "NVIDIA A100-SXM4-80GB", "", "backend.layout"),
+        ("qwen3.6-35b-fp8-block", "NVIDIA GeForce RTX 3090", "", "backend.layout"),
+        ("qwen3.5-35b-bf16-stacked", "NVIDIA A100-SXM4-80GB", "", None),
+    ],
+)
+def test_who_runs_experts_decides_whether_they_are_read(
+    name: str, device: str, flags_given: str, reason: str | None, tmp_path: Path
+) -> None:
+    words = shlex.split(f"FSE_PATCH_LAYOUT=paired {COMMANDS['vllm']} {flags_given}")
+    given = ["--engine-version", BEST["vllm"], "--device", device, "--", *words]
+    runtime = plan(checkpoint(name, tmp_path), *given)[1]["runtime"]
     assert (runtime["reason"], runtime["layout"]) == (reason, None if reason else "paired"), runtime["detail"]
 
 
@@ -171,7 +204,7 @@ def test_who_runs_quantised_experts_is_not_known_without_the_engine(engine: str,
     folder = checkpoint("qwen3.5-fp8-block-mtp", tmp_path)
     given = {"vllm": "--moe-backend triton", "sglang": "--moe-runner-backend triton"}[engine]
     for flags, reason in (
-        (SPREAD[engine], "parallel.ep"),
+        (SPREAD[engine], "backend.layout"),
         (f"{SPREAD[engine]} {given}", None),
     ):
         words = shlex.split(f"FSE_PATCH_ALLOW_UNPROVEN=1 {COMMANDS[engine]} {flags}")

@@ -19,7 +19,7 @@ from fse_patch.errors import FsePatchError  # noqa: E402
 from fse_patch.fusion_core.forward.paired import PairedWeights  # noqa: E402
 from fse_patch.fusion_core.reasons import Reason  # noqa: E402
 
-from .paired_roles import Engine, load, role_of, thresholds  # noqa: E402
+from .paired_roles import Engine, Layer, load, role_of, thresholds  # noqa: E402
 from .test_paired_layer import drawn  # noqa: E402
 
 
@@ -157,6 +157,25 @@ def test_a_stale_address_after_an_update_is_caught(caplog: Any) -> None:
     assert thresholds(role) == {0}
     assert role.loaded.reason.code == "proof.failed"  # type: ignore[union-attr]
     assert "after an update" in caplog.text
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_what_the_engine_keeps_of_a_gate_is_renewed_by_an_update(
+    renewed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GLM's gate in SGLang does, which keeps a copy in float32."""
+    role = role_of()
+    for layer in role.layers.values():
+        kept = replace(layer.held, gate=layer.held.gate.clone())  # type: ignore[attr-defined]
+        layer.engine_held = kept  # type: ignore[attr-defined]
+    if renewed:
+        monkeypatch.setattr(Layer, "refresh", lambda self: self.engine_held.gate.copy_(self.held.gate))
+    load(role)
+    start_roles([role], Engine())
+    for layer in role.layers.values():
+        layer.held.gate.neg_()  # type: ignore[attr-defined]
+    load(role)
+    assert thresholds(role) == ({4} if renewed else {0})
 
 
 def test_graphs_that_hold_an_address_refuse_an_update_that_moves_it() -> None:
