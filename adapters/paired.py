@@ -169,9 +169,6 @@ class PairedRole:
         Args:
             wrap: puts our forward before the engine's; until a threshold is set the engine's runs.
         """
-        if number in self.layers:
-            self.unbuilt = f"layer {number} was built twice"
-            return
         try:
             self.layers[number] = wrap()
         except Exception as error:  # what was replaced runs the engine's own: a server starts

@@ -37,6 +37,12 @@ def measured(situation: Situation, effective: settings.Settings) -> ModePlan | R
     return unmeasured(effective.allow_unmeasured, "for this shape, dtype, device and release")
 
 
+def without_graphs(flag: str) -> Reason:
+    """Refuse to pair by itself where the engine captures no CUDA graphs: thresholds are measured in such."""
+    why = f"with {flag} nothing runs in CUDA graphs, and layers are measured in those"
+    return Reason("slower.unmeasured", f"{why}; {settings.LAYOUT}=paired takes it anyway")
+
+
 def without_proof(decision: Merged, platform: str, effective: settings.Settings) -> Iterator[Reason]:
     """Refuse a quantised format that was not proven on ``platform``, named as `fse-patch plan` takes it.
 

@@ -9,6 +9,7 @@ from ...fusion_core.decision.outcome import Paired
 from ...fusion_core.decision.paired_places import unrun
 from ...fusion_core.reasons import Reason
 from ...settings import CPU_THRESHOLD, LAYOUT, Settings
+from ..refusals import without_graphs
 from ..running_config import config_differs, substituted
 from . import native
 from .either_layout import refusals_of_either, switched_off
@@ -35,10 +36,11 @@ def pair_refusals(
     if platform == "cpu":
         if not effective.cpu_threshold:
             yield Reason("backend.layout", f"a CPU pairs for tests alone; set {CPU_THRESHOLD} for one")
-    elif effective.layout != "paired" and (
-        reason := unrun(decision.engine, platform, get_device_name(), decision.packed)
-    ):
-        yield Reason(reason.code, f"{reason.detail}; {LAYOUT}=paired takes it anyway")
+    elif effective.layout != "paired":
+        if (reason := unrun(decision.engine, platform, get_device_name(), decision.packed)) is not None:
+            yield Reason(reason.code, f"{reason.detail}; {LAYOUT}=paired takes it anyway")
+        if getattr(server, "disable_cuda_graph", False):
+            yield without_graphs("--disable-cuda-graph")
     yield from refusals_of_either(decision.moe.layout, quantised)
     for name in IN_PIECES:
         if getattr(server, name, False):

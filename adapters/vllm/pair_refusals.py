@@ -9,6 +9,7 @@ from ...fusion_core.decision.outcome import Paired
 from ...fusion_core.decision.paired_places import unrun
 from ...fusion_core.reasons import Reason
 from ...settings import CPU_THRESHOLD, LAYOUT, Settings
+from ..refusals import without_graphs
 from ..running_config import config_differs
 from .either_layout import refusals_of_either
 from .native import ENGINE
@@ -33,6 +34,8 @@ def pair_refusals(
         device = current_platform.get_device_name()
         if (reason := unrun(ENGINE, platform, device, decision.packed)) is not None:
             yield Reason(reason.code, f"{reason.detail}; {LAYOUT}=paired takes it anyway")
+        if vllm_config.model_config.enforce_eager:
+            yield without_graphs("--enforce-eager")
     if native_right:
         yield Reason("upstream.already", "vLLM's own fusion is on here (AITER) and right for this checkpoint")
     yield from config_differs(decision, vllm_config.model_config.hf_text_config)

@@ -102,6 +102,8 @@ def _has_amx_kernels(facts: EngineFacts) -> bool:
 def backend_of(asked: Asked, facts: EngineFacts, device: Device) -> str:
     """Return the MoE backend that the engine picks: the user's, that of the device, or of its platform."""
     given = asked["moe_backend"]
+    if given in (None, "auto"):
+        given = asked["kernel_config"]
     if isinstance(given, str) and given != "auto":
         return given.lower().replace("-", "_")  # as vLLM reads it
     for row in facts.launch.backends if facts.launch else ():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..adapters.lora import folders_of, refused_adapters
-from ..adapters.refusals import quantised_online, undivided, unshared, without_proof
+from ..adapters.refusals import quantised_online, undivided, unshared, without_graphs, without_proof
 from ..adapters.running_config import config_differs, substituted
 from ..fusion_core.checkpoint.config import UNQUANTISED
 from ..fusion_core.decision.outcome import Merged, Paired
@@ -58,10 +58,11 @@ def pair_refusals(
     if device.platform == "cpu":
         if not now.cpu_threshold:
             yield Reason("backend.layout", f"engines pack weights on a CPU; for tests, set {CPU_THRESHOLD}")
-    elif now.layout != "paired" and (
-        reason := unrun(facts.engine, device.platform, device.name, decision.packed)
-    ):
-        yield reason
+    elif now.layout != "paired":
+        if (reason := unrun(facts.engine, device.platform, device.name, decision.packed)) is not None:
+            yield reason
+        if asked["eager"] is True and facts.launch:
+            yield without_graphs("--" + facts.launch.asks["eager"].flag.replace("_", "-"))
     if native_right and not (facts.launch and facts.launch.native_backend):
         yield Reason("upstream.already", f"{facts.engine} fuses this model by itself here")
     yield from _of_either(decision, asked, facts, config, "paired")

@@ -90,6 +90,9 @@ PAIRED_FLAGS = [
     ("vllm", "", "--moe-backend flashinfer_cutlass", "backend.layout"),
     ("vllm", "", "--moe-backend FlashInfer-CUTLASS", "backend.layout"),
     ("vllm", "", "--moe-backend batched_triton", "backend.layout"),
+    ("vllm", "", '--kernel-config \'{"moe_backend": "flashinfer_cutlass"}\'', "backend.layout"),
+    ("vllm", "", "--kernel-config.moe_backend flashinfer_cutlass", "backend.layout"),
+    ("vllm", "", "--kernel-config.moe_backend auto", None),
     ("vllm", "", "--moe-backend triton", None),
     # Weights that stay where the engine keeps them are updated as it does.
     ("vllm", "", '--weight-transfer-config \'{"backend": "other"}\'', None),
@@ -111,6 +114,21 @@ def test_flags_beside_the_paired_layout(
     _, report = plan(folder, "--engine-version", BEST[engine], "--device", "NVIDIA H200", "--", *words)
     runtime = report["runtime"]
     assert (runtime["reason"], runtime["layout"]) == (reason, None if reason else "paired"), runtime["detail"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "flag"), [("vllm", "--enforce-eager"), ("sglang", "--disable-cuda-graph")]
+)
+def test_without_graphs_nothing_pairs_by_itself(engine: str, flag: str, tmp_path: Path) -> None:
+    folder = checkpoint("qwen3.6-35b-fp8-block", tmp_path)
+    for layout, flags_given, told in (
+        ("auto", "", "paired"),
+        ("auto", flag, None),
+        ("paired", flag, "paired"),
+    ):
+        words = shlex.split(f"FSE_PATCH_LAYOUT={layout} {COMMANDS[engine]} {flags_given}")
+        _, report = plan(folder, "--engine-version", BEST[engine], "--device", "NVIDIA H200", "--", *words)
+        assert report["runtime"]["layout"] == told, report["runtime"]["detail"]
 
 
 @pytest.mark.parametrize(
