@@ -74,7 +74,8 @@ def run(engine: str, name: str, group: Group, folders: Mapping[str, Path], out: 
             sys.exit(f"{folder} does not fuse: {decision.reason.code}: {decision.reason.detail}")
         jobs.append(verify.VerifyJob(folder, (decision,), vocab, group.dtype, arguments))
     release = guards.engine_version(ledger.load(engine)).partition("+")[0]
-    env = {**os.environ, **group.env}
+    # By itself an engine may pair.
+    env = {**os.environ, "FSE_PATCH_LAYOUT": "merged", **group.env}
     if not group.paired:
         held = table(engine, release, decode_arm.device(), group, [job.decisions[0] for job in jobs])
         tuned = out / f"{engine}_{name}.yaml"

@@ -82,7 +82,7 @@ class GlmBlock(BlockLayer):
 
         That is the scale, or 1 where their kernels or the top-k have it inside: it differs by platform.
         """
-        one = torch.ones(1, self.moe.layout.hidden_size, dtype=torch.float32)
+        one = torch.ones(1, self.moe.layout.hidden_size, dtype=torch.float32, device="cpu")
         self.arm, self.probing = PAIRED, True
         try:
             with unreduced(self.block), torch.no_grad():

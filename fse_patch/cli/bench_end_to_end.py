@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import typer
 from ..errors import FsePatchError
 from ..fusion_core.checkpoint.sources import read_json
 from ..launch.flags import check_arguments
+from ..settings import LAYOUT
+from ..settings import load as load_settings
 from .output import print_json
 from .verify import decided, engines_end_with_us, parse_engine_args, say, vocab_size
 
@@ -82,7 +85,9 @@ def run(
             raise FsePatchError(f"{file}: there is no such folder")
     if out.csv is not None:
         csv_file.check(out.csv, end_to_end.csv_columns(engine))
-    _, main, version = decided(checkpoint, engine)
+    # On a GPU "auto" may pair.
+    layout = "paired" if load_settings().layout == "paired" else "merged"
+    _, main, version = decided(checkpoint, engine, layout)
     check_arguments(engine, version, arguments)
     import torch
 
@@ -102,7 +107,8 @@ def run(
     )
     try:
         with engines_end_with_us():
-            measured = end_to_end.measure(job, progress=say, raw=out.raw)
+            env = {**os.environ, LAYOUT: layout}
+            measured = end_to_end.measure(job, env=env, progress=say, raw=out.raw)
     except ArmError as error:
         if error.log:
             print(error.log, file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ import typer
 from ..adapters.patching import guards, ledger, standing
 from ..errors import EngineError, FsePatchError, RefusedError
 from ..fusion_core.checkpoint.families import Role, family_of
-from ..fusion_core.checkpoint.sources import read_json
+from ..fusion_core.checkpoint.sources import CONFIG_NAME, read_json
 from ..fusion_core.decision.decide import decide_roles
 from ..fusion_core.decision.outcome import Decision, Merged, Paired, Stock, in_layout
 from ..fusion_core.decision.policy_file import load_policy
@@ -23,11 +24,12 @@ from ..fusion_core.engines import facts_of
 from ..lab.verify import VerifyJob
 from ..lab.verify import verify as run_verify
 from ..launch.flags import check_arguments
-from ..settings import LM_HEAD
+from ..settings import LAYOUT, LM_HEAD
 from ..settings import load as load_settings
 from .arguments import dtype_of, engine_option, folder_of
 from .output import print_json, print_table, ranges
 from .output import say as tell
+from .target import Target
 
 MIN_VOCAB = 64
 
@@ -52,12 +54,13 @@ def command(
     if dtype != "auto":
         dtype_of(dtype)
     folder = folder_of(checkpoint)
-    decisions, _, version = decided(folder, engine, load_settings().layout)
+    layout = layout_here(folder, engine)
+    decisions, _, version = decided(folder, engine, layout)
     check_arguments(engine, version, arguments)
     # A draft is built only where the engine is told to speculate.
     drafts = facts_of(engine).lab.draft_argument in arguments
     roles = tuple(d for role, d in decisions.items() if role == "main" or drafts)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG_NAME)
     job = VerifyJob(
         folder,
         tuple(d for d in roles if not isinstance(d, Stock)),
@@ -67,7 +70,9 @@ def command(
         lm_head=LM_HEAD in load_settings().switches,
     )
     with engines_end_with_us():
-        (report,) = run_verify([job], engine, version, timeout=timeout, progress=say)
+        (report,) = run_verify(
+            [job], engine, version, env={**os.environ, LAYOUT: layout}, timeout=timeout, progress=say
+        )
     log = report.pop("log", "")
     if log:
         print(log, file=sys.stderr)
@@ -104,6 +109,19 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     if replaced := report.get("replaced_operations"):
         more.append(f"not covered: kernels in whose place stand-ins ran: {', '.join(replaced)}")
     return [found, ran, *more]
+
+
+def layout_here(checkpoint: Path, engine: str) -> str:
+    """Return the layout that is asked for; under "auto" what a server takes on this machine.
+
+    The engine is told it by name: by itself it would not pair without CUDA graphs.
+    """
+    settings = load_settings()
+    if settings.layout != "auto":
+        return settings.layout
+    decisions = decide_roles(checkpoint, engine, load_policy(settings.policy_file))
+    server, config = Target(engine, [], None, None, None), read_json(checkpoint / CONFIG_NAME)
+    return server.runtime(decisions, config, None)["layout"] or "merged"
 
 
 def decided(
