@@ -35,11 +35,14 @@ FORBIDDEN: dict[str, tuple[dict[str, Any], str]] = {
 ATTENTION = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "o_proj"]}
 # Loaders that set the format back, which is what the model's code then sees.
 REWRITTEN = ("layered", "presharded")
+MERGED = {"FSE_PATCH_LAYOUT": "merged"}
 # GLM-4.5 as in 0.5.17, by the GPU's capability and the server's arguments.
 OLD_GATE: dict[str, dict[str, Any]] = {
-    "native": {"capability": [9, 0]},
-    "native, experts spread": {"capability": [9, 0], "ep_size": 2, "tp_size": 2},
-    "native, old device": {"capability": [7, 5]},
+    "native": {"capability": [9, 0], "env": MERGED},
+    "native, experts spread": {"capability": [9, 0], "ep_size": 2, "tp_size": 2, "env": MERGED},
+    "native, old device": {"capability": [7, 5], "env": MERGED},
+    # By itself it pairs beside what SGLang fuses.
+    "native, paired": {"capability": [9, 0]},
 }
 # What lays experts out in another way, as a release has it or not.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -121,4 +124,5 @@ def test_the_gate_of_0_5_17_is_asked(found: dict[str, dict[str, Any]]) -> None:
     assert found["native"]["reason"] == "upstream.already"
     assert found["native, experts spread"]["reason"] == "slower.unmeasured"
     assert found["native, old device"]["reason"] == "slower.unmeasured"
-    assert [found[name]["disabled"] for name in OLD_GATE] == [False] * 3
+    assert found["native, paired"]["reason"] == "ok"
+    assert [found[name]["disabled"] for name in OLD_GATE] == [False] * len(OLD_GATE)

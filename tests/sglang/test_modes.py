@@ -64,7 +64,9 @@ def run_builds(
     request.write_text(json.dumps(wanted))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "tests.sglang.on_cuda", str(request), str(results)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    # On a GPU layers pair by themselves, and modes are of merged ones.
+    env = {**os.environ, "PYTHONPATH": path, "FSE_PATCH_LAYOUT": "merged"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(builds, json.loads(results.read_text()), strict=True))
 
