@@ -17,6 +17,7 @@ import torch
 
 from .. import runtime
 from .. import settings as variables
+from ..errors import words
 from ..fusion_core.forward.threshold import Threshold, threshold_of
 from ..fusion_core.proof.head import (
     MEASURED,
@@ -34,7 +35,6 @@ from ..fusion_core.reasons import Reason
 from ..settings import Settings
 from .graph_timing import capture, in_turn
 from .head import FORMAT, MOST, EngineHead, Head, of_weight
-from .loaded_pairs import words
 from .paired import PairedEngine
 
 log = logging.getLogger("fse_patch")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..errors import words
 from ..fusion_core.reasons import Code, Reason
 from .expert_reading import Unreadable
 
@@ -39,11 +40,6 @@ class PairProof:
         if self.state != "failed":
             del told["code"]
         return told
-
-
-def words(error: Exception) -> str:
-    """Say an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def failed(error: Exception) -> PairProof:

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch
 
 from .. import runtime
-from ..errors import RefusedError
+from ..errors import RefusedError, words
 from ..fusion_core.forward.threshold import ROUTINGS, SIZES
 from ..fusion_core.proof.paired import Errors, errors_of, fault, gate_fault, inputs_of
 from ..fusion_core.reasons import Reason
 from .expert_reading import Unreadable
-from .loaded_pairs import LoadedPairs, PairProof, failed, words
+from .loaded_pairs import LoadedPairs, PairProof, failed
 from .pair_canary import told
 from .pair_threshold import Chosen, choose
 from .paired import EngineLayer, PairedEngine, PairedRole

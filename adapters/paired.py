@@ -13,14 +13,14 @@ from weakref import WeakSet
 import torch
 
 from .. import runtime
-from ..errors import FsePatchError
+from ..errors import FsePatchError, words
 from ..fusion_core.checkpoint.families import Role
 from ..fusion_core.forward.paired import OutputScale, PairedLayer, PairedWeights
 from ..fusion_core.forward.plan import ModeCounter
 from ..fusion_core.reasons import Reason
 from .expert_reading import Unreadable
 from .load import LOADER
-from .loaded_pairs import HeldLayer, LoadedPairs, PairProof, failed, words
+from .loaded_pairs import HeldLayer, LoadedPairs, PairProof, failed
 from .start import PairedStart
 from .stop import stop_told
 
@@ -186,7 +186,8 @@ class PairedRole:
         Raises:
             Unreadable: the engine keeps something in a layout that the pass does not read.
         """
-        return {n: HeldLayer((now := own.read()).addresses, now.formats) for n, own in self.layers.items()}
+        now = {number: layer.read() for number, layer in self.layers.items()}
+        return {number: HeldLayer(held.addresses, held.formats) for number, held in now.items()}
 
     def after_load(self) -> None:
         """Note that the engine has loaded weights; on a CPU, copy them if a test asks for that."""

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, cast
 
 from .. import runtime
-from ..errors import FsePatchError, RefusedError
+from ..errors import FsePatchError, RefusedError, words
 from ..fusion_core.checkpoint.families import Role, family_of
 from ..fusion_core.checkpoint.hub import locate
 from ..fusion_core.checkpoint.naming import TensorNaming
@@ -120,7 +120,7 @@ def decision_of(
         why = str(error)
     except Exception as error:  # nothing has been built: a server starts, whatever is wrong with us
         log.debug("the %s model was not decided on", role, exc_info=True)
-        why = _words(error)
+        why = f"{words(error)}; please report it"
     return Settled(Stock(role=role, engine=engine, reason=Reason("evidence.unreadable", why)))
 
 
@@ -148,11 +148,8 @@ def _first(refusals: Callable[[Paired], Iterator[Reason]], apart: Paired) -> Rea
         return next(refusals(apart), None)
     except Exception as error:  # nothing has been built: a server starts, whatever is wrong with us
         log.debug("the %s model is not paired", apart.role, exc_info=True)
-        return Reason("backend.layout", f"the configuration is not the known one: {_words(error)}")
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}; please report it"
+        why = f"the configuration is not the known one: {words(error)}; please report it"
+        return Reason("backend.layout", why)
 
 
 def _gains(plan: ModePlan | None) -> bool:

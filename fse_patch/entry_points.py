@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 
-from .errors import FsePatchError
+from .errors import FsePatchError, words
 from .settings import ENABLE, engines_in, load
 
 _announced: set[tuple[int, str]] = set()
@@ -40,7 +40,7 @@ def _run(engine: str) -> None:
         # What comes out of `apply` unasked is bad input, such as a malformed policy; or a bug of ours, which
         # must not keep a server from its work: nothing is patched, nothing is built.
         known = isinstance(error, FsePatchError)
-        line = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        line = str(error) if known else words(error)
         if strict or known:
             # SGLang catches Exception around plugins and would serve unpatched.
             print(f"fse_patch: {line}", file=sys.stderr, flush=True)

@@ -46,6 +46,11 @@ class NoReference(FsePatchError):
     """The checkpoint's tensors do not say what a layer computes; the text says why."""
 
 
+def words(error: Exception) -> str:
+    """Say an error in one line, with its type: one that is not ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the known word that is most like ``word``, as a question, or all of them."""
     from difflib import get_close_matches

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .errors import words
 from .settings import load
 
 PATH = "/fse_patch/status"
@@ -61,4 +62,4 @@ class StatusEndpoint:
         try:
             return list(await self._client.collective_rpc(METHOD))
         except Exception as error:  # no worker has a model of ours: nothing was decided there
-            return [{**off, "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}]
+            return [{**off, "reason": words(error)}]
