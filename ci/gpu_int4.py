@@ -30,8 +30,8 @@ SIZES = ("tiny", "real")
 WIDTH = 256
 KERNEL_TESTS = ("tests/kernels/test_int4_readers.py", "tests/kernels/test_experts_once_int4.py")
 ARGUMENTS: dict[str, Mapping[str, Any]] = {
-    "vllm": {**VLLM, **GDN, **GRAPHS, **MORE_CACHE, "gpu_memory_utilization": 0.3},
-    "sglang": {**SGLANG, **SGLANG_GRAPHS, "mem_fraction_static": 0.3},
+    "vllm": {**VLLM, **GDN, **GRAPHS, **MORE_CACHE},
+    "sglang": {**SGLANG, **SGLANG_GRAPHS},
 }
 
 
