@@ -69,8 +69,7 @@ def run(
     states = draw(tokens, hidden, seed=4, dtype=dtype)
     slots = slots_of(shared, width)
     ids = routed("even", tokens, count, top_k, slots)
-    ids[0, 0] = 0  # an expert that can be harmed
-    ids[0, 1] = 1
+    ids[0, :top_k] = torch.arange(top_k)  # among them experts that can be harmed
     topk_weights = draw(tokens, top_k + slots, seed=9).sigmoid()
     topk_weights[:, top_k:] = topk_weights[:, top_k : top_k + 1]
     tiles = tiles_of(weights, shared, tokens)
