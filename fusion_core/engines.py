@@ -69,11 +69,13 @@ class Lab(Strict):
         draft_argument: the engine argument that makes it build a draft.
         environment: of its processes, where the user has not said otherwise.
         compile_cache: None where two processes may write to it at once.
+        apart_arguments: engine arguments of stock where its own fusion would be wrong for a checkpoint.
     """
 
     draft_argument: Text
     environment: dict[Text, str] = Field(default_factory=dict)
     compile_cache: CompileCache | None = None
+    apart_arguments: dict[Text, bool] = Field(default_factory=dict)
 
 
 class LoadFormat(Strict):

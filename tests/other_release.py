@@ -14,7 +14,7 @@ from typing import Any
 
 from fse_patch.adapters.patching.source import nodes_in, split
 from fse_patch.fusion_core.engines import facts_of
-from fse_patch.lab import verify
+from fse_patch.lab import arm_process, verify
 
 # Newer than every release that there will be for a while.
 VERSION = "0.99.0"
@@ -86,7 +86,7 @@ def serve(
     """Run one fused arm in a copy: its results, lines of ours in its log, and how it ended."""
     path = os.pathsep.join(filter(None, [str(copied), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, **env}
-    results, log, ending = verify.run_process(engine, [job], True, environment, LIMIT, lambda _: None)
+    results, log, ending = arm_process.run_process(engine, [job], True, environment, LIMIT, lambda _: None)
     lines = [line for line in log.splitlines() if "fse_patch" in line and "job 0 begins" not in line]
     assert results or ending != "ended with status 0", log
     return results, lines, ending

@@ -28,7 +28,7 @@ Sets = Annotated[
     ),
 ]
 Seconds = Annotated[
-    float, typer.Option(min=0, help="With --end-to-end: begin no round after so many; 0: no limit.")
+    float, typer.Option(min=0, help="With --end-to-end: begin no more rounds after so many; 0: no limit.")
 ]
 EngineArgs = Annotated[str, typer.Option(help="With --end-to-end: more engine arguments, as a JSON object.")]
 Raw = Annotated[Path | None, typer.Option(help="With --end-to-end: every reading goes into this JSON file.")]

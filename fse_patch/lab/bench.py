@@ -22,9 +22,9 @@ from ..fusion_core.kernels.routing_reference import append_shared_slots
 from ..patches import ENGINES
 from ..version import __version__
 from . import routings, tune
+from .arm_process import Progress
 from .kept_rows import COLUMNS, TABLES, KeptRows
 from .timing import capture, floor_seconds, in_turn, is_quiet, ratio
-from .verify import Progress
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # A row in which stock was not equal to itself is measured again.

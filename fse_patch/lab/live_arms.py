@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import FsePatchError
 from ..fusion_core.engines import facts_of
 from ..settings import ENABLE
-from . import verify
+from . import arm_process
 from .cause import with_cause
 
 # The second stock says how far a figure may be trusted.
@@ -47,10 +47,15 @@ class LiveArms:
         request: what each arm gets, as of `decode_arm.Engine`.
         env: environment of the arms; FSE_PATCH is set here.
         limit: seconds that an answer may take.
+        first: the arm that is ready before the others start: it measures at its start. "": none.
     """
 
-    def __init__(self, engine: str, request: Mapping[str, Any], env: Mapping[str, str], limit: float) -> None:
+    def __init__(
+        self, engine: str, request: Mapping[str, Any], env: Mapping[str, str], limit: float, first: str = ""
+    ) -> None:
         self.engine, self.request, self.env, self.limit = engine, request, env, limit
+        self.first = first
+        self._ready: dict[str, Answer] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="fse_patch_")
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._connections: dict[str, Connection] = {}
@@ -90,7 +95,7 @@ class LiveArms:
         end = time.monotonic() + self.limit
         answers = {}
         for name in ARMS:
-            answers[name] = self.answer(name, end)
+            answers[name] = self._ready.pop(name, None) or self.answer(name, end)
             tell(name, answers[name])
         return answers
 
@@ -123,7 +128,7 @@ class LiveArms:
         with Listener(str(folder / "s"), "AF_UNIX", len(ARMS), authkey) as listener:
             asked = {**self.request, "address": listener.address, "authkey": authkey.hex()}
             threading.Thread(target=accept, args=(listener, arrived), daemon=True).start()
-            for name in ARMS:
+            for name in sorted(ARMS, key=lambda name: name != self.first):
                 file = folder / f"{name}.json"
                 file.write_text(json.dumps({**asked, "name": name}))
                 with self._log(name).open("wb") as sink:
@@ -134,10 +139,17 @@ class LiveArms:
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
                     )
-            end = time.monotonic() + self.limit
-            while missing := [name for name in ARMS if name not in arrived]:
-                self._check(missing[0], end)
-                time.sleep(POLL)
+                if name == self.first:
+                    self._wait_for(name)
+                    self._ready[name] = self.answer(name)
+            self._wait_for(*ARMS)
+
+    def _wait_for(self, *names: str) -> None:
+        """Wait until these have connected."""
+        end = time.monotonic() + self.limit
+        while missing := [name for name in names if name not in self._connections]:
+            self._check(missing[0], end)
+            time.sleep(POLL)
 
     def _environment(self, name: str) -> dict[str, str]:
         lab = facts_of(self.engine).lab
@@ -183,7 +195,7 @@ class LiveArms:
 
     def _tail(self, name: str) -> str:
         lines = self._log(name).read_text(errors="replace").splitlines()
-        return "\n".join(lines[-verify.LOG_LINES :])
+        return "\n".join(lines[-arm_process.LOG_LINES :])
 
     def _part(self) -> None:
         """Let engines end by themselves, for a while."""
@@ -201,7 +213,7 @@ class LiveArms:
 
     def _end(self) -> None:
         for process in self._processes.values():
-            verify.end(process)
+            arm_process.end(process)
         for connection in self._connections.values():
             connection.close()
         self._folder.cleanup()

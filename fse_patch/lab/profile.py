@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError
+from .arm_process import LOG_LINES, run_process
 from .cause import with_cause
 from .decode_arm import prompts
-from .verify import LOG_LINES, run_process
 
 # The module that runs an arm, in the engine's process.
 ARM = "fse_patch.lab.{engine}.profile_arm"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
+from .arm_process import Progress
 from .live_arms import ARMS, Answer, ArmError, LiveArms
-from .verify import Progress
 
 # None always follows the same one.
 ORDERS = tuple(permutations(ARMS))

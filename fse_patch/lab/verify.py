@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..fusion_core.decision.native import gets_wrong
 from ..fusion_core.decision.outcome import Merged, Paired
 from ..fusion_core.engines import facts_of
 from ..fusion_core.proof.compare import Tolerance, answer_steps, difference, noise_of, summary
-from ..settings import ENABLE, LM_HEAD
+from ..settings import LM_HEAD
+from .arm_process import LOG_LINES, Progress, log_of, run_process
 from .cause import with_cause
 from .ran_as_decided import by_stage, ran_as_decided
-from .verify_arm import BEGUN, HasRequest
 from .verify_head import judge_head
 
-# The module that runs an arm, in the engine's process.
-ARM = "fse_patch.lab.{engine}.verify_arm"
-LOG_LINES = 60
-POLL = 0.3  # seconds between looks at a running arm
 PROMPT_LENGTHS = (5, 17, 64, 100)
 # A 1 % fault drowns in the rounding of 16 bit; there the control drops the first shared slot.
 CONTROL_FACTORS = {"float32": 1.01}
 CONTROL_16_BIT = 0.0
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +51,12 @@ class VerifyJob:
             "control_factor": self.control_factor,
         }
 
+    def of_stock(self, engine: str) -> VerifyJob:
+        """Return the job as stock can run it: without a fusion of its own that would be wrong here."""
+        if not any(gets_wrong({}, decision) for decision in self.decisions):
+            return self
+        return replace(self, engine_args={**facts_of(engine).lab.apart_arguments, **self.engine_args})
+
     @property
     def control_factor(self) -> float:
         """Return what the control multiplies the weight of one shared slot by."""
@@ -90,7 +84,7 @@ def run_arm(
     arm = "fused" if fused else "stock"
     done: list[dict[str, Any]] = []
     while len(done) < len(jobs):
-        left = jobs[len(done) :]
+        left = [job if fused else job.of_stock(engine) for job in jobs[len(done) :]]
 
         def tell(running: int, left: list[VerifyJob] = left) -> None:
             number = len(jobs) - len(left) + running + 1
@@ -105,83 +99,6 @@ def run_arm(
                 entry["log"] = "\n".join(log.splitlines()[-LOG_LINES:])
         done += results
     return done
-
-
-def run_process(
-    engine: str,
-    jobs: Sequence[HasRequest],
-    fused: bool,
-    env: Mapping[str, str],
-    timeout: float,
-    tell: Callable[[int], None],
-    arm: str = "",
-) -> tuple[list[dict[str, Any]], str, str]:
-    """Start one process on ``jobs`` and end it, with its children, at the timeout.
-
-    Args:
-        tell: is called with the index of each job that starts.
-        arm: module that runs them; that of a verification if "".
-
-    Returns:
-        The results it left, its log, and in words how it ended.
-    """
-    with tempfile.TemporaryDirectory(prefix="fse_patch_") as folder:
-        request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "log"))
-        request.write_text(json.dumps([job.request() for job in jobs]))
-        environment = {**facts_of(engine).lab.environment, **env, ENABLE: engine if fused else "0"}
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                [sys.executable, "-m", (arm or ARM).format(engine=engine), str(request), str(result)],
-                env=environment,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                in_time = watch(process, result, len(jobs), timeout, tell)
-            finally:
-                end(process)
-        ending = f"ended with status {process.returncode}"
-        if not in_time:
-            ending = f"was not finished in {timeout:g} s; raise --timeout"
-        return read_results(result), log.read_text(errors="replace"), ending
-
-
-def log_of(number: int, log: str) -> str:
-    """Return what a process wrote for one of its jobs; all of it, where the log does not tell them apart."""
-    _, begun, rest = log.partition(BEGUN.format(number=number))
-    return rest.partition(BEGUN.format(number=number + 1))[0] if begun else log
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group: children of an engine that crashed would keep its memory."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def read_results(result: Path) -> list[dict[str, Any]]:
-    """Return what an arm has left so far: it writes after each job."""
-    done: list[dict[str, Any]] = json.loads(result.read_text()) if result.exists() else []
-    return done
-
-
-def watch(
-    process: subprocess.Popen[bytes], result: Path, jobs: int, timeout: float, tell: Callable[[int], None]
-) -> bool:
-    """Wait for an arm and tell of each job that starts; return whether it ended in ``timeout`` seconds."""
-    end = time.monotonic() + timeout
-    told = -1
-    while process.poll() is None and time.monotonic() < end:
-        done = len(read_results(result))
-        while told < min(done, jobs - 1):
-            told += 1
-            tell(told)
-        try:
-            process.wait(POLL)
-        except subprocess.TimeoutExpired:
-            continue
-    return process.poll() is not None
 
 
 def verify(

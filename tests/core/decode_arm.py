@@ -3,7 +3,8 @@
     python -m tests.core.decode_arm REQUEST.json
 
 The script is in the request's engine_args: ``ms`` a step of each arm and ``prompt`` (seconds), and for one
-``arm`` a ``fault``. With ``steps`` it tells when steps ended. Every question is noted in ``notes``, a file.
+``arm`` a ``fault``. With ``steps`` it tells when steps ended. Every question is noted in ``notes``, a file;
+when an arm came and was ready in ``came``, where that is given.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ def main(request: Path) -> None:
     script, name = asked["engine_args"], asked["name"]
     fault = script.get("fault", "") if script.get("arm") == name else ""
     with Client(asked["address"], "AF_UNIX", authkey=bytes.fromhex(asked["authkey"])) as parent:
+        came = time.monotonic()
         parent.send(name)
         state = ready(asked, fault)
+        if "came" in script:
+            time.sleep(0.5)
+            with Path(script["came"]).open("a") as file:
+                print(json.dumps([name, came, time.monotonic()]), file=file)
         parent.send(state)
         asked_for = 0
         while (question := parent.recv())["do"] != "end":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fse_patch.fusion_core.decision.layout import ExpertLayout
-from fse_patch.lab import verify
+from fse_patch.lab import arm_process, verify
 
 from .moe import decision
 
@@ -63,7 +64,7 @@ def notes(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     (tmp_path / "fake_arm.py").write_text(FAKE_ARM)
-    monkeypatch.setattr(verify, "ARM", "fake_arm")
+    monkeypatch.setattr(arm_process, "ARM", "fake_arm")
     own = {"PYTHONPATH": str(tmp_path), "NOTES": str(notes)}
 
     def run(names: list[str], fused: bool = True, timeout: float = 60.0, **more: Any) -> list[dict[str, Any]]:
@@ -100,6 +101,24 @@ def test_all_jobs_run_in_one_process(run: Run) -> None:
     assert [r["name"] for r in results] == ["a", "b", "c"]
     assert len({r["pid"] for r in results}) == 1
     assert told[0] == "fused vllm: a (1 of 3)"
+
+
+@pytest.mark.parametrize(
+    ("engine", "argument"), [("sglang", "disable_shared_experts_fusion"), ("vllm", None)]
+)
+def test_stock_runs_without_a_fusion_of_its_own_that_would_be_wrong(
+    engine: str, argument: str | None
+) -> None:
+    apart = replace(DECISION, stored_alike=False)
+    job = verify.VerifyJob(Path("a"), (DECISION, apart), 100, "float32", {"tp_size": 2})
+    asked = job.of_stock(engine).request()["engine_args"]
+    assert asked == {"dtype": "float32", "tp_size": 2, **({argument: True} if argument else {})}
+    # What the user asks for goes before, and where both are stored alike nothing changes.
+    if argument:
+        asked = replace(job, engine_args={argument: False}).of_stock(engine).request()["engine_args"]
+        assert asked[argument] is False
+    alike = replace(job, decisions=(DECISION,))
+    assert alike.of_stock(engine) == alike
 
 
 @pytest.mark.parametrize(("fused", "value"), [(True, "vllm"), (False, "0")])
@@ -139,7 +158,9 @@ def test_an_error_of_a_job_carries_the_log_and_ends_nothing(run: Run) -> None:
 
 
 def test_an_error_that_hides_its_cause_names_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    far = "\n".join(["fse_patch.errors.AuditError: main model: no slot", *(["..."] * 2 * verify.LOG_LINES)])
+    far = "\n".join(
+        ["fse_patch.errors.AuditError: main model: no slot", *(["..."] * 2 * arm_process.LOG_LINES)]
+    )
     monkeypatch.setenv("CAUSE", far)
     failed, after = run(["cause", "a"])
     assert failed["error"] == "AuditError: main model: no slot"

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from ...errors import EngineError, FsePatchError
-from .. import verify
+from .. import arm_process
 from ..cause import with_cause
 
 PARTING = 15.0  # seconds in which a process may end its children itself
@@ -101,7 +101,7 @@ class Child:
                 self.process.terminate()
                 self.wait(PARTING)
         finally:
-            verify.end(self.process)
+            arm_process.end(self.process)
             end_session(self.process.pid)
 
 
