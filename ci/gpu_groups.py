@@ -28,6 +28,8 @@ SGLANG = {
     "sampling_backend": "pytorch",
     "max_total_tokens": 4096,
     "chunked_prefill_size": CHUNK,
+    # Of what is free when it starts: others start at the same time.
+    "mem_fraction_static": 0.8,
 }
 SGLANG_GRAPHS = {
     "disable_cuda_graph": False,

@@ -135,7 +135,7 @@ REASONS: Mapping[Code, Meaning] = {
         asked_for=True,
     ),
     "device.unrun": Meaning(
-        "Nobody has run the paired layout there yet: on an AMD GPU, or for 4-bit experts.",
+        "Nobody has run the paired layout there yet: on an AMD GPU, or for 4-bit experts in SGLang.",
         "FSE_PATCH_LAYOUT=paired takes it anyway",
     ),
     "proof.failed": Meaning(

@@ -95,7 +95,7 @@ class LiveArms:
         end = time.monotonic() + self.limit
         answers = {}
         for name in ARMS:
-            answers[name] = self._ready.pop(name, None) or self.answer(name, end)
+            answers[name] = self._ready.pop(name, {}) or self.answer(name, end)
             tell(name, answers[name])
         return answers
 

@@ -33,12 +33,14 @@ def run_pass(
     most = SMALL if shared is None or shared.width <= routed.width else SMALL_WIDE
     if any(weights.int4 is not None for weights in kinds):
         most = 0  # the other kernels do not read them
-    if (alike and len(hidden_states) <= most) or not all(takes(weights) for weights in kinds):
-        small = experts.small_experts if routed.scales is None else experts_fp8.small_experts
+    small = experts.small_experts if routed.scales is None else experts_fp8.small_experts
+    if not all(takes(weights) for weights in kinds):
         return small(hidden_states, routed, topk_weights, topk_ids, shared)
     # More tokens than the kernels take go through them in turn.
     parts = []
     for first in range(0, len(hidden_states), MOST_TOKENS):
         some = slice(first, first + MOST_TOKENS)
-        parts.append(experts_once(hidden_states[some], routed, topk_weights[some], topk_ids[some], shared))
+        states = hidden_states[some]
+        run = small if alike and len(states) <= most else experts_once
+        parts.append(run(states, routed, topk_weights[some], topk_ids[some], shared))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -111,7 +111,7 @@ class _Pass:
             len(output),
             self.routed.count,
             PLACES=listed.experts.shape[1],
-            TOKENS=listed.tokens,
+            TOKENS=listed.tokens if len(listed.count) > 1 else listed.columns,
             num_warps=tile.warps * tile.experts,
             **self._common("w2", self.width, output, listed, tile),
         )

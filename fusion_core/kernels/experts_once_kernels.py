@@ -20,7 +20,7 @@ from .weight_format import FP8, MARLIN_TILE
 MERGED, ALIKE, OTHER = (tl.constexpr(number) for number in range(3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def w13_kernel(
     x_ptr, fitted_ptr, factors_ptr, w13_ptr, scale_ptr, zero_ptr, shared_ptr, shared_scale_ptr,
     shared_zero_ptr, count_ptr, experts_ptr, rows_ptr, weights_ptr, inner_ptr, M, E, HIDDEN: tl.constexpr,
@@ -110,7 +110,7 @@ def _gate_up(
     return g, u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def w2_kernel(
     inner_ptr, w2_ptr, scale_ptr, zero_ptr, shared_ptr, shared_scale_ptr, shared_zero_ptr, count_ptr,
     experts_ptr, rows_ptr, out_ptr, M, E, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,

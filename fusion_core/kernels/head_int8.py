@@ -56,7 +56,7 @@ def head_logits(hidden_states: torch.Tensor, values: torch.Tensor, scales: torch
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _head_logits(
     x_ptr,
     values_ptr,

@@ -123,7 +123,7 @@ def _router_logits(
     tl.store(logits_ptr + token * N + offs_n, tl.sum(acc, 1), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product(
     x_ptr,
     gate_ptr,

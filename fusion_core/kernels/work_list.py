@@ -137,7 +137,7 @@ def work_list(
         SLOTS_P2=triton.next_power_of_2(slots),
         TOKENS_P2=triton.next_power_of_2(tokens),
         PART_P2=triton.next_power_of_2(parts.tokens),
-        PART=parts.tokens,
+        PART=parts.tokens if lists else 0,
         WHOLE_COLUMNS=whole.columns,
         WHOLE_PLACES=whole.experts.shape[1],
         PART_COLUMNS=parts.columns,
@@ -155,14 +155,16 @@ def work_list(
 def _room(topk_ids: torch.Tensor, tokens: int) -> WorkList:
     """Make room for lists of so many tokens each."""
     total, slots = topk_ids.shape
-    lists, columns, places = triton.cdiv(total, tokens), columns_for(tokens), tokens * slots
+    lists, columns = triton.cdiv(total, tokens), columns_for(tokens)
+    # Sizes that kernels are compiled for are few: what the start has run, all serving runs.
+    places = triton.next_power_of_2(tokens) * slots
     count, experts, rows = topk_ids.new_empty(lists * (1 + places * (1 + columns))).split(
         [lists, lists * places, lists * places * columns]
     )
     return WorkList(tokens, count, experts.view(lists, places), rows.view(lists, places, columns))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _work(
     ids_ptr, count_ptr, experts_ptr, rows_ptr, part_count_ptr, part_experts_ptr, part_rows_ptr, x_ptr,
     fitted_ptr, factors_ptr, M, SLOTS: tl.constexpr, SLOTS_P2: tl.constexpr, TOKENS_P2: tl.constexpr,
