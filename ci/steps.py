@@ -60,11 +60,11 @@ def core(rows: list[Row]) -> Step:
     return Step("core tests", command, 1800, {"ENGINE_SITES": os.pathsep.join(sites)})
 
 
-def kernels(rows: list[Row]) -> Step:
-    """Test Triton kernels in its interpreter, in the environment that has one for them."""
+def kernels(rows: list[Row], marks: str = "") -> Step:
+    """Test Triton kernels in its interpreter, in the environment for that; ``marks`` as of `of_engine`."""
     row = next(row for row in rows if row.get("kernels"))
-    python = str(VENVS / str(row["name"]) / "bin" / "python")
-    return Step("kernel tests", [python, "-m", "pytest", "tests/kernels"], 1800, {"TRITON_INTERPRET": "1"})
+    command = [str(VENVS / str(row["name"]) / "bin" / "python"), "-m", "pytest", "tests/kernels"]
+    return Step("kernel tests", command + (["-m", marks] if marks else []), 1800, {"TRITON_INTERPRET": "1"})
 
 
 def mutants() -> Step:

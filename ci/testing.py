@@ -145,7 +145,7 @@ def everything(rows: list[steps.Row]) -> list[str]:
 def chosen(names: list[str], rows: list[steps.Row]) -> list[Step]:
     """Return the steps of what was asked for; a KeyError for a name that is none."""
     rows = sorted(rows, key=lambda row: not row.get("whole"))
-    there = {"lint": steps.lint(), "core": [steps.core(rows)], "kernels": [steps.kernels(rows)]}
+    there = {"lint": steps.lint(), "core": [steps.core(rows)], "kernels": [steps.kernels(rows, "not long")]}
     there |= {
         kind: [steps.engine(row) for row in rows if row["engine"] == kind and not row.get("short")]
         for kind in steps.engines(rows)

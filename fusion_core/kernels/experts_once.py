@@ -22,6 +22,7 @@ import triton
 
 from .expert_weights import ExpertWeights, slots_of
 from .experts_once_kernels import ALIKE, MERGED, OTHER, w2_kernel, w13_kernel
+from .fitting import launch_fitting
 from .launch import options
 from .once_tiles import Tile, tiles_of
 from .weight_format import Format, fits, format_of
@@ -59,8 +60,12 @@ def experts_once(
     work = work_list(topk_ids, passed.experts, second.tokens, states if passed.fp8 else None)
     inner = torch.empty(topk_ids.numel(), routed.width, dtype=torch.int16, device=states.device)
     output = torch.empty_like(states)
-    passed.launch_w13(states, work, inner, first)
-    passed.launch_w2(inner, work.parts, output, second)
+    launch_fitting(
+        lambda tile: passed.launch_w13(states, work, inner, tile), first, passed.what("w13", work.whole)
+    )
+    launch_fitting(
+        lambda tile: passed.launch_w2(inner, work.parts, output, tile), second, passed.what("w2", work.parts)
+    )
     return output
 
 
@@ -80,6 +85,12 @@ class _Pass:
         self.other = routed if shared is None else shared
         self.fp8 = any(weights.scales is not None for weights in (routed, self.other))
         self.int4 = any(weights.int4 is not None for weights in (routed, self.other))
+
+    def what(self, name: str, listed: WorkList) -> tuple[object, ...]:
+        """Return what makes a kernel another one, beside its tile."""
+        formats = (format_of(weights, name) for weights in (self.routed, self.other))
+        sizes = (self.width, self.other.width, self.hidden, self.slots, listed.columns, len(listed.count))
+        return (name, self.topk_weights.device, *formats, *sizes)
 
     def launch_w13(self, states: torch.Tensor, work: Work, inner: torch.Tensor, tile: Tile) -> None:
         """Write weight · SiLU(w1 x) · (w3 x) of every (token, slot) pair into ``inner`` [pairs, I]."""

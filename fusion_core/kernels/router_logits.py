@@ -47,7 +47,8 @@ def router_logits(
     logits = torch.empty(tokens, rows, dtype=torch.float32, device=hidden_states.device)
     apart = gate if further is None else further
     alike = gate.dtype == hidden_states.dtype == apart.dtype
-    if tokens >= PRODUCT_FROM and alike and gate.itemsize == 2:
+    # Most AMD GPUs have 64 KiB of shared memory: too little for its stages of loads.
+    if tokens >= PRODUCT_FROM and alike and gate.itemsize == 2 and torch.version.hip is None:
         _product[(triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))](
             hidden_states,
             gate,

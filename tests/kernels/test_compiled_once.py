@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,59 +11,33 @@ import torch
 
 from fse_patch.fusion_core.forward.paired import OutputScale
 from fse_patch.fusion_core.forward.threshold import SIZES
-from fse_patch.fusion_core.kernels import experts, experts_fp8, experts_once, route, router_logits, work_list
+from fse_patch.fusion_core.kernels import work_list
 
+from .launches import CONSTANT, StandIn, stand_ins
 from .test_int4_readers import made
 from .test_kernels import draw
 from .test_paired import DTYPE, GLM, QWEN, E, H, I, held, kernels, layer_of
 
-KERNELS: dict[Any, tuple[str, ...]] = {
-    experts: ("_w13", "_w2"),
-    experts_fp8: ("w13_kernel", "w2_kernel"),
-    experts_once: ("w13_kernel", "w2_kernel"),
-    work_list: ("_work",),
-    route: ("_route",),
-    router_logits: ("_router_logits", "_product"),
-}
 Variant = tuple[Any, ...]
 __all__ = ["kernels"]  # the fixture by which these layers run kernels
 
 
-class Recorder:
-    """Stands for a kernel: notes what Triton would compile for a launch, and launches nothing."""
-
-    def __init__(self, name: str, kernel: Any, seen: set[Variant]) -> None:
-        self.name, self.seen = name, seen
-        self.parameters = inspect.signature(kernel.fn).parameters
-        told = getattr(kernel, "kwargs", None) or vars(kernel)
-        self.plain = set(told["do_not_specialize"] or ())
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-            self.seen.add((self.name, *((name, self._kind(name, value)) for name, value in given.items())))
-
-        return launch
-
-    def _kind(self, name: str, value: Any) -> Any:
-        """Return what of an argument makes it another kernel."""
-        if isinstance(value, torch.Tensor):
-            return value.dtype, value.data_ptr() % 16 == 0
-        if name not in self.parameters or "constexpr" in str(self.parameters[name].annotation):
-            return value  # an option of the launch, or a constant of the kernel
-        if isinstance(value, float) or name in self.plain:
-            return type(value)
-        return value == 1, value % 16 == 0
-
-
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> set[Variant]:
-    """What was launched by now."""
+    """What was launched by now: of each launch all that makes a kernel another one."""
     launched: set[Variant] = set()
-    for module, names in KERNELS.items():
-        for name in names:
-            kernel = getattr(module, name)
-            monkeypatch.setattr(module, name, Recorder(f"{module.__name__}.{name}", kernel, launched))
+
+    def take(stand_in: StandIn, given: dict[str, Any]) -> None:
+        kinds = ((name, value, stand_in.kind(name, value)) for name, value in given.items())
+        launched.add(
+            (
+                stand_in.name,
+                *((name, value if kind in (CONSTANT, None) else kind) for name, value, kind in kinds),
+            )
+        )
+
+    for module, name, stand_in in list(stand_ins(take)):
+        monkeypatch.setattr(module, name, stand_in)
     return launched
 
 

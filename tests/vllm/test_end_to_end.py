@@ -46,7 +46,7 @@ def job(folder: Path, **changed: Any) -> end_to_end.Job:
 def test_three_live_engines_share_sets_of_experts(
     checkpoints: Checkpoints, tmp_path: Path, as_served: str
 ) -> None:
-    one_set = job(checkpoints.path("qwen2_moe"), sets=1)
+    one_set = job(checkpoints.path("qwen3_next"), sets=1)
     assert len(one_set.layers) > 1  # otherwise nothing could be shared
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": as_served}
     found = end_to_end.measure(one_set, env, raw=tmp_path / "raw.json")
