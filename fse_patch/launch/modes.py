@@ -99,13 +99,19 @@ def _has_amx_kernels(facts: EngineFacts) -> bool:
     return any(True for name in names for _ in metadata.distributions(name=name))
 
 
+def chosen_backend(asked: Asked) -> str:
+    """Return the MoE backend that the user picked, "" for none."""
+    for name in ("moe_backend", "kernel_config"):
+        given = asked[name]
+        if isinstance(given, str) and given != "auto":
+            return given.lower().replace("-", "_")  # as vLLM reads it
+    return ""
+
+
 def backend_of(asked: Asked, facts: EngineFacts, device: Device) -> str:
     """Return the MoE backend that the engine picks: the user's, that of the device, or of its platform."""
-    given = asked["moe_backend"]
-    if given in (None, "auto"):
-        given = asked["kernel_config"]
-    if isinstance(given, str) and given != "auto":
-        return given.lower().replace("-", "_")  # as vLLM reads it
+    if chosen := chosen_backend(asked):
+        return chosen
     for row in facts.launch.backends if facts.launch else ():
         if any(words in device.name for words in row.devices):
             return row.backend
@@ -125,7 +131,7 @@ def _runner(decision: Merged, asked: Asked, device: Device, backend: str) -> str
     if device.platform != "cuda":
         return device.platform
     plain = decision.quant_method == UNQUANTISED
-    return backend if plain or asked["moe_backend"] not in (None, "auto") else "auto"
+    return backend if plain or chosen_backend(asked) else "auto"
 
 
 def _dtype(asked: Asked, config: Mapping[str, Any]) -> str:

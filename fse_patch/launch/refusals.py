@@ -19,7 +19,7 @@ from ..fusion_core.reasons import Reason
 from ..settings import CPU_THRESHOLD, Settings
 from .command import Asked
 from .machine import Device
-from .modes import unread_backend
+from .modes import chosen_backend, unread_backend
 
 # Codes that are asked before adapters are: who holds which experts.
 FIRST = ("parallel.", "disabled")
@@ -75,8 +75,7 @@ def load_refusals(decision: Paired, asked: Asked, facts: EngineFacts, device: De
         yield reason
     if not device.reads_fp8 and re.search("fp8|f8_", " ".join((*decision.formats, decision.stored)).lower()):
         yield Reason("backend.layout", f"FP8 weights, and {device} has no conversion of them")
-    chosen = asked["moe_backend"] not in (None, "auto")
-    if asked.expert_ranks > 1 and decision.quant_method != UNQUANTISED and not chosen:
+    if asked.expert_ranks > 1 and decision.quant_method != UNQUANTISED and not chosen_backend(asked):
         yield Reason("backend.layout", "who runs quantised experts that are spread is not known before")
     if decision.unread:
         yield Reason(

@@ -82,6 +82,7 @@ def test_each_flag_has_its_reason(
     assert report["fuse"] is ("--load-format" not in flags_given)
 
 
+SPREAD = "-tp 2 --enable-expert-parallel"
 # Beside FSE_PATCH_LAYOUT=paired, and the code that each leads to.
 PAIRED_FLAGS = [
     ("vllm", "", "-tp 2 --enable-expert-parallel", None),
@@ -150,6 +151,11 @@ def test_without_graphs_nothing_pairs_by_itself(engine: str, flag: str, tmp_path
         ("qwen3.6-35b-fp8-block", "NVIDIA A100-SXM4-80GB", "", "backend.layout"),
         ("qwen3.6-35b-fp8-block", "NVIDIA GeForce RTX 3090", "", "backend.layout"),
         ("qwen3.5-35b-bf16-stacked", "NVIDIA A100-SXM4-80GB", "", None),
+        # Who runs quantised experts that are spread is known where the user says it, in either flag.
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", SPREAD, "backend.layout"),
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", f"{SPREAD} --moe-backend triton", None),
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", f"{SPREAD} --kernel-config.moe_backend triton", None),
+        ("qwen3.6-35b-fp8-block", "NVIDIA H200", f"{SPREAD} --moe-backend auto", "backend.layout"),
     ],
 )
 def test_who_runs_experts_decides_whether_they_are_read(
