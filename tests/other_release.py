@@ -86,7 +86,9 @@ def serve(
     """Run one fused arm in a copy: its results, lines of ours in its log, and how it ended."""
     path = os.pathsep.join(filter(None, [str(copied), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, **env}
-    results, log, ending = arm_process.run_process(engine, [job], True, environment, LIMIT, lambda _: None)
+    results, log, ending = arm_process.run_process(
+        engine, [job], True, environment, LIMIT, lambda _: None, verify.ARM
+    )
     lines = [line for line in log.splitlines() if "fse_patch" in line and "job 0 begins" not in line]
     assert results or ending != "ended with status 0", log
     return results, lines, ending

@@ -18,8 +18,6 @@ from ..fusion_core.engines import facts_of
 from ..settings import ENABLE
 from .verify_arm import BEGUN, HasRequest
 
-# The module that runs an arm of a verification, in the engine's process.
-ARM = "fse_patch.lab.{engine}.verify_arm"
 LOG_LINES = 60
 POLL = 0.3  # seconds between looks at a running arm
 
@@ -33,13 +31,13 @@ def run_process(
     env: Mapping[str, str],
     timeout: float,
     tell: Callable[[int], None],
-    arm: str = "",
+    arm: str,
 ) -> tuple[list[dict[str, Any]], str, str]:
     """Start one process on ``jobs`` and end it, with its children, at the timeout.
 
     Args:
         tell: is called with the index of each job that starts.
-        arm: module that runs them; that of a verification if "".
+        arm: module that runs them, with "{engine}" for its name.
 
     Returns:
         The results it left, its log, and in words how it ended.
@@ -50,7 +48,7 @@ def run_process(
         environment = {**facts_of(engine).lab.environment, **env, ENABLE: engine if fused else "0"}
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", (arm or ARM).format(engine=engine), str(request), str(result)],
+                [sys.executable, "-m", arm.format(engine=engine), str(request), str(result)],
                 env=environment,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

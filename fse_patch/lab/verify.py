@@ -19,6 +19,8 @@ from .cause import with_cause
 from .ran_as_decided import by_stage, ran_as_decided
 from .verify_head import judge_head
 
+# The module that runs an arm, in the engine's process.
+ARM = "fse_patch.lab.{engine}.verify_arm"
 PROMPT_LENGTHS = (5, 17, 64, 100)
 # A 1 % fault drowns in the rounding of 16 bit; there the control drops the first shared slot.
 CONTROL_FACTORS = {"float32": 1.01}
@@ -90,7 +92,7 @@ def run_arm(
             number = len(jobs) - len(left) + running + 1
             progress(f"{arm} {engine}: {left[running].checkpoint.name} ({number} of {len(jobs)})")
 
-        results, log, ending = run_process(engine, left, fused, env, timeout, tell)
+        results, log, ending = run_process(engine, left, fused, env, timeout, tell, ARM)
         if len(done) + len(results) < len(jobs):
             results.append({"error": f"the {arm} {engine} process {ending}"})
         for number, entry in enumerate(results):

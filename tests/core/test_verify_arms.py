@@ -64,7 +64,7 @@ def notes(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     (tmp_path / "fake_arm.py").write_text(FAKE_ARM)
-    monkeypatch.setattr(arm_process, "ARM", "fake_arm")
+    monkeypatch.setattr(verify, "ARM", "fake_arm")
     own = {"PYTHONPATH": str(tmp_path), "NOTES": str(notes)}
 
     def run(names: list[str], fused: bool = True, timeout: float = 60.0, **more: Any) -> list[dict[str, Any]]:
