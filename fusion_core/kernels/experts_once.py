@@ -61,10 +61,14 @@ def experts_once(
     inner = torch.empty(topk_ids.numel(), routed.width, dtype=torch.int16, device=states.device)
     output = torch.empty_like(states)
     launch_fitting(
-        lambda tile: passed.launch_w13(states, work, inner, tile), first, passed.what("w13", work.whole)
+        lambda tile: passed.launch_w13(states, work, inner, tile),
+        first,
+        lambda: passed.what("w13", work.whole),
     )
     launch_fitting(
-        lambda tile: passed.launch_w2(inner, work.parts, output, tile), second, passed.what("w2", work.parts)
+        lambda tile: passed.launch_w2(inner, work.parts, output, tile),
+        second,
+        lambda: passed.what("w2", work.parts),
     )
     return output
 

@@ -17,25 +17,26 @@ from .once_tiles import Tile
 _FITTING: dict[Hashable, Tile] = {}
 
 
-def launch_fitting(launch: Callable[[Tile], object], tile: Tile, what: Hashable) -> None:
+def launch_fitting(launch: Callable[[Tile], object], tile: Tile, what: Callable[[], Hashable]) -> None:
     """Launch with ``tile``, or with fewer stages where the device does not have the memory.
 
     The proof at start goes through it first: a tile is sought while nothing is served.
 
     Args:
-        what: all beside the tile that makes another kernel of it; the device among it.
+        what: returns all beside the tile that makes another kernel of it; the device among it.
 
     Raises:
         OutOfResources: it does not fit without any stages either.
     """
-    key = (tile, what)
-    tile = _FITTING.get(key, tile)
+    full = tile
+    if _FITTING:  # where all fits, launches go on at once
+        tile = _FITTING.get((full, what()), full)
     while True:
         try:
             launch(tile)
             return
         except OutOfResources as error:
-            _FITTING[key] = tile = fewer_stages(tile, error)
+            _FITTING[full, what()] = tile = fewer_stages(tile, error)
 
 
 def fewer_stages(tile: Tile, error: OutOfResources) -> Tile:
