@@ -49,6 +49,8 @@ GPUS = {
     "MI355X": Gpu("hip", "gfx950", 160 << 10),
     "Strix Halo": Gpu("hip", "gfx1151", 64 << 10),
 }
+# No conversion from e4m3; on the last one it is emulated, and takes over a quarter of an hour to compile.
+WITHOUT_FP8 = ("A100", "RTX 3090", "Strix Halo")
 LONG = pytest.mark.long
 Line = dict[str, Any]
 
@@ -76,8 +78,7 @@ def compiled(gpu: Gpu, *formats: str) -> tuple[list[Line], str]:
         ("MI355X", [PLAIN]),
         ("Strix Halo", [PLAIN]),
         *(pytest.param(name, ALL, marks=LONG) for name in GPUS),
-        # Older ones have no conversion from e4m3.
-        *(pytest.param(name, FP8, marks=LONG) for name in GPUS if name not in ("A100", "RTX 3090")),
+        *(pytest.param(name, FP8, marks=LONG) for name in GPUS if name not in WITHOUT_FP8),
     ],
 )
 def test_every_launch_compiles_and_fits(name: str, formats: list[str]) -> None:
@@ -89,8 +90,9 @@ def test_every_launch_compiles_and_fits(name: str, formats: list[str]) -> None:
     kernels = {line["kernel"] for line in lines}
     assert kernels >= {"route._route", "router_logits._router_logits", "experts_once.w13_kernel"}
     assert ("router_logits._product" in kernels) == (gpu.backend == "cuda")
-    # Tiles are those of an H200. What is timed there is what runs there.
-    assert any(line["fewer"] for line in lines) == (gpu.memory < H200)
+    # Tiles are those of an H200, and stay so there. Others do not fit the plain ones.
+    if PLAIN in formats or gpu.memory == H200:
+        assert any(line["fewer"] for line in lines) == (gpu.memory < H200)
 
 
 def test_what_fits_nowhere_is_said() -> None:
