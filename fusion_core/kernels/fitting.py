@@ -46,10 +46,11 @@ def fewer_stages(tile: Tile, error: OutOfResources) -> Tile:
         OutOfResources: there are none to leave out.
     """
     share = error.limit / error.required
-    if max(tile.stages, tile.shared.stages if tile.shared else 1) <= 1:
-        raise error
 
     def less(one: Tile) -> Tile:
         return replace(one, stages=max(1, min(one.stages - 1, int(one.stages * share))))
 
-    return replace(less(tile), shared=None if tile.shared is None else less(tile.shared))
+    fewer = replace(less(tile), shared=None if tile.shared is None else less(tile.shared))
+    if fewer == tile:
+        raise error
+    return fewer

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +24,10 @@ from fse_patch.fusion_core.decision.layout import ExpertLayout
 from fse_patch.fusion_core.forward import paired, paired_pass
 from fse_patch.fusion_core.forward.paired import OutputScale, PairedLayer, PairedWeights
 from fse_patch.fusion_core.forward.plan import ModeCounter
-from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 
 from ..core.moe import moe_spec
+from .formats import experts_in
 from .launches import CONSTANT, StandIn, stand_ins
-from .test_int4_readers import HELD, made
 from .test_kernels import draw
 from .test_shared_apart import weights_in
 
@@ -75,11 +73,12 @@ def compile_for(target: GPUTarget, stand_in: StandIn, given: dict[str, Any]) -> 
     return triton.compile(source, target=target, options={"num_warps": given["num_warps"]})
 
 
-def experts_in(how: str) -> ExpertWeights:
-    """Draw experts in a format: `HELD` of 4 bits, or as of `weights_in`."""
-    if how in HELD:
-        return made(how, EXPERTS, HIDDEN, WIDTH, torch.bfloat16)[0]
-    return weights_in(how, EXPERTS, HIDDEN, WIDTH, 5)[0]
+def launch(held: PairedWeights, tokens: int) -> None:
+    """Launch all of a layer with such weights."""
+    spec = moe_spec(ExpertLayout(EXPERTS, 1, TOP_K, HIDDEN, WIDTH))
+    layer = PairedLayer(0, spec, lambda: held, ModeCounter())
+    states = draw(tokens, HIDDEN, seed=4, dtype=torch.bfloat16)
+    layer(states, states, OutputScale(), torch.empty_like(states))
 
 
 def main(backend: str, architecture: str, warp_size: str, memory: str, *formats: str) -> None:
@@ -108,19 +107,13 @@ def main(backend: str, architecture: str, warp_size: str, memory: str, *formats:
         setattr(module, name, stand_in)
     paired.on_gpu = paired_pass.on_gpu = lambda _: True
     torch.version.hip = "7.0" if backend == "hip" else None
-    spec = moe_spec(ExpertLayout(EXPERTS, 1, TOP_K, HIDDEN, WIDTH))
     gate, shared_gate = (draw(rows, HIDDEN, seed=8, dtype=torch.bfloat16) for rows in (EXPERTS, 1))
     for pair in formats:
-        weights, (shared, _) = (
-            experts_in(pair.partition("+")[0]),
-            weights_in(pair.partition("+")[2], 1, HIDDEN, WIDTH, 7),
-        )
+        routed, shared = pair.split("+")
+        weights = experts_in(routed, EXPERTS, HIDDEN, WIDTH), weights_in(shared, 1, HIDDEN, WIDTH, 7)[0]
         for tokens in TOKENS:
             now.update(format=pair, tokens=tokens)
-            held = PairedWeights(weights, shared, gate, shared_gate)
-            layer = PairedLayer(0, spec, partial(lambda held: held, held), ModeCounter())
-            states = draw(tokens, HIDDEN, seed=4, dtype=torch.bfloat16)
-            layer(states, states, OutputScale(), torch.empty_like(states))
+            launch(PairedWeights(*weights, gate, shared_gate), tokens)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ from fse_patch.fusion_core.forward.threshold import SIZES
 from fse_patch.fusion_core.kernels import work_list
 
 from .launches import CONSTANT, StandIn, stand_ins
-from .test_int4_readers import made
 from .test_kernels import draw
-from .test_paired import DTYPE, GLM, QWEN, E, H, I, held, kernels, layer_of
+from .test_paired import DTYPE, GLM, QWEN, H, I, held, kernels, layer_of
 
 Variant = tuple[Any, ...]
 __all__ = ["kernels"]  # the fixture by which these layers run kernels
@@ -61,10 +59,7 @@ def run(layer: Any, sizes: Iterable[int]) -> None:
 def test_no_number_of_tokens_needs_another_kernel(
     family: str, routed: str, shared: str, width: int, seen: set[Variant]
 ) -> None:
-    weights = held(family, "plain" if "g32" in routed else routed, shared, width)
-    if "g32" in routed:
-        weights = replace(weights, routed=made(routed, E, H, I, DTYPE)[0])
-    layer = layer_of(weights, QWEN if family == "qwen" else GLM)
+    layer = layer_of(held(family, routed, shared, width), QWEN if family == "qwen" else GLM)
     run(layer, SIZES)
     proved = set(seen)
     assert len(proved) > 4

@@ -17,7 +17,7 @@ from fse_patch.fusion_core.kernels import router_logits
 from fse_patch.fusion_core.kernels.expert_weights import ExpertWeights
 
 from ..core.moe import moe_spec
-from .test_int4_readers import made
+from .formats import experts_in
 from .test_kernels import DEVICE, draw, off
 from .test_shared_apart import weights_in
 
@@ -39,7 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def held(family: str, routed: str = "plain", shared: str = "plain", width: int = I) -> PairedWeights:
     qwen = family == "qwen"
     return PairedWeights(
-        routed=weights_in(routed, E, H, I, 5)[0],
+        routed=experts_in(routed, E, H, I),
         shared=weights_in(shared, 1, H, width, 7)[0],
         gate=draw(E, H, seed=9, dtype=DTYPE if qwen else torch.float32, scale=0.3),
         shared_gate=draw(1, H, seed=10, dtype=DTYPE, scale=0.3) if qwen else None,
@@ -82,15 +82,15 @@ def test_formats(routed: str, shared: str, tokens: int) -> None:
 )
 def test_4_bits(how: str, tokens: int) -> None:
     """As few tokens as one go through the kernels that read such experts; the control: a word of another."""
-    plain = held("qwen")
-    four, _, _ = made(how, E, H, I, DTYPE)
-    assert deviation(layer_of(replace(plain, routed=four), QWEN), tokens) <= ALLOWED
-    layer = layer_of(replace(plain, routed=four), QWEN)
+    weights = held("qwen", how)
+    layer = layer_of(weights, QWEN)
+    assert deviation(layer, tokens) <= ALLOWED
     exact = layer.exact
-    layer.read = lambda: replace(plain, routed=replace(four, w2=four.w2.roll(1, 0)))
+    four = weights.routed
+    layer.read = lambda: replace(weights, routed=replace(four, w2=four.w2.roll(1, 0)))
     states, logits = draw(tokens, H, seed=4, dtype=DTYPE), given_logits(tokens)
     wrong = exact(states, logits, OutputScale())
-    layer.read = lambda: replace(plain, routed=four)
+    layer.read = lambda: weights
     assert off(wrong, exact(states, logits, OutputScale())) > ALLOWED
 
 
